@@ -1,0 +1,428 @@
+"""A simulator of CUDA's caching allocator: what a list of allocations and frees will *reserve*.
+
+"Fits" is a question about reserved bytes, and reserved bytes depend on how requests are rounded, pooled,
+split, merged and cached. The rules are those of torch's `c10/cuda/CUDACachingAllocator.cpp` (2.13), native
+and with `expandable_segments:True`:
+
+* a request is rounded up to 512 bytes; up to 1 MiB it is served by the small pool, above by the large pool;
+* each stream has pools of its own: memory freed on one stream is never handed to another;
+* a request takes the smallest free block that is large enough, at the lowest address among equals;
+* a miss reserves a new segment: 2 MiB in the small pool, 20 MiB for requests under 10 MiB, otherwise the request
+  rounded up to 2 MiB; with expandable segments a pool is one growing segment, mapped in pages of 2 or 20 MiB;
+* a block is split when the rest is at least 512 bytes (small pool, expandable) or over 1 MiB (large pool);
+* a freed block merges with free neighbours of its segment and stays reserved;
+* when the card is full, every segment (or mapped page) without a live block is given back and the request is
+  tried once more: a retry. If that fails too, it is out of memory.
+
+Not simulated: CUDA graphs' private pools, `max_split_size_mb` and garbage collection (both off by default).
+The driver's own address choice is unknown; addresses here grow, which decides ties between equal blocks only.
+"""
+
+from bisect import bisect_left, insort
+from dataclasses import dataclass
+
+MIN_BLOCK_BYTES = 512
+SMALL_REQUEST_BYTES = 1 << 20
+SMALL_SEGMENT_BYTES = 2 << 20
+LARGE_SEGMENT_BYTES = 20 << 20
+LARGE_REQUEST_BYTES = 10 << 20
+LARGE_ROUND_BYTES = 2 << 20
+
+_ENDLESS = 1 << 60  # address space of an expandable segment; the real one is 9/8 of the card, mapped in part
+
+
+class SimulatedOutOfMemory(RuntimeError):
+    """The simulated card is full, even after giving back everything cached."""
+
+    def __init__(self, requested_bytes: int, allocated_bytes: int, reserved_bytes: int, capacity_bytes: int):
+        super().__init__(
+            f"simulated out of memory: {requested_bytes / 2**20:.1f} MiB requested, "
+            f"{allocated_bytes / 2**30:.2f} GiB allocated and {reserved_bytes / 2**30:.2f} GiB reserved "
+            f"of {capacity_bytes / 2**30:.2f} GiB"
+        )
+        self.requested_bytes = requested_bytes
+        self.allocated_bytes = allocated_bytes
+        self.reserved_bytes = reserved_bytes
+        self.capacity_bytes = capacity_bytes
+
+
+def round_request(num_bytes: int) -> int:
+    """Bytes a request of `num_bytes` occupies in its block: multiples of 512, at least 512."""
+    return max(MIN_BLOCK_BYTES, -(-num_bytes // MIN_BLOCK_BYTES) * MIN_BLOCK_BYTES)
+
+
+def segment_bytes(rounded_bytes: int) -> int:
+    """Bytes the native allocator asks of the driver when no free block serves a rounded request."""
+    if rounded_bytes <= SMALL_REQUEST_BYTES:
+        return SMALL_SEGMENT_BYTES
+    if rounded_bytes < LARGE_REQUEST_BYTES:
+        return LARGE_SEGMENT_BYTES
+    return -(-rounded_bytes // LARGE_ROUND_BYTES) * LARGE_ROUND_BYTES
+
+
+@dataclass(kw_only=True)
+class AllocatorStats:
+    """The counters of `torch.cuda.memory_stats()` that planning needs, in bytes."""
+
+    allocated_bytes: int = 0
+    """In blocks that tensors hold now."""
+    active_bytes: int = 0
+    """Allocated, plus freed blocks that another stream may still read."""
+    reserved_bytes: int = 0
+    """Held from the driver."""
+    peak_allocated_bytes: int = 0
+    peak_active_bytes: int = 0
+    peak_reserved_bytes: int = 0
+    num_retries: int = 0
+    """Times the cache had to be given back to serve a request."""
+    num_ooms: int = 0
+
+
+class _Block:
+    """A range of one segment; neighbours are linked by address."""
+
+    __slots__ = ("address", "size", "pool", "prev", "next", "in_use", "mapped")
+
+    def __init__(self, address: int, size: int, pool: "_Pool"):
+        self.address, self.size, self.pool = address, size, pool
+        self.prev: _Block | None = None
+        self.next: _Block | None = None
+        self.in_use = False
+        self.mapped = True
+
+
+class _Pool:
+    """Free blocks of one size class and stream."""
+
+    __slots__ = ("is_small", "page_bytes", "free", "segment_head")
+
+    def __init__(self, is_small: bool):
+        self.is_small = is_small
+        self.page_bytes = SMALL_SEGMENT_BYTES if is_small else LARGE_SEGMENT_BYTES
+        self.free: list[tuple[int, int, _Block]] = []  # (size, address, block), sorted: best fit by bisection
+        self.segment_head: _Block | None = None  # first block of the expandable segment
+
+    def add(self, block: _Block) -> None:
+        insort(self.free, (block.size, block.address, block))
+
+    def remove(self, block: _Block) -> None:
+        del self.free[bisect_left(self.free, (block.size, block.address))]
+
+
+class CachingAllocator:
+    """One device's allocator.
+
+    `capacity_bytes` is what it may reserve in all (the card's memory less the context and other processes);
+    None never runs out.
+    """
+
+    def __init__(self, *, capacity_bytes: int | None = None, expandable_segments: bool = False):
+        self.capacity_bytes = capacity_bytes
+        self.expandable_segments = expandable_segments
+        self.stats = AllocatorStats()
+        self._pools: dict[tuple[bool, int], _Pool] = {}
+        self._live: dict[int, _Block] = {}  # address -> block that is active
+        self._pending: set[int] = set()  # addresses freed by the program, but still awaited by a stream
+        self._next_address = LARGE_ROUND_BYTES
+
+    # ---- what a program does -------------------------------------------------------------------------------------
+
+    def malloc(self, num_bytes: int, stream: int = 0) -> int:
+        """Serve a request and return its address.
+
+        Raises: SimulatedOutOfMemory, when the capacity is exceeded after the cache was given back.
+        """
+        size = round_request(num_bytes)
+        is_small = size <= SMALL_REQUEST_BYTES
+        pool = self._pools.get((is_small, stream))
+        if pool is None:
+            pool = self._pools[is_small, stream] = _Pool(is_small)
+        block = self._best_fit(pool, size)
+        if block is None:
+            block = self._reserve(pool, size)
+        self._split(block, size)
+        block.in_use = True
+        self._live[block.address] = block
+        stats = self.stats
+        stats.allocated_bytes += block.size
+        stats.active_bytes += block.size
+        if stats.allocated_bytes > stats.peak_allocated_bytes:
+            stats.peak_allocated_bytes = stats.allocated_bytes
+        if stats.active_bytes > stats.peak_active_bytes:
+            stats.peak_active_bytes = stats.active_bytes
+        return block.address
+
+    def free(self, address: int) -> None:
+        """Free at once: no other stream uses the block."""
+        self.request_free(address)
+        self.complete_free(address)
+
+    def request_free(self, address: int) -> None:
+        """The program dropped the block; a stream named by `record_stream` may still use it."""
+        self.stats.allocated_bytes -= self._live[address].size
+        self._pending.add(address)
+
+    def complete_free(self, address: int) -> None:
+        """Every stream has passed the block: it can be reused."""
+        self._pending.remove(address)
+        block = self._live.pop(address)
+        self.stats.active_bytes -= block.size
+        block.in_use = False
+        self._merge(block)
+        block.pool.add(block)
+
+    def is_pending(self, address: int) -> bool:
+        """Whether the block was freed by the program but is still awaited by a stream."""
+        return address in self._pending
+
+    def empty_cache(self) -> None:
+        """Give back every segment, or expandable page, that holds no live block."""
+        for address in list(self._pending):  # the real allocator synchronizes with the streams first
+            self.complete_free(address)
+        for pool in self._pools.values():
+            for _, _, block in list(pool.free):
+                if pool.segment_head is not None:
+                    self._unmap_pages(block)
+                elif block.prev is None and block.next is None:
+                    pool.remove(block)
+                    self.stats.reserved_bytes -= block.size
+
+    def blocks(self) -> list[tuple[int, int, bool]]:
+        """(address, bytes, in use) of every block that occupies reserved memory, by address."""
+        found = [(block.address, block.size, True) for block in self._live.values()]
+        for pool in self._pools.values():
+            found.extend((block.address, block.size, False) for _, _, block in pool.free)
+        return sorted(found)
+
+    # ---- finding memory ------------------------------------------------------------------------------------------
+
+    def _best_fit(self, pool: _Pool, size: int) -> _Block | None:
+        free = pool.free
+        index = bisect_left(free, (size,))
+        if index == len(free):
+            return None
+        if pool.segment_head is not None:
+            # The block at the growing end counts with the room it could grow into, so it is taken last.
+            while index + 1 < len(free) and _room(free[index + 1][2]) < _room(free[index][2]):
+                index += 1
+        return free.pop(index)[2]
+
+    def _reserve(self, pool: _Pool, size: int) -> _Block:
+        for attempt in range(2):
+            block = self._grow(pool, size) if self.expandable_segments else self._new_segment(pool, size)
+            if block is not None:
+                return block
+            if attempt == 0:
+                self.empty_cache()
+                self.stats.num_retries += 1
+        self.stats.num_ooms += 1
+        raise SimulatedOutOfMemory(size, self.stats.allocated_bytes, self.stats.reserved_bytes, self.capacity_bytes)
+
+    def _take(self, num_bytes: int) -> bool:
+        """Account for `num_bytes` more from the driver; False if the card has no room for them."""
+        stats = self.stats
+        if self.capacity_bytes is not None and stats.reserved_bytes + num_bytes > self.capacity_bytes:
+            return False
+        stats.reserved_bytes += num_bytes
+        stats.peak_reserved_bytes = max(stats.peak_reserved_bytes, stats.reserved_bytes)
+        return True
+
+    def _new_segment(self, pool: _Pool, size: int) -> _Block | None:
+        num_bytes = segment_bytes(size)
+        if not self._take(num_bytes):
+            return None
+        block = _Block(self._next_address, num_bytes, pool)
+        self._next_address += num_bytes
+        return block
+
+    def _split(self, block: _Block, size: int) -> None:
+        rest = block.size - size
+        fine_grained = block.pool.is_small or self.expandable_segments
+        if rest < MIN_BLOCK_BYTES if fine_grained else rest <= SMALL_REQUEST_BYTES:
+            return
+        remainder = _Block(block.address + size, rest, block.pool)
+        block.size = size
+        _link(remainder, block, block.next)
+        block.pool.add(remainder)
+
+    def _merge(self, block: _Block) -> None:
+        """Absorb free neighbours of the same kind (mapped or not). The block itself is in no list."""
+        for neighbour in (block.prev, block.next):
+            if neighbour is None or neighbour.in_use or neighbour.mapped != block.mapped:
+                continue
+            if neighbour.mapped:
+                neighbour.pool.remove(neighbour)
+            if neighbour.pool.segment_head is neighbour:
+                neighbour.pool.segment_head = block
+            if neighbour is block.prev:
+                block.address = neighbour.address
+                _link(block, neighbour.prev, block.next)
+            else:
+                _link(block, block.prev, neighbour.next)
+            block.size += neighbour.size
+
+    # ---- expandable segments -------------------------------------------------------------------------------------
+
+    def _grow(self, pool: _Pool, size: int) -> _Block | None:
+        """Map pages at the lowest address where free and unmapped neighbours together hold `size`."""
+        if pool.segment_head is None:
+            pool.segment_head = _Block(self._next_address, _ENDLESS, pool)
+            pool.segment_head.mapped = False
+            self._next_address += _ENDLESS
+        candidate = self._growth_start(pool, size)
+        if not candidate.mapped and not self._map_pages(candidate, min(candidate.size, size)):
+            return None
+        while candidate.size < size:
+            following = candidate.next
+            if not self._map_pages(following, min(size - candidate.size, following.size)):
+                return None
+            candidate = following  # it absorbed the block before it
+        pool.remove(candidate)
+        return candidate
+
+    @staticmethod
+    def _growth_start(pool: _Pool, size: int) -> _Block:
+        block = pool.segment_head
+        while True:  # ends: the last block is unmapped and endless
+            if not block.mapped:
+                start = block.prev if block.prev is not None and not block.prev.in_use else block
+                room, walker = 0, start
+                while room < size and walker is not None and not walker.in_use:
+                    room += walker.size
+                    walker = walker.next
+                if room >= size:
+                    return start
+            block = block.next
+
+    def _map_pages(self, block: _Block, size: int) -> bool:
+        page = block.pool.page_bytes
+        num_bytes = -(-size // page) * page
+        if not self._take(num_bytes):
+            return False
+        rest = _Block(block.address + num_bytes, block.size - num_bytes, block.pool)
+        rest.mapped = False
+        block.mapped = True
+        block.size = num_bytes
+        if rest.size:
+            _link(rest, block, block.next)
+        self._merge(block)
+        block.pool.add(block)
+        return True
+
+    def _unmap_pages(self, block: _Block) -> None:
+        """Give back the whole pages inside a free block; what lies before and after them stays mapped."""
+        page, pool = block.pool.page_bytes, block.pool
+        origin = LARGE_ROUND_BYTES  # segments start at multiples of _ENDLESS above this, pages are relative to it
+        offset = (block.address - origin) % _ENDLESS
+        begin, end = -(-offset // page) * page, (offset + block.size) // page * page
+        if begin >= end:
+            return
+        pool.remove(block)
+        before, after = begin - offset, offset + block.size - end
+        if before:
+            head = _Block(block.address, before, pool)
+            _link(head, block.prev, block)
+            if pool.segment_head is block:
+                pool.segment_head = head
+            pool.add(head)
+        if after:
+            tail = _Block(block.address + block.size - after, after, pool)
+            _link(tail, block, block.next)
+            pool.add(tail)
+        block.address, block.size, block.mapped = block.address + before, end - begin, False
+        self.stats.reserved_bytes -= block.size
+        self._merge(block)
+
+
+def _link(block: _Block, before: _Block | None, after: _Block | None) -> None:
+    block.prev, block.next = before, after
+    if before is not None:
+        before.next = block
+    if after is not None:
+        after.prev = block
+
+
+def _room(block: _Block) -> int:
+    following = block.next
+    return block.size + (following.size if following is not None and not following.mapped else 0)
+
+
+def replay(
+    events: list[int],
+    sizes: list[int],
+    *,
+    capacity_bytes: int | None = None,
+    expandable_segments: bool = False,
+) -> AllocatorStats:
+    """Peaks after a list of events: `i` allocates storage i of `sizes[i]` bytes, `~i` frees it.
+
+    Raises: SimulatedOutOfMemory, when the capacity is exceeded.
+    """
+    allocator = CachingAllocator(capacity_bytes=capacity_bytes, expandable_segments=expandable_segments)
+    malloc, free, addresses = allocator.malloc, allocator.free, {}
+    for event in events:
+        if event >= 0:
+            if sizes[event]:  # an empty tensor asks the allocator for nothing
+                addresses[event] = malloc(sizes[event])
+        elif sizes[~event]:
+            free(addresses.pop(~event))
+    return allocator.stats
+
+
+@dataclass(frozen=True, kw_only=True)
+class SnapshotReplay:
+    """A recorded history beside what the simulator makes of the same requests."""
+
+    simulated: AllocatorStats
+    recorded_peak_reserved_bytes: int
+    """By the card's own segment events."""
+    num_events: int
+    num_unmatched: int
+    """Frees of blocks that were allocated before recording began: not simulated."""
+
+
+def replay_snapshot(
+    snapshot: dict, *, device: int = 0, capacity_bytes: int | None = None, expandable_segments: bool | None = None
+) -> SnapshotReplay:
+    """Replay `torch.cuda.memory._snapshot()` (recorded with `_record_memory_history`) through the simulator.
+
+    Record from the first allocation on: segments older than the history are in neither figure.
+    `expandable_segments=None` takes what the history shows. A run of recorded `segment_free` or `segment_unmap` means
+    that the cache was given back, by the program or by a retry, and gives it back here.
+    """
+    history = snapshot["device_traces"][device]
+    if expandable_segments is None:
+        expandable_segments = any(entry["action"] == "segment_map" for entry in history)
+    allocator = CachingAllocator(capacity_bytes=capacity_bytes, expandable_segments=expandable_segments)
+    addresses: dict[int, int] = {}
+    pending: dict[int, int] = {}
+    reserved = peak = num_unmatched = 0
+    previous = ""
+    for entry in history:
+        action, address, size = entry["action"], entry["addr"], entry["size"]
+        if action == "alloc":
+            addresses[address] = allocator.malloc(size, entry.get("stream", 0))
+        elif action == "free_requested":
+            if address in addresses:
+                pending[address] = addresses.pop(address)
+                allocator.request_free(pending[address])
+            else:
+                num_unmatched += 1
+        elif action == "free_completed" and address in pending:
+            ours = pending.pop(address)
+            if allocator.is_pending(ours):  # otherwise empty_cache() has completed it already
+                allocator.complete_free(ours)
+        elif action in ("segment_alloc", "segment_map"):
+            reserved += size
+            peak = max(peak, reserved)
+        elif action in ("segment_free", "segment_unmap"):
+            reserved -= size
+            if previous not in ("segment_free", "segment_unmap"):
+                allocator.empty_cache()
+        previous = action
+    return SnapshotReplay(
+        simulated=allocator.stats,
+        recorded_peak_reserved_bytes=peak,
+        num_events=len(history),
+        num_unmatched=num_unmatched,
+    )
