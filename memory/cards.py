@@ -1,0 +1,281 @@
+"""Cards: a name, a size or what is in this machine -> capacity, rates, and the fixed costs of having a context.
+
+Importable without torch. All figures are from `cards.toml`; those that no datasheet states are named in
+`Card.assumed`. Rates are per second, sizes in bytes, one `G` of a rate is 1e9.
+"""
+
+import difflib
+import os
+import re
+import tomllib
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+
+GIB = 1 << 30
+_MIB = 1 << 20
+_ASSUMED = (
+    "usable_bytes",
+    "context_bytes",
+    "matmul_fraction",
+    "attention_fraction",
+    "memory_fraction",
+    "host_link_bandwidth",
+)
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(?:gb|gib|g)", re.IGNORECASE)
+
+
+class UnknownCard(ValueError):
+    """No card of that name; the message suggests the nearest."""
+
+
+class CardUnreadable(RuntimeError):
+    """There is a card, but its driver does not answer."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Card:
+    """One device as the planner sees it."""
+
+    name: str
+    """Key in cards.toml, or the size that was asked for."""
+    label: str
+    """The vendor's name."""
+    architecture: str
+    capacity_bytes: int
+    """What the driver reports."""
+    usable_bytes: int
+    """What a process may get of it, its own context included, other processes' share not."""
+    bf16: bool
+    fp16: bool
+    fp8: bool
+    tensor_rate: float
+    """Dense 16-bit multiply-adds with fp32 accumulation, FLOP/s."""
+    fp32_rate: float
+    """FLOP/s without tensor cores."""
+    memory_bandwidth: float
+    """Device memory, bytes/s."""
+    host_link_nominal: float
+    """Host link by its standard, one way, bytes/s."""
+    host_link_bandwidth: float
+    """What a pinned copy reaches, bytes/s."""
+    matmul_fraction: float
+    """Share of `tensor_rate` that large matrix products reach."""
+    attention_fraction: float
+    """Share of `tensor_rate` that fused attention reaches."""
+    memory_fraction: float
+    """Share of `memory_bandwidth` that elementwise kernels reach."""
+    context_bytes: int
+    """CUDA context: outside the allocator, inside the card."""
+    cublas_workspace_bytes: int
+    """Taken from the caching allocator once per handle and stream that multiplies matrices."""
+    source: str
+    """Where the rates are from."""
+    assumed: tuple[str, ...] = _ASSUMED
+    """Fields that nobody measured and no datasheet states."""
+    used_by_others_bytes: int = 0
+    """Already held by other processes (`auto` only)."""
+    host_bytes: int | None = None
+    """Host memory available now (`auto` only)."""
+
+    @property
+    def is_cpu(self) -> bool:
+        return self.architecture == "cpu"
+
+    def supports(self, dtype: str) -> bool:
+        """Whether kernels for `dtype` ("float32", "bfloat16", "float16", "float8") run natively."""
+        return {"float32": True, "bfloat16": self.bf16, "float16": self.fp16, "float8": self.fp8}[dtype]
+
+    @property
+    def available_bytes(self) -> int:
+        """What the caching allocator may reserve: usable, less the context and what others hold."""
+        return max(0, self.usable_bytes - self.context_bytes - self.used_by_others_bytes)
+
+
+def card_names() -> list[str]:
+    """Names that `lookup` knows, in the file's order."""
+    return list(_table()["cards"])
+
+
+def lookup(profile: str) -> Card:
+    """The card for `profile`: a name ("4090", "RTX 3060", "a100-80gb"), any size ("8gb"), or "auto".
+
+    Raises: UnknownCard, with the nearest names.
+    """
+    text = profile.strip().lower()
+    if text == "auto":
+        return detect()
+    if text == "cpu":
+        return _cpu()
+    size = _SIZE.fullmatch(text)
+    if size:
+        return _of_size(float(size[1]))
+    keys = {_squash(name): name for name in card_names()}
+    wanted = _squash(text)
+    if wanted in keys:
+        return _named(keys[wanted])
+    # "a100" or "v100" name a family: take its smallest member.
+    family = [name for key, name in keys.items() if wanted and re.fullmatch(re.escape(wanted) + r"\d+gb", key)]
+    if family:
+        return _named(min(family, key=lambda name: _table()["cards"][name]["mib"]))
+    near = [keys[key] for key in difflib.get_close_matches(wanted, keys, n=3, cutoff=0.4)]
+    hint = f"did you mean {', '.join(near)}?" if near else f"known: {', '.join(card_names())}."
+    raise UnknownCard(f"unknown card {profile!r}; {hint} A size (24gb) or auto works too.")
+
+
+def detect(index: int = 0) -> Card:
+    """The card in this machine, with what other processes hold now, by NVML; the host itself if there is none."""
+    reading = _read_nvml(index)
+    if reading is None:
+        return _cpu()
+    label, total, others = reading
+    card = _by_label(label, total)
+    return replace(
+        card,
+        label=label,
+        capacity_bytes=total,
+        usable_bytes=_usable(total),
+        used_by_others_bytes=others,
+        host_bytes=available_host_bytes(),
+    )
+
+
+def available_host_bytes() -> int:
+    """Host memory that can be had without swapping, within the container's limit if there is one."""
+    available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    meminfo, limit, used = (
+        Path(path) for path in ("/proc/meminfo", "/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current")
+    )
+    if meminfo.exists():
+        fields = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
+        available = int(fields["MemAvailable"].split()[0]) * 1024
+    if limit.exists() and used.exists() and limit.read_text().strip() != "max":
+        available = min(available, int(limit.read_text()) - int(used.read_text()))
+    return max(0, available)
+
+
+@cache
+def _table() -> dict:
+    return tomllib.loads((Path(__file__).parent / "cards.toml").read_text())
+
+
+def _squash(name: str) -> str:
+    """Spelling that compares: "GeForce RTX 4090" and "4090" and "rtx-4090" are one."""
+    return re.sub(r"geforce|nvidia|tesla|rtx|[^a-z0-9]", "", name.lower())
+
+
+def _usable(capacity_bytes: int) -> int:
+    """What `cudaMemGetInfo` calls total is less than the driver's figure: about 0.3 GiB and 0.3 % (assumed)."""
+    return int(capacity_bytes * 0.997) - int(0.3 * GIB)
+
+
+def _named(name: str) -> Card:
+    row = _table()["cards"][name]
+    kind = _table()["architectures"][row["architecture"]]
+    link = _table()["links"][row["link"]]
+    capacity = row["mib"] * _MIB
+    return Card(
+        name=name,
+        label=row["label"],
+        architecture=row["architecture"],
+        capacity_bytes=capacity,
+        usable_bytes=_usable(capacity),
+        bf16=kind["bf16"],
+        fp16=kind["fp16"],
+        fp8=kind["fp8"],
+        tensor_rate=row["tensor"] * 1e12,
+        fp32_rate=row["fp32"] * 1e12,
+        memory_bandwidth=row["bandwidth"] * 1e9,
+        host_link_nominal=link["nominal"] * 1e9,
+        host_link_bandwidth=link["effective"] * 1e9,
+        matmul_fraction=kind["matmul"],
+        attention_fraction=kind["attention"],
+        memory_fraction=kind["memory"],
+        context_bytes=kind["context_mib"] * _MIB,
+        cublas_workspace_bytes=int(kind["cublas_mib"] * _MIB),
+        source=row["source"],
+    )
+
+
+def _of_size(gib: float) -> Card:
+    if gib <= 0:
+        raise UnknownCard(f"a card of {gib:g} GiB does not exist; try 8gb.")
+    typical = next(name for limit, name in _table()["typical"].items() if gib <= int(limit))
+    model = _named(typical)
+    capacity = int(gib * GIB)
+    return replace(
+        model,
+        name=f"{gib:g}gb",
+        label=f"{gib:g} GB (rates of {model.label})",
+        capacity_bytes=capacity,
+        usable_bytes=_usable(capacity),
+        assumed=model.assumed + ("tensor_rate", "fp32_rate", "memory_bandwidth", "host_link_nominal"),
+    )
+
+
+def _by_label(label: str, total_bytes: int) -> Card:
+    """The listed card that NVML's name means; a card of that size where the name is not listed."""
+    words = [word for word in re.split(r"[^a-z0-9]+", label.lower()) if _squash(word)]
+    runs = {"".join(words[i:j]) for i in range(len(words)) for j in range(i + 1, len(words) + 1)}
+    rows = _table()["cards"]
+    bases = {name: _squash(re.sub(r"-\d+gb$", "", name)) for name in rows}
+    found = [name for name in rows if bases[name] in runs]
+    if not found:
+        return _of_size(round(total_bytes / GIB))
+    # "RTX 4070 Ti SUPER" also contains "4070": the longest name wins, then the nearest size.
+    return _named(min(found, key=lambda name: (-len(bases[name]), abs(rows[name]["mib"] * _MIB - total_bytes))))
+
+
+def _cpu() -> Card:
+    available = available_host_bytes()
+    return Card(
+        name="cpu",
+        label="this machine's CPU",
+        architecture="cpu",
+        capacity_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        usable_bytes=available,
+        bf16=True,
+        fp16=True,
+        fp8=False,
+        tensor_rate=1e11,
+        fp32_rate=1e11,
+        memory_bandwidth=2e10,
+        host_link_nominal=1e10,
+        host_link_bandwidth=1e10,
+        matmul_fraction=0.5,
+        attention_fraction=0.3,
+        memory_fraction=0.5,
+        context_bytes=0,
+        cublas_workspace_bytes=0,
+        source="assumed; plans for a CPU are for trying things out",
+        assumed=_ASSUMED + ("tensor_rate", "fp32_rate", "memory_bandwidth", "host_link_nominal"),
+        host_bytes=available,
+    )
+
+
+def _read_nvml(index: int) -> tuple[str, int, int] | None:
+    """(label, total bytes, bytes held by other processes) of card `index`, or None where there is no driver or card.
+
+    Raises: CardUnreadable, when there is a card but the driver does not answer for it.
+    """
+    try:
+        import pynvml
+    except ImportError:
+        return None
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError:  # no driver, or no library: there is no card to plan for
+        return None
+    try:
+        if index >= pynvml.nvmlDeviceGetCount():
+            return None
+        handle = pynvml.nvmlDeviceGetHandleByIndex(index)
+        label = pynvml.nvmlDeviceGetName(handle)
+        memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
+        processes = pynvml.nvmlDeviceGetComputeRunningProcesses(handle)
+    except pynvml.NVMLError as error:
+        raise CardUnreadable(f"card {index} does not answer ({error}); name it instead, e.g. --profile 4090") from error
+    finally:
+        pynvml.nvmlShutdown()
+    ours = sum(process.usedGpuMemory or 0 for process in processes if process.pid == os.getpid())
+    return label.decode() if isinstance(label, bytes) else label, memory.total, max(0, memory.used - ours)

@@ -1,0 +1,156 @@
+"""The card table and how a profile finds its card."""
+
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+from memory import cards
+from memory.cards import GIB, CardUnreadable, UnknownCard, available_host_bytes, card_names, detect, lookup
+
+
+def test_the_table_is_complete_and_plausible():
+    assert len(card_names()) >= 30
+    for name in card_names():
+        card = lookup(name)
+        assert card.name == name and card.label and card.source
+        assert 5 * GIB < card.available_bytes < card.usable_bytes < card.capacity_bytes < 200 * GIB
+        assert 2e13 < card.tensor_rate < 3e15, name
+        assert 5e12 < card.fp32_rate <= card.tensor_rate / 1.9, name  # tensor cores at least double fp32
+        assert 2e11 < card.memory_bandwidth < 1e13
+        assert 0.5 < card.host_link_bandwidth / card.host_link_nominal < 1
+        assert 0 < card.attention_fraction <= card.matmul_fraction < 1
+        assert card.supports("float32") and card.fp16
+        assert card.bf16 or card.architecture in ("turing", "volta")
+        assert "context_bytes" in card.assumed
+
+
+@pytest.mark.parametrize(
+    "profile, name",
+    [
+        ("4090", "rtx-4090"),
+        ("RTX 4090", "rtx-4090"),
+        ("GeForce RTX 4090", "rtx-4090"),
+        (" rtx-4090 ", "rtx-4090"),
+        ("4090-48gb", "rtx-4090-48gb"),
+        ("A100", "a100-40gb"),
+        ("a100-80gb", "a100-80gb"),
+        ("v100", "v100-16gb"),
+        ("H20", "h20"),
+        ("h200", "h200"),
+        ("6000 ada", "rtx-6000-ada"),
+    ],
+)
+def test_names_are_found_however_they_are_spelt(profile, name):
+    assert lookup(profile).name == name
+
+
+@pytest.mark.parametrize("size, gib", [("2gb", 2), ("24gb", 24), ("24 GB", 24), ("7.5gib", 7.5), ("96g", 96), ("500gb", 500)])
+def test_any_size_is_a_card(size, gib):
+    card = lookup(size)
+    assert card.capacity_bytes == int(gib * GIB)
+    assert 0 < card.available_bytes < card.capacity_bytes
+    assert "tensor_rate" in card.assumed
+
+
+@pytest.mark.parametrize("profile, suggestion", [("4009", "rtx-4090"), ("h2000", "h200"), ("rtx 3060 tj", "rtx-3060ti")])
+def test_unknown_names_suggest_the_nearest(profile, suggestion):
+    with pytest.raises(UnknownCard, match=f"did you mean .*{suggestion}"):
+        lookup(profile)
+
+
+@pytest.mark.parametrize("profile", ["", "zzzzzzzzz", "0gb", "-5gb"])
+def test_nonsense_is_refused(profile):
+    with pytest.raises(UnknownCard):
+        lookup(profile)
+
+
+@pytest.mark.parametrize(
+    "label, mib, name",
+    [
+        ("NVIDIA GeForce RTX 4090", 24564, "rtx-4090"),
+        ("NVIDIA GeForce RTX 4090", 49140, "rtx-4090-48gb"),
+        ("NVIDIA GeForce RTX 4070 Ti SUPER", 16376, "rtx-4070ti-super"),
+        ("NVIDIA GeForce RTX 4060 Ti", 16380, "rtx-4060ti-16gb"),
+        ("NVIDIA A100-SXM4-80GB", 81920, "a100-80gb"),
+        ("NVIDIA A100-SXM4-40GB", 40960, "a100-40gb"),
+        ("NVIDIA A10G", 23028, "a10g"),
+        ("NVIDIA L40S", 46068, "l40s"),
+        ("NVIDIA H100 80GB HBM3", 81559, "h100"),
+        ("NVIDIA H100 PCIe", 81559, "h100-pcie"),
+        ("NVIDIA H20", 97871, "h20"),
+        ("NVIDIA H200", 143771, "h200"),
+        ("Tesla V100-SXM2-32GB", 32768, "v100-32gb"),
+        ("NVIDIA RTX 6000 Ada Generation", 49140, "rtx-6000-ada"),
+        ("NVIDIA RTX PRO 6000 Blackwell Workstation Edition", 97887, "rtx-pro-6000"),
+        ("NVIDIA Something New", 36000, "35gb"),
+    ],
+)
+def test_the_card_in_the_machine_is_recognised(monkeypatch, label, mib, name):
+    monkeypatch.setattr(cards, "_read_nvml", lambda index: (label, mib << 20, 3 * GIB))
+    card = lookup("auto")
+    assert card.name == name
+    assert card.label == label and card.capacity_bytes == mib << 20
+    assert card.used_by_others_bytes == 3 * GIB
+    assert card.available_bytes == card.usable_bytes - card.context_bytes - 3 * GIB
+    assert card.host_bytes > 0
+
+
+def test_without_a_card_auto_is_the_cpu(monkeypatch):
+    monkeypatch.setattr(cards, "_read_nvml", lambda index: None)
+    card = detect()
+    assert card.is_cpu and card.context_bytes == 0
+    assert 0 < card.available_bytes <= card.capacity_bytes
+
+
+class FakeNvml(SimpleNamespace):
+    class NVMLError(Exception):
+        pass
+
+
+def fake_nvml(**overrides):
+    nvml = FakeNvml(
+        nvmlInit=lambda: None,
+        nvmlShutdown=lambda: None,
+        nvmlDeviceGetCount=lambda: 1,
+        nvmlDeviceGetHandleByIndex=lambda index: index,
+        nvmlDeviceGetName=lambda handle: b"NVIDIA H20",
+        nvmlDeviceGetMemoryInfo=lambda handle: SimpleNamespace(total=96 * GIB, used=10 * GIB),
+        nvmlDeviceGetComputeRunningProcesses=lambda handle: [
+            SimpleNamespace(pid=cards.os.getpid(), usedGpuMemory=4 * GIB),
+            SimpleNamespace(pid=-1, usedGpuMemory=None),
+        ],
+    )
+    vars(nvml).update(overrides)
+    return nvml
+
+
+def raising(*args):
+    raise FakeNvml.NVMLError("gone")
+
+
+def test_what_this_process_holds_is_not_counted_against_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pynvml", fake_nvml())
+    card = detect()
+    assert card.name == "h20" and card.used_by_others_bytes == 6 * GIB
+
+
+def test_no_driver_means_no_card(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pynvml", fake_nvml(nvmlInit=raising))
+    assert detect().is_cpu
+
+
+def test_a_card_that_does_not_answer_is_reported(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pynvml", fake_nvml(nvmlDeviceGetMemoryInfo=raising))
+    with pytest.raises(CardUnreadable, match="--profile"):
+        detect()
+
+
+def test_host_memory_is_known():
+    assert 0 < available_host_bytes() < 1 << 50
+
+
+def test_cards_do_not_import_torch():
+    program = "import sys, memory.cards; memory.cards.lookup('4090'); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
