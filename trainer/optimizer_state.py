@@ -1,6 +1,6 @@
 """An optimizer's state as tensors and JSON, and back, bit for bit.
 
-`Optimizer.load_state_dict` casts what it loads to the parameter's dtype and makes new tensors, which would move paged state out of its pages.
+`Optimizer.load_state_dict` casts what it loads to the parameter's dtype and makes new tensors, moving paged state out of its pages.
 Here every tensor is copied, unconverted, into one that the optimizer itself, or its rule, allocated. Hyper-parameters are not part of it:
 they come from the configuration.
 """
@@ -18,8 +18,8 @@ from trainer.errors import CheckpointError
 def export_optimizer(optimizer: Optimizer, parameters: Mapping[str, nn.Parameter]) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The state of every parameter: tensors named PARAMETER.KEY, not copied, and a JSON object with the rest.
 
-    `parameters` names the parameters, all those of the optimizer among them. A parameter that never had a gradient has no state. The object:
-    {"class": str, "parameters": [names in the optimizer's order], "scalars": {name of each parameter that has a state: {key: number}}}.
+    `parameters` names the parameters, all those of the optimizer among them. A parameter that never had a gradient has no state.
+    The object: {"class": str, "parameters": [names in the optimizer's order], "scalars": {name of each that has a state: {key: number}}}.
     """
     tensors: dict[str, Tensor] = {}
     scalars: dict[str, dict[str, Any]] = {}
@@ -98,6 +98,7 @@ def _copy(name: str, state: dict[str, Any], tensors: Mapping[str, Tensor], scala
         target = state[key]
         if not isinstance(target, Tensor) or (target.shape, target.dtype) != (tensor.shape, tensor.dtype):
             here = f"{tuple(target.shape)} {target.dtype}" if isinstance(target, Tensor) else type(target).__name__
-            raise CheckpointError(f"the optimizer state {name}.{key} is {tuple(tensor.shape)} {tensor.dtype} in the checkpoint and {here} here")
+            saved = f"{tuple(tensor.shape)} {tensor.dtype}"
+            raise CheckpointError(f"the optimizer state {name}.{key} is {saved} in the checkpoint and {here} here")
         target.copy_(tensor)
     state |= scalars

@@ -1,0 +1,76 @@
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from trainer.signals import SIGNALS, StopFlag
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_first_signal_sets_the_flag_and_handlers_come_back(number):
+    former = {each: signal.getsignal(each) for each in SIGNALS}
+    num_threads, num_descriptors = threading.active_count(), len(os.listdir("/proc/self/fd"))
+    with StopFlag() as stop:
+        assert not stop and stop.signal_number is None
+        os.kill(os.getpid(), number)
+        assert stop and stop.signal_number == number
+    assert stop  # the loop may ask after leaving
+    assert {each: signal.getsignal(each) for each in SIGNALS} == former
+    assert (threading.active_count(), len(os.listdir("/proc/self/fd"))) == (num_threads, num_descriptors)
+
+
+def test_handlers_come_back_after_an_error():
+    former = signal.getsignal(signal.SIGINT)
+    with pytest.raises(ZeroDivisionError), StopFlag():
+        raise ZeroDivisionError
+    assert signal.getsignal(signal.SIGINT) is former
+    with pytest.raises(KeyboardInterrupt):
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(1)
+
+
+def test_other_signals_do_not_count():
+    seen = []
+    former = signal.signal(signal.SIGUSR1, lambda *_: seen.append(1))
+    try:
+        with StopFlag() as stop:
+            os.kill(os.getpid(), signal.SIGTERM)
+            for _ in range(3):
+                os.kill(os.getpid(), signal.SIGUSR1)
+            time.sleep(0.05)
+            assert stop.signal_number == signal.SIGTERM and len(seen) == 3
+    finally:
+        signal.signal(signal.SIGUSR1, former)
+
+
+IMPORTS = "import hashlib, os, sys\nfrom trainer.signals import StopFlag"
+BUSY_IN = {
+    "python": "while True: sum(range(1000))",
+    "a call that ignores signals": "hashlib.pbkdf2_hmac('sha256', b'', b'', 100_000_000)",  # a minute in C, without the interpreter lock
+    "an fsync loop": "descriptor = os.open(sys.argv[1], os.O_RDWR)\n    while True: os.write(descriptor, b'x'); os.fsync(descriptor)",
+}
+
+
+@pytest.mark.parametrize("numbers", [(signal.SIGINT, signal.SIGINT), (signal.SIGTERM, signal.SIGTERM), (signal.SIGINT, signal.SIGTERM)])
+@pytest.mark.parametrize("work", BUSY_IN)
+def test_second_signal_leaves_within_a_second_whatever_runs(work, numbers, tmp_path):
+    (tmp_path / "file").touch()
+    program = f"{IMPORTS}\nwith StopFlag():\n    print('busy', flush=True)\n    {BUSY_IN[work]}"
+    command = [sys.executable, "-c", program, str(tmp_path / "file")]
+    with subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as child:
+        assert child.stdout.readline() == b"busy\n"
+        child.send_signal(numbers[0])
+        with pytest.raises(subprocess.TimeoutExpired):  # the first one alone ends nothing
+            child.wait(0.2)
+        start = time.monotonic()
+        child.send_signal(numbers[1])
+        assert child.wait(10) == 128 + numbers[1]
+        assert time.monotonic() - start < 1.0
+        assert b"second signal" in child.stderr.read()
