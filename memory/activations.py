@@ -1,0 +1,286 @@
+"""Keep activations in host memory between forward and backward.
+
+Two things a block leaves for backward can wait on the host: its boundaries (the inputs that the block before it
+computed, all that a fully checkpointed block keeps) and, on request, whatever else it keeps. What all blocks share (time
+embedding, rotary tables) and the parameters stay.
+
+Forward: a tensor is copied out while its block computes; its device memory is given up when the next block starts, once
+the compute stream has waited for the copy. Backward: when the first tensor of a block is asked for, those of
+the block before it are sent for, so they arrive while this block recomputes. The last block's stay on the device: backward
+needs them at once. Host memory comes from an arena that is filled in the first step and used again in every later one.
+"""
+
+import functools
+import inspect
+import weakref
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_leaves
+
+from memory.patching import replace_forward, require_modules
+from memory.saving import packing
+from memory.streams import Lane, resolve_device
+
+ALIGNMENT = 256
+MAX_SLAB_BYTES = 2**30
+
+
+class _HostBuffer:
+    """A piece of host memory and the events of the last copy into and out of it."""
+
+    def __init__(self, flat: torch.Tensor, lane: Lane):
+        self.flat = flat
+        self.stored, self.loaded = lane.new_event(), lane.new_event()
+
+
+class _Arena:
+    """Host memory in slabs of a power of two bytes, because pinned allocations are rounded up to one anyway."""
+
+    def __init__(self, lane: Lane, num_blocks: int):
+        self.lane, self.num_blocks = lane, num_blocks
+        self.slabs: list[torch.Tensor] = []
+        self._used = 0
+        self._free: dict[int, list[_HostBuffer]] = {}
+
+    def take(self, num_bytes: int) -> _HostBuffer:
+        num_bytes = -(-num_bytes // ALIGNMENT) * ALIGNMENT
+        if self._free.get(num_bytes):
+            return self._free[num_bytes].pop()
+        if not self.slabs or self._used + num_bytes > self.slabs[-1].numel():
+            # Enough for one such tensor a block, in as few slabs as is decent.
+            wanted = max(num_bytes, min(num_bytes * self.num_blocks, MAX_SLAB_BYTES))
+            pin = self.lane.device.type == "cuda"
+            size = 1 << (wanted - 1).bit_length()
+            self.slabs.append(torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=pin))
+            self._used = 0
+        start, self._used = self._used, self._used + num_bytes
+        return _HostBuffer(self.slabs[-1][start : self._used], self.lane)
+
+    def give_back(self, buffer: _HostBuffer) -> None:
+        self._free.setdefault(buffer.flat.numel(), []).append(buffer)
+
+
+def _is_dense(tensor: torch.Tensor) -> bool:
+    """Whether the tensor covers its stretch of storage without gaps or overlaps, in whatever order of dimensions."""
+    expected = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size != 1:
+            if stride != expected:
+                return False
+            expected *= size
+    return True
+
+
+class _Parked:
+    """One tensor in host memory: on its way there, waiting, or on its way back."""
+
+    def __init__(self, parking: "ActivationOffload", group: "_Group", tensor: torch.Tensor):
+        self.parking, self.group = parking, group
+        self.shape, self.stride, self.dtype = tensor.shape, tensor.stride(), tensor.dtype
+        self.tensor: torch.Tensor | None = tensor
+        self.num_uses = 0
+        self.is_loading = False
+        self.buffer = parking.arena.take(tensor.nbytes)
+        # The buffer may be one that is still being read for an earlier backward.
+        parking.store_lane.copy([(self._host(), tensor)], self.buffer.stored, after=self.buffer.loaded)
+        parking.bytes_stored += tensor.nbytes
+
+    def _host(self) -> torch.Tensor:
+        num_bytes = self.shape.numel() * self.dtype.itemsize
+        host = self.buffer.flat[:num_bytes].view(self.dtype)
+        return host.as_strided(self.shape, self.stride, host.storage_offset())
+
+    def forget_device_copy(self) -> None:
+        """Forward is past this block: after the copy out, the memory is free for the compute stream."""
+        self.parking.store_lane.join(self.buffer.stored)
+        self.tensor = None
+
+    def load(self) -> None:
+        """Send for the tensor. Its memory is the compute stream's, and the lane waits for what used it before."""
+        if self.tensor is None and self.num_uses > 0:
+            self.tensor = torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device=self.parking.device)
+            lane = self.parking.load_lane
+            lane.copy([(self.tensor, self._host())], self.buffer.loaded, after=self.buffer.stored)
+            self.is_loading = True
+            self.parking.bytes_loaded += self.tensor.nbytes
+
+    def unpack(self) -> torch.Tensor:
+        self.num_uses = max(self.num_uses, 1)  # a retained graph may ask once more
+        self.load()
+        self._arrive()
+        self.group.send_for_previous()
+        tensor = self.tensor
+        self.num_uses -= 1
+        if self.num_uses == 0:
+            self.tensor = None  # autograd holds it from here on
+        return tensor
+
+    def _arrive(self) -> None:
+        """Let compute wait for the copies that touch the device tensor, so that its memory can be used again after."""
+        self.parking.store_lane.join(self.buffer.stored)
+        if self.is_loading:
+            self.parking.load_lane.join(self.buffer.loaded)
+            self.is_loading = False
+
+    def __del__(self):
+        # The graph is gone, perhaps without a backward: a load under way must not outlive its memory.
+        if hasattr(self, "buffer"):
+            self._arrive()
+            self.parking.arena.give_back(self.buffer)
+
+
+class _Staying:
+    """A tensor of the last block, which stays on the device; backward comes here first, so the block before is sent for."""
+
+    def __init__(self, group: "_Group", tensor: torch.Tensor):
+        self.group, self.tensor = group, tensor
+
+    def unpack(self) -> torch.Tensor:
+        self.group.send_for_previous()
+        return self.tensor
+
+
+class _Group:
+    """What one call of one block parked."""
+
+    def __init__(self, previous: "_Group | None"):
+        # Weak, so that neither a group nor a tensor outlives the graph that saved it.
+        while previous is not None and not previous.alive():
+            previous = previous._previous()  # a block that parked nothing is not in the way
+        self._previous = weakref.ref(previous) if previous is not None else lambda: None
+        self._parked: list[weakref.ref[_Parked]] = []
+        self._by_tensor: dict[tuple, weakref.ref[_Parked]] = {}
+
+    def park(self, parking: "ActivationOffload", tensor: torch.Tensor) -> _Parked:
+        """`tensor` on its way to the host; the same one if several operators save the same tensor."""
+        source = tensor if _is_dense(tensor) else tensor.contiguous()
+        key = (*_identity(tensor), tensor.stride(), tensor._version)
+        known = self._by_tensor.get(key)
+        # An entry lives as long as its storage is held on the device, so the identity is not of a later tensor.
+        parked = known() if known is not None else None
+        if parked is None:
+            parked = _Parked(parking, self, source)
+            self._parked.append(weakref.ref(parked))
+            if source is tensor:
+                self._by_tensor[key] = self._parked[-1]
+        parked.num_uses += 1
+        return parked
+
+    def forget_device_copies(self) -> None:
+        self._by_tensor.clear()
+        for parked in self.alive():
+            parked.forget_device_copy()
+
+    def alive(self) -> Iterable[_Parked]:
+        return [parked for reference in self._parked if (parked := reference()) is not None]
+
+    def send_for_previous(self) -> None:
+        previous = self._previous()
+        if previous is not None:
+            for parked in previous.alive():
+                parked.load()
+
+
+def _identity(tensor: torch.Tensor) -> tuple:
+    # By storage, not by address: fake tensors of the simulator have no address.
+    return tensor.untyped_storage()._cdata, tensor.storage_offset(), tensor.shape
+
+
+class ActivationOffload:
+    """Handle of `offload_activations`: counters, buffers, undo."""
+
+    def __init__(self, device: torch.device, num_blocks: int):
+        self.device = device
+        self.store_lane, self.load_lane = Lane(device), Lane(device)
+        self.arena = _Arena(self.store_lane, num_blocks)
+        self.bytes_stored = 0
+        """Bytes copied to the host so far."""
+        self.bytes_loaded = 0
+        """Bytes copied back to the device so far."""
+        self._group: _Group | None = None
+        self._undos: list = []
+
+    host_buffers = property(lambda self: list(self.arena.slabs), doc="Slabs of host memory, allocated in the first step.")
+
+    def start_block(self) -> _Group:
+        if self._group is not None:
+            self._group.forget_device_copies()
+        self._group = _Group(self._group)
+        return self._group
+
+    def undo(self) -> None:
+        """Restore every forward. What is parked stays valid until its graph is gone."""
+        while self._undos:
+            self._undos[-1]()
+            self._undos.pop()
+
+
+def offload_activations(
+    blocks: Sequence[nn.Module],
+    *,
+    device: torch.device | str,
+    boundary_names: Sequence[str] = (),
+    boundaries: bool = True,
+    kept: bool = False,
+    min_bytes: int = 2**20,
+) -> ActivationOffload:
+    """Move what `blocks` keep for backward to the host: boundaries, and with `kept` all else of at least `min_bytes`.
+
+    `boundary_names` are the arguments of a block's forward that the block before computed. Apply it after
+    checkpointing. Raises ValueError for no blocks, nothing to move, or names that a block's forward does not have;
+    RuntimeError if applied already.
+    """
+    blocks = require_modules(blocks, "activation offload")
+    if not boundaries and not kept:
+        raise ValueError("activation offload matched nothing: boundaries and kept are both False")
+    if boundaries and not boundary_names:
+        raise ValueError("boundaries go to the host, but boundary_names is empty: name the arguments that blocks pass on")
+    signatures = [inspect.signature(block.forward) for block in blocks]
+    for index, signature in enumerate(signatures):
+        unknown = [name for name in boundary_names if name not in signature.parameters]
+        if unknown:
+            raise ValueError(f"block {index} has no argument {unknown[0]!r}; it has {', '.join(signature.parameters)}")
+
+    handle = ActivationOffload(resolve_device(device), len(blocks))
+    for index, block in enumerate(blocks):
+        pick = functools.partial(_pick, block, signatures[index], tuple(boundary_names), boundaries, kept, min_bytes)
+        wrap = functools.partial(_parking_forward, handle, index == len(blocks) - 1, pick)
+        handle._undos.append(replace_forward(block, "activation offload", wrap))
+    return handle
+
+
+def _parking_forward(handle: ActivationOffload, is_last: bool, pick, inner):
+    def forward(*args, **kwargs):
+        if not torch.is_grad_enabled():
+            return inner(*args, **kwargs)
+        group = handle.start_block()
+        wanted = pick(args, kwargs)
+
+        def packer(tensor):
+            if not wanted(tensor):
+                return None
+            return _Staying(group, tensor) if is_last else group.park(handle, tensor)
+
+        with packing(packer):
+            return inner(*args, **kwargs)
+
+    return forward
+
+
+def _pick(block, signature, boundary_names, boundaries, kept, min_bytes, args, kwargs):
+    """Which of the tensors that one call of one block saves go to the host, as a predicate."""
+    arguments = signature.bind(*args, **kwargs).arguments
+    passed_on = {_identity(arguments[name]) for name in boundary_names if arguments.get(name) is not None}
+    stays = {tensor.untyped_storage()._cdata for tensor in [*block.parameters(), *block.buffers()]}
+    for name, argument in arguments.items():
+        if name not in boundary_names:
+            stays |= {leaf.untyped_storage()._cdata for leaf in tree_leaves(argument) if isinstance(leaf, torch.Tensor)}
+
+    def wanted(tensor: torch.Tensor) -> bool:
+        if _identity(tensor) in passed_on:
+            return boundaries
+        return kept and tensor.nbytes >= min_bytes and tensor.untyped_storage()._cdata not in stays
+
+    return wanted

@@ -1,0 +1,292 @@
+"""Stream frozen blocks from host memory to the device, ahead of use.
+
+Frozen weights never change, so nothing is copied back: a block is one copy from its master (one flat, pinned host
+buffer) into one of a few device slots that are allocated once. While block i computes, the slot that block i - 1
+has left is filled with the block that comes next: i + 1 on the way forward, i - 1 on the way back. Around the turn nothing
+needs loading, since the last blocks forward are the first ones backward.
+
+A parameter points at its master except while its block runs. Then `param.data` is a view of the slot: the Parameter object
+stays the same, and `state_dict` is readable at any time. Trainable parameters and buffers live on the device and never move.
+
+Why a slot cannot be overwritten too early: backward may need a weight long after forward, but it never reads an old slot.
+A checkpointed block fetches its weights again when it recomputes, and what recomputation saved is used before backward
+reaches another block (autograd runs the nodes of later blocks first). A block that is not checkpointed
+saves a reference (block, offset) in place of the weight, and fetches it when backward asks.
+
+On the CPU the same code runs with plain copies: slots are real buffers, different from the masters.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import nn
+
+from memory.patching import replace_forward, require_modules
+from memory.saving import current_region, packing
+from memory.streams import Lane, resolve_device
+
+ALIGNMENT = 256  # bytes; what the caching allocator and cuBLAS' fastest kernels assume of a pointer is less
+
+
+def resident_indices(num_blocks: int, num_resident: int | None) -> frozenset[int]:
+    """Which blocks stay on the device: spread evenly, the last one (where forward turns into backward) among them.
+
+    None means all. Raises ValueError if more are asked for than there are.
+    """
+    if num_resident is None:
+        return frozenset(range(num_blocks))
+    if not 0 <= num_resident <= num_blocks:
+        raise ValueError(f"resident_blocks is {num_resident}, but the model has {num_blocks} blocks (0 to {num_blocks})")
+    return frozenset(num_blocks - 1 - position * num_blocks // num_resident for position in range(num_resident))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Entry:
+    """Where a parameter lies in its block's flat buffer (bytes)."""
+
+    offset: int
+    dtype: torch.dtype
+    shape: torch.Size
+
+    def view(self, flat: torch.Tensor) -> torch.Tensor:
+        num_bytes = self.shape.numel() * self.dtype.itemsize
+        return flat[self.offset : self.offset + num_bytes].view(self.dtype).view(self.shape)
+
+
+def _layout(parameters: Sequence[nn.Parameter]) -> tuple[tuple[_Entry, ...], int]:
+    """The entries of `parameters` in a flat buffer, and the bytes of that buffer."""
+    entries, end = [], 0
+    for parameter in parameters:
+        entries.append(_Entry(end, parameter.dtype, parameter.shape))
+        end += -(-parameter.nbytes // ALIGNMENT) * ALIGNMENT
+    return tuple(entries), end
+
+
+class _Master:
+    """The frozen parameters of one block, in one flat host buffer."""
+
+    def __init__(self, parameters: Sequence[nn.Parameter], pin: bool):
+        self.parameters = list(parameters)
+        self.home = parameters[0].device
+        self.layout, num_bytes = _layout(parameters)
+        self.flat = torch.empty(num_bytes, dtype=torch.uint8, device="cpu", pin_memory=pin)
+        self.views = [entry.view(self.flat) for entry in self.layout]
+        for parameter, view in zip(self.parameters, self.views, strict=True):
+            view.copy_(parameter.data)
+            parameter.data = view  # the old storage is freed here: never two copies of more than one parameter
+
+    def release(self) -> None:
+        for parameter, view in zip(self.parameters, self.views, strict=True):
+            parameter.data = view.to(self.home, copy=True)
+
+
+class _Slot:
+    """A device buffer that holds one block at a time."""
+
+    def __init__(self, num_bytes: int, lane: Lane):
+        self.flat = torch.empty(num_bytes, dtype=torch.uint8, device=lane.device)
+        self.loaded = lane.new_event()
+        self.block: int | None = None
+        self._views: dict[tuple[_Entry, ...], list[torch.Tensor]] = {}
+
+    def views(self, layout: tuple[_Entry, ...]) -> list[torch.Tensor]:
+        # Blocks are alike, so the views are made once.
+        if layout not in self._views:
+            self._views[layout] = [entry.view(self.flat) for entry in layout]
+        return self._views[layout]
+
+
+class _Ring:
+    """The slots, and which block is in which."""
+
+    def __init__(self, masters: dict[int, _Master], num_blocks: int, num_slots: int, device: torch.device):
+        self.masters, self.num_blocks = masters, num_blocks
+        self.lane = Lane(device)
+        size = max((master.flat.numel() for master in masters.values()), default=0)
+        self.slots = [_Slot(size, self.lane) for _ in range(min(num_slots, len(masters)))]
+        self.num_loads = self.num_late_loads = self.bytes_loaded = 0
+
+    def acquire(self, index: int, way: str) -> _Slot | None:
+        """Get block `index` onto the device for the compute stream, and send for the blocks that come next.
+
+        `way` is "forward" (no backward follows), "turn" (forward, backward follows) or "backward".
+        Returns the slot, or None if the block is resident.
+        """
+        wanted = self._next_streamed(index, way)
+        present = {slot.block: slot for slot in self.slots}
+        if index in self.masters and index not in present:
+            self.num_late_loads += 1
+        free = [slot for slot in self.slots if slot.block not in wanted]
+        for block in wanted:
+            if block not in present:
+                # Whatever used this slot was given to the compute stream before now, and the lane waits for that.
+                slot = free.pop()
+                self.lane.copy([(slot.flat[: self.masters[block].flat.numel()], self.masters[block].flat)], slot.loaded)
+                slot.block = block
+                present[block] = slot
+                self.num_loads += 1
+                self.bytes_loaded += self.masters[block].flat.numel()
+        if index not in self.masters:
+            return None
+        self.lane.join(present[index].loaded)
+        return present[index]
+
+    def _next_streamed(self, index: int, way: str) -> list[int]:
+        """The streamed blocks needed soonest from block `index` on, as many as there are slots."""
+        wanted: list[int] = []
+        for block in self._order(index, way):
+            if block in self.masters and block not in wanted:
+                wanted.append(block)
+                if len(wanted) == len(self.slots):
+                    break
+        return wanted
+
+    def _order(self, index: int, way: str) -> Iterator[int]:
+        if way == "backward":
+            yield from range(index, -1, -1)
+            yield from range(self.num_blocks)  # the next pass starts at the front
+        else:
+            yield from range(index, self.num_blocks)
+            yield from range(self.num_blocks - 1, -1, -1) if way == "turn" else range(self.num_blocks)
+
+
+@dataclasses.dataclass(frozen=True)
+class _WeightReference:
+    """What a streamed block that is not checkpointed saves in place of a weight: where to find it again."""
+
+    ring: _Ring
+    block: int
+    dtype: torch.dtype
+    shape: torch.Size
+    stride: tuple[int, ...]
+    offset: int  # elements
+
+    def unpack(self) -> torch.Tensor:
+        slot = self.ring.acquire(self.block, "backward")
+        return slot.flat.view(self.dtype).as_strided(self.shape, self.stride, self.offset)
+
+
+class Offload:
+    """Handle of `offload_blocks`: counters, buffers, undo."""
+
+    def __init__(self, ring: _Ring, undos: list):
+        self._ring, self._undos = ring, undos
+
+    num_loads = property(lambda self: self._ring.num_loads, doc="Blocks copied to the device so far.")
+    num_late_loads = property(
+        lambda self: self._ring.num_late_loads, doc="Loads that were issued only when the block was needed."
+    )
+    bytes_loaded = property(lambda self: self._ring.bytes_loaded, doc="Bytes copied to the device so far.")
+    streamed = property(lambda self: frozenset(self._ring.masters), doc="Indices of the streamed blocks.")
+    host_buffers = property(lambda self: [m.flat for m in self._ring.masters.values()], doc="Masters, one a block.")
+    device_buffers = property(lambda self: [s.flat for s in self._ring.slots], doc="Slots of the ring.")
+
+    def undo(self) -> None:
+        """Restore every forward, and every parameter to the device it came from."""
+        while self._undos:
+            self._undos[-1]()
+            self._undos.pop()
+
+
+def offload_blocks(
+    blocks: Sequence[nn.Module],
+    *,
+    device: torch.device | str,
+    num_resident: int | None = 0,
+    num_buffers: int = 2,
+) -> Offload:
+    """Stream the frozen parameters of `blocks` to `device`, `num_resident` blocks excepted.
+
+    Blocks run in the order given. `num_buffers` slots of one block each are allocated on the device.
+    Masters are built block by block, so the model may be larger than the device. Parameters that are trainable
+    now, buffers and resident blocks move to the device. Checkpointing, if any, goes on top of this.
+    Raises ValueError for no blocks, meta tensors, a parameter that two blocks share, fewer than two buffers,
+    or blocks without frozen parameters; RuntimeError if applied already.
+    """
+    blocks = require_modules(blocks, "block offload")
+    device = resolve_device(device)
+    if num_buffers < 2:
+        raise ValueError(f"num_buffers is {num_buffers}; at least 2, so that one loads while the other computes")
+    resident = resident_indices(len(blocks), num_resident)
+    frozen = [[p for p in block.parameters() if not p.requires_grad] for block in blocks]
+    _check(blocks, frozen, resident)
+
+    undos: list = []
+    masters: dict[int, _Master] = {}
+    pin = device.type == "cuda"
+    for index, block in enumerate(blocks):
+        streamed = [] if index in resident else frozen[index]
+        if streamed:
+            masters[index] = _Master(streamed, pin)
+            undos.append(masters[index].release)
+        undos.append(place(block, device, skip=streamed))
+    ring = _Ring(masters, len(blocks), num_buffers, device)
+    for index, block in enumerate(blocks):
+        undos.append(replace_forward(block, "block offload", functools.partial(_streamed_forward, ring, index)))
+    return Offload(ring, undos)
+
+
+def _check(blocks: list[nn.Module], frozen: list[list[nn.Parameter]], resident: frozenset[int]) -> None:
+    owner: dict[int, int] = {}
+    for index, block in enumerate(blocks):
+        for name, tensor in [*block.named_parameters(), *block.named_buffers()]:
+            if tensor.is_meta:
+                raise ValueError(f"block {index}: {name} is on the meta device; load the weights before offloading")
+        for parameter in frozen[index]:
+            if owner.setdefault(id(parameter), index) != index:
+                raise ValueError(
+                    f"blocks {owner[id(parameter)]} and {index} share a frozen parameter of shape "
+                    f"{tuple(parameter.shape)}; a shared parameter cannot be in two slots at once. Untie it first"
+                )
+        if not frozen[index] and index not in resident:
+            raise ValueError(f"block {index} has no frozen parameters to stream; freeze it with requires_grad_(False)")
+
+
+def place(module: nn.Module, device: torch.device, *, skip: Sequence[nn.Parameter] = ()):
+    """Move parameters and buffers of `module` to `device`, except `skip`; returns the undo function.
+
+    Parameter and buffer objects stay the same, only their data moves.
+    """
+    skipped = {id(parameter) for parameter in skip}
+    moved = []
+    for tensor in [*module.parameters(), *module.buffers()]:
+        if id(tensor) not in skipped and tensor.device != device:
+            moved.append((tensor, tensor.device))
+            tensor.data = tensor.data.to(device)
+
+    def undo() -> None:
+        for tensor, home in moved:
+            tensor.data = tensor.data.to(home)
+
+    return undo
+
+
+def _streamed_forward(ring: _Ring, index: int, inner):
+    def forward(*args, **kwargs):
+        region = current_region()
+        way = "backward" if region == "recompute" else "turn" if torch.is_grad_enabled() else "forward"
+        slot = ring.acquire(index, way)
+        if slot is None:
+            return inner(*args, **kwargs)
+        master = ring.masters[index]
+        for parameter, view in zip(master.parameters, slot.views(master.layout), strict=True):
+            parameter.data = view
+        try:
+            if way == "turn" and region is None:
+                with packing(functools.partial(_refer_to_weight, ring, index, slot)):
+                    return inner(*args, **kwargs)
+            return inner(*args, **kwargs)
+        finally:
+            for parameter, view in zip(master.parameters, master.views, strict=True):
+                parameter.data = view
+
+    return forward
+
+
+def _refer_to_weight(ring: _Ring, index: int, slot: _Slot, tensor: torch.Tensor) -> _WeightReference | None:
+    # Compared by storage, not by address: fake tensors of the simulator have no address.
+    if tensor.untyped_storage()._cdata != slot.flat.untyped_storage()._cdata:
+        return None
+    return _WeightReference(ring, index, tensor.dtype, tensor.shape, tensor.stride(), tensor.storage_offset())

@@ -1,0 +1,64 @@
+"""Replace a module's forward, and take the replacement back.
+
+The replacement is an instance attribute: no wrapper module, so `state_dict` keys, `named_modules` and the
+Parameter objects stay what they were.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import nn
+
+
+def replace_forward(module: nn.Module, strategy: str, wrap: Callable[[Callable], Callable]) -> Callable[[], None]:
+    """Put `wrap(forward)` in the place of `module.forward` and return the function that undoes it.
+
+    Raises RuntimeError if `strategy` is on this module already; the undo function raises it
+    if another strategy was put on top in the meantime and is still there.
+    """
+    inner = module.forward
+    had_own = "forward" in module.__dict__
+    if strategy in applied_strategies(module):
+        raise RuntimeError(f"{strategy} is applied to this {type(module).__name__} already; undo() it first")
+
+    forward = functools.wraps(inner)(wrap(inner))
+    forward.strategy, forward.inner = strategy, inner
+    module.forward = forward
+
+    def undo() -> None:
+        if module.__dict__.get("forward") is not forward:
+            raise RuntimeError(
+                f"{strategy} is not the last strategy applied to this {type(module).__name__} "
+                f"(applied: {applied_strategies(module)}); undo in the reverse order"
+            )
+        if had_own:
+            module.forward = inner
+        else:
+            del module.forward
+
+    return undo
+
+
+def applied_strategies(module: nn.Module) -> list[str]:
+    """The strategies on `module`, the one applied last first."""
+    names = []
+    forward: Any = module.__dict__.get("forward")
+    while forward is not None:
+        if "strategy" in getattr(forward, "__dict__", {}):
+            names.append(forward.strategy)
+        forward = getattr(forward, "inner", None)
+    return names
+
+
+def require_modules(modules: Sequence[nn.Module], strategy: str) -> list[nn.Module]:
+    """`modules` as a list; ValueError if there are none or if one is listed twice."""
+    modules = list(modules)
+    if not modules:
+        raise ValueError(f"{strategy} matched nothing: the sequence of modules is empty")
+    if len({id(module) for module in modules}) != len(modules):
+        raise ValueError(f"{strategy}: a module is listed twice")
+    for module in modules:
+        if strategy in applied_strategies(module):
+            raise RuntimeError(f"{strategy} is applied to this {type(module).__name__} already; undo() it first")
+    return modules

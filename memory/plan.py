@@ -1,0 +1,294 @@
+"""What is done to make a model fit: the plan, and the one order in which it is applied.
+
+This file imports no torch at the top, so that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Literal, get_args
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+Dtype = Literal["native", "float32", "bfloat16", "float16"]
+Where = Literal["device", "host"]
+OptimizerKind = Literal["adamw", "adamw8bit", "paged-adamw8bit"]
+GuidanceMode = Literal["batched", "sequential", "none"]
+Keep = Literal["inputs", "attention", "everything"]
+
+
+class PlanError(ValueError):
+    """A plan that contradicts itself or the model. The message names the field and what would work."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MemoryPlan:
+    """Every setting that trades memory for time. The default is the plain run with all blocks checkpointed."""
+
+    dtype: Dtype = "native"
+    """Storage and computation of the frozen backbone. native: as published (2b float16, 5b bfloat16). Adapters,
+    their gradients and their optimizer state are float32 always."""
+    resident_blocks: int | None = None
+    """Blocks that stay on the device, spread evenly; the others stream from host memory. None: all stay (no offload)."""
+    offload_buffers: int = 2
+    """Device buffers of one block each that streamed blocks pass through. At least 2: one loads while one computes."""
+    checkpoint: str = "all"
+    """Which blocks are recomputed in backward: all, none, every:N (every N-th, from the first), first:K."""
+    num_keep_attention: int = 0
+    """Checkpointed blocks that keep their attention output too, which is then not recomputed."""
+    num_keep_everything: int = 0
+    """Blocks, of those that `checkpoint` names, that keep everything after all: no recomputation. The last ones."""
+    boundaries: Where = "device"
+    """Where the inputs of blocks wait between forward and backward."""
+    kept: Where = "device"
+    """Where all else that blocks keep (attention outputs, everything) waits between forward and backward."""
+    feed_forward_chunks: int = 1
+    """Token chunks of a feed-forward: more chunks, smaller working set."""
+    optimizer: OptimizerKind = "adamw"
+    """adamw: float32 state, 8 bytes a parameter. adamw8bit: 2.03 bytes. paged-adamw8bit: those pageable to the host."""
+    guidance: GuidanceMode = "sequential"
+    """Conditional and unconditional pass of the teacher and of sampling: one batch of two, one after the other, none."""
+    backbone_copies: int = 1
+    """1: one backbone is teacher and student. 2: a copy each, which costs a whole model and gains nothing."""
+    text_encoder_resident: bool = False
+    """Whether the text encoder stays on the device during training, though prompts are encoded before it."""
+
+    def __post_init__(self):
+        for field, choices in _CHOICES.items():
+            if getattr(self, field) not in choices:
+                raise PlanError(f"{field} is {getattr(self, field)!r}; one of {', '.join(map(str, choices))}")
+        for field, least in _AT_LEAST.items():
+            value = getattr(self, field)
+            if field == "resident_blocks" and value is None:
+                continue
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise PlanError(f"{field} is {value!r}; an integer, at least {least}")
+        self._check_checkpointing()
+
+    def _check_checkpointing(self) -> None:
+        pattern, count = parse_checkpoint(self.checkpoint)
+        no_checkpoint = pattern == "none" or (pattern == "first" and count == 0)
+        if no_checkpoint and self.boundaries == "host":
+            raise PlanError(
+                "boundaries is host, but checkpoint names no block: without checkpointing a block keeps "
+                "more than its inputs. Use checkpoint = all, or boundaries = device with kept = host"
+            )
+        for field in ("num_keep_attention", "num_keep_everything"):
+            if no_checkpoint and getattr(self, field):
+                raise PlanError(f"{field} is {getattr(self, field)}, but checkpoint names no block; use checkpoint = all")
+        if self.kept == "host" and (pattern, count) == ("every", 1) and not self.num_keep_attention and not self.num_keep_everything:
+            raise PlanError(
+                "kept is host, but every block keeps its inputs only, which boundaries = host moves. "
+                "Set num_keep_attention or num_keep_everything, or kept = device"
+            )
+
+
+_CHOICES = {
+    "dtype": get_args(Dtype),
+    "boundaries": get_args(Where),
+    "kept": get_args(Where),
+    "optimizer": get_args(OptimizerKind),
+    "guidance": get_args(GuidanceMode),
+    "backbone_copies": (1, 2),
+    "text_encoder_resident": (False, True),
+}
+_AT_LEAST = {
+    "resident_blocks": 0,
+    "offload_buffers": 2,
+    "num_keep_attention": 0,
+    "num_keep_everything": 0,
+    "feed_forward_chunks": 1,
+}
+
+
+def parse_checkpoint(text: str) -> tuple[str, int]:
+    """("all", 1), ("none", 0), ("every", N) or ("first", K). Raises PlanError for anything else."""
+    if text == "all":
+        return "every", 1
+    if text == "none":
+        return "first", 0
+    match = re.fullmatch(r"(every|first):(\d+)", text) if isinstance(text, str) else None
+    if match is None or (match[1] == "every" and int(match[2]) == 0):
+        raise PlanError(f"checkpoint is {text!r}; one of all, none, every:N (N at least 1), first:K (K at least 0)")
+    return match[1], int(match[2])
+
+
+def resolve_keeps(plan: MemoryPlan, num_blocks: int) -> tuple[Keep, ...]:
+    """What each of `num_blocks` blocks keeps for backward, in forward order.
+
+    Blocks that keep more come last: backward reaches them first, and what they kept is gone before
+    the first recomputation needs its working set. Raises PlanError if the counts exceed the model.
+    """
+    pattern, count = parse_checkpoint(plan.checkpoint)
+    if pattern == "first" and count > num_blocks:
+        raise PlanError(f"checkpoint is first:{count}, but the model has {num_blocks} blocks; first:{num_blocks} is all")
+    named = range(0, num_blocks, count) if pattern == "every" else range(count)
+    if plan.num_keep_everything + plan.num_keep_attention > len(named):
+        raise PlanError(
+            f"num_keep_everything {plan.num_keep_everything} + num_keep_attention {plan.num_keep_attention} "
+            f"exceed the {len(named)} of {num_blocks} blocks that checkpoint = {plan.checkpoint} names"
+        )
+    checkpointed = list(named)[: len(named) - plan.num_keep_everything]
+    keeps: list[Keep] = ["everything"] * num_blocks
+    for index in checkpointed:
+        keeps[index] = "inputs"
+    for index in checkpointed[len(checkpointed) - plan.num_keep_attention :]:
+        keeps[index] = "attention"
+    if plan.boundaries == "host" and not checkpointed:
+        raise PlanError(
+            f"boundaries is host, but all {num_blocks} blocks keep everything; lower num_keep_everything, "
+            "or use boundaries = device with kept = host"
+        )
+    if plan.kept == "host" and all(keep == "inputs" for keep in keeps):
+        raise PlanError(
+            "kept is host, but every block keeps its inputs only, which boundaries = host moves. "
+            "Set num_keep_attention or num_keep_everything, or kept = device"
+        )
+    return tuple(keeps)
+
+
+class AppliedPlan:
+    """Handle of `apply_plan`: counters, buffers, undo."""
+
+    def __init__(self, plan: MemoryPlan, keeps: tuple[Keep, ...]):
+        self.plan, self.keeps = plan, keeps
+        self.offload = self.checkpointing = self.activations = None
+        self._undos: list = []
+
+    @property
+    def num_recomputes(self) -> int:
+        """Block recomputations so far."""
+        return sum(self.checkpointing.num_recomputes) if self.checkpointing else 0
+
+    @property
+    def num_loads(self) -> int:
+        """Blocks copied to the device so far."""
+        return self.offload.num_loads if self.offload else 0
+
+    @property
+    def bytes_streamed(self) -> int:
+        """Weight bytes copied to the device so far."""
+        return self.offload.bytes_loaded if self.offload else 0
+
+    @property
+    def bytes_parked(self) -> int:
+        """Activation bytes copied to the host so far; as many come back in backward, the last block's excepted."""
+        return self.activations.bytes_stored if self.activations else 0
+
+    @property
+    def host_buffers(self) -> list[torch.Tensor]:
+        """Flat byte buffers in host memory (pinned on a card): masters, and slabs of activations once a step has run."""
+        return [buffer for part in (self.offload, self.activations) if part for buffer in part.host_buffers]
+
+    @property
+    def device_buffers(self) -> list[torch.Tensor]:
+        """Flat byte buffers on the device that streamed blocks pass through."""
+        return self.offload.device_buffers if self.offload else []
+
+    def require_recomputed(self) -> None:
+        """RuntimeError if checkpointing is silently off; call it after a backward pass."""
+        if self.checkpointing:
+            self.checkpointing.require_recomputed()
+
+    def undo(self) -> None:
+        """Take everything back, in reverse order. A narrowing of the dtype is undone in dtype, not in the lost bits."""
+        while self._undos:
+            self._undos[-1]()
+            self._undos.pop()
+
+
+def apply_plan(
+    model: nn.Module,
+    blocks: Sequence[nn.Module],
+    plan: MemoryPlan,
+    *,
+    device: torch.device | str,
+    boundary_names: Sequence[str] = (),
+    feed_forwards: Sequence[nn.Module] = (),
+) -> AppliedPlan:
+    """Apply `plan` to `model`, whose `blocks` run in the order given, and place it on `device`.
+
+    Trainable parameters must be in place already: they move to the device and stay there. `boundary_names` are the
+    arguments of a block's forward that the block before it computed; `feed_forwards` the modules to run in token chunks.
+    The optimizer, guidance, the number of copies and the text encoder are for the caller.
+    Raises PlanError where plan and model do not go together; RuntimeError if a plan is applied already.
+    After an exception here the model is as it was.
+    """
+    from memory.patching import applied_strategies, require_modules
+
+    blocks = require_modules(blocks, "the memory plan")
+    for module in model.modules():
+        if applied_strategies(module):
+            raise RuntimeError(f"{applied_strategies(module)[0]} is applied to this model already; undo() it first")
+        if getattr(module, "gradient_checkpointing", False):
+            raise PlanError(
+                f"{type(module).__name__}.gradient_checkpointing is on; the plan does the checkpointing. "
+                "Call disable_gradient_checkpointing() first"
+            )
+    applied = AppliedPlan(plan, resolve_keeps(plan, len(blocks)))
+    try:
+        _apply(applied, model, blocks, device, boundary_names, feed_forwards)
+    except BaseException:
+        applied.undo()
+        raise
+    return applied
+
+
+def _apply(applied: AppliedPlan, model, blocks, device, boundary_names, feed_forwards) -> None:
+    """The order. Each later step wraps the earlier ones."""
+    import torch
+
+    from memory.activations import offload_activations
+    from memory.checkpointing import checkpoint_blocks
+    from memory.chunking import chunk_feed_forwards
+    from memory.offload import offload_blocks, place
+    from memory.precision import cast_frozen
+    from memory.streams import resolve_device
+
+    plan, keeps = applied.plan, applied.keeps
+    device = resolve_device(device)
+
+    # 1. Precision, while the weights are still where they were loaded: the masters that streaming builds, and
+    #    what moves to the device, then have their final size.
+    if plan.dtype != "native":
+        applied._undos.append(cast_frozen(model, getattr(torch, plan.dtype)).undo)
+
+    # 2. Feed-forward chunks change what a block computes inside, so everything that runs a block must come around it.
+    if plan.feed_forward_chunks > 1:
+        applied._undos.append(chunk_feed_forwards(feed_forwards, plan.feed_forward_chunks).undo)
+
+    # 3. Block offload before anything else moves to the device, so that a model larger than the device never has to
+    #    be on it; and inside checkpointing, so that a recomputation fetches its weights again.
+    streamed = []
+    if plan.resident_blocks is not None and plan.resident_blocks < len(blocks):
+        applied.offload = offload_blocks(
+            blocks, device=device, num_resident=plan.resident_blocks, num_buffers=plan.offload_buffers
+        )
+        applied._undos.append(applied.offload.undo)
+        streamed = [
+            parameter
+            for index in applied.offload.streamed
+            for parameter in blocks[index].parameters()
+            if not parameter.requires_grad
+        ]
+    applied._undos.append(place(model, device, skip=streamed))
+
+    # 4. Checkpointing around the weights' streaming.
+    if any(keep != "everything" for keep in keeps):
+        applied.checkpointing = checkpoint_blocks(blocks, keeps)
+        applied._undos.append(applied.checkpointing.undo)
+
+    # 5. Activations to the host outermost: they see what checkpointing saves, and nothing of its inside.
+    if "host" in (plan.boundaries, plan.kept):
+        applied.activations = offload_activations(
+            blocks,
+            device=device,
+            boundary_names=boundary_names,
+            boundaries=plan.boundaries == "host",
+            kept=plan.kept == "host",
+        )
+        applied._undos.append(applied.activations.undo)

@@ -1,0 +1,71 @@
+"""What becomes of the tensors that a block saves for backward.
+
+Autograd applies only the innermost pair of `saved_tensors_hooks`. Two strategies want a say in the same block
+(weights in a slot, activations on the host), so they are chained here: the inner one is asked first, and
+what it does not want goes to the one around it.
+"""
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
+
+
+class Packed(Protocol):
+    """Stands in for a saved tensor until backward asks for it."""
+
+    def unpack(self) -> torch.Tensor: ...
+
+
+class _ThreadState(threading.local):
+    # Per thread, because autograd recomputes a CUDA block on a thread of its own.
+    def __init__(self):
+        self.packers: tuple[Callable[[torch.Tensor], Packed | None], ...] = ()
+        self.region: str | None = None
+
+
+_state = _ThreadState()
+
+
+@contextmanager
+def packing(packer: Callable[[torch.Tensor], Packed | None]) -> Iterator[None]:
+    """Within: every tensor saved for backward is offered to `packer`, which returns a stand-in or None."""
+    outer = _state.packers
+    _state.packers = (packer, *outer)
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+            yield
+    finally:
+        _state.packers = outer
+
+
+def pack(tensor: torch.Tensor) -> Any:
+    """The stand-in that the packers in force on this thread give for `tensor`, else `tensor` itself."""
+    for packer in _state.packers:
+        packed = packer(tensor)
+        if packed is not None:
+            return packed
+    return tensor
+
+
+def unpack(packed: Any) -> torch.Tensor:
+    """The tensor behind what `pack` returned."""
+    return packed if isinstance(packed, torch.Tensor) else packed.unpack()
+
+
+@contextmanager
+def checkpoint_region(name: str) -> Iterator[None]:
+    """Mark this thread as inside a checkpointed block: `name` is "forward" or "recompute"."""
+    outer = _state.region
+    _state.region = name
+    try:
+        yield
+    finally:
+        _state.region = outer
+
+
+def current_region() -> str | None:
+    """"forward" or "recompute" inside a checkpointed block, else None."""
+    return _state.region

@@ -1,0 +1,60 @@
+"""Copies beside the computation: a stream and its events on a card, plain copies on the CPU.
+
+The host never waits. The compute stream and a lane wait for each other by events only, and no tensor is handed to
+`record_stream`, which would make the time of a free, and with it the peak, depend on timing.
+"""
+
+from collections.abc import Iterable
+
+import torch
+
+
+def resolve_device(device: torch.device | str) -> torch.device:
+    """`device` with its index filled in, as tensors report it."""
+    device = torch.device(device)
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
+    return device
+
+
+class Lane:
+    """One direction of copies on `device`, ordered among themselves."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._so_far = self.new_event()
+
+    def new_event(self) -> torch.cuda.Event | None:
+        """An event to hand to `copy`; None on the CPU, where a copy is done when `copy` returns."""
+        return torch.cuda.Event() if self.device.type == "cuda" else None
+
+    @torch.no_grad()
+    def copy(
+        self,
+        pairs: Iterable[tuple[torch.Tensor, torch.Tensor]],
+        done: torch.cuda.Event | None,
+        after: torch.cuda.Event | None = None,
+    ) -> None:
+        """Copy each (destination, source), then record `done`.
+
+        The copies start after everything given to the compute stream up to this call (so the destination is free
+        and the source is written) and after the event `after`. Host tensors must be pinned on a card.
+        """
+        if self._stream is None:
+            for destination, source in pairs:
+                destination.copy_(source)
+            return
+        self._so_far.record(torch.cuda.current_stream(self.device))
+        self._stream.wait_event(self._so_far)
+        if after is not None:
+            self._stream.wait_event(after)
+        with torch.cuda.stream(self._stream):
+            for destination, source in pairs:
+                destination.copy_(source, non_blocking=True)
+        done.record(self._stream)
+
+    def join(self, done: torch.cuda.Event | None) -> None:
+        """Let the compute stream, not the host, wait for `done`."""
+        if done is not None:
+            torch.cuda.current_stream(self.device).wait_event(done)

@@ -1,0 +1,140 @@
+"""The real transformer, tiny, with a small adapter a block, and a training step with two teacher and two student passes."""
+
+import copy
+import dataclasses
+
+import pytest
+import torch
+from diffusers import CogVideoXTransformer3DModel
+from torch import nn
+
+BOUNDARY_NAMES = ("hidden_states", "encoder_hidden_states")
+NUM_BLOCKS = 5
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+class Adapter(nn.Module):
+    """h + up(gelu(down(h))), in float32 whatever the dtype of h."""
+
+    def __init__(self, width: int, rank: int):
+        super().__init__()
+        self.down, self.up = nn.Linear(width, rank), nn.Linear(rank, width)
+
+    def forward(self, hidden):
+        return self.up(nn.functional.gelu(self.down(hidden.float()))).to(hidden.dtype)
+
+
+def _add_adapter(attention, args, output):
+    hidden, text = output
+    return hidden + attention.adapter(hidden), text
+
+
+@dataclasses.dataclass
+class Tiny:
+    """A frozen backbone with adapters, and what a step needs."""
+
+    model: nn.Module
+    rotary: tuple | None
+    latents: torch.Tensor
+    embeds: torch.Tensor
+
+    @property
+    def blocks(self):
+        return self.model.transformer_blocks
+
+    @property
+    def feed_forwards(self):
+        return [block.ff for block in self.blocks]
+
+    @property
+    def adapters(self):
+        return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+
+    @property
+    def frozen(self):
+        return {name: tensor for name, tensor in self.model.state_dict().items() if "adapter" not in name}
+
+    def predict(self, latents, timestep, embeds):
+        dtype = self.model.proj_out.weight.dtype
+        rotary = self.rotary and tuple(table.to(latents.device) for table in self.rotary)
+        out = self.model(
+            latents.to(dtype), embeds.to(dtype), timestep, image_rotary_emb=rotary, return_dict=False
+        )
+        return out[0].float()
+
+    def step(self, device="cpu"):
+        """Two teacher passes without gradient, two student passes with forward and backward each; the losses."""
+        latents, embeds = self.latents.to(device), self.embeds.to(device)
+        timestep = torch.tensor([500], device=device)
+        with torch.no_grad():
+            targets = [self.predict(latents, timestep, embeds[i : i + 1]) for i in (0, 1)]
+        losses = []
+        for i, target in enumerate(targets):
+            # Far from the target, so that the gradients stand out from rounding.
+            loss = (self.predict(latents, timestep, embeds[1 - i : 2 - i]) + (i + 2) * target).square().mean()
+            loss.backward()
+            losses.append(loss.detach().clone())
+        return torch.stack(losses).cpu()
+
+    def gradients(self):
+        gradients = [parameter.grad.detach().cpu().clone() for parameter in self.adapters]
+        for parameter in self.adapters:
+            parameter.grad = None
+        return gradients
+
+
+def _make(rotary: bool, num_blocks: int = NUM_BLOCKS) -> Tiny:
+    torch.manual_seed(0)
+    model = CogVideoXTransformer3DModel(
+        num_attention_heads=2, attention_head_dim=16, num_layers=num_blocks, in_channels=4, out_channels=4,
+        time_embed_dim=16, text_embed_dim=16, sample_width=4, sample_height=4, sample_frames=9,
+        max_text_seq_length=6, use_rotary_positional_embeddings=rotary,
+    )  # fmt: skip
+    # The model's own initialisation has all block gates near 0, so that errors inside a block would not show.
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.6 if parameter.dim() > 1 else 0.1)
+    model.requires_grad_(False).eval()
+    for block in model.transformer_blocks:
+        block.attn1.adapter = Adapter(32, 4)
+        block.attn1.register_forward_hook(_add_adapter)
+    tables = None
+    if rotary:
+        angles = torch.randn(3 * 2 * 2, 16)
+        tables = (angles.cos(), angles.sin())
+    return Tiny(model, tables, torch.randn(1, 3, 4, 4, 4), torch.randn(2, 6, 16))
+
+
+_PROTOTYPES: dict = {}
+
+
+def make_tiny(kind: str = "sincos", device: str = "cpu") -> Tiny:
+    """A fresh model of the 2b kind ("sincos") or the 5b kind ("rope"); the same values every time."""
+    if kind not in _PROTOTYPES:
+        _PROTOTYPES[kind] = _make(rotary=kind == "rope")
+    tiny = copy.deepcopy(_PROTOTYPES[kind])
+    tiny.model.to(device)
+    return tiny
+
+
+def require_device(device: str) -> None:
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no CUDA card")
+
+
+def plain_run(kind: str, device: str = "cpu"):
+    """Losses and adapter gradients of one step without any strategy; made once a kind and device."""
+    key = ("plain", kind, device)
+    if key not in _PROTOTYPES:
+        tiny = make_tiny(kind, device)
+        _PROTOTYPES[key] = (tiny.step(device), tiny.gradients())
+    return _PROTOTYPES[key]
+
+
+@pytest.fixture(params=["sincos", "rope"])
+def kind(request):
+    return request.param
+
+
+@pytest.fixture
+def tiny(kind):
+    return make_tiny(kind)
