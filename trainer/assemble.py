@@ -1,0 +1,103 @@
+"""From settings to a model that runs: the frozen transformer in place, a memory plan applied, ready to predict.
+
+Nothing here decides; it only keeps the order: text encoder first and gone, then the transformer.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from memory.plan import AppliedPlan, MemoryPlan, apply_plan
+from trainer.backbones import Predict
+from trainer.backbones.cogvideox import CogVideoX, check_dtype
+from trainer.config import ModelConfig
+from trainer.erasers import Erasers
+from trainer.errors import UsageError
+from trainer.prompts import Embeddings, embed
+
+
+def open_backbone(model: ModelConfig) -> CogVideoX:
+    """Read the model's configuration; no weights yet."""
+    return CogVideoX(model.model, weights=model.weights)
+
+
+def video_size(backbone: CogVideoX, model: ModelConfig) -> tuple[int, int, int]:
+    """(frames, height, width) in pixels: as asked for, or the model's own."""
+    asked = (model.frames, model.height, model.width)
+    return tuple(own if value is None else value for value, own in zip(asked, backbone.default_size()))
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device that `--device` means. Raises UsageError for one that is not there."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as e:
+        raise UsageError(f"--device {name}: not a device; auto, cpu or cuda would work") from e
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UsageError(f"--device {name}: there is no CUDA card here; use --device cpu")
+    return device
+
+
+def resolve_dtype(backbone: CogVideoX, plan: MemoryPlan, *, insist: bool) -> torch.dtype:
+    """The backbone's dtype; fp16 on a bf16-native model is refused unless `insist`."""
+    dtype = backbone.native_dtype if plan.dtype == "native" else getattr(torch, plan.dtype)
+    check_dtype(backbone, dtype, insist=insist)
+    return dtype
+
+
+def embed_prompts(backbone: CogVideoX, model: ModelConfig, plan: MemoryPlan, prompts: Sequence[str]) -> Embeddings:
+    """Embeddings on the host; the text encoder is gone when this returns."""
+    return embed(backbone, prompts, dtype=resolve_dtype(backbone, plan, insist=model.force_dtype),
+                 device=resolve_device(model.device))
+
+
+def named_scheduler(backbone: CogVideoX, name: str) -> Any:
+    """The model's own scheduler, or DDIM or DPM with its configuration."""
+    import diffusers
+
+    own = backbone.scheduler()
+    kinds = {"model": type(own), "ddim": diffusers.CogVideoXDDIMScheduler, "dpm": diffusers.CogVideoXDPMScheduler}
+    return kinds[name].from_config(own.config)
+
+
+@dataclass
+class Assembly:
+    """A transformer in place. As a context manager it undoes the memory plan at the end."""
+
+    transformer: nn.Module
+    blocks: nn.ModuleList
+    predict: Predict
+    applied: AppliedPlan
+    erasers: Erasers | None
+    device: torch.device
+    dtype: torch.dtype
+    latent_shape: tuple[int, int, int, int]
+
+    def __enter__(self) -> "Assembly":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.applied.undo()
+
+
+def assemble(backbone: CogVideoX, model: ModelConfig, plan: MemoryPlan, *, rank: int | None = None,
+             seed: int = 0) -> Assembly:
+    """Load the transformer, put new erasers of `rank` into it (None: none), then apply the plan.
+
+    Erasers come before the plan: what trains must be known before anything frozen is moved.
+    """
+    device = resolve_device(model.device)
+    dtype = resolve_dtype(backbone, plan, insist=model.force_dtype)
+    latent_shape = backbone.latent_shape(*video_size(backbone, model))
+    transformer = backbone.load_transformer(dtype=dtype, device=device if plan.resident_blocks is None else "cpu")
+    blocks = backbone.blocks(transformer)
+    erasers = None if rank is None else Erasers(blocks, rank, seed=seed)
+    applied = apply_plan(transformer, blocks, plan, device=device, feed_forwards=[block.ff for block in blocks],
+                         boundary_names=("hidden_states", "encoder_hidden_states"))
+    return Assembly(transformer, blocks, backbone.predictor(transformer, latent_shape), applied, erasers, device, dtype,
+                    latent_shape)

@@ -1,0 +1,291 @@
+"""CogVideoX 2b, 5b, 1.5-5B and the bundled model, from a diffusers directory, a hub id or a published configuration.
+
+Legend: B batch, F latent frames, C latent channels, H W latent size, L text tokens, D text width, T video frames.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from trainer.backbones import Decode, Predict, published
+from trainer.backbones.weights import assign, randomise
+from trainer.errors import UsageError
+
+BUNDLED = Path(__file__).parent.parent / "shapes" / "pipeline"
+COMPONENTS = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")
+
+
+class CogVideoX:
+    """See `trainer.backbones.Backbone` for what each member means."""
+
+    def __init__(self, model: str, *, weights: str = "stored", seed: int = 0):
+        """`model`: "shapes", a directory in diffusers' layout, a hub id, or, with `weights="random"`, a published name."""
+        self.name, self.weights, self.seed = model, weights, seed
+        self.directory: Path | None = None
+        if weights == "random":
+            if model not in published.TRANSFORMERS:
+                raise UsageError(f"--weights random knows {', '.join(published.TRANSFORMERS)}, not {model!r}")
+            self._config = dict(published.TRANSFORMERS[model])
+            self._vae_config: dict[str, Any] = dict(published.VAES[model])
+            self.native_dtype = getattr(torch, published.NATIVE_DTYPES[model])
+        else:
+            self.directory = _locate(model)
+            self._config = _read_config(self.directory, "transformer")
+            self._vae_config = _read_config(self.directory, "vae")
+            self.native_dtype = _stored_dtype(self.directory / "transformer")
+        with torch.device("meta"):
+            self._meta = self._build_transformer()
+        c = self._meta.config
+        self.num_blocks = c.num_layers
+        self.width = c.num_attention_heads * c.attention_head_dim
+        self.text_length, self.text_width = c.max_text_seq_length, c.text_embed_dim
+        levels = self._vae_config.get("block_out_channels", (128, 256, 256, 512))
+        self.spatial_ratio = 2 ** (len(levels) - 1)
+        self.temporal_ratio = int(self._vae_config.get("temporal_compression_ratio", 4))
+
+    def _build_transformer(self) -> nn.Module:
+        from diffusers import CogVideoXTransformer3DModel
+
+        return CogVideoXTransformer3DModel.from_config(self._config)
+
+    def identity(self) -> dict[str, str]:
+        text = json.dumps({k: v for k, v in sorted(self._meta.config.items()) if not k.startswith("_")}, default=str)
+        return {"name": self.name, "config_hash": hashlib.sha256(text.encode()).hexdigest()[:16]}
+
+    def default_size(self) -> tuple[int, int, int]:
+        if self.name in published.SIZES:
+            return published.SIZES[self.name]
+        c, s = self._meta.config, self.spatial_ratio
+        if c.patch_size_t is not None:  # 1.5 stores the largest grid, not the size that it was trained at
+            return published.SIZES["cogvideox1.5-5b"]
+        return c.sample_frames, c.sample_height * s, c.sample_width * s
+
+    def latent_shape(self, num_frames: int, height: int, width: int) -> tuple[int, int, int, int]:
+        c, r = self._meta.config, self.temporal_ratio
+        if num_frames < 1 or (num_frames - 1) % r:
+            near = max(1, round((num_frames - 1) / r)) * r + 1
+            raise UsageError(f"--frames {num_frames}: this VAE makes {r}k+1 frames; {near} would work")
+        side = self.spatial_ratio * c.patch_size
+        for flag, value in (("height", height), ("width", width)):
+            if value < side or value % side:
+                raise UsageError(f"--{flag} {value}: must be a multiple of {side}; "
+                                 f"{max(1, round(value / side)) * side} would work")
+        num_latent_frames = (num_frames - 1) // r + 1
+        return (num_latent_frames + self.num_padding_frames(num_latent_frames), c.in_channels,
+                height // self.spatial_ratio, width // self.spatial_ratio)
+
+    def num_padding_frames(self, num_latent_frames: int) -> int:
+        """Latent frames that 1.5 adds in front so that its temporal patch divides them; decoding drops them again."""
+        return -num_latent_frames % (self._meta.config.patch_size_t or 1)
+
+    def num_tokens(self, latent_shape: tuple[int, int, int, int]) -> int:
+        """Text and video tokens of one sample: the attention's sequence length."""
+        return self.text_length + torch.Size(self.token_grid(latent_shape)).numel()
+
+    def token_grid(self, latent_shape: tuple[int, int, int, int]) -> tuple[int, int, int]:
+        """Video tokens as (frames, height, width), in the order of the sequence."""
+        c, (f, _, h, w) = self._meta.config, latent_shape
+        return f // (c.patch_size_t or 1), h // c.patch_size, w // c.patch_size
+
+    def load_transformer(self, *, dtype: torch.dtype, device: torch.device | str = "cpu") -> nn.Module:
+        with torch.device("meta"):
+            model = self._build_transformer()
+        if self.directory is None:
+            randomise(model, seed=self.seed, dtype=dtype, device=device)
+        else:
+            assign(model, self.directory / "transformer", dtype=dtype, device=device)
+        if "pos_embedding" in model.patch_embed._non_persistent_buffers_set:  # sin-cos is computed, not stored
+            self._set_positions(model, model.patch_embed.sample_height, model.patch_embed.sample_width,
+                                model.patch_embed.sample_frames, dtype, device)
+        return model
+
+    def _set_positions(self, model: nn.Module, height: int, width: int, frames: int, dtype: torch.dtype,
+                       device: torch.device | str) -> None:
+        embed = model.patch_embed
+        embed.sample_height, embed.sample_width, embed.sample_frames = height, width, frames
+        embed.pos_embedding = embed._get_positional_embeddings(height, width, frames).to(device, dtype)
+
+    def blocks(self, transformer: nn.Module) -> nn.ModuleList:
+        return transformer.transformer_blocks
+
+    def rotary(self, latent_shape: tuple[int, int, int, int], device: torch.device | str
+               ) -> tuple[Tensor, Tensor] | None:
+        """cos and sin (video tokens, head dim), or None for sin-cos models. Same grids as CogVideoXPipeline."""
+        from diffusers.models.embeddings import get_3d_rotary_pos_embed
+        from diffusers.pipelines.cogvideo.pipeline_cogvideox import get_resize_crop_region_for_grid
+
+        c = self._meta.config
+        if not c.use_rotary_positional_embeddings:
+            return None
+        frames, height, width = self.token_grid(latent_shape)
+        base = c.sample_height // c.patch_size, c.sample_width // c.patch_size
+        if c.patch_size_t is None:
+            grid = dict(crops_coords=get_resize_crop_region_for_grid((height, width), base[1], base[0]))
+        else:
+            grid = dict(crops_coords=None, grid_type="slice", max_size=base)
+        return get_3d_rotary_pos_embed(embed_dim=c.attention_head_dim, grid_size=(height, width),
+                                       temporal_size=frames, device=device, **grid)
+
+    def predictor(self, transformer: nn.Module, latent_shape: tuple[int, int, int, int]) -> Predict:
+        weight = transformer.proj_out.weight
+        rotary = self.rotary(latent_shape, weight.device)
+        frames, _, height, width = latent_shape
+        if rotary is None:  # otherwise diffusers recomputes the table in every forward at another size
+            self._set_positions(transformer, height, width, (frames - 1) * self.temporal_ratio + 1,
+                                weight.dtype, weight.device)
+        ofs = {} if transformer.ofs_embedding is None else {"ofs": torch.full((1,), 2.0, device=weight.device)}
+
+        def predict(latents: Tensor, timestep: Tensor, text: Tensor) -> Tensor:
+            return transformer(hidden_states=latents.to(weight.dtype), encoder_hidden_states=text.to(weight.dtype),
+                               timestep=timestep, image_rotary_emb=rotary, return_dict=False, **ofs)[0]
+
+        return predict
+
+    def scheduler(self) -> Any:
+        import diffusers
+
+        if self.directory is None:
+            kind, config = published.SCHEDULERS[self.name]
+            return getattr(diffusers, kind)(**config)
+        kind = json.loads((self.directory / "model_index.json").read_text())["scheduler"][1]
+        return getattr(diffusers, kind).from_pretrained(self.directory / "scheduler")
+
+    def tokenizer(self) -> Any:
+        from transformers import T5TokenizerFast
+
+        return None if self.directory is None else T5TokenizerFast.from_pretrained(self.directory / "tokenizer")
+
+    def token_ids(self, tokenizer: Any, prompts: list[str]) -> Tensor:
+        """Padded token ids (B, L), as CogVideoXPipeline makes them."""
+        return tokenizer(prompts, padding="max_length", max_length=self.text_length, truncation=True,
+                         return_tensors="pt").input_ids
+
+    def encode_prompts(self, prompts: list[str], *, dtype: torch.dtype, device: torch.device | str = "cpu",
+                       batch_size: int = 16) -> Tensor:
+        if self.directory is None:
+            return torch.stack([_random_text(p, self.text_length, self.text_width, dtype) for p in prompts])
+        tokenizer, encoder = self.tokenizer(), self.load_text_encoder(dtype=dtype, device=device)
+        parts = []
+        with torch.no_grad():
+            for start in range(0, len(prompts), batch_size):
+                ids = self.token_ids(tokenizer, prompts[start:start + batch_size])
+                parts.append(encoder(ids.to(device))[0].to("cpu", dtype))  # (B, L, D)
+        return torch.cat(parts)
+
+    def text_encoder_fingerprint(self) -> str | None:
+        """Identifies the stored text encoder and tokenizer by content; None for random weights."""
+        if self.directory is None:
+            return None
+        digest = hashlib.sha256()
+        for part in ("text_encoder", "tokenizer"):
+            for file in sorted((self.directory / part).iterdir()):
+                size = file.stat().st_size
+                digest.update(f"{file.name} {size}\0".encode())
+                with file.open("rb") as f:  # 64 samples: gigabytes of weights are told apart without reading them all
+                    for i in range(min(64, -(-size // 65536))):
+                        f.seek(max(0, size - 65536) * i // 63)
+                        digest.update(f.read(65536))
+        return digest.hexdigest()
+
+    def load_text_encoder(self, *, dtype: torch.dtype, device: torch.device | str = "cpu") -> nn.Module:
+        """The frozen T5 encoder."""
+        from transformers import T5Config, T5EncoderModel
+
+        if self.directory is None:
+            config = T5Config(**published.T5_XXL)
+        else:
+            config = T5Config.from_pretrained(self.directory / "text_encoder")
+        with torch.device("meta"):
+            model = T5EncoderModel(config)
+        if self.directory is None:
+            return randomise(model, seed=self.seed, dtype=dtype, device=device)
+        return assign(model, self.directory / "text_encoder", dtype=dtype, device=device)
+
+    def load_vae(self, *, dtype: torch.dtype, device: torch.device | str = "cpu") -> nn.Module:
+        """The frozen autoencoder."""
+        from diffusers import AutoencoderKLCogVideoX
+
+        with torch.device("meta"):
+            model = AutoencoderKLCogVideoX.from_config(self._vae_config)
+        if self.directory is None:
+            return randomise(model, seed=self.seed, dtype=dtype, device=device)
+        return assign(model, self.directory / "vae", dtype=dtype, device=device)
+
+    def decoder(self, num_frames: int, *, dtype: torch.dtype, device: torch.device | str = "cpu",
+                tiling: bool = False) -> Decode:
+        vae = self.load_vae(dtype=dtype, device=device)
+        if tiling:
+            vae.enable_tiling()
+            vae.enable_slicing()
+        scale = 1 / vae.config.scaling_factor
+        num_latent_frames = (num_frames - 1) // self.temporal_ratio + 1
+
+        @torch.no_grad()
+        def decode(latents: Tensor) -> Tensor:
+            latents = latents[:, -num_latent_frames:].transpose(1, 2) * scale  # (B, C, F, H, W), without padding
+            frames = vae.decode(latents.to(device, dtype)).sample  # (B, 3, T, H, W)
+            return (frames.float() / 2 + 0.5).clamp(0, 1).cpu()
+
+        return decode
+
+
+def _locate(model: str) -> Path:
+    """The local directory of a model; hub ids are downloaded (safetensors and configurations only)."""
+    if model == "shapes":
+        return BUNDLED
+    directory = Path(model).expanduser()
+    if not directory.exists() and model.count("/") == 1 and not model.startswith((".", "/", "~")):
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+        try:
+            return Path(snapshot_download(model, allow_patterns=["*.json", "*.safetensors", "*.model"]))
+        except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as e:
+            raise UsageError(f"--model {model}: no such directory, and the hub did not give it ({type(e).__name__}); "
+                             "name a local directory in diffusers' layout, or shapes") from e
+    missing = [c for c in COMPONENTS if not (directory / c).is_dir()]
+    if not (directory / "model_index.json").is_file() or missing:
+        what = f"lacks {missing[0]}/" if directory.is_dir() and missing else "is not there"
+        if directory.is_dir() and not missing:
+            what = "lacks model_index.json"
+        raise UsageError(f"--model {model}: {what}; name a directory in diffusers' layout "
+                         f"({', '.join(COMPONENTS)}), a hub id, or shapes")
+    return directory
+
+
+def _read_config(directory: Path, component: str) -> dict[str, Any]:
+    try:
+        config = json.loads((directory / component / "config.json").read_text())
+    except (OSError, ValueError) as e:
+        raise UsageError(f"{directory / component / 'config.json'} cannot be read: {e}") from e
+    return {k: v for k, v in config.items() if not k.startswith("_")}
+
+
+def _stored_dtype(directory: Path) -> torch.dtype:
+    """The dtype that the weights are stored in: the model's native one."""
+    from safetensors import safe_open
+
+    from trainer.backbones.weights import shards
+
+    name, file = next(iter(shards(directory).items()))
+    with safe_open(file, framework="pt") as f:
+        stored = f.get_slice(name).get_dtype()
+    return {"F16": torch.float16, "BF16": torch.bfloat16}.get(stored, torch.float32)
+
+
+def _random_text(prompt: str, length: int, width: int, dtype: torch.dtype) -> Tensor:
+    """A stand-in embedding that depends on the prompt alone."""
+    seed = int.from_bytes(hashlib.sha256(prompt.encode()).digest()[:7], "big")
+    return torch.randn(length, width, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def check_dtype(backbone: CogVideoX, requested: torch.dtype, *, insist: bool = False) -> None:
+    """Refuse fp16 on a bf16-native model: its activations exceed 65504 and the output is NaN."""
+    if requested == torch.float16 and backbone.native_dtype == torch.bfloat16 and not insist:
+        raise UsageError(f"--dtype float16: {backbone.name} is bf16-native, in fp16 its activations overflow to NaN; "
+                         "use --dtype bfloat16, or --force-dtype to insist")
+

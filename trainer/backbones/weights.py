@@ -1,0 +1,98 @@
+"""Weights from safetensors shards straight into place: construction on meta, one tensor at a time, no second copy."""
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from trainer.errors import CheckpointError
+
+
+def shards(directory: Path) -> dict[str, Path]:
+    """Tensor name -> file that holds it, for a diffusers or transformers component directory.
+
+    A sharded index (`*.safetensors.index.json`) is honoured; otherwise the one `*.safetensors` file is read.
+    """
+    indices = sorted(directory.glob("*.safetensors.index.json"))
+    if indices:
+        weight_map = json.loads(indices[0].read_text())["weight_map"]
+        missing = sorted({f for f in weight_map.values() if not (directory / f).is_file()})
+        if missing:
+            raise CheckpointError(f"{directory}: the index names {missing[0]}, which is not there; copy the model again")
+        return {name: directory / file for name, file in weight_map.items()}
+    files = sorted(directory.glob("*.safetensors"))
+    if len(files) != 1:
+        raise CheckpointError(f"{directory}: expected one .safetensors file or an index, found {len(files)}")
+    try:
+        with safe_open(files[0], framework="pt") as f:
+            return dict.fromkeys(f.keys(), files[0])
+    except SafetensorError as e:
+        raise CheckpointError(f"{files[0]} cannot be read ({e}); copy the model again") from e
+
+
+def assign(model: nn.Module, directory: Path, *, dtype: torch.dtype, device: torch.device | str = "cpu") -> nn.Module:
+    """Give a model built on meta its weights, frozen, in `dtype` (floating tensors only) on `device`.
+
+    Peak memory beyond the model: one tensor in its stored dtype. Raises CheckpointError where a weight is
+    missing, superfluous or of another shape.
+    """
+    expected = {**dict(model.named_parameters(remove_duplicate=False)), **_persistent_buffers(model)}
+    where = shards(directory)
+    surplus = sorted(where.keys() - expected.keys())
+    if surplus:
+        raise CheckpointError(f"{directory} holds {surplus[0]}, which {type(model).__name__} does not have")
+    files: dict[Path, list[str]] = {}
+    for name, file in where.items():
+        files.setdefault(file, []).append(name)
+    for file, names in files.items():
+        try:
+            with safe_open(file, framework="pt") as f:
+                for name in names:
+                    _place(model, name, f.get_tensor(name), expected[name], dtype, device)
+        except SafetensorError as e:
+            raise CheckpointError(f"{file} cannot be read ({e}); copy the model again") from e
+    if hasattr(model, "tie_weights"):
+        model.tie_weights()
+    unset = [n for n, t in {**dict(model.named_parameters()), **_persistent_buffers(model)}.items() if t.is_meta]
+    if unset:
+        raise CheckpointError(f"{directory} lacks {unset[0]} of {type(model).__name__}")
+    return model.requires_grad_(False).eval()
+
+
+def _persistent_buffers(model: nn.Module) -> dict[str, torch.Tensor]:
+    persistent = model.state_dict(keep_vars=True).keys()
+    return {name: buffer for name, buffer in model.named_buffers() if name in persistent}
+
+
+def _place(model: nn.Module, name: str, tensor: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype,
+           device: torch.device | str) -> None:
+    if tensor.shape != expected.shape:
+        raise CheckpointError(f"{name} has shape {tuple(tensor.shape)}, the configuration says {tuple(expected.shape)}")
+    tensor = tensor.to(device, dtype if tensor.is_floating_point() else None)
+    path, _, leaf = name.rpartition(".")
+    module = model.get_submodule(path)
+    if leaf in module._parameters:
+        module._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
+    else:
+        module._buffers[leaf] = tensor
+
+
+@torch.no_grad()
+def randomise(model: nn.Module, *, seed: int, dtype: torch.dtype, device: torch.device | str = "cpu") -> nn.Module:
+    """Give a model built on meta random weights: N(0, 0.02) matrices, unit norm gains, zero biases, frozen."""
+    generator = torch.Generator(device).manual_seed(seed)
+    for module in model.modules():
+        for leaf, parameter in list(module._parameters.items()):
+            if parameter is None:
+                continue
+            tensor = torch.empty(parameter.shape, dtype=dtype, device=device)
+            if parameter.ndim > 1:
+                tensor.normal_(0, 0.02, generator=generator)
+            else:
+                tensor.fill_(1.0 if leaf == "weight" else 0.0)
+            module._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
+    if hasattr(model, "tie_weights"):
+        model.tie_weights()
+    return model.requires_grad_(False).eval()

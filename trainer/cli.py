@@ -1,0 +1,137 @@
+"""The command line: commands, and how settings are put together. Heavy imports wait until a command runs."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+from trainer import config as settings
+from trainer.config import EvaluateConfig, GenerateConfig, TrainConfig
+from trainer.errors import UsageError
+
+_FLAT = (tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainCommand:
+    """Train concept erasers on a frozen text-to-video transformer.
+
+    Settings: defaults < profile < TOML file < flags. Other commands: generate, evaluate, export; each has a --help.
+    """
+
+    profile: str = "auto"
+    """The card to fit: a name (4090), a size (24gb), or auto for the card that is present, or the CPU."""
+    config: Path | None = None
+    """A TOML file with settings: sections model, data, loss, optim, output, memory."""
+    resume: Path | None = None
+    """Go on with the run in this directory, with its settings."""
+    settings: TrainConfig = field(default_factory=TrainConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportCommand:
+    """Write an eraser in the released layout: eraser_weights.pt + eraser_config.json."""
+
+    eraser: Path
+    """A run directory or an eraser file."""
+    out: Path
+    """The directory to write into."""
+
+
+def main(argv: Sequence[str]) -> None:
+    """Run one command line; raises what goes wrong."""
+    commands: dict[str, Callable[[Sequence[str]], None]] = {
+        "train": _train, "generate": _generate, "evaluate": _evaluate, "export": _export}
+    if argv and not argv[0].startswith("-"):
+        if argv[0] not in commands:
+            raise UsageError(f"there is no command {argv[0]!r}; {', '.join(commands)} are (without one, run.py trains)")
+        commands[argv[0]](argv[1:])
+    else:
+        _train(argv)
+
+
+def _parse(kind: type, argv: Sequence[str], command: str, default: Any = None) -> Any:
+    return tyro.cli(kind, args=list(argv), prog=f"run.py {command}".strip(), default=default, config=_FLAT)
+
+
+def _early(argv: Sequence[str], flag: str) -> str | None:
+    """The value of a flag that other defaults depend on, before everything is parsed."""
+    for i, word in enumerate(argv):
+        if word == flag and i + 1 < len(argv):
+            return argv[i + 1]
+        if word.startswith(flag + "="):
+            return word.split("=", 1)[1]
+    return None
+
+
+def resolve(argv: Sequence[str]) -> tuple[TrainConfig, dict[str, str], Path | None]:
+    """Settings of a training command, where each came from, and the run to resume."""
+    resume, toml = _early(argv, "--resume"), _early(argv, "--config")
+    layers: list[tuple[str, dict[str, Any]]] = []
+    if resume:
+        from trainer.run_directory import read_config
+
+        layers.append((f"run {resume}", settings.leaves(read_config(Path(resume))[0])))
+    else:
+        file = settings.read_toml(Path(toml)) if toml else {}
+        model = _early(argv, "--model") or file.get("model.model", "shapes")
+        if model == "shapes":
+            layers.append(("bundled model", settings.SHAPES))
+        if toml:
+            layers.append((f"file {toml}", file))
+    base, origins = TrainConfig(), dict.fromkeys(settings.leaves(TrainConfig()), "default")
+    for origin, values in layers:
+        base = settings.replaced(base, values)
+        origins |= dict.fromkeys(values, origin)
+    command = _parse(TrainCommand, argv, "", TrainCommand(settings=base))
+    final = command.settings
+    given = {word[2:].split("=", 1)[0].removeprefix("no-").replace("-", "_") for word in argv if word.startswith("--")}
+    origins |= {path: "flag" for path in origins if path.split(".")[1] in given}
+    return final, origins, command.resume
+
+
+def _train(argv: Sequence[str]) -> None:
+    config, origins, resume = resolve(argv)
+    from trainer.loop import train
+
+    run_dir = train(config, origins, resume=resume)
+    if config.model.model == "shapes" and config.output.evaluate:
+        _measure(EvaluateConfig(run=run_dir, model=config.model, memory=config.memory))
+    print(f"eraser: {run_dir / 'eraser.safetensors'}")
+    print(f"run: {run_dir}")
+
+
+def _measure(config: EvaluateConfig) -> None:
+    from trainer.evaluate import EVALUATION, evaluate, print_table
+
+    print_table(evaluate(config))
+    directory = config.run if config.run.is_dir() else config.run.parent
+    print(f"evaluation: {directory / EVALUATION}\npictures: {directory / 'before-after.png'}")
+
+
+def _evaluate(argv: Sequence[str]) -> None:
+    _measure(_parse(EvaluateConfig, _positional(argv, "--run"), "evaluate"))
+
+
+def _generate(argv: Sequence[str]) -> None:
+    config = _parse(GenerateConfig, argv, "generate")
+    from trainer.generate import generate
+
+    for path in generate(config):
+        print(path)
+
+
+def _export(argv: Sequence[str]) -> None:
+    command = _parse(ExportCommand, _positional(argv, "--eraser"), "export")
+    from trainer.eraser_files import load_eraser, save_released
+
+    eraser = load_eraser(command.eraser)
+    save_released(command.out, eraser.state, eraser.rank)
+    print(command.out)
+
+
+def _positional(argv: Sequence[str], flag: str) -> list[str]:
+    """`evaluate RUN` is `evaluate --run RUN`."""
+    return [flag, *argv] if argv and not argv[0].startswith("-") else list(argv)

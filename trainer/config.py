@@ -1,0 +1,308 @@
+"""The training run's settings: defaults < profile < TOML file < flags, with the origin of each value.
+
+Imports no torch, so that `--help` answers at once.
+"""
+
+import dataclasses
+import difflib
+import json
+import tomllib
+from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from memory.plan import MemoryPlan
+from trainer.errors import UsageError
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    model: str = "shapes"
+    """The frozen model: shapes (bundled), a directory in diffusers' layout, a hub id, or, with --weights random,
+    cogvideox-2b, cogvideox-5b or cogvideox1.5-5b."""
+    weights: Literal["stored", "random"] = "stored"
+    """random: the published configuration without any download, for planning and benchmarks."""
+    frames: int | None = None
+    """Video frames; the model's own by default."""
+    height: int | None = None
+    """Video height in pixels; the model's own by default."""
+    width: int | None = None
+    """Video width in pixels; the model's own by default."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1 …; auto takes the card if there is one."""
+    force_dtype: bool = False
+    """Insist on a dtype that the model is known not to survive."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    concept: str = "red"
+    """The concept to erase: one or more words, as they stand in the prompts."""
+    prompts: Path | None = None
+    """Prompts that show the concept: a text file, one a line, or a CSV with a `prompt` column and optionally a
+    `safe` column (the same prompt without the concept). Without it, prompts are made from the concept."""
+    preserve: tuple[str, ...] = ()
+    """Related concepts to keep, as prompts or words."""
+    preserve_file: Path | None = None
+    """The same from a text file, one a line."""
+    latents: Literal["trajectory", "noise"] = "trajectory"
+    """Where x_t comes from: the teacher's sampling trajectory, or random noise at a random timestep."""
+    trajectory_steps: int = 20
+    """Denoising steps of one trajectory."""
+    trajectory_guidance: float = 1.0
+    """Guidance scale with which trajectories advance; 1 is without guidance."""
+    batch_size: int = 1
+    """Samples a student pass."""
+    pool: int = 0
+    """Cache the teacher's outputs of this many steps on the host and cycle through them; 0 is without."""
+
+    def __post_init__(self):
+        if not self.concept.strip():
+            raise UsageError("--concept is empty; name what to erase, e.g. --concept red")
+        _at_least("trajectory-steps", self.trajectory_steps, 1)
+        _at_least("batch-size", self.batch_size, 1)
+        _at_least("pool", self.pool, 0)
+        if self.latents == "trajectory" and self.pool % self.trajectory_steps:
+            raise UsageError(f"--pool {self.pool}: with trajectory latents, a multiple of --trajectory-steps "
+                             f"({self.trajectory_steps})")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossConfig:
+    eta: float = 5.0
+    """η: how far the target is pushed past the anchor, away from the concept."""
+    anchor: Literal["safe", "empty"] = "safe"
+    """The prediction that η pushes from: that of the safe prompt (where there is one), or of the empty prompt."""
+    alpha: float = 1.0
+    """α: weight of the localisation loss; 0 trains without."""
+    beta: float = 1.0
+    """β: weight of the preservation loss; 0 trains without."""
+    mask_threshold: float = 0.5
+    """Where the concept is: attention maps, normalised over the clip, above this value."""
+    mask_blocks: tuple[int, ...] = ()
+    """Blocks whose attention makes the mask; empty takes all."""
+
+    def __post_init__(self):
+        for name in ("eta", "alpha", "beta"):
+            _at_least(name, getattr(self, name), 0)
+        if not 0 <= self.mask_threshold <= 1:
+            raise UsageError(f"--mask-threshold {self.mask_threshold}: between 0 and 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    rank: int = 128
+    """Inner width of each eraser."""
+    steps: int = 1000
+    """Optimizer steps."""
+    accumulation: int = 1
+    """Student passes an optimizer step."""
+    lr: float = 1e-4
+    """Learning rate after warm-up."""
+    warmup: int = 10
+    """Steps over which the learning rate rises from zero."""
+    schedule: Literal["constant", "cosine"] = "constant"
+    """Learning rate after warm-up: constant, or a cosine to zero at the last step."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay."""
+    clip: float = 1.0
+    """Largest gradient norm; 0 is without."""
+    seed: int = 0
+    """Seed of weights, noise, timesteps and prompt order."""
+
+    def __post_init__(self):
+        _at_least("rank", self.rank, 1)
+        _at_least("steps", self.steps, 1)
+        _at_least("accumulation", self.accumulation, 1)
+        _at_least("warmup", self.warmup, 0)
+        _at_least("clip", self.clip, 0)
+        if not self.lr > 0:
+            raise UsageError(f"--lr {self.lr}: must be above 0; 1e-4 is the published choice")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutputConfig:
+    out: Path | None = None
+    """Run directory; runs/<concept>-<number> by default."""
+    save_every: int = 100
+    """Steps between checkpoints."""
+    sample_every: int = 0
+    """Steps between samples of fixed prompts; 0 samples at the end only."""
+    sample_prompts: tuple[str, ...] = ()
+    """What to sample; by default two prompts with the concept and two preserved ones."""
+    sample_steps: int = 20
+    """Denoising steps of a sample."""
+    guidance_scale: float = 1.0
+    """Guidance scale of samples; 1 is without guidance."""
+    evaluate: bool = True
+    """On the bundled model, measure the erasure when training is done."""
+
+    def __post_init__(self):
+        _at_least("save-every", self.save_every, 1)
+        _at_least("sample-every", self.sample_every, 0)
+        _at_least("sample-steps", self.sample_steps, 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Train concept erasers on a frozen text-to-video transformer."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    output: OutputConfig = field(default_factory=OutputConfig)
+    memory: MemoryPlan = field(default_factory=MemoryPlan)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateConfig:
+    """Generate videos, with an eraser or without."""
+
+    prompt: tuple[str, ...]
+    """What to show; several prompts make several videos."""
+    out: Path = Path("out.mp4")
+    """An .mp4 (or .png for a contact sheet); several prompts are numbered."""
+    eraser: Path | None = None
+    """A run directory or an eraser file; its base model is used unless --model says otherwise."""
+    no_eraser: bool = False
+    """Leave the eraser out: the frozen model alone."""
+    compare: bool = False
+    """Also write a before/after contact sheet beside OUT."""
+    seed: int = 0
+    """Seed of the noise; prompt i uses seed + i."""
+    num_steps: int = 50
+    """Denoising steps."""
+    guidance_scale: float = 6.0
+    """Guidance scale; 1 is without guidance."""
+    scheduler: Literal["model", "ddim", "dpm"] = "model"
+    """The model's own sampler, or one by name."""
+    fps: int = 8
+    """Frames a second of the written video."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    memory: MemoryPlan = field(default_factory=MemoryPlan)
+
+    def __post_init__(self):
+        if not self.prompt:
+            raise UsageError("--prompt is missing; say what to generate, e.g. --prompt 'a red circle moving left'")
+        if self.out.suffix not in (".mp4", ".png"):
+            raise UsageError(f"--out {self.out}: ends in .mp4 or .png")
+        if self.num_steps < 1:
+            raise UsageError(f"--num-steps {self.num_steps}: must be 1 or more")
+        if self.eraser is None and not self.no_eraser:
+            raise UsageError("--eraser is missing; name a run directory, or say --no-eraser")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig:
+    """Measure an erasure on the bundled model: is the concept gone, and is the rest still there?"""
+
+    run: Path
+    """A run directory or an eraser file."""
+    concept: str | None = None
+    """What was erased; a run knows."""
+    num_videos: int = 64
+    """Videos a row of the table, at least."""
+    num_steps: int = 16
+    """Denoising steps."""
+    guidance_scale: float = 1.0
+    """Guidance scale; 1 is without guidance."""
+    seed: int = 1000
+    """First seed; every video has its own, the same before and after."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    memory: MemoryPlan = field(default_factory=MemoryPlan)
+
+    def __post_init__(self):
+        _at_least("num-videos", self.num_videos, 1)
+        _at_least("num-steps", self.num_steps, 1)
+
+
+def _at_least(flag: str, value: float, least: float) -> None:
+    if not value >= least:
+        raise UsageError(f"--{flag} {value}: must be {least} or more")
+
+
+# What suits the bundled model better than the published defaults, which are those of the 2b and the 5b.
+SHAPES = {
+    "data.batch_size": 8,
+    "data.trajectory_steps": 16,
+    "optim.rank": 32,
+    "optim.steps": 160,
+    "optim.lr": 1e-3,
+    "optim.schedule": "cosine",
+    "output.sample_steps": 16,
+}
+
+
+def leaves(config: Any, prefix: str = "") -> dict[str, Any]:
+    """Every setting of a config by dotted path, e.g. `optim.rank`."""
+    found = {}
+    for f in fields(config):
+        value = getattr(config, f.name)
+        found |= leaves(value, f"{prefix}{f.name}.") if is_dataclass(value) else {prefix + f.name: value}
+    return found
+
+
+def replaced(config: Any, values: dict[str, Any]) -> Any:
+    """The config with settings replaced by dotted path; each section is validated anew."""
+    own = {path: v for path, v in values.items() if "." not in path}
+    for section in {path.split(".", 1)[0] for path in values if "." in path}:
+        inner = {p.split(".", 1)[1]: v for p, v in values.items() if p.startswith(section + ".")}
+        own[section] = replaced(getattr(config, section), inner)
+    return dataclasses.replace(config, **own)
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """Settings of a TOML file by dotted path. Unknown names and values of another type are refused."""
+    try:
+        table = tomllib.loads(path.read_text())
+    except (OSError, UnicodeDecodeError) as e:
+        raise UsageError(f"--config {path}: cannot be read ({e})") from e
+    except tomllib.TOMLDecodeError as e:
+        raise UsageError(f"--config {path}: not valid TOML ({e})") from e
+    known, found = leaves(TrainConfig()), {}
+    for section, values in table.items():
+        for name, value in (values.items() if isinstance(values, dict) else ((None, values),)):
+            dotted = section if name is None else f"{section}.{name}"
+            if dotted not in known:
+                near = difflib.get_close_matches(dotted, known, n=1, cutoff=0)
+                raise UsageError(f"--config {path}: there is no setting {dotted}; did you mean {near[0]}?")
+            found[dotted] = _typed(value, dotted, path)
+    return found
+
+
+def _typed(value: Any, dotted: str, path: Path) -> Any:
+    """A TOML value in the type that the setting's annotation asks for."""
+    import typing
+
+    section, name = dotted.split(".")
+    hint = typing.get_type_hints(typing.get_type_hints(TrainConfig)[section])[name]
+    options = typing.get_args(hint) if typing.get_origin(hint) not in (None, tuple, Literal) else (hint,)
+    for option in options:
+        origin = typing.get_origin(option)
+        if origin is Literal and value in typing.get_args(option):
+            return value
+        if option is float and isinstance(value, int | float) and not isinstance(value, bool):
+            return float(value)
+        if option is Path and isinstance(value, str):
+            return Path(value)
+        if origin is tuple and isinstance(value, list):
+            item = typing.get_args(option)[0]
+            if all(type(v) is item for v in value):
+                return tuple(value)
+        if type(value) is option:
+            return value
+    wanted = " or ".join(str(getattr(o, "__name__", o)) for o in options)
+    raise UsageError(f"--config {path}: {dotted} = {value!r} is not {wanted}")
+
+
+def as_json(config: TrainConfig) -> dict[str, Any]:
+    """Plain nested values, for config.json and checkpoints."""
+    return json.loads(json.dumps(dataclasses.asdict(config), default=str))
+
+
+def from_json(values: dict[str, Any]) -> TrainConfig:
+    """The inverse of `as_json`."""
+    flat = {f"{section}.{name}": _typed(value, f"{section}.{name}", Path("config.json"))
+            for section, settings in values.items() for name, value in settings.items() if value is not None}
+    return replaced(TrainConfig(), flat)

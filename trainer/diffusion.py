@@ -1,0 +1,58 @@
+"""Walking a diffusion schedule: sampling, and the single steps that training trajectories advance by.
+
+Legend: B batch, F latent frames, C latent channels, H W latent size, L text tokens, D text width.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from memory.guidance import guide, predict_pair
+from memory.plan import GuidanceMode
+from trainer.backbones import Predict
+
+
+class Sampler:
+    """A diffusers scheduler (DDIM or DPM) as a function of the step's index.
+
+    DPM-Solver++ is a two-step method: `memory` is the previous step's estimate of x_0, None before the first step.
+    """
+
+    def __init__(self, scheduler: Any, num_steps: int, device: torch.device | str = "cpu"):
+        scheduler.set_timesteps(num_steps, device=device)
+        self.scheduler, self.timesteps = scheduler, scheduler.timesteps
+        self.memory: Tensor | None = None
+        self._values = self.timesteps.tolist()  # read once: a step must not wait for the device
+        self._two_step = type(scheduler).__name__ == "CogVideoXDPMScheduler"
+
+    def step(self, velocity: Tensor, index: int, latents: Tensor, generator: torch.Generator | list[torch.Generator] | None = None) -> Tensor:
+        """x at the next timestep from x at `timesteps[index]` and its velocity, in the latents' dtype."""
+        if not self._two_step:
+            return self.scheduler.step(velocity, self._values[index], latents, return_dict=False)[0].to(latents.dtype)
+        before = self._values[index - 1] if index else None
+        new, self.memory = self.scheduler.step(velocity, self.memory if index else None, self._values[index], before,
+                                               latents, generator=generator, return_dict=False)
+        return new.to(latents.dtype)
+
+
+@torch.no_grad()
+def sample(predict: Predict, scheduler: Any, noise: Tensor, text: Tensor, empty: Tensor | None, *, num_steps: int,
+           guidance_scale: float = 1.0, guidance: GuidanceMode = "batched", generator: list[torch.Generator] | None = None,
+           check: Callable[[int], None] = lambda index: None) -> Tensor:
+    """Latents (B,F,C,H,W) from noise of that shape, text (B,L,D) and the empty prompt's text (B,L,D) or None: unguided.
+
+    The same computation as CogVideoXPipeline's loop. `check(index)` runs before each denoising step and may raise.
+    """
+    sampler = Sampler(scheduler, num_steps, noise.device)
+    latents = noise * scheduler.init_noise_sigma
+    for index, t in enumerate(sampler.timesteps):
+        check(index)
+        model_input = scheduler.scale_model_input(latents, t)
+        timestep = t.expand(latents.shape[0])
+        mode = guidance if empty is not None else "none"
+        v, v_empty = predict_pair(predict, model_input, timestep, text, empty, mode=mode)
+        velocity = guide(v.float(), None if v_empty is None else v_empty.float(), guidance_scale)
+        latents = sampler.step(velocity, index, latents, generator)
+    return latents

@@ -1,0 +1,153 @@
+"""Erasers on disk: our own layout (eraser.safetensors + eraser.json), and the released one, both ways.
+
+Released layout: `eraser_weights.pt`, a dict `transformer_blocks.{i}.attn1.adapter` -> state dict, and
+`eraser_config.json` with `eraser_type` and `eraser_rank`. It is a pickle: read with `weights_only=True` and nothing else.
+"""
+
+import json
+import pickle
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from trainer.erasers import Erasers
+from trainer.errors import CheckpointError, InputOutputError
+
+WEIGHTS, DESCRIPTION = "eraser.safetensors", "eraser.json"
+RELEASED_WEIGHTS, RELEASED_CONFIG = "eraser_weights.pt", "eraser_config.json"
+_LEAVES = ("down.weight", "down.bias", "up.weight", "up.bias")
+
+
+@dataclass(frozen=True)
+class EraserFile:
+    """Weights named `{block}.down.weight` …, fp32 on the host, and what is known about them."""
+
+    state: dict[str, Tensor]
+    rank: int
+    width: int
+    num_blocks: int
+    base_model: dict[str, str] | None
+    """Name and configuration hash of the model it was trained on; the released layout does not say."""
+    training: dict[str, Any] | None
+    path: Path
+
+
+def save_eraser(directory: Path, erasers: Erasers, *, base_model: Mapping[str, str],
+                training: Mapping[str, Any]) -> Path:
+    """Write both files into `directory`, each complete or not at all. Returns the weights' path."""
+    description = dict(format=1, eraser_type="adapter", rank=erasers.rank, width=erasers.width,
+                       num_blocks=len(erasers.adapters), base_model=dict(base_model), training=dict(training))
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        part = directory / f".{WEIGHTS}.part"
+        save_file(erasers.state_dict(), part, metadata={"format": "pt"})
+        part.chmod(0o644)
+        (directory / f".{DESCRIPTION}.part").write_text(json.dumps(description, indent=2) + "\n")
+        part.replace(directory / WEIGHTS)
+        (directory / f".{DESCRIPTION}.part").replace(directory / DESCRIPTION)
+    except OSError as e:
+        raise InputOutputError(f"the eraser cannot be written into {directory} ({e}); choose another --out") from e
+    return directory / WEIGHTS
+
+
+def save_released(directory: Path, state: Mapping[str, Tensor], rank: int) -> None:
+    """Write the released layout from weights named `{block}.down.weight` …"""
+    blocks = sorted({int(name.split(".")[0]) for name in state})
+    weights = {f"transformer_blocks.{i}.attn1.adapter": {leaf: state[f"{i}.{leaf}"] for leaf in _LEAVES} for i in blocks}
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        torch.save(weights, directory / RELEASED_WEIGHTS)
+        config = {"eraser_type": "adapter", "eraser_rank": rank}
+        (directory / RELEASED_CONFIG).write_text(json.dumps(config) + "\n")
+    except (OSError, RuntimeError) as e:
+        raise InputOutputError(f"the eraser cannot be written into {directory} ({e})") from e
+
+
+def load_eraser(path: Path | str) -> EraserFile:
+    """Read an eraser from a run directory, a directory of either layout, or one of its weight files.
+
+    Raises CheckpointError with what is wrong: absent, truncated, not an eraser, rank or blocks that disagree.
+    """
+    path = Path(path)
+    candidates = [path] if path.is_file() else [path / WEIGHTS, path / RELEASED_WEIGHTS]
+    file = next((c for c in candidates if c.is_file()), None)
+    if file is None:
+        raise CheckpointError(f"{path}: no eraser there; name a run directory, or a directory with {WEIGHTS} "
+                              f"or {RELEASED_WEIGHTS}")
+    if file.suffix == ".pt":
+        state, description = _read_released(file), _read_json(file.with_name(RELEASED_CONFIG))
+        claimed = description.get("eraser_rank")
+    else:
+        state, description = _read_safetensors(file), _read_json(file.with_name(DESCRIPTION))
+        claimed = description.get("rank")
+    num_blocks, rank, width = _geometry(state, file)
+    if claimed != rank:
+        raise CheckpointError(f"{file}: the weights have rank {rank}, the description beside it says {claimed}")
+    return EraserFile({n: t.float() for n, t in state.items()}, rank, width, num_blocks,
+                      description.get("base_model"), description.get("training"), file)
+
+
+def _read_safetensors(file: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(file)
+    except (SafetensorError, OSError) as e:
+        raise CheckpointError(f"{file}: damaged or not safetensors ({e}); copy it again") from e
+
+
+def _read_released(file: Path) -> dict[str, Tensor]:
+    try:
+        weights = torch.load(file, map_location="cpu", weights_only=True)
+        prefix, suffix = "transformer_blocks.", ".attn1.adapter"
+        return {f"{name.removeprefix(prefix).removesuffix(suffix)}.{leaf}": tensor
+                for name, adapter in weights.items() for leaf, tensor in adapter.items()}
+    except (RuntimeError, EOFError, OSError, AttributeError, ValueError, KeyError, pickle.UnpicklingError) as e:
+        raise CheckpointError(f"{file}: not a released eraser (damaged, or holds more than tensors): "
+                              f"{str(e).splitlines()[0] if str(e) else type(e).__name__}") from e
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(file.read_text())
+    except (OSError, ValueError) as e:
+        raise CheckpointError(f"{file}: the description that belongs to the weights cannot be read ({e})") from e
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{file}: not an eraser's description")
+    return value
+
+
+def _geometry(state: Mapping[str, Tensor], file: Path) -> tuple[int, int, int]:
+    """(blocks, rank, width) of weights whose names and shapes are all consistent."""
+    first = state.get("0.down.weight")
+    if first is None or not isinstance(first, Tensor) or first.ndim != 2:
+        raise CheckpointError(f"{file}: holds no eraser (no 0.down.weight); is it another model's file?")
+    rank, width = first.shape
+    num_blocks = len(state) // len(_LEAVES)
+    shapes = {"down.weight": (rank, width), "down.bias": (rank,), "up.weight": (width, rank), "up.bias": (width,)}
+    expected = {f"{i}.{leaf}": shapes[leaf] for i in range(num_blocks) for leaf in _LEAVES}
+    if {name: tuple(tensor.shape) for name, tensor in state.items()} != expected:
+        raise CheckpointError(f"{file}: not {num_blocks} erasers of rank {rank} and width {width}; is it complete?")
+    return num_blocks, rank, width
+
+
+def apply_eraser(transformer: nn.Module, path: Path | str, *, base_model: Mapping[str, str] | None = None) -> Erasers:
+    """Put a saved eraser into a CogVideoX transformer, e.g. a stock pipeline's; `.undo()` takes it out again.
+
+    `base_model`: the identity of the transformer, where it is known; an eraser of another model is then refused.
+    """
+    file = load_eraser(path)
+    blocks = transformer.transformer_blocks
+    width = blocks[0].attn1.to_v.weight.shape[-1]
+    if (file.num_blocks, file.width) != (len(blocks), width):
+        raise CheckpointError(f"{file.path}: made for {file.num_blocks} blocks of width {file.width}, "
+                              f"this transformer has {len(blocks)} of width {width}")
+    if base_model and file.base_model and file.base_model["config_hash"] != base_model["config_hash"]:
+        raise CheckpointError(f"{file.path}: made for {file.base_model['name']}, not for {base_model['name']}")
+    erasers = Erasers(blocks, file.rank)
+    erasers.load_state_dict(file.state)
+    return erasers

@@ -1,0 +1,170 @@
+"""Concept erasers: small adapters around every block's attention, on one frozen backbone.
+
+    h, e = attn1(h, e, ...);  h = h + adapter(h)
+
+With the erasers on, the backbone is the student; with them off, it is the teacher.
+Source: T2VUnlearning (section 3), Receler. Legend: B batch, N video tokens, D width, R rank.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from trainer.errors import UsageError
+
+
+class AdapterEraser(nn.Module):
+    """down (D to R), exact GELU, up (R to D). `up` starts at zero, so a new eraser changes nothing.
+
+    Weights stay in fp32; they are cast to the activations' dtype for the products, so that a 16-bit backbone keeps
+    16-bit activations (the weights are far smaller than the activations, so this is the cheaper side to cast).
+    """
+
+    def __init__(self, dim: int, rank: int):
+        super().__init__()
+        if rank < 1:
+            raise UsageError(f"--rank {rank}: an eraser needs rank 1 or more; 128 is the published choice")
+        self.down = nn.Linear(dim, rank)
+        self.up = nn.Linear(rank, dim)
+        nn.init.zeros_(self.up.weight)
+        nn.init.zeros_(self.up.bias)
+
+    def forward(self, h: Tensor) -> Tensor:
+        """h (B, N, D) to the eraser's output o (B, N, D), in h's dtype."""
+        r = F.gelu(F.linear(h, self.down.weight.to(h.dtype), self.down.bias.to(h.dtype)))  # (B, N, R)
+        return F.linear(r, self.up.weight.to(h.dtype), self.up.bias.to(h.dtype))
+
+
+class _AttachLoss(torch.autograd.Function):
+    """Pass `x` through and let `loss` receive gradient 1 when x's gradient arrives.
+
+    This adds a term to the objective from inside a block, so that the block can be recomputed in backward and the
+    term needs no tensor outside of it.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, loss: Tensor) -> Tensor:
+        ctx.loss_dtype = loss.dtype
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        return gradient, torch.ones((), dtype=ctx.loss_dtype, device=gradient.device)
+
+
+def _in_backward() -> bool:
+    return torch._C._current_graph_task_id() != -1
+
+
+class Erasers:
+    """The erasers of one transformer: injected on construction, taken out again by `undo()`.
+
+    Each is registered as `attn1.adapter`, so that the transformer's own names stay as they are and the erasers'
+    names are those of the released checkpoints.
+    """
+
+    def __init__(self, blocks: Sequence[nn.Module], rank: int, *, seed: int = 0):
+        if not len(blocks):
+            raise UsageError("no transformer blocks to put erasers into")
+        if any(hasattr(block.attn1, "adapter") for block in blocks):
+            raise UsageError("this transformer has erasers already; undo() the first ones")
+        self.rank, self.enabled = rank, True
+        self.attentions = [block.attn1 for block in blocks]
+        self.width = self.attentions[0].to_v.weight.shape[-1]
+        self.adapters: list[AdapterEraser] = []
+        self._localisation: tuple[Tensor, float | Tensor] | None = None
+        self._seen_enabled: dict[int, bool] = {}
+        self.localisation_terms: dict[int, Tensor] = {}
+        device = self.attentions[0].to_v.weight.device
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            for attention in self.attentions:
+                self.adapters.append(AdapterEraser(attention.to_v.weight.shape[-1], rank))
+        self._handles = []
+        for index, (attention, adapter) in enumerate(zip(self.attentions, self.adapters)):
+            attention.adapter = adapter.to(device)
+            self._handles.append(attention.register_forward_hook(self._hook(index)))
+
+    def _hook(self, index: int):
+        def add_eraser(attention: nn.Module, args: tuple, output: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+            if torch.is_grad_enabled():
+                self._check_recompute(index)
+            if not self.enabled:
+                return output
+            h, e = output
+            o = self.adapters[index](h)
+            if self._localisation is not None and torch.is_grad_enabled():
+                o = self._attach_localisation(index, o)
+            return h + o, e
+
+        return add_eraser
+
+    def _check_recompute(self, index: int) -> None:
+        if not _in_backward():
+            self._seen_enabled[index] = self.enabled
+        elif self._seen_enabled.get(index) != self.enabled:
+            state = "on" if self.enabled else "off"
+            raise RuntimeError(
+                f"block {index} is recomputed in backward with its eraser {state}, but its forward ran with the "
+                f"eraser {'off' if self.enabled else 'on'}: run backward() inside the same `with erasers.switched(...)`")
+
+    def _attach_localisation(self, index: int, o: Tensor) -> Tensor:
+        outside, weight = self._localisation
+        term = (o.float() * outside).square().mean()
+        self.localisation_terms[index] = term.detach()
+        return _AttachLoss.apply(o, term * (weight / len(self.adapters)))
+
+    @contextmanager
+    def switched(self, on: bool) -> Iterator[None]:
+        """Erasers on (student) or off (teacher) inside the block, as before after it."""
+        before, self.enabled = self.enabled, on
+        try:
+            yield
+        finally:
+            self.enabled = before
+
+    @contextmanager
+    def localised(self, mask: Tensor, weight: float | Tensor) -> Iterator[None]:
+        """Add `weight * mean over blocks of mean((o_l * (1 - M))²)` to the objective of what runs inside (L_loc).
+
+        mask: (B, N) in 0..1, 1 where the concept is. Backward must run inside, too. Each block's unweighted term is
+        left in `localisation_terms`. Source: T2VUnlearning, L_loc.
+        """
+        self._localisation = ((1 - mask).unsqueeze(-1), weight)  # (B, N, 1)
+        self.localisation_terms = {}
+        try:
+            yield
+        finally:
+            self._localisation = None
+
+    def parameters(self) -> list[nn.Parameter]:
+        return [p for _, p in self.named_parameters()]
+
+    def named_parameters(self) -> list[tuple[str, nn.Parameter]]:
+        """(`{block}.down.weight`, parameter) in order of blocks."""
+        return [(f"{i}.{n}", p) for i, adapter in enumerate(self.adapters) for n, p in adapter.named_parameters()]
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """fp32 copies on the host, named `{block}.down.weight` and so on."""
+        return {name: p.detach().to("cpu", torch.float32, copy=True) for name, p in self.named_parameters()}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Copy into the existing parameters; the optimizer keeps its objects. Raises UsageError on a mismatch."""
+        ours = dict(self.named_parameters())
+        if ours.keys() != state.keys() or any(ours[n].shape != state[n].shape for n in ours):
+            raise UsageError(f"these eraser weights are not {len(self.adapters)} blocks of width {self.width} "
+                             f"and rank {self.rank}")
+        for name, parameter in ours.items():
+            parameter.copy_(state[name])
+
+    def undo(self) -> None:
+        """Take the erasers out: the transformer is as it was before."""
+        for handle in self._handles:
+            handle.remove()
+        for attention in self.attentions:
+            del attention.adapter
+        self._handles, self.attentions = [], []

@@ -1,0 +1,179 @@
+"""Is the concept gone, and is the rest still there? Measured on the bundled model, whose videos a rule can read.
+
+Every video is generated twice from the same noise: with the erasers off (before) and on (after).
+Legend: B videos, T frames, H W pixels.
+"""
+
+import json
+import math
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trainer.assemble import Assembly, assemble, embed_prompts, open_backbone, resolve_device, video_size
+from trainer.backbones.cogvideox import CogVideoX
+from trainer.config import EvaluateConfig
+from trainer.eraser_files import apply_eraser, load_eraser
+from trainer.errors import InputOutputError, UsageError
+from trainer.generate import generate_latents
+from trainer.prompts import Embeddings
+from trainer.shapes import world
+from trainer.video import contact_sheet
+
+EVALUATION = "evaluation.json"
+
+
+@dataclass(frozen=True)
+class Case:
+    """One prompt, what it names, and the group that it is measured in: target, synonyms or preserved."""
+
+    group: str
+    prompt: str
+    scene: world.Scene
+
+
+def cases(concept: str, num_videos: int, seed: int) -> list[Case]:
+    """`num_videos` prompts a row. Target: the eraser's training wordings. Synonyms: other words for the concept, in
+    every wording. Preserved: the concept's siblings in wordings and words of all kinds. All are balanced over what
+    else they show, and none was seen in pretraining where enough such captions exist."""
+    attribute, name = world.kind_of(concept)
+    rng = random.Random(f"{seed}/{concept}")
+    scenes = [s for s in world.scenes()]
+    ours = [s for s in scenes if getattr(s, attribute) == name]
+    plain = {p for p, _ in world.erasure_pairs(concept)}
+    synonyms = world.ATTRIBUTES[attribute][name][1:]
+
+    def pick(group: str, among: Sequence[world.Scene], count: int, wanted) -> list[Case]:
+        chosen = []
+        for i in range(count):
+            scene = among[i % len(among)]
+            options = [c for c in world.captions(scene) if wanted(c)]
+            chosen.append(Case(group, rng.choice([c for c in options if world.held_out(c)] or options), scene))
+        return chosen
+
+    found = pick("target", ours, num_videos, plain.__contains__)
+    found += pick("synonyms", ours, num_videos, lambda c: any(w in c.split() for w in synonyms))
+    for sibling in world.preserved_concepts(concept):
+        theirs = [s for s in scenes if getattr(s, attribute) == sibling]
+        found += pick("preserved", theirs, num_videos, lambda c: True)
+    return found
+
+
+def wilson(hits: int, count: int, z: float = 1.96) -> tuple[float, float]:
+    """95 % interval of a rate (Wilson 1927): honest at 0 and 1, where the normal interval has no width."""
+    p, d = hits / count, 1 + z * z / count
+    middle, half = p + z * z / (2 * count), z * math.sqrt(p * (1 - p) / count + z * z / (4 * count * count))
+    return max(0.0, (middle - half) / d), min(1.0, (middle + half) / d)
+
+
+def evaluate(config: EvaluateConfig) -> dict[str, Any]:
+    """Measure a run or an eraser file and write evaluation.json, a sheet of samples beside it; returns the content."""
+    eraser = load_eraser(config.run)
+    backbone = open_backbone(config.model)
+    concept = config.concept or ((eraser.training or {}).get("data") or {}).get("concept")
+    if concept is None:
+        raise UsageError(f"{config.run} does not say which concept it erases; name it with --concept")
+    try:
+        chosen = cases(concept, config.num_videos, config.seed)
+    except KeyError:
+        raise UsageError(f"--concept {concept}: only what the bundled model knows can be measured") from None
+    embeddings = embed_prompts(backbone, config.model, config.memory, [*(c.prompt for c in chosen), ""])
+    with assemble(backbone, config.model, config.memory) as assembly:
+        assembly.erasers = apply_eraser(assembly.transformer, config.run, base_model=backbone.identity())
+        result, sheet = measure(assembly, backbone, embeddings.to(resolve_device(config.model.device)), concept, chosen,
+                                config)
+    directory = eraser.path.parent
+    try:
+        (directory / EVALUATION).write_text(json.dumps(result, indent=2) + "\n")
+    except OSError as e:
+        raise InputOutputError(f"{directory / EVALUATION} cannot be written ({e.strerror})") from e
+    contact_sheet(directory / "before-after.png", sheet)
+    return result
+
+
+def measure(assembly: Assembly, backbone: CogVideoX, embeddings: Embeddings, concept: str, chosen: list[Case],
+            config: EvaluateConfig) -> tuple[dict[str, Any], list[tuple[str, Tensor]]]:
+    """The evaluation and a before/after sheet's rows, for erasers that are in place."""
+    frames = video_size(backbone, config.model)[0]
+    decode = backbone.decoder(frames, dtype=assembly.dtype, device=assembly.device)
+    videos = {}
+    for when, on in (("before", False), ("after", True)):
+        with assembly.erasers.switched(on):
+            latents = generate_latents(assembly.predict, backbone.scheduler(), embeddings, [c.prompt for c in chosen],
+                                       [config.seed + i for i in range(len(chosen))], assembly.latent_shape,
+                                       num_steps=config.num_steps, guidance_scale=config.guidance_scale,
+                                       guidance=config.memory.guidance)
+        videos[when] = torch.cat([decode(part) for part in latents.split(16)])
+    found = {when: [world.detect(v) for v in clip] for when, clip in videos.items()}
+    result = {"concept": concept, **_table(concept, chosen, found, videos), "num_videos": config.num_videos,
+              "seeds": [config.seed, config.seed + len(chosen) - 1]}
+    shown = [next(i for i, c in enumerate(chosen) if c.group == group) for group in ("target", "synonyms", "preserved")]
+    shown.append(len(chosen) - 1)
+    sheet = [(f"{when}: {chosen[i].prompt}", videos[when][i]) for i in shown for when in ("before", "after")]
+    return result, sheet
+
+
+def _table(concept: str, chosen: list[Case], found: dict[str, list[world.Detection]],
+           videos: dict[str, Tensor]) -> dict[str, Any]:
+    attribute, name = world.kind_of(concept)
+    indices = {group: [i for i, c in enumerate(chosen) if c.group == group]
+               for group in ("target", "synonyms", "preserved")}
+
+    def rate(members: list[int], kind: str) -> dict[str, Any]:
+        """How often the video shows what the prompt says, of one kind."""
+        row: dict[str, Any] = {"num_videos": len(members)}
+        for when in ("before", "after"):
+            hits = sum(getattr(found[when][i], kind) == getattr(chosen[i].scene, kind) for i in members)
+            row |= {when: hits / len(members), f"{when}_interval": wilson(hits, len(members))}
+        return row
+
+    preserved = []
+    for kind, names in world.ATTRIBUTES.items():
+        for value in names:
+            members = [i for i in indices["preserved"] if getattr(chosen[i].scene, kind) == value]
+            if members:
+                preserved.append({"name": value, "kind": kind, **rate(members, kind)})
+    for kind in world.ATTRIBUTES:
+        if kind != attribute:
+            preserved.append({"name": f"{kind} of {name} prompts", "kind": f"target-{kind}",
+                              **rate(indices["target"], kind)})
+    kept = indices["preserved"]
+    distance = (videos["before"][kept] - videos["after"][kept]).square().mean((1, 2, 3, 4)).sqrt()
+    return {
+        "target": {"name": name, **rate(indices["target"], attribute)},
+        "synonyms": {"names": list(world.ATTRIBUTES[attribute][name][1:]), **rate(indices["synonyms"], attribute)},
+        "preserved": preserved,
+        "motion": {when: sum(found[when][i].travel for i in kept) / len(kept) for when in ("before", "after")},
+        "distance": {"preserved_rms": distance.mean().item()},
+    }
+
+
+def print_table(result: dict[str, Any]) -> None:
+    """The evaluation as a table on stdout."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"erased: {result['concept']}", title_justify="left")
+    for column, justify in (("", "left"), ("kind", "left"), ("videos", "right"), ("before", "right"),
+                            ("after", "right"), ("95 %", "right")):
+        table.add_column(column, justify=justify)
+
+    def add(label: str, kind: str, row: dict[str, Any], style: str | None = None) -> None:
+        low, high = row["after_interval"]
+        table.add_row(label, kind, str(row["num_videos"]), f"{row['before']:.1%}", f"{row['after']:.1%}",
+                      f"{low:.1%} to {high:.1%}", style=style)
+
+    kind = world.kind_of(result["concept"])[0]
+    add(result["target"]["name"], f"target {kind}", result["target"], "bold")
+    add(", ".join(result["synonyms"]["names"]), "synonyms", result["synonyms"], "bold")
+    for row in result["preserved"]:
+        add(row["name"], row["kind"], row)
+    motion = result["motion"]
+    table.add_row("motion", "pixels a video", "", f"{motion['before']:.1f}", f"{motion['after']:.1f}", "")
+    table.add_row("distance of preserved videos", "RMS of 0..1", "", "", f"{result['distance']['preserved_rms']:.3f}", "")
+    Console(width=None if Console().is_terminal else 100).print(table)

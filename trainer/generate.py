@@ -1,0 +1,87 @@
+"""Generate videos with or without erasers: the same computation as diffusers' CogVideoXPipeline.
+
+Legend: B videos, F latent frames, C latent channels, H W latent size, L text tokens, D text width, T video frames.
+"""
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trainer.assemble import assemble, embed_prompts, named_scheduler, open_backbone, video_size
+from trainer.backbones import Predict
+from trainer.config import GenerateConfig, ModelConfig
+from trainer.diffusion import sample
+from trainer.eraser_files import apply_eraser, load_eraser
+from trainer.prompts import Embeddings
+from trainer.video import contact_sheet, write_mp4
+
+
+def generate_latents(predict: Predict, scheduler: Any, embeddings: Embeddings, prompts: Sequence[str],
+                     seeds: Sequence[int], shape: tuple[int, int, int, int], *, num_steps: int, guidance_scale: float,
+                     guidance: str = "batched", batch_size: int = 32,
+                     check: Callable[[int], None] = lambda index: None) -> Tensor:
+    """Latents (B,F,C,H,W) for prompts and seeds, on the host, in batches.
+
+    Every video has a generator of its own, which also serves a stochastic scheduler: the result does not depend on
+    the batch size, and is what the pipeline makes from that seed.
+    """
+    table, parts = embeddings.table, []
+    for start in range(0, len(prompts), batch_size):
+        chunk = slice(start, start + batch_size)
+        text = embeddings(prompts[chunk])
+        empty = embeddings([""] * len(text)) if guidance_scale != 1.0 else None
+        dice = [torch.Generator().manual_seed(s) for s in seeds[chunk]]
+        noise = torch.cat([torch.randn((1, *shape), generator=g, dtype=table.dtype) for g in dice])
+        parts.append(sample(predict, scheduler, noise.to(table.device), text, empty, num_steps=num_steps,
+                            guidance_scale=guidance_scale, guidance=guidance, generator=dice, check=check).cpu())
+    return torch.cat(parts)
+
+
+def generate(config: GenerateConfig) -> list[Path]:
+    """Write one video a prompt, and with `compare` a before/after sheet; returns the paths."""
+    eraser = None if config.no_eraser else load_eraser(config.eraser)
+    model = config.model
+    if eraser is not None and model.model == ModelConfig().model and eraser.base_model:
+        model = replace(model, model=eraser.base_model["name"])
+    backbone = open_backbone(model)
+    size = video_size(backbone, model)
+    embeddings = embed_prompts(backbone, model, config.memory, [*config.prompt, ""])
+    assembly = assemble(backbone, model, config.memory)
+    if eraser is not None:
+        assembly.erasers = apply_eraser(assembly.transformer, config.eraser, base_model=backbone.identity())
+    scheduler = named_scheduler(backbone, config.scheduler)
+    seeds = [config.seed + i for i in range(len(config.prompt))]
+
+    def run(on: bool) -> Tensor:
+        switch = assembly.erasers.switched(on) if assembly.erasers else nullcontext()
+        with switch:
+            return generate_latents(assembly.predict, scheduler, embeddings.to(assembly.device), config.prompt, seeds,
+                                    assembly.latent_shape, num_steps=config.num_steps, batch_size=1,
+                                    guidance_scale=config.guidance_scale, guidance=config.memory.guidance)
+
+    with assembly:
+        after = run(True)
+        before = run(False) if config.compare else None
+    decode = backbone.decoder(size[0], dtype=assembly.dtype, device=assembly.device)
+    return _write(config, decode(after), None if before is None else decode(before))
+
+
+def _write(config: GenerateConfig, after: Tensor, before: Tensor | None) -> list[Path]:
+    paths = []
+    for i, (prompt, video) in enumerate(zip(config.prompt, after)):
+        path = config.out if len(after) == 1 else config.out.with_stem(f"{config.out.stem}-{i}")
+        if path.suffix == ".mp4":
+            write_mp4(path, video, fps=config.fps)
+        else:
+            contact_sheet(path, [(prompt, video)])
+        paths.append(path)
+    if before is not None:
+        rows = [row for p, b, a in zip(config.prompt, before, after) for row in ((f"before: {p}", b), (f"after: {p}", a))]
+        paths.append(config.out.with_name(f"{config.out.stem}-compare.png"))
+        contact_sheet(paths[-1], rows)
+    return paths

@@ -1,0 +1,126 @@
+"""Where training latents come from: no video is needed.
+
+*noise*: x_0 ~ N(0, 1), noised to a random timestep. *trajectory*: start at noise and walk the sampler's timesteps
+with the teacher's own predictions, training at each. Both are functions of (seed, step); a trajectory's current
+latents are state, saved with the run.
+Legend: B batch, F latent frames, C latent channels, H W latent size.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trainer.config import TrainConfig
+from trainer.diffusion import Sampler
+from trainer.errors import CheckpointError
+from trainer.seeding import generator, noise
+
+
+@dataclass
+class NoiseLatents:
+    """x_t = add_noise(x_0, ε, t) with x_0, ε ~ N(0, 1) and t uniform, anew at every step."""
+
+    scheduler: Any
+    shape: tuple[int, ...]  # (B, F, C, H, W)
+    seed: int
+    stream: str
+    device: torch.device
+
+    def prompt_index(self, step: int) -> int:
+        """Which batch of prompts a step uses."""
+        return step
+
+    def first_needed(self, step: int) -> int:
+        """The step from which `at` and `advance` must run to arrive at `step`."""
+        return step
+
+    def at(self, step: int) -> tuple[Tensor, Tensor]:
+        """x_t (B,F,C,H,W) fp32 and t (B,) of a step."""
+        t = torch.randint(0, self.scheduler.config.num_train_timesteps, (self.shape[0],),
+                          generator=generator(self.seed, f"{self.stream}-timestep", step))
+        x0 = noise(self.shape, self.seed, f"{self.stream}-x0", step)
+        eps = noise(self.shape, self.seed, f"{self.stream}-noise", step)
+        return self.scheduler.add_noise(x0, eps, t).to(self.device), t.to(self.device)
+
+    def advance(self, step: int, velocity: Tensor) -> None:
+        """Noise latents have no successor."""
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        pass
+
+
+@dataclass
+class TrajectoryLatents:
+    """The teacher's sampling trajectory: step s is denoising step s mod T of trajectory s div T."""
+
+    scheduler: Any
+    shape: tuple[int, ...]  # (B, F, C, H, W)
+    seed: int
+    stream: str
+    device: torch.device
+    num_steps: int
+    _latents: Tensor | None = field(default=None, init=False)
+    _next: int = field(default=0, init=False)
+
+    def __post_init__(self):
+        self._sampler = Sampler(self.scheduler, self.num_steps, self.device)
+
+    def prompt_index(self, step: int) -> int:
+        """Which batch of prompts a step uses: the same along one trajectory."""
+        return step // self.num_steps
+
+    def first_needed(self, step: int) -> int:
+        """The step from which `at` and `advance` must run to arrive at `step`."""
+        return step if self._latents is not None and self._next == step else step - step % self.num_steps
+
+    def at(self, step: int) -> tuple[Tensor, Tensor]:
+        """x_t (B,F,C,H,W) fp32 and t (B,) of a step. Steps come in order; each but a first needs `advance` before."""
+        trajectory, index = divmod(step, self.num_steps)
+        if index == 0:
+            start = noise(self.shape, self.seed, f"{self.stream}-start", trajectory)
+            self._latents = start.to(self.device) * self.scheduler.init_noise_sigma
+            self._next = step
+        if self._latents is None or self._next != step:
+            raise RuntimeError(f"{self.stream} trajectory stands at step {self._next}, not {step}: every step has to "
+                               "advance it once, in order")
+        return self._latents, self._sampler.timesteps[index].expand(self.shape[0])
+
+    def advance(self, step: int, velocity: Tensor) -> None:
+        """Move to the next timestep by the scheduler's own step."""
+        trajectory, index = divmod(step, self.num_steps)
+        dice = generator(self.seed, f"{self.stream}-step", trajectory, index)
+        self._latents = self._sampler.step(velocity.float(), index, self._latents, dice)
+        self._next = step + 1
+
+    def state_dict(self) -> dict[str, Tensor]:
+        if self._latents is None:
+            return {}
+        state = {f"{self.stream}.latents": self._latents, f"{self.stream}.next": torch.tensor(self._next)}
+        if self._sampler.memory is not None:
+            state[f"{self.stream}.memory"] = self._sampler.memory
+        return state
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        if f"{self.stream}.latents" not in state:
+            raise CheckpointError(f"the checkpoint holds no {self.stream} trajectory; it was made with other --latents")
+        self._latents = state[f"{self.stream}.latents"].to(self.device)
+        self._next = int(state[f"{self.stream}.next"])
+        memory = state.get(f"{self.stream}.memory")
+        self._sampler.memory = None if memory is None else memory.to(self.device)
+
+
+Latents = NoiseLatents | TrajectoryLatents
+
+
+def make_latents(config: TrainConfig, scheduler: Any, shape: tuple[int, ...], stream: str,
+                 device: torch.device) -> Latents:
+    """The latents that the settings ask for; `scheduler` must not be shared. Streams differ in their randomness."""
+    common = dict(scheduler=scheduler, shape=shape, seed=config.optim.seed, stream=stream, device=device)
+    if config.data.latents == "noise":
+        return NoiseLatents(**common)
+    return TrajectoryLatents(**common, num_steps=config.data.trajectory_steps)

@@ -1,0 +1,140 @@
+"""The training loop, top to bottom.
+
+One frozen backbone is teacher and student. Every step: the teacher makes a sample, the student learns from it, the
+gradient is checked and applied, numbers are written down. Saving comes before sampling, so that whatever a sample
+does, nothing is lost.
+"""
+
+import logging
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from memory.optimizers import make_optimizer
+from memory.precision import make_scaler
+from trainer.assemble import assemble, embed_prompts, open_backbone, resolve_device, video_size
+from trainer.checkpoint import Saver, latest_checkpoint
+from trainer.config import TrainConfig
+from trainer.eraser_files import save_eraser
+from trainer.errors import CheckpointError, Interrupted, NonFinite, UsageError
+from trainer.lock import RunLock
+from trainer.latents import make_latents
+from trainer.losses import Samples, Teacher, student_backward
+from trainer.masks import prompt_columns
+from trainer.metrics import MetricsLog, Progress
+from trainer.prompts import collect
+from trainer.run_directory import make_run_directory, write_config
+from trainer.samples import Sampling
+from trainer.signals import StopFlag
+from trainer.state import TrainState, learning_rate
+
+logger = logging.getLogger(__name__)
+
+
+def train(config: TrainConfig, origins: Mapping[str, str], *, resume: Path | None = None) -> Path:
+    """Train erasers as configured and return the run directory.
+
+    Raises NonFinite before any weight is touched, and Interrupted after saving when a signal came.
+    """
+    # What is asked for, checked as far as it can be before anything is loaded or written.
+    if config.memory.guidance == "none":
+        raise UsageError("--guidance none: training needs the anchor's prediction beside the prompt's; "
+                         "use batched or sequential")
+    if config.memory.backbone_copies != 1 or config.memory.text_encoder_resident:
+        raise UsageError("--backbone-copies 2 and --text-encoder-resident exist for planning and benchmarks only")
+    backbone = open_backbone(config.model)
+    shape = (config.data.batch_size, *backbone.latent_shape(*video_size(backbone, config.model)))
+    prompts = collect(config.data, bundled=config.model.model == "shapes")
+    if config.loss.beta > 0 and not prompts.preserved:
+        raise UsageError("--beta is above 0, but there is nothing to preserve; name --preserve WORD …, or --beta 0")
+    columns = prompt_columns(backbone, prompts) if config.loss.alpha > 0 else None
+    device = resolve_device(config.model.device)
+
+    # Text first: the encoder is gone before the transformer comes.
+    sampling = Sampling(backbone, config, prompts)
+    embeddings = embed_prompts(backbone, config.model, config.memory,
+                               [*prompts.prompts, *prompts.safe, *prompts.preserved, *sampling.prompts, ""]).to(device)
+
+    # The frozen transformer, erasers in it, memory plan around it.
+    assembly = assemble(backbone, config.model, config.memory, rank=config.optim.rank, seed=config.optim.seed)
+    erasers, predict = assembly.erasers, assembly.predict
+    mask_blocks = [assembly.blocks[i] for i in config.loss.mask_blocks or range(backbone.num_blocks)]
+    latents = make_latents(config, backbone.scheduler(), shape, "target", device)
+    preserved = make_latents(config, backbone.scheduler(), shape, "preserved", device) if config.loss.beta > 0 else None
+    samples = Samples(Teacher(
+        predict, erasers, mask_blocks, loss=config.loss, prompts=prompts, embeddings=embeddings, columns=columns,
+        latents=latents, preserved_latents=preserved, seed=config.optim.seed, guidance=config.memory.guidance,
+        trajectory_guidance=config.data.trajectory_guidance), config.data.pool, device)
+    optimizer = make_optimizer(erasers.parameters(), kind=config.memory.optimizer, lr=config.optim.lr,
+                               weight_decay=config.optim.weight_decay)
+    state = TrainState(config, origins, backbone.identity(), erasers, optimizer, make_scaler(assembly.dtype, device),
+                       [s for s in (latents, preserved) if s is not None])
+
+    # The run directory, and where an earlier half of the run stopped.
+    run_dir = resume or make_run_directory(config)
+    with RunLock(run_dir), StopFlag() as stop, assembly:
+        if resume:
+            checkpoint = latest_checkpoint(run_dir)
+            if checkpoint is None:
+                raise CheckpointError(f"--resume {run_dir}: there is no checkpoint; start again with another --out")
+            state.restore(checkpoint)
+        write_config(run_dir, config, origins, base_model=backbone.identity(), first_step=state.step)
+        saver = Saver(run_dir, last_step=state.step if resume else None)
+        log, progress = MetricsLog(run_dir, first_step=state.step), Progress(config.optim.steps, state.step)
+        if state.step == 0 and config.output.sample_every:
+            sampling.run(run_dir, 0, assembly, embeddings, stop)
+
+        # Step by step.
+        num_passes, scaler = config.optim.accumulation, state.scaler
+        while state.step < config.optim.steps and not stop:
+            started = time.perf_counter()
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(state.step, config)
+            totals: dict[str, torch.Tensor] = {}
+            for k in range(num_passes):
+                sample = samples(state.step * num_passes + k)
+                share = scaler.scale(torch.full((), 1 / num_passes, device=device))
+                for name, value in student_backward(predict, erasers, sample, config.loss, scale=share).items():
+                    totals[name] = totals.get(name, 0.0) + value / num_passes
+            scaler.unscale_(optimizer)
+
+            # A non-finite number must not reach a weight. Under fp16 an infinite gradient only means that the loss
+            # scale was too high: GradScaler skips the step and halves it.
+            norm = torch.nn.utils.get_total_norm([p.grad for p in erasers.parameters()])
+            record = {"step": state.step, **{name: value.item() for name, value in totals.items()},
+                      "gradient_norm": norm.item(), "lr": optimizer.param_groups[0]["lr"]}
+            finite = torch.isfinite(torch.tensor([record["loss"], record["gradient_norm"]])).tolist()
+            if not finite[0] or not (finite[1] or scaler.is_enabled()):
+                log.write(record)
+                what = "gradient norm" if finite[0] else "loss"
+                raise NonFinite(f"step {state.step}: the {what} is not finite; no weight was changed")
+            if config.optim.clip and finite[1]:
+                torch.nn.utils.clip_grads_with_norm_(erasers.parameters(), config.optim.clip, norm)
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad(set_to_none=True)
+            state.step += 1
+
+            # Numbers, then safety, then pictures.
+            record["seconds"] = time.perf_counter() - started
+            log.write(record)
+            progress.step(record)
+            if state.step % config.output.save_every == 0:
+                tensors, description = state.export()
+                saver.save(state.step, tensors=tensors, state=description)
+            every = config.output.sample_every
+            if every and state.step % every == 0 and state.step < config.optim.steps:
+                sampling.run(run_dir, state.step, assembly, embeddings, stop)
+
+        # The end, or an interruption: saved either way.
+        progress.close()
+        log.close()
+        tensors, description = state.export()
+        saver.save(state.step, tensors=tensors, state=description, final=True)
+        save_eraser(run_dir, erasers, base_model=backbone.identity(), training=description["config"])
+        if stop:
+            raise Interrupted(f"stopped at step {state.step} and saved; go on with --resume {run_dir}", stop.signal_number)
+        sampling.run(run_dir, state.step, assembly, embeddings, stop)
+    return run_dir

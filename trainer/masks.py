@@ -1,0 +1,131 @@
+"""Where a concept is: exact attention from video tokens to the concept's words, without the full attention matrix.
+
+CogVideoX attends jointly over text and video tokens, so "cross-attention" is the block of video rows x text columns
+of one softmax. Its value at (i, j) is exp(q_i·k_j·scale - LSE_i), and flash attention returns the log-sum-exp LSE:
+only the concept's columns are ever computed.
+Legend: B batch, A attention heads, S all tokens, L text tokens, N video tokens, d head width, K concept columns.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from trainer.backbones.cogvideox import CogVideoX
+from trainer.errors import UsageError
+from trainer.prompts import PromptSet
+
+
+def attention_with_lse(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """softmax(q kᵀ / sqrt(d)) v and the log-sum-exp of each row, q k v (B, A, S, d) -> (B, A, S, d), (B, A, S) fp32.
+
+    Uses the fused kernel of the device; where there is none (fp32 on a card), rows are taken in chunks.
+    """
+    if q.device.type == "cpu":
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)[:2]
+    if q.dtype in (torch.float16, torch.bfloat16):
+        out, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v)
+        return out, lse[..., :q.shape[2]]
+    out, lse = torch.empty_like(q), q.new_empty(q.shape[:-1], dtype=torch.float32)
+    for b, a in torch.cartesian_prod(torch.arange(q.shape[0]), torch.arange(q.shape[1])).tolist():
+        for rows in torch.arange(q.shape[2]).split(256):
+            scores = q[b, a, rows] @ k[b, a].T * q.shape[-1] ** -0.5  # (256, S)
+            lse[b, a, rows] = scores.logsumexp(-1)
+            out[b, a, rows] = scores.softmax(-1) @ v[b, a]
+    return out, lse
+
+
+class ConceptMapProcessor:
+    """CogVideoX's attention that also keeps the video tokens' attention to chosen text columns.
+
+    q and k are taken after QK-norm and RoPE, from the same tensors that the attention itself uses. Guidance puts the
+    conditional samples first, in one batch or in a pass of their own; the map kept is that of the first pass' first rows.
+    """
+
+    def __init__(self, columns: Tensor):
+        self.columns = columns  # (B, L) bool: the concept's token positions
+        self.map: Tensor | None = None  # (B, N) fp32, mean over heads, sum over columns
+
+    def __call__(self, attn: nn.Module, hidden_states: Tensor, encoder_hidden_states: Tensor,
+                 attention_mask: Tensor | None = None,
+                 image_rotary_emb: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
+        from diffusers.models.embeddings import apply_rotary_emb
+
+        length = encoder_hidden_states.shape[1]
+        x = torch.cat([encoder_hidden_states, hidden_states], dim=1)  # (B, S, D)
+        q, k, v = (proj(x).unflatten(-1, (attn.heads, -1)).transpose(1, 2)
+                   for proj in (attn.to_q, attn.to_k, attn.to_v))  # (B, A, S, d)
+        q = q if attn.norm_q is None else attn.norm_q(q)
+        k = k if attn.norm_k is None else attn.norm_k(k)
+        if image_rotary_emb is not None:
+            q[:, :, length:] = apply_rotary_emb(q[:, :, length:], image_rotary_emb)
+            k[:, :, length:] = apply_rotary_emb(k[:, :, length:], image_rotary_emb)
+        out, lse = attention_with_lse(q, k, v)
+        if self.map is None:
+            rows = slice(len(self.columns))
+            self.map = concept_map(q[rows, :, length:], k[rows, :, :length], lse[rows, :, length:], self.columns)
+        out = attn.to_out[1](attn.to_out[0](out.transpose(1, 2).flatten(2)))  # (B, S, D)
+        return out[:, length:], out[:, :length]
+
+
+def concept_map(q: Tensor, k: Tensor, lse: Tensor, columns: Tensor) -> Tensor:
+    """Attention that each video token pays to the concept's columns: mean over heads, sum over columns.
+
+    q (B, A, N, d) video queries, k (B, A, L, d) text keys, lse (B, A, N), columns (B, L) bool -> (B, N) fp32.
+    Holds K columns of one sample and one head at a time.
+    """
+    result = torch.zeros(q.shape[0], q.shape[2], dtype=torch.float32, device=q.device)
+    for b in range(q.shape[0]):
+        picked = k[b][:, columns[b]].float()  # (A, K, d)
+        for a in range(q.shape[1]):
+            scores = q[b, a].float() @ picked[a].T * q.shape[-1] ** -0.5  # (N, K)
+            result[b] += (scores - lse[b, a].float().unsqueeze(-1)).exp().sum(-1)
+    return result / q.shape[1]
+
+
+@contextmanager
+def captured_maps(blocks: Sequence[nn.Module], columns: Tensor) -> Iterator[list[ConceptMapProcessor]]:
+    """Within the context every given block's attention also leaves its concept map; processors are restored after."""
+    before = [block.attn1.processor for block in blocks]
+    processors = [ConceptMapProcessor(columns) for _ in blocks]
+    for block, processor in zip(blocks, processors):
+        block.attn1.processor = processor
+    try:
+        yield processors
+    finally:
+        for block, processor in zip(blocks, before):
+            block.attn1.processor = processor
+
+
+def concept_mask(maps: Sequence[Tensor], *, threshold: float, soft: bool = False) -> Tensor:
+    """One mask (B, N) in 0..1 from maps (B, N) of several blocks.
+
+    The mean over blocks is normalised to 0..1 over the whole clip, so that a frame without the concept stays empty,
+    and cut at `threshold`; `soft` keeps the normalised values instead.
+    """
+    mean = torch.stack(list(maps)).mean(0)
+    low, high = mean.amin(1, keepdim=True), mean.amax(1, keepdim=True)
+    normalised = (mean - low) / (high - low).clamp(min=1e-12)
+    return normalised if soft else (normalised >= threshold).float()
+
+
+def prompt_columns(backbone: CogVideoX, prompts: PromptSet) -> dict[str, Tensor]:
+    """Which token positions (L,) bool spell the concept, by prompt.
+
+    Raises UsageError for a prompt whose tokens do not contain it.
+    """
+    tokenizer = backbone.tokenizer()
+    if tokenizer is None:  # random weights have no words: any column costs and behaves the same
+        column = torch.arange(backbone.text_length) == 0
+        return dict.fromkeys(prompts.prompts, column)
+    wanted = torch.tensor(tokenizer(prompts.concept, add_special_tokens=False).input_ids)  # (K,)
+    ids = backbone.token_ids(tokenizer, list(prompts.prompts))  # (n, L)
+    starts = (ids.unfold(1, len(wanted), 1) == wanted).all(-1)  # (n, L - K + 1)
+    columns = torch.zeros(ids.shape, dtype=torch.bool)
+    for row, start in starts.nonzero().tolist():
+        columns[row, start:start + len(wanted)] = True
+    for row in (~columns.any(1)).nonzero().flatten().tolist():
+        raise UsageError(f"the concept {prompts.concept!r} is not among the tokens of the prompt "
+                         f"{prompts.prompts[row]!r}; use a word of the prompt, or --alpha 0 to train without localisation")
+    return dict(zip(prompts.prompts, columns))

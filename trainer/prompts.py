@@ -1,0 +1,156 @@
+"""What is erased and what is kept, as prompts; and their embeddings, computed once and cached by content."""
+
+import csv
+import hashlib
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from trainer.config import DataConfig
+from trainer.errors import UsageError
+
+_TEMPLATES = ("{}", "a video of {}", "a scene with {}", "{} in motion", "a close shot of {}")
+
+
+@dataclass(frozen=True)
+class PromptSet:
+    """`prompts` show the concept, `safe` say the same without it (or nothing), `preserved` are related and stay."""
+
+    concept: str
+    prompts: tuple[str, ...]
+    safe: tuple[str, ...]
+    preserved: tuple[str, ...]
+
+
+def collect(data: DataConfig, *, bundled: bool) -> PromptSet:
+    """The prompts that the settings ask for; where they name none, made from the concept.
+
+    On the bundled model these are the world's own captions. Raises UsageError for unreadable or empty files.
+    """
+    concepts = list(data.preserve) + (_lines(data.preserve_file, "--preserve-file") if data.preserve_file else [])
+    pairs = _pairs(data.prompts) if data.prompts else None
+    if bundled:
+        pairs, preserved = _world(data.concept, pairs, concepts)
+    else:
+        pairs = pairs or [(t.format(data.concept), "") for t in _TEMPLATES]
+        preserved = [t.format(c) if " " not in c else c for c in concepts for t in _TEMPLATES[: 1 if " " in c else None]]
+    return PromptSet(data.concept, tuple(p for p, _ in pairs), tuple(s for _, s in pairs), tuple(preserved))
+
+
+def _world(concept: str, pairs: list[tuple[str, str]] | None, concepts: list[str]
+           ) -> tuple[list[tuple[str, str]], list[str]]:
+    """The shapes world's captions of a concept, and of what shares its kind."""
+    from trainer.shapes import world
+
+    try:
+        others = world.preserved_concepts(concept)
+        pairs = pairs or world.erasure_pairs(concept)
+    except KeyError:
+        if pairs is None:
+            words = ", ".join(name for kind in world.ATTRIBUTES.values() for name in kind)
+            raise UsageError(f"--concept {concept}: the bundled model does not know it; it knows {words}. "
+                             "Another concept needs --prompts FILE") from None
+        others = []
+    if not concepts:
+        concepts = others
+    preserved = []
+    for name in concepts:
+        if " " in name:
+            preserved.append(name)
+        elif name not in {word for kind in world.ATTRIBUTES.values() for word in kind}:
+            raise UsageError(f"--preserve {name}: the bundled model does not know it; name one of {', '.join(others)}")
+        else:
+            preserved += [prompt for prompt, _ in world.erasure_pairs(name)]
+    return pairs, preserved
+
+
+def _lines(path: Path, flag: str) -> list[str]:
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as e:
+        raise UsageError(f"{flag} {path}: cannot be read ({e})") from e
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    if not lines:
+        raise UsageError(f"{flag} {path}: holds no prompt; write one a line")
+    return lines
+
+
+def _pairs(path: Path) -> list[tuple[str, str]]:
+    """(prompt, safe prompt) from a text file or a CSV."""
+    lines = _lines(path, "--prompts")
+    if path.suffix.lower() != ".csv":
+        return [(line, "") for line in lines]
+    with path.open(newline="", encoding="utf-8-sig") as f:
+        reader = csv.DictReader(f)
+        if "prompt" not in (reader.fieldnames or ()):
+            raise UsageError(f"--prompts {path}: needs a column named prompt, has {', '.join(reader.fieldnames or ())}")
+        try:
+            rows = [((row["prompt"] or "").strip(), (row.get("safe") or "").strip()) for row in reader]
+        except csv.Error as e:
+            raise UsageError(f"--prompts {path}: not a CSV file ({e})") from e
+    rows = [row for row in rows if row[0]]
+    if not rows:
+        raise UsageError(f"--prompts {path}: no row has a prompt")
+    return rows
+
+
+class Embeddings:
+    """Text embeddings of a fixed set of prompts: one table (n, L, D) on `device`, looked up by prompt."""
+
+    def __init__(self, table: Tensor, prompts: Sequence[str]):
+        self.table, self._row = table, {p: i for i, p in enumerate(prompts)}
+
+    def __call__(self, prompts: Sequence[str]) -> Tensor:
+        """(B, L, D) of these prompts."""
+        return self.table[[self._row[p] for p in prompts]]
+
+    def to(self, device: torch.device | str) -> "Embeddings":
+        return Embeddings(self.table.to(device), list(self._row))
+
+
+def cache_directory() -> Path:
+    """Where embeddings are cached: $XDG_CACHE_HOME/eraser-trainer, by default under ~/.cache."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "eraser-trainer" / "embeddings"
+
+
+def embed(backbone, prompts: Sequence[str], *, dtype: torch.dtype, device: torch.device | str,
+          cache: Path | None = None) -> Embeddings:
+    """Embeddings of the distinct prompts; those that any earlier run computed come from the cache.
+
+    Keyed by the text encoder's weights, the dtype, the length and the prompt's text. Random weights are not cached.
+    """
+    prompts = sorted(set(prompts))
+    cache = cache or cache_directory()
+    encoder = backbone.text_encoder_fingerprint()
+    files = {p: cache / f"{_key(encoder, backbone.text_length, dtype, p)}.safetensors" for p in prompts}
+    rows = {} if encoder is None else {p: t for p in prompts if (t := _cached(files[p])) is not None}
+    missing = [p for p in prompts if p not in rows]
+    if missing:
+        for prompt, row in zip(missing, backbone.encode_prompts(missing, dtype=dtype, device=device)):
+            rows[prompt] = row
+            if encoder is not None:
+                cache.mkdir(parents=True, exist_ok=True)
+                part = files[prompt].with_suffix(f".{os.getpid()}.part")
+                save_file({"embedding": row.contiguous()}, part)
+                part.replace(files[prompt])
+    table = torch.stack([rows[p] for p in prompts])  # (n, L, D)
+    return Embeddings(table, prompts)
+
+
+def _key(encoder: str | None, length: int, dtype: torch.dtype, prompt: str) -> str:
+    return hashlib.sha256(f"{encoder}\0{length}\0{dtype}\0{prompt}".encode()).hexdigest()[:32]
+
+
+def _cached(file: Path) -> Tensor | None:
+    """A cached row, or None; a damaged file counts as absent and is written anew."""
+    try:
+        with safe_open(file, framework="pt") as f:
+            return f.get_tensor("embedding")
+    except (OSError, SafetensorError):
+        return None

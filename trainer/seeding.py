@@ -1,0 +1,27 @@
+"""Randomness as a function of (seed, purpose, index): no generator is shared, so nothing can shift a run."""
+
+import hashlib
+
+import torch
+from torch import Tensor
+
+
+def generator(seed: int, purpose: str, *index: int) -> torch.Generator:
+    """A CPU generator that depends on its arguments alone."""
+    digest = hashlib.sha256(f"{seed}/{purpose}/{'/'.join(map(str, index))}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+
+
+def noise(shape: tuple[int, ...], seed: int, purpose: str, *index: int) -> Tensor:
+    """Standard normal values of the given shape, on the host, the same for every device and memory plan."""
+    return torch.randn(shape, generator=generator(seed, purpose, *index))
+
+
+def order(count: int, batch_size: int, seed: int, purpose: str, index: int) -> list[int]:
+    """The `index`-th batch of positions 0..count-1; every epoch is a new permutation."""
+    first = index * batch_size
+    positions = []
+    for position in range(first, first + batch_size):
+        epoch, offset = divmod(position, count)
+        positions.append(torch.randperm(count, generator=generator(seed, purpose, epoch))[offset].item())
+    return positions

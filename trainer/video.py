@@ -1,0 +1,65 @@
+"""Videos as files: mp4 by PyAV, contact sheets as PNG.
+
+Legend: B videos, T frames, H W pixels; values in [0, 1].
+"""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from trainer.errors import InputOutputError
+
+_CAPTION = 14  # pixels above each row of a sheet
+
+
+def write_mp4(path: Path, video: Tensor, *, fps: int = 8) -> None:
+    """Write one video (3, T, H, W) as H.264, enlarged by whole factors to at least 256 pixels; sides become even."""
+    import av
+
+    factor = max(1, -(-256 // min(video.shape[-2:])))
+    frames = _bytes(video).permute(1, 2, 3, 0).repeat_interleave(factor, 1).repeat_interleave(factor, 2)  # (T, H, W, 3)
+    height, width = frames.shape[1] // 2 * 2, frames.shape[2] // 2 * 2
+    part = path.with_name(f".{path.name}.part.mp4")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with av.open(str(part), "w") as container:
+            stream = container.add_stream("libx264", rate=fps)
+            stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+            stream.options = {"crf": "18"}
+            for frame in frames[:, :height, :width].contiguous().numpy():
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+            container.mux(stream.encode())
+        part.replace(path)
+    except (OSError, av.error.FFmpegError) as e:
+        part.unlink(missing_ok=True)
+        raise InputOutputError(f"{path} cannot be written ({e}); choose another --out") from e
+
+
+def contact_sheet(path: Path, rows: list[tuple[str, Tensor]], *, num_frames: int = 5, side: int = 96) -> None:
+    """Write a PNG with one captioned row a video (3, T, H, W), `num_frames` frames evenly spread in time."""
+    from PIL import Image, ImageDraw
+
+    shown = rows[0][1]
+    height, width = shown.shape[-2:]
+    factor = max(1, round(side / min(height, width)))
+    cell = width * factor + 4, height * factor + 4 + _CAPTION
+    sheet = Image.new("RGB", (cell[0] * num_frames + 4, cell[1] * len(rows) + 4), "white")
+    draw = ImageDraw.Draw(sheet)
+    for r, (caption, video) in enumerate(rows):
+        draw.text((4, r * cell[1] + 2), caption, fill="black")
+        for c, t in enumerate(torch.linspace(0, video.shape[1] - 1, num_frames).round().int().tolist()):
+            picture = Image.fromarray(_bytes(video[:, t]).permute(1, 2, 0).numpy())
+            picture = picture.resize((width * factor, height * factor), Image.Resampling.NEAREST)
+            sheet.paste(picture, (4 + c * cell[0], r * cell[1] + _CAPTION + 2))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_name(f".{path.name}.part")
+        sheet.save(part, format="PNG")
+        part.replace(path)
+    except OSError as e:
+        raise InputOutputError(f"{path} cannot be written ({e}); choose another --out") from e
+
+
+def _bytes(video: Tensor) -> Tensor:
+    return (video * 255).round().clamp(0, 255).to(torch.uint8)
