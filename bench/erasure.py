@@ -1,0 +1,89 @@
+"""What each part of the method does: losses, latents, η, rank and length, on the bundled model.
+
+    python -m bench.erasure                  all variants, into bench/results/erasure.json
+    python -m bench.erasure --only eta-3     some of them; the others are kept from the file
+
+Answers the claims *erase* and *preserve*. Every variant differs from the default run of `run.py` in what it names.
+"""
+
+import json
+import shutil
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+from bench.provenance import RESULTS, write_result
+from trainer.config import SHAPES, EvaluateConfig, TrainConfig, replaced
+from trainer.evaluate import evaluate
+from trainer.loop import train
+
+_TERMS = {"unlearn": (0.0, 0.0), "unlearn-loc": (1.0, 0.0), "unlearn-pre": (0.0, 1.0), "all": (1.0, 1.0)}
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    **{f"{terms}-{latents}": {"loss.alpha": alpha, "loss.beta": beta, "data.latents": latents}
+       for terms, (alpha, beta) in _TERMS.items() for latents in ("trajectory", "noise")},
+    **{f"eta-{eta}": {"loss.eta": float(eta)} for eta in (1, 3, 5, 7)},
+    **{f"rank-{rank}": {"optim.rank": rank} for rank in (4, 8, 16, 32, 64)},
+    "anchor-empty": {"loss.anchor": "empty"},
+    "two-steps": {"optim.steps": 2},
+    "concept-circle": {"data.concept": "circle"},
+    "concept-left": {"data.concept": "left"},
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Erasure:
+    """Measure the variants of the method on the bundled model."""
+
+    only: tuple[str, ...] = ()
+    """Names of variants; by default all."""
+    num_videos: int = 24
+    """Videos a row of each evaluation."""
+    out: Path = RESULTS
+    """Directory of the result."""
+
+
+def measure(name: str, num_videos: int) -> dict[str, Any]:
+    """Train one variant in a temporary directory and evaluate it."""
+    directory = Path(tempfile.mkdtemp())
+    try:
+        config = replaced(TrainConfig(), SHAPES | VARIANTS[name] | {"output.out": directory / "run"})
+        started = time.monotonic()
+        run_dir = train(config, {})
+        trained = time.monotonic()
+        result = evaluate(EvaluateConfig(run=run_dir, num_videos=num_videos))
+        return {"settings": VARIANTS[name], "train_seconds": trained - started, "evaluation": result}
+    finally:
+        shutil.rmtree(directory)
+
+
+def summary(evaluation: dict[str, Any]) -> dict[str, float]:
+    """The few rates that a table shows: lowest preserved rate of the siblings, and of the target's other attributes."""
+    others = [r for r in evaluation["preserved"] if r["kind"].startswith("target-")]
+    kept = [r for r in evaluation["preserved"] if not r["kind"].startswith("target-")]
+    return {
+        "target_before": evaluation["target"]["before"], "target": evaluation["target"]["after"],
+        "synonyms": evaluation["synonyms"]["after"], "preserved_worst": min(r["after"] for r in kept),
+        "preserved_mean": sum(r["after"] for r in kept) / len(kept),
+        "target_other_worst": min(r["after"] for r in others),
+        "motion": evaluation["motion"]["after"] / evaluation["motion"]["before"],
+    }
+
+
+def main(config: Erasure) -> None:
+    path = config.out / "erasure.json"
+    variants = json.loads(path.read_text())["variants"] if path.exists() else {}
+    for name in config.only or VARIANTS:
+        variants[name] = measure(name, config.num_videos)
+        write_result("erasure", {"variants": {n: variants[n] for n in VARIANTS if n in variants}}, config.out)
+        row = summary(variants[name]["evaluation"])
+        print(name, "  ".join(f"{k} {v:.3f}" for k, v in row.items()), flush=True)
+    print(path)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Erasure))

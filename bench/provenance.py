@@ -1,0 +1,40 @@
+"""Where a committed figure comes from: versions, machine class, commit and command."""
+
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+_PACKAGES = ("torch", "diffusers", "transformers", "bitsandbytes", "safetensors")
+
+
+def provenance() -> dict[str, Any]:
+    """Versions, processor or card, commit, command and time of this process."""
+    import torch
+
+    card = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    commit = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True,
+                            cwd=Path(__file__).parent).stdout.strip()
+    module = getattr(sys.modules["__main__"], "__spec__", None)
+    program = ["python", "-m", module.name.removesuffix(".__main__")] if module else ["python", Path(sys.argv[0]).name]
+    return {
+        "versions": {"python": platform.python_version(), **{p: version(p) for p in _PACKAGES}},
+        "card": card, "num_cores": os.cpu_count(), "system": platform.system(), "machine": platform.machine(),
+        "commit": commit, "command": shlex.join([*program, *sys.argv[1:]]),
+        "date": datetime.now(UTC).date().isoformat(),
+    }
+
+
+def write_result(name: str, content: dict[str, Any], directory: Path = RESULTS) -> Path:
+    """Write `bench/results/NAME.json` with provenance beside the content; returns the path."""
+    path = directory / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"provenance": provenance(), **content}, indent=1) + "\n")
+    return path
