@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from memory.offload import offload_blocks, place
 from trainer.backbones import Decode, Predict, published
-from trainer.backbones.weights import assign, randomise
+from trainer.backbones.weights import assign, open_shard, randomise, shards
 from trainer.errors import UsageError
 
 BUNDLED = Path(__file__).parent.parent / "shapes" / "pipeline"
@@ -66,9 +67,9 @@ class CogVideoX:
 
     def latent_shape(self, num_frames: int, height: int, width: int) -> tuple[int, int, int, int]:
         c, r = self._meta.config, self.temporal_ratio
-        if num_frames < 1 or (num_frames - 1) % r:
-            near = max(1, round((num_frames - 1) / r)) * r + 1
-            raise UsageError(f"--frames {num_frames}: this VAE makes {r}k+1 frames; {near} would work")
+        if num_frames < 1 or (num_frames - 1) % (2 * r):  # it decodes latent frames in pairs, the odd one first
+            near = max(1, round((num_frames - 1) / (2 * r))) * 2 * r + 1
+            raise UsageError(f"--frames {num_frames}: this VAE makes {2 * r}k+1 frames; {near} would work")
         side = self.spatial_ratio * c.patch_size
         for flag, value in (("height", height), ("width", width)):
             if value < side or value % side:
@@ -165,10 +166,17 @@ class CogVideoX:
                          return_tensors="pt").input_ids
 
     def encode_prompts(self, prompts: list[str], *, dtype: torch.dtype, device: torch.device | str = "cpu",
-                       batch_size: int = 16) -> Tensor:
+                       batch_size: int = 16, stream: bool | None = None) -> Tensor:
+        """`stream`: the encoder's blocks pass through two buffers on the device instead of living there, so that T5-XXL
+        needs no room for its 8.9 GiB; None: on every device but the CPU."""
         if self.directory is None:
             return torch.stack([_random_text(p, self.text_length, self.text_width, dtype) for p in prompts])
-        tokenizer, encoder = self.tokenizer(), self.load_text_encoder(dtype=dtype, device=device)
+        tokenizer, encoder = self.tokenizer(), self.load_text_encoder(dtype=dtype)
+        device, streamed = torch.device(device), []
+        if stream or (stream is None and device.type != "cpu"):
+            offload_blocks(encoder.encoder.block, device=device)
+            streamed = list(encoder.encoder.block.parameters())
+        place(encoder, device, skip=streamed)
         parts = []
         with torch.no_grad():
             for start in range(0, len(prompts), batch_size):
@@ -182,12 +190,13 @@ class CogVideoX:
             return None
         digest = hashlib.sha256()
         for part in ("text_encoder", "tokenizer"):
-            for file in sorted((self.directory / part).iterdir()):
+            for file in sorted(f for f in (self.directory / part).iterdir() if f.is_file()):
                 size = file.stat().st_size
                 digest.update(f"{file.name} {size}\0".encode())
                 with file.open("rb") as f:  # 64 samples: gigabytes of weights are told apart without reading them all
-                    for i in range(min(64, -(-size // 65536))):
-                        f.seek(max(0, size - 65536) * i // 63)
+                    count = min(64, -(-size // 65536))
+                    for i in range(count):
+                        f.seek(max(0, size - 65536) * i // max(1, count - 1))
                         digest.update(f.read(65536))
         return digest.hexdigest()
 
@@ -240,18 +249,20 @@ def _locate(model: str) -> Path:
     directory = Path(model).expanduser()
     if not directory.exists() and model.count("/") == 1 and not model.startswith((".", "/", "~")):
         from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+        from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
 
         try:
             return Path(snapshot_download(model, allow_patterns=["*.json", "*.safetensors", "*.model"]))
-        except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as e:
+        except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as e:
             raise UsageError(f"--model {model}: no such directory, and the hub did not give it ({type(e).__name__}); "
                              "name a local directory in diffusers' layout, or shapes") from e
     missing = [c for c in COMPONENTS if not (directory / c).is_dir()]
     if not (directory / "model_index.json").is_file() or missing:
-        what = f"lacks {missing[0]}/" if directory.is_dir() and missing else "is not there"
-        if directory.is_dir() and not missing:
-            what = "lacks model_index.json"
+        what = "is not there"
+        if directory.is_dir():
+            what = f"lacks {missing[0]}/" if missing else "lacks model_index.json"
+        elif directory.exists():
+            what = "is not a directory"
         raise UsageError(f"--model {model}: {what}; name a directory in diffusers' layout "
                          f"({', '.join(COMPONENTS)}), a hub id, or shapes")
     return directory
@@ -267,12 +278,8 @@ def _read_config(directory: Path, component: str) -> dict[str, Any]:
 
 def _stored_dtype(directory: Path) -> torch.dtype:
     """The dtype that the weights are stored in: the model's native one."""
-    from safetensors import safe_open
-
-    from trainer.backbones.weights import shards
-
     name, file = next(iter(shards(directory).items()))
-    with safe_open(file, framework="pt") as f:
+    with open_shard(file) as f:
         stored = f.get_slice(name).get_dtype()
     return {"F16": torch.float16, "BF16": torch.bfloat16}.get(stored, torch.float32)
 

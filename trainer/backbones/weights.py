@@ -1,7 +1,10 @@
 """Weights from safetensors shards straight into place: construction on meta, one tensor at a time, no second copy."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -17,19 +20,29 @@ def shards(directory: Path) -> dict[str, Path]:
     """
     indices = sorted(directory.glob("*.safetensors.index.json"))
     if indices:
-        weight_map = json.loads(indices[0].read_text())["weight_map"]
-        missing = sorted({f for f in weight_map.values() if not (directory / f).is_file()})
+        try:
+            weight_map = json.loads(indices[0].read_text())["weight_map"]
+            missing = sorted({f for f in weight_map.values() if not (directory / f).is_file()})
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+            raise CheckpointError(f"{indices[0]} is not an index of weights ({e!r}); copy the model again") from e
         if missing:
             raise CheckpointError(f"{directory}: the index names {missing[0]}, which is not there; copy the model again")
         return {name: directory / file for name, file in weight_map.items()}
     files = sorted(directory.glob("*.safetensors"))
     if len(files) != 1:
         raise CheckpointError(f"{directory}: expected one .safetensors file or an index, found {len(files)}")
+    with open_shard(files[0]) as f:
+        return dict.fromkeys(f.keys(), files[0])
+
+
+@contextmanager
+def open_shard(file: Path) -> Iterator[Any]:
+    """A safetensors file, open for reading on the host. Raises CheckpointError if it is damaged."""
     try:
-        with safe_open(files[0], framework="pt") as f:
-            return dict.fromkeys(f.keys(), files[0])
-    except SafetensorError as e:
-        raise CheckpointError(f"{files[0]} cannot be read ({e}); copy the model again") from e
+        with safe_open(file, framework="pt") as f:
+            yield f
+    except (SafetensorError, OSError) as e:
+        raise CheckpointError(f"{file} cannot be read ({e}); copy the model again") from e
 
 
 def assign(model: nn.Module, directory: Path, *, dtype: torch.dtype, device: torch.device | str = "cpu") -> nn.Module:
@@ -47,12 +60,9 @@ def assign(model: nn.Module, directory: Path, *, dtype: torch.dtype, device: tor
     for name, file in where.items():
         files.setdefault(file, []).append(name)
     for file, names in files.items():
-        try:
-            with safe_open(file, framework="pt") as f:
-                for name in names:
-                    _place(model, name, f.get_tensor(name), expected[name], dtype, device)
-        except SafetensorError as e:
-            raise CheckpointError(f"{file} cannot be read ({e}); copy the model again") from e
+        with open_shard(file) as f:
+            for name in names:
+                _place(model, name, f.get_tensor(name), expected[name], dtype, device)
     if hasattr(model, "tie_weights"):
         model.tie_weights()
     unset = [n for n, t in {**dict(model.named_parameters()), **_persistent_buffers(model)}.items() if t.is_meta]

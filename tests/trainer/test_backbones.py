@@ -1,0 +1,222 @@
+"""The backbone against diffusers' own pipeline: shapes, predictions, text, decoding."""
+
+import pytest
+import torch
+from conftest import FRAMES, SIDE
+
+from trainer.assemble import named_scheduler
+from trainer.backbones.cogvideox import CogVideoX, check_dtype
+from trainer.errors import UsageError
+
+
+@pytest.mark.parametrize("name, num_parameters", [("cogvideox-2b", 1_693_783_872), ("cogvideox-5b", 5_570_283_072)])
+def test_published_configurations_have_the_published_size(name, num_parameters):
+    opened = CogVideoX(name, weights="random")
+    parameters = list(opened._meta.parameters())
+    assert all(p.is_meta for p in parameters)
+    assert sum(p.numel() for p in parameters) == num_parameters
+
+
+@pytest.mark.parametrize("frames, tokens", [(49, 17_776), (17, 6_976), (9, 4_276)])
+def test_token_counts_at_480_by_720(frames, tokens):
+    opened = CogVideoX("cogvideox-2b", weights="random")
+    assert opened.num_tokens(opened.latent_shape(frames, 480, 720)) == tokens
+
+
+def test_published_1_5_pads_its_latent_frames_to_its_temporal_patch():
+    opened = CogVideoX("cogvideox1.5-5b", weights="random")
+    assert opened.default_size() == (81, 768, 1360)
+    shape = opened.latent_shape(81, 768, 1360)
+    assert shape == (22, 16, 96, 170)
+    assert opened.token_grid(shape) == (11, 48, 85)
+
+
+@pytest.mark.parametrize("size, flag, works", [
+    ((48, 480, 720), "--frames 48", "49 would work"),
+    ((13, 480, 720), "--frames 13", "would work"),  # the VAE decodes 4 latent frames to 16 frames
+    ((0, 480, 720), "--frames 0", "9 would work"),
+    ((49, 481, 720), "--height 481", "480 would work"),
+    ((49, 480, 8), "--width 8", "16 would work"),
+])
+def test_impossible_sizes_name_the_flag_and_what_works(size, flag, works):
+    with pytest.raises(UsageError, match=f"{flag}.*{works}"):
+        CogVideoX("cogvideox-2b", weights="random").latent_shape(*size)
+
+
+@pytest.mark.parametrize("frames", [1, 9, 17])
+def test_decoder_returns_the_frames_that_were_asked_for(backbone, frames):
+    shape = backbone.latent_shape(frames, SIDE, SIDE)
+    video = backbone.decoder(frames, dtype=torch.float32)(torch.randn(2, *shape))
+    assert video.shape == (2, 3, frames, SIDE, SIDE)
+    assert video.dtype == torch.float32 and video.min() >= 0 and video.max() <= 1
+
+
+def test_decoder_equals_the_pipelines_decoding(pipelines, backbone):
+    from diffusers import CogVideoXPipeline
+
+    pipeline = CogVideoXPipeline.from_pretrained(backbone.directory)
+    shape = backbone.latent_shape(FRAMES, SIDE, SIDE)
+    latents = torch.randn(1, *shape)
+    ours = backbone.decoder(FRAMES, dtype=torch.float32)(latents)
+    with torch.no_grad():
+        stock = pipeline.decode_latents(latents[:, backbone.num_padding_frames((FRAMES - 1) // 4 + 1):])
+    assert torch.equal(ours, (stock / 2 + 0.5).clamp(0, 1))
+
+
+@pytest.mark.parametrize("frames, height", [(FRAMES, SIDE), (17, SIDE), (FRAMES, 24)])
+def test_prediction_equals_the_stock_transformer_bitwise(backbone, frames, height):
+    from diffusers import CogVideoXPipeline
+
+    shape = backbone.latent_shape(frames, height, SIDE)
+    x, t, text = torch.randn(2, *shape), torch.tensor([17, 901]), torch.randn(2, backbone.text_length, 16)
+    predict = backbone.predictor(backbone.load_transformer(dtype=torch.float32), shape)
+    pipeline = CogVideoXPipeline.from_pretrained(backbone.directory)
+    rotary = None
+    if pipeline.transformer.config.use_rotary_positional_embeddings:
+        rotary = pipeline._prepare_rotary_positional_embeddings(height, SIDE, shape[0], torch.device("cpu"))
+    with torch.no_grad():
+        stock = pipeline.transformer(x, text, t, image_rotary_emb=rotary, return_dict=False)[0]
+        assert torch.equal(predict(x, t, text), stock)
+
+
+def test_prediction_with_ofs_equals_the_stock_transformer_bitwise(pipelines):
+    from diffusers import CogVideoXTransformer3DModel
+
+    opened = CogVideoX(str(pipelines["1.5-ofs"]))
+    shape = opened.latent_shape(FRAMES, SIDE, SIDE)
+    x, t, text = torch.randn(2, *shape), torch.tensor([17, 901]), torch.randn(2, opened.text_length, 16)
+    predict = opened.predictor(opened.load_transformer(dtype=torch.float32), shape)
+    stock = CogVideoXTransformer3DModel.from_pretrained(opened.directory / "transformer").eval()
+    with torch.no_grad():
+        expected = stock(x, text, t, image_rotary_emb=opened.rotary(shape, "cpu"), ofs=x.new_full((1,), 2.0),
+                         return_dict=False)[0]
+        assert torch.equal(predict(x, t, text), expected)
+
+
+def test_prediction_in_bfloat16_equals_the_stock_transformer_bitwise(pipelines):
+    from diffusers import CogVideoXTransformer3DModel
+
+    opened = CogVideoX(str(pipelines["5b-bf16"]))
+    shape = opened.latent_shape(FRAMES, SIDE, SIDE)
+    x, t, text = torch.randn(1, *shape), torch.tensor([500]), torch.randn(1, opened.text_length, 16)
+    predict = opened.predictor(opened.load_transformer(dtype=opened.native_dtype), shape)
+    stock = CogVideoXTransformer3DModel.from_pretrained(opened.directory / "transformer", torch_dtype=torch.bfloat16)
+    with torch.no_grad():
+        ours = predict(x, t, text)
+        expected = stock.eval()(x.bfloat16(), text.bfloat16(), t, image_rotary_emb=opened.rotary(shape, "cpu"),
+                                return_dict=False)[0]
+    assert ours.dtype == torch.bfloat16 and torch.equal(ours, expected)
+
+
+def test_encoded_prompts_equal_the_pipelines_bitwise(backbone):
+    from diffusers import CogVideoXPipeline
+
+    prompts = ["a red circle moving left", "", "something that this tokenizer must spell letter by letter"]
+    pipeline = CogVideoXPipeline.from_pretrained(backbone.directory)
+    with torch.no_grad():
+        stock = pipeline._get_t5_prompt_embeds(prompts, max_sequence_length=backbone.text_length)
+    assert torch.equal(backbone.encode_prompts(prompts, dtype=torch.float32), stock)
+
+
+def test_encoding_in_batches_of_two_changes_nothing_but_rounding(sincos):
+    prompts = ["a red circle", "a blue square", "", "a green triangle", "the ball"]
+    torch.testing.assert_close(sincos.encode_prompts(prompts, dtype=torch.float32, batch_size=2),
+                               sincos.encode_prompts(prompts, dtype=torch.float32), rtol=1e-5, atol=1e-6)
+
+
+def test_native_dtype_is_read_from_the_stored_weights(pipelines, sincos):
+    assert sincos.native_dtype == torch.float32
+    assert CogVideoX(str(pipelines["5b-bf16"])).native_dtype == torch.bfloat16
+    assert CogVideoX("cogvideox-2b", weights="random").native_dtype == torch.float16
+
+
+def test_float16_on_a_bf16_native_model_is_refused_unless_insisted(pipelines):
+    opened = CogVideoX(str(pipelines["5b-bf16"]))
+    with pytest.raises(UsageError, match="--dtype float16.*bf16-native.*--dtype bfloat16.*--force-dtype"):
+        check_dtype(opened, torch.float16)
+    check_dtype(opened, torch.float16, insist=True)
+    check_dtype(opened, torch.float32)
+
+
+def test_identity_belongs_to_the_configuration_not_to_the_place(copied, sincos, pipelines):
+    assert CogVideoX(str(copied("2b"))).identity()["config_hash"] == sincos.identity()["config_hash"]
+    assert CogVideoX(str(pipelines["5b"])).identity()["config_hash"] != sincos.identity()["config_hash"]
+
+
+def test_schedulers_by_name_share_the_models_schedule(backbone):
+    own = backbone.scheduler()
+    for name, kind in (("model", type(own).__name__), ("ddim", "CogVideoXDDIMScheduler"), ("dpm", "CogVideoXDPMScheduler")):
+        made = named_scheduler(backbone, name)
+        assert type(made).__name__ == kind
+        assert torch.equal(made.alphas_cumprod, own.alphas_cumprod)
+
+
+def test_missing_directory_says_what_would_work(tmp_path):
+    with pytest.raises(UsageError, match="is not there.*hub id, or shapes"):
+        CogVideoX(str(tmp_path / "nothing"))
+
+
+def test_file_instead_of_a_directory_says_so(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UsageError, match="is not a directory"):
+        CogVideoX(str(tmp_path / "file"))
+
+
+@pytest.mark.parametrize("part", ["vae", "model_index.json"])
+def test_incomplete_directory_names_what_it_lacks(copied, part):
+    directory = copied("2b")
+    path = directory / part
+    path.rename(directory / "elsewhere")
+    with pytest.raises(UsageError, match=f"lacks {part}"):
+        CogVideoX(str(directory))
+
+
+@pytest.mark.parametrize("name", ["nobody/no-model-at-all", "not a/hub id"])
+def test_hub_id_without_network_is_a_usage_error(name):
+    with pytest.raises(UsageError, match="the hub did not give it.*local directory"):
+        CogVideoX(name)
+
+
+def test_unreadable_configuration_is_a_usage_error(copied):
+    directory = copied("2b")
+    (directory / "vae" / "config.json").write_text("{")
+    with pytest.raises(UsageError, match="config.json cannot be read"):
+        CogVideoX(str(directory))
+
+
+def test_random_weights_know_the_published_names_only():
+    with pytest.raises(UsageError, match="--weights random knows cogvideox-2b"):
+        CogVideoX("shapes", weights="random")
+
+
+def test_random_transformer_runs_and_is_a_function_of_the_seed(monkeypatch):
+    from trainer.backbones import published
+
+    small = dict(num_attention_heads=2, attention_head_dim=16, num_layers=2, in_channels=4, out_channels=4,
+                 time_embed_dim=16, text_embed_dim=16, sample_width=4, sample_height=4, sample_frames=9,
+                 max_text_seq_length=6)
+    monkeypatch.setitem(published.TRANSFORMERS, "cogvideox-2b", small)
+    opened = CogVideoX("cogvideox-2b", weights="random")
+    shape = (3, 4, 4, 4)
+    text = opened.encode_prompts(["a", "b"], dtype=torch.float32)
+    outputs = []
+    for _ in range(2):
+        predict = opened.predictor(opened.load_transformer(dtype=torch.float32), shape)
+        with torch.no_grad():
+            outputs.append(predict(torch.ones(2, *shape), torch.tensor([5, 5]), text))
+    assert torch.equal(*outputs) and outputs[0].std() > 0
+    assert not torch.equal(outputs[0][0], outputs[0][1])  # another prompt, another prediction
+    assert opened.tokenizer() is None and opened.text_encoder_fingerprint() is None
+
+
+def test_fingerprint_sees_a_change_anywhere_in_the_text_encoder(copied):
+    directory = copied("2b")
+    weights = directory / "text_encoder" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes() + bytes(300_000))  # past one sample, below 64 of them
+    before = CogVideoX(str(directory)).text_encoder_fingerprint()
+    content = bytearray(weights.read_bytes())
+    for place in (len(content) - 1, len(content) // 2, 0):
+        changed = bytearray(content)
+        changed[place] ^= 1
+        weights.write_bytes(changed)
+        assert CogVideoX(str(directory)).text_encoder_fingerprint() != before, place

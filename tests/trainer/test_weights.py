@@ -1,0 +1,187 @@
+"""Weights go from safetensors shards straight into place."""
+
+import gc
+import json
+import resource
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from trainer.backbones.cogvideox import CogVideoX
+from trainer.backbones.weights import assign
+from trainer.errors import CheckpointError
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+INDEX = WEIGHTS + ".index.json"
+
+
+def _shard(directory):
+    """Split the one weights file of a component into two with an index, as diffusers lays large models out."""
+    whole = load_file(directory / WEIGHTS)
+    names = sorted(whole)
+    parts = {"diffusion_pytorch_model-00001-of-00002.safetensors": names[::2],
+             "diffusion_pytorch_model-00002-of-00002.safetensors": names[1::2]}
+    for file, members in parts.items():
+        save_file({n: whole[n].clone() for n in members}, directory / file, metadata={"format": "pt"})
+    (directory / WEIGHTS).unlink()
+    index = {"metadata": {}, "weight_map": {n: file for file, members in parts.items() for n in members}}
+    (directory / INDEX).write_text(json.dumps(index))
+    return parts
+
+
+def _same(ours: nn.Module, stock: nn.Module) -> None:
+    expected = {**dict(stock.named_parameters(remove_duplicate=False)), **dict(stock.named_buffers())}
+    found = {**dict(ours.named_parameters(remove_duplicate=False)), **dict(ours.named_buffers())}
+    assert found.keys() == expected.keys()
+    stored = stock.state_dict().keys()
+    for name, tensor in found.items():
+        # diffusers leaves the sin-cos table, which is not stored, in float64 until the module is cast
+        assert tensor.dtype == expected[name].dtype or name not in stored, name
+        assert torch.equal(tensor, expected[name].to(tensor.dtype)), name
+        assert not tensor.requires_grad
+    assert not ours.training
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["2b", "5b-bf16"])
+@pytest.mark.parametrize("sharded", [False, True])
+def test_transformer_equals_from_pretrained_bitwise(copied, kind, dtype, sharded):
+    from diffusers import CogVideoXTransformer3DModel
+
+    directory = copied(kind)
+    stock = CogVideoXTransformer3DModel.from_pretrained(directory / "transformer", torch_dtype=dtype)
+    if sharded:
+        _shard(directory / "transformer")
+    _same(CogVideoX(str(directory)).load_transformer(dtype=dtype), stock)
+
+
+def test_text_encoder_equals_from_pretrained_bitwise_with_its_tied_weight(sincos):
+    from transformers import T5EncoderModel
+
+    ours = sincos.load_text_encoder(dtype=torch.float32)
+    _same(ours, T5EncoderModel.from_pretrained(sincos.directory / "text_encoder"))
+    assert ours.encoder.embed_tokens.weight is ours.shared.weight
+
+
+def test_vae_equals_from_pretrained_bitwise(sincos):
+    from diffusers import AutoencoderKLCogVideoX
+
+    _same(sincos.load_vae(dtype=torch.float32), AutoencoderKLCogVideoX.from_pretrained(sincos.directory / "vae"))
+
+
+def test_missing_tensor_is_named(copied):
+    directory = copied("2b") / "transformer"
+    tensors = load_file(directory / WEIGHTS)
+    del tensors["proj_out.bias"]
+    save_file(tensors, directory / WEIGHTS)
+    with pytest.raises(CheckpointError, match="lacks proj_out.bias"):
+        CogVideoX(str(directory.parent)).load_transformer(dtype=torch.float32)
+
+
+def test_superfluous_tensor_is_named(copied):
+    directory = copied("2b") / "transformer"
+    save_file(load_file(directory / WEIGHTS) | {"surplus.weight": torch.zeros(1)}, directory / WEIGHTS)
+    with pytest.raises(CheckpointError, match="surplus.weight"):
+        CogVideoX(str(directory.parent)).load_transformer(dtype=torch.float32)
+
+
+def test_tensor_of_another_shape_is_named(copied):
+    directory = copied("2b") / "transformer"
+    save_file(load_file(directory / WEIGHTS) | {"proj_out.bias": torch.zeros(3)}, directory / WEIGHTS)
+    with pytest.raises(CheckpointError, match=r"proj_out.bias has shape \(3,\)"):
+        CogVideoX(str(directory.parent)).load_transformer(dtype=torch.float32)
+
+
+def test_missing_shard_is_named(copied):
+    directory = copied("2b") / "transformer"
+    last = list(_shard(directory))[-1]
+    (directory / last).unlink()
+    with pytest.raises(CheckpointError, match=last):
+        CogVideoX(str(directory.parent)).load_transformer(dtype=torch.float32)
+
+
+@pytest.mark.parametrize("which", [0, 1])
+@pytest.mark.parametrize("kept", [0, 6, 0.9])
+def test_truncated_shard_is_named(copied, which, kept):
+    directory = copied("2b") / "transformer"
+    file = directory / list(_shard(directory))[which]
+    data = file.read_bytes()
+    file.write_bytes(data[:kept if isinstance(kept, int) else int(kept * len(data))])
+    with pytest.raises(CheckpointError, match=f"{file.name} cannot be read.*copy the model again"):
+        CogVideoX(str(directory.parent)).load_transformer(dtype=torch.float32)
+
+
+@pytest.mark.parametrize("kept", [0, 100])
+def test_truncated_single_file_is_named(copied, kept):
+    directory = copied("2b") / "transformer"
+    (directory / WEIGHTS).write_bytes((directory / WEIGHTS).read_bytes()[:kept])
+    with pytest.raises(CheckpointError, match=f"{WEIGHTS} cannot be read"):
+        CogVideoX(str(directory.parent))
+
+
+@pytest.mark.parametrize("content", ["{", "{}", "[]", '{"weight_map": []}', '{"weight_map": {"a": 1}}'])
+def test_damaged_index_is_named(copied, content):
+    directory = copied("2b") / "transformer"
+    _shard(directory)
+    (directory / INDEX).write_text(content)
+    with pytest.raises(CheckpointError, match="index.json"):
+        CogVideoX(str(directory.parent))
+
+
+def test_component_without_weights_says_so(copied):
+    directory = copied("2b") / "transformer"
+    (directory / WEIGHTS).unlink()
+    with pytest.raises(CheckpointError, match="expected one .safetensors file or an index, found 0"):
+        CogVideoX(str(directory.parent))
+
+
+class _Layers(nn.Module):
+    def __init__(self, count: int, width: int):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(width, width) for _ in range(count))
+
+
+def _anonymous_bytes() -> int:
+    """Memory of this process that no file backs."""
+    _, resident, shared, *_ = Path("/proc/self/statm").read_text().split()
+    return (int(resident) - int(shared)) * resource.getpagesize()
+
+
+def test_loading_holds_about_one_copy_of_the_model_in_host_memory(tmp_path):
+    """Measured while 48 MiB of bfloat16 are loaded as 96 MiB of float32."""
+    count, width = 24, 1024
+    save_file(_Layers(count, width).to(torch.bfloat16).state_dict(), tmp_path / "model.safetensors")
+    with torch.device("meta"):
+        model = _Layers(count, width)
+    readings, done = [], threading.Event()
+
+    def watch():
+        while not done.wait(0.0005):
+            readings.append(_anonymous_bytes())
+
+    watcher = threading.Thread(target=watch)
+    gc.collect()
+    before = _anonymous_bytes()
+    watcher.start()
+    assign(model, tmp_path, dtype=torch.float32)
+    readings.append(_anonymous_bytes())
+    done.set()
+    watcher.join()
+    size = 4 * count * (width * width + width)
+    assert 0.9 * size < max(readings) - before < 1.2 * size
+
+
+def test_device_and_dtype_of_integer_buffers_stay(tmp_path):
+    model = nn.Module()
+    model.register_buffer("table", torch.arange(5))
+    model.weight = nn.Parameter(torch.ones(2))
+    save_file(model.state_dict(), tmp_path / "model.safetensors")
+    empty = nn.Module()
+    empty.register_buffer("table", torch.empty(5, dtype=torch.long, device="meta"))
+    empty.weight = nn.Parameter(torch.empty(2, device="meta"))
+    assign(empty, tmp_path, dtype=torch.bfloat16)
+    assert torch.equal(empty.table, torch.arange(5)) and empty.weight.dtype == torch.bfloat16
