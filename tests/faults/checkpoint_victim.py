@@ -47,16 +47,16 @@ def newest(run_dir: Path) -> int:
     return found.step
 
 
-def run_until_killed(child: Callable[[], None], seconds: float | None = None) -> None:
-    """Fork; the child runs `child` and is killed after `seconds`, or kills itself."""
+def run_until_killed(child: Callable[[], None], wait: Callable[[], None] | None = None) -> None:
+    """Fork; the child runs `child` and is killed when `wait` returns, or kills itself."""
     pid = os.fork()
     if pid == 0:
         try:
             child()
         finally:
             os._exit(1)
-    if seconds is not None:
-        time.sleep(seconds)
+    if wait is not None:
+        wait()
         os.kill(pid, signal.SIGKILL)
     _, status = os.waitpid(pid, 0)
     assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL, f"the child ended by itself, status {status}"
@@ -82,7 +82,6 @@ def kills(run_dir: Path, count: int, seed: int) -> dict:
             return run
 
         checkpoint.STAGES = tuple(marked(number, stage) for number, stage in enumerate(checkpoint.STAGES, start=1))
-        now_in[0] = 0
         if skip_fsync:
             os.fsync = lambda _: None
         with RunLock(run_dir):
@@ -92,10 +91,23 @@ def kills(run_dir: Path, count: int, seed: int) -> dict:
                 step += 1
                 save(run_dir, step)
 
+    start = time.monotonic()
+    for step in (1, 2, 3):
+        save(run_dir, step)
+    one_save = (time.monotonic() - start) / 3  # seconds; the disk may be busy with other things
     moments = random.Random(seed)
-    died_in, step, went_back = Counter(), 0, 0
+
+    def wait() -> None:
+        deadline = time.monotonic() + 60
+        while now_in[0] == 0 and moments.random() < 0.99:  # a few die before they save
+            assert time.monotonic() < deadline, "the child never came to save"
+            time.sleep(0.001)
+        time.sleep(min(moments.uniform(0, 6 * one_save), 1.0))
+
+    died_in, went_back = Counter(), 0
     for number in range(count):
-        run_until_killed(partial(save_for_ever, number % 2 == 1), moments.uniform(0.0, 0.08))
+        now_in[0] = 0
+        run_until_killed(partial(save_for_ever, number % 2 == 1), wait)
         died_in[now_in[0]] += 1
         found = newest(run_dir)
         went_back += found < step

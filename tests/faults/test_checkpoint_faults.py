@@ -10,6 +10,7 @@ import signal
 import struct
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -84,8 +85,10 @@ def check_kills(result: dict, record_property) -> None:
     assert len(result["died_in_stage"]) >= 3  # and did not always die in the same place
 
 
-def test_random_kills_while_saving(tmp_path, record_property):
-    check_kills(victim("kills", tmp_path, 20, 0), record_property)
+def test_random_kills_while_saving(record_property):
+    memory = Path("/dev/shm")  # a kill cannot tell it from a disk, and a busy disk would make this slow
+    with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None) as directory:
+        check_kills(victim("kills", directory, 20, 0), record_property)
 
 
 @pytest.mark.slow
@@ -277,6 +280,17 @@ def test_damage_is_detected_and_the_one_before_is_used(run_dir, file, damage, ca
         with pytest.raises(CheckpointError, match="bad-step-000001") as refused:
             latest_checkpoint(run_dir)
     assert refused.value.exit_code == 5
+
+
+def test_a_wrong_length_is_told_from_wrong_content(run_dir):
+    path = run_dir / "ckpt/step-000002/adapter.safetensors"
+    extend(path)
+    with pytest.raises(CheckpointError, match=r"adapter.safetensors has 1,097 bytes where the manifest says 1,096"):
+        manifest.verify(path.parent, 2)
+    truncate(path)
+    flip(path)
+    with pytest.raises(CheckpointError, match="content of adapter.safetensors"):
+        manifest.verify(path.parent, 2)
 
 
 @pytest.mark.parametrize("file", FILES)
