@@ -215,24 +215,24 @@ def _colour(video: Tensor, masks: Tensor) -> str | None:
 
 
 def _shape(masks: Tensor) -> str | None:
-    """Majority over frames of the prototype with the highest intersection over union."""
-    votes: dict[str | None, int] = {}
+    """Majority over frames (T, H, W) of the prototype with the highest intersection over union."""
     x, y = _grid(masks.shape[-1])
+    area = masks.sum((1, 2), keepdim=True).float()  # (T, 1, 1)
+    cx, cy = ((masks * axis).sum((1, 2), keepdim=True) / area for axis in (x, y))
     area_of_unit = {"circle": torch.pi, "square": 4 * 0.81, "triangle": 2.2}
-    for mask in masks:
-        area = mask.sum().float()
-        cx, cy = (mask * x).sum() / area, (mask * y).sum() / area
-        overlap = {}
-        for shape, unit in area_of_unit.items():
-            radius = (area / unit).sqrt()
-            # A triangle's centroid lies a third of its half height below the middle of its bounding box.
-            lift = radius / 3 if shape == "triangle" else 0.0
-            drawn = _coverage(shape, x - cx, y - cy + lift, radius) > 0.5
-            overlap[shape] = ((drawn & mask).sum() / (drawn | mask).sum()).item()
-        best = max(overlap, key=overlap.get)
-        vote = best if overlap[best] > 0.65 else None
-        votes[vote] = votes.get(vote, 0) + 1
-    return max(votes, key=votes.get)
+    overlaps = []
+    for shape, unit in area_of_unit.items():
+        radius = (area / unit).sqrt()
+        # A triangle's centroid lies a third of its half height below the middle of its bounding box.
+        lift = radius / 3 if shape == "triangle" else 0.0
+        drawn = _coverage(shape, x - cx, y - cy + lift, radius) > 0.5  # (T, H, W)
+        overlaps.append((drawn & masks).sum((1, 2)) / (drawn | masks).sum((1, 2)))
+    best, which = torch.stack(overlaps).max(0)  # (T,)
+    # A picture that is coloured all over shows no shape, although the picture itself is a square.
+    recognised = (best > 0.65) & (area.flatten() <= masks[0].numel() / 2)
+    names = list(area_of_unit)
+    votes = [names[i] if sure else None for i, sure in zip(which.tolist(), recognised.tolist())]
+    return max(dict.fromkeys(votes), key=votes.count)
 
 
 def _direction(cx: Tensor, cy: Tensor) -> str | None:
