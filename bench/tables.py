@@ -1,0 +1,103 @@
+"""The tables of README.md and MEMORY.md, made from the committed results.
+
+    python -m bench.tables           rewrite the tables between `<!-- table: NAME -->` and `<!-- end -->`
+    python -m bench.tables --check   exit 1 if a document differs from its results
+
+A figure in a document is written by this file or not at all.
+"""
+
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from bench.erasure import VARIANTS, summary
+from bench.provenance import RESULTS
+
+ROOT = Path(__file__).parent.parent
+DOCUMENTS = ("README.md", "MEMORY.md")
+_MARK = re.compile(r"(<!-- table: (?P<name>[a-z0-9-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def load(name: str) -> dict[str, Any]:
+    """A committed result by name."""
+    return json.loads((RESULTS / f"{name}.json").read_text())
+
+
+def markdown(header: list[str], rows: list[list[str]]) -> str:
+    """A table whose first column is text and whose others are figures."""
+    rule = ["---"] + ["--:"] * (len(header) - 1)
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, rule, *rows)) + "\n"
+
+
+def _source(result: dict[str, Any]) -> str:
+    p = result["provenance"]
+    where = p["card"] or f"{p['num_cores']} CPU cores"
+    return f"\nMeasured by `{p['command']}` on {where}, torch {p['versions']['torch']}, {p['date']}.\n"
+
+
+def _percent(rate: float) -> str:
+    return f"{rate:.1%}".replace(".0%", "%")
+
+
+def main_run() -> str:
+    """Target, synonyms, and the rest, before and after, for one concept of each kind."""
+    result, rows = load("main"), []
+    for concept, run in result["runs"].items():
+        e = run["evaluation"]
+        worst = max((r for r in e["preserved"] if not r["kind"].startswith("target-")),
+                    key=lambda r: r["before"] - r["after"])
+        other = max((r for r in e["preserved"] if r["kind"].startswith("target-")), key=lambda r: r["before"] - r["after"])
+        pair = [f"{_percent(r['before'])} → {_percent(r['after'])}" for r in (e["target"], e["synonyms"], worst, other)]
+        motion = e["motion"]["after"] / e["motion"]["before"] - 1
+        rows.append([concept, *pair[:2], f"{pair[2]} ({worst['name']})", pair[3], f"{motion:+.1%}", f"{run['seconds']:.0f} s"])
+    header = ["erased", "detected", "its synonyms", "worst preserved", "its other attributes, worst", "motion", "whole run"]
+    return markdown(header, rows) + _source(result)
+
+
+def pretrained() -> str:
+    """Accuracy of the bundled model."""
+    result = load("pretrained")
+    rows = [[kind, _percent(r["rate"]), " to ".join(_percent(v) for v in r["interval"])]
+            for kind, r in result["accuracy"].items()]
+    return markdown(["shown as the caption says", f"of {result['num_videos']} videos", "95 %"], rows) + _source(result)
+
+
+def erasure() -> str:
+    """One row a variant of the method."""
+    result, rows = load("erasure"), []
+    for name in VARIANTS:
+        if name in result["variants"]:
+            v = result["variants"][name]
+            s = summary(v["evaluation"])
+            rows.append([f"`{name}`", *(_percent(s[k]) for k in (
+                "target", "synonyms", "preserved_mean", "preserved_worst", "target_other_worst", "motion"))])
+    header = ["variant", "target", "synonyms", "preserved, mean", "preserved, worst", "target's other attributes, worst", "motion"]
+    return markdown(header, rows) + _source(result)
+
+
+TABLES: dict[str, Callable[[], str]] = {"main": main_run, "pretrained": pretrained, "erasure": erasure}
+
+
+def rendered(text: str) -> str:
+    """A document with every table made anew."""
+    return _MARK.sub(lambda m: m[1] + TABLES[m["name"]]() + m[3], text)
+
+
+def main() -> int:
+    different = []
+    for path in (ROOT / name for name in DOCUMENTS):
+        old = path.read_text()
+        new = rendered(old)
+        if new != old:
+            different.append(path.name)
+            if "--check" not in sys.argv:
+                path.write_text(new)
+    print(f"changed: {', '.join(different) or 'nothing'}")
+    return 1 if different and "--check" in sys.argv else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
