@@ -15,7 +15,7 @@ from torch import Tensor
 from trainer.config import TrainConfig
 from trainer.diffusion import Sampler
 from trainer.errors import CheckpointError
-from trainer.seeding import generator, noise
+from trainer.seeding import generator, noise, to_device
 
 
 @dataclass
@@ -42,7 +42,7 @@ class NoiseLatents:
                           generator=generator(self.seed, f"{self.stream}-timestep", step))
         x0 = noise(self.shape, self.seed, f"{self.stream}-x0", step)
         eps = noise(self.shape, self.seed, f"{self.stream}-noise", step)
-        return self.scheduler.add_noise(x0, eps, t).to(self.device), t.to(self.device)
+        return to_device(self.scheduler.add_noise(x0, eps, t), self.device), to_device(t, self.device)
 
     def advance(self, step: int, velocity: Tensor) -> None:
         """Noise latents have no successor."""
@@ -83,7 +83,7 @@ class TrajectoryLatents:
         trajectory, index = divmod(step, self.num_steps)
         if index == 0:
             start = noise(self.shape, self.seed, f"{self.stream}-start", trajectory)
-            self._latents = start.to(self.device) * self.scheduler.init_noise_sigma
+            self._latents = to_device(start, self.device) * self.scheduler.init_noise_sigma
             self._next = step
         if self._latents is None or self._next != step:
             raise RuntimeError(f"{self.stream} trajectory stands at step {self._next}, not {step}: every step has to "

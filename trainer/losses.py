@@ -52,11 +52,12 @@ class Teacher:
     def __init__(self, predict: Predict, erasers: Erasers, blocks: list[nn.Module], *, loss: LossConfig,
                  prompts: PromptSet, embeddings: Embeddings, columns: dict[str, Tensor] | None, latents: Latents,
                  preserved_latents: Latents | None, seed: int, guidance: str, trajectory_guidance: float = 1.0):
-        """`columns`: the concept's token positions (L,) bool by prompt; None where α is 0.
+        """`columns`: the concept's token positions (K,) int64 by prompt; None where α is 0.
         `blocks`: those whose attention makes the mask. `guidance`: how two passes share the card (memory.guidance).
         `trajectory_guidance`: guidance scale by which trajectories advance."""
         self.predict, self.erasers, self.blocks, self.loss = predict, erasers, blocks, loss
-        self.prompts, self.embeddings, self.columns = prompts, embeddings, columns
+        self.prompts, self.embeddings = prompts, embeddings
+        self.columns = columns and {p: c.to(embeddings.table.device) for p, c in columns.items()}
         self.latents, self.preserved_latents = latents, preserved_latents
         self.seed, self.guidance, self.trajectory_guidance = seed, guidance, trajectory_guidance
 
@@ -99,8 +100,7 @@ class Teacher:
     def _maps(self, texts: list[str]):
         if self.columns is None:
             return nullcontext([])
-        columns = torch.stack([self.columns[p] for p in texts]).to(self.embeddings.table.device)
-        return captured_maps(self.blocks, columns)
+        return captured_maps(self.blocks, [self.columns[p] for p in texts])
 
 
 class Samples:

@@ -43,8 +43,8 @@ class ConceptMapProcessor:
     conditional samples first, in one batch or in a pass of their own; the map kept is that of the first pass' first rows.
     """
 
-    def __init__(self, columns: Tensor):
-        self.columns = columns  # (B, L) bool: the concept's token positions
+    def __init__(self, columns: Sequence[Tensor]):
+        self.columns = columns  # B times (K,) int64 on the device: the concept's token positions
         self.map: Tensor | None = None  # (B, N) fp32, mean over heads, sum over columns
 
     def __call__(self, attn: nn.Module, hidden_states: Tensor, encoder_hidden_states: Tensor,
@@ -69,15 +69,15 @@ class ConceptMapProcessor:
         return out[:, length:], out[:, :length]
 
 
-def concept_map(q: Tensor, k: Tensor, lse: Tensor, columns: Tensor) -> Tensor:
+def concept_map(q: Tensor, k: Tensor, lse: Tensor, columns: Sequence[Tensor]) -> Tensor:
     """Attention that each video token pays to the concept's columns: mean over heads, sum over columns.
 
-    q (B, A, N, d) video queries, k (B, A, L, d) text keys, lse (B, A, N), columns (B, L) bool -> (B, N) fp32.
+    q (B, A, N, d) video queries, k (B, A, L, d) text keys, lse (B, A, N), columns B times (K,) int64 -> (B, N) fp32.
     Holds K columns of one sample and one head at a time.
     """
     result = torch.zeros(q.shape[0], q.shape[2], dtype=torch.float32, device=q.device)
     for b in range(q.shape[0]):
-        picked = k[b][:, columns[b]].float()  # (A, K, d)
+        picked = k[b].index_select(1, columns[b]).float()  # (A, K, d)
         for a in range(q.shape[1]):
             scores = q[b, a].float() @ picked[a].T * q.shape[-1] ** -0.5  # (N, K)
             result[b] += (scores - lse[b, a].float().unsqueeze(-1)).exp().sum(-1)
@@ -85,7 +85,7 @@ def concept_map(q: Tensor, k: Tensor, lse: Tensor, columns: Tensor) -> Tensor:
 
 
 @contextmanager
-def captured_maps(blocks: Sequence[nn.Module], columns: Tensor) -> Iterator[list[ConceptMapProcessor]]:
+def captured_maps(blocks: Sequence[nn.Module], columns: Sequence[Tensor]) -> Iterator[list[ConceptMapProcessor]]:
     """Within the context every given block's attention also leaves its concept map; processors are restored after."""
     before = [block.attn1.processor for block in blocks]
     processors = [ConceptMapProcessor(columns) for _ in blocks]
@@ -111,14 +111,13 @@ def concept_mask(maps: Sequence[Tensor], *, threshold: float, soft: bool = False
 
 
 def prompt_columns(backbone: CogVideoX, prompts: PromptSet) -> dict[str, Tensor]:
-    """Which token positions (L,) bool spell the concept, by prompt.
+    """The token positions (K,) int64 that spell the concept, by prompt.
 
     Raises UsageError for a prompt whose tokens do not contain it.
     """
     tokenizer = backbone.tokenizer()
     if tokenizer is None:  # random weights have no words: any column costs and behaves the same
-        column = torch.arange(backbone.text_length) == 0
-        return dict.fromkeys(prompts.prompts, column)
+        return dict.fromkeys(prompts.prompts, torch.zeros(1, dtype=torch.int64))
     wanted = torch.tensor(tokenizer(prompts.concept, add_special_tokens=False).input_ids)  # (K,)
     ids = backbone.token_ids(tokenizer, list(prompts.prompts))  # (n, L)
     starts = (ids.unfold(1, len(wanted), 1) == wanted).all(-1)  # (n, L - K + 1)
@@ -128,4 +127,4 @@ def prompt_columns(backbone: CogVideoX, prompts: PromptSet) -> dict[str, Tensor]
     for row in (~columns.any(1)).nonzero().flatten().tolist():
         raise UsageError(f"the concept {prompts.concept!r} is not among the tokens of the prompt "
                          f"{prompts.prompts[row]!r}; use a word of the prompt, or --alpha 0 to train without localisation")
-    return dict(zip(prompts.prompts, columns))
+    return {prompt: row.nonzero().flatten() for prompt, row in zip(prompts.prompts, columns)}

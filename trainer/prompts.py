@@ -108,7 +108,7 @@ class Embeddings:
 
     def __call__(self, prompts: Sequence[str]) -> Tensor:
         """(B, L, D) of these prompts."""
-        return self.table[[self._row[p] for p in prompts]]
+        return torch.stack([self.table[self._row[p]] for p in prompts])  # an index list would wait for the device
 
     def to(self, device: torch.device | str) -> "Embeddings":
         return Embeddings(self.table.to(device), list(self._row))

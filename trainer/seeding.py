@@ -1,6 +1,7 @@
 """Randomness as a function of (seed, purpose, index): no generator is shared, so nothing can shift a run."""
 
 import hashlib
+import random
 
 import torch
 from torch import Tensor
@@ -17,11 +18,18 @@ def noise(shape: tuple[int, ...], seed: int, purpose: str, *index: int) -> Tenso
     return torch.randn(shape, generator=generator(seed, purpose, *index))
 
 
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """A host tensor on `device` without waiting for the device: through pinned memory on a card."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
 def order(count: int, batch_size: int, seed: int, purpose: str, index: int) -> list[int]:
     """The `index`-th batch of positions 0..count-1; every epoch is a new permutation."""
     first = index * batch_size
     positions = []
     for position in range(first, first + batch_size):
         epoch, offset = divmod(position, count)
-        positions.append(torch.randperm(count, generator=generator(seed, purpose, epoch))[offset].item())
+        permutation = list(range(count))
+        random.Random(f"{seed}/{purpose}/{epoch}").shuffle(permutation)
+        positions.append(permutation[offset])
     return positions
