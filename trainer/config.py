@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from memory.plan import MemoryPlan
 from trainer.errors import UsageError
+from trainer.metrics import require_tensorboard
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,11 +137,17 @@ class OutputConfig:
     """Guidance scale of samples; 1 is without guidance."""
     evaluate: bool = True
     """On the bundled model, measure the erasure when training is done."""
+    monitor: Literal["auto", "plain", "off"] = "auto"
+    """auto: a live view on a terminal, plain lines elsewhere. plain: lines. off: nothing. All on stderr."""
+    tensorboard: bool = False
+    """Also write event files for TensorBoard, to RUN/tensorboard; needs the package tensorboard."""
 
     def __post_init__(self):
         _at_least("save-every", self.save_every, 1)
         _at_least("sample-every", self.sample_every, 0)
         _at_least("sample-steps", self.sample_steps, 1)
+        if self.tensorboard:
+            require_tensorboard()
 
 
 @dataclass(frozen=True, kw_only=True)

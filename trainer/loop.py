@@ -16,6 +16,7 @@ from memory.optimizers import make_optimizer
 from memory.precision import make_scaler
 from trainer.assemble import assemble, embed_prompts, open_backbone, resolve_device, video_size
 from trainer.checkpoint import Saver, latest_checkpoint
+from trainer.clock import PhaseClock
 from trainer.config import TrainConfig
 from trainer.eraser_files import save_eraser
 from trainer.errors import CheckpointError, Interrupted, NonFinite, UsageError
@@ -23,7 +24,8 @@ from trainer.lock import RunLock
 from trainer.latents import make_latents
 from trainer.losses import Samples, Teacher, student_backward
 from trainer.masks import prompt_columns
-from trainer.metrics import MetricsLog, Progress
+from trainer.metrics import MetricsLog
+from trainer.monitor import read_process, watch
 from trainer.prompts import collect
 from trainer.run_directory import make_run_directory, write_config
 from trainer.samples import Sampling
@@ -73,8 +75,9 @@ def train(config: TrainConfig, origins: Mapping[str, str], *, resume: Path | Non
                        [s for s in (latents, preserved) if s is not None])
 
     # The run directory, and where an earlier half of the run stopped.
-    run_dir = resume or make_run_directory(config)
-    with RunLock(run_dir), StopFlag() as stop, assembly:
+    run_dir, clock = resume or make_run_directory(config), PhaseClock(device)
+    student = clock.around(predict, during="student", after="backward")
+    with RunLock(run_dir), StopFlag() as stop, watch(config, stop) as monitor, assembly:
         if resume:
             checkpoint = latest_checkpoint(run_dir)
             if checkpoint is None:
@@ -82,7 +85,8 @@ def train(config: TrainConfig, origins: Mapping[str, str], *, resume: Path | Non
             state.restore(checkpoint)
         write_config(run_dir, config, origins, base_model=backbone.identity(), first_step=state.step)
         saver = Saver(run_dir, last_step=state.step if resume else None)
-        log, progress = MetricsLog(run_dir, first_step=state.step), Progress(config.optim.steps, state.step)
+        log = MetricsLog(run_dir, first_step=state.step, tensorboard=config.output.tensorboard)
+        monitor.done = state.step
         if state.step == 0 and config.output.sample_every:
             sampling.run(run_dir, 0, assembly, embeddings, stop)
 
@@ -94,10 +98,12 @@ def train(config: TrainConfig, origins: Mapping[str, str], *, resume: Path | Non
                 group["lr"] = learning_rate(state.step, config)
             totals: dict[str, torch.Tensor] = {}
             for k in range(num_passes):
+                clock.phase("teacher")
                 sample = samples(state.step * num_passes + k)
                 share = scaler.scale(torch.full((), 1 / num_passes, device=device))
-                for name, value in student_backward(predict, erasers, sample, config.loss, scale=share).items():
+                for name, value in student_backward(student, erasers, sample, config.loss, scale=share).items():
                     totals[name] = totals.get(name, 0.0) + value / num_passes
+            clock.phase("optimizer")
             scaler.unscale_(optimizer)
 
             # A non-finite number must not reach a weight. Under fp16 an infinite gradient only means that the loss
@@ -115,12 +121,13 @@ def train(config: TrainConfig, origins: Mapping[str, str], *, resume: Path | Non
             scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad(set_to_none=True)
+            clock.end_step()
             state.step += 1
 
             # Numbers, then safety, then pictures.
-            record["seconds"] = time.perf_counter() - started
-            log.write(record)
-            progress.step(record)
+            seconds = time.perf_counter() - started
+            log.write(record := record | {"seconds": seconds, "phase_seconds": clock.read(), "memory": read_process()})
+            monitor.step(record)
             if state.step % config.output.save_every == 0:
                 tensors, description = state.export()
                 saver.save(state.step, tensors=tensors, state=description)
@@ -129,7 +136,7 @@ def train(config: TrainConfig, origins: Mapping[str, str], *, resume: Path | Non
                 sampling.run(run_dir, state.step, assembly, embeddings, stop)
 
         # The end, or an interruption: saved either way.
-        progress.close()
+        monitor.close()
         log.close()
         tensors, description = state.export()
         saver.save(state.step, tensors=tensors, state=description, final=True)

@@ -1,79 +1,98 @@
-"""What a run leaves in numbers: metrics.jsonl always, and progress for whoever is watching (on stderr)."""
+"""What a run leaves in numbers: metrics.jsonl always, and TensorBoard's event files on request."""
 
+import importlib.util
 import json
-import sys
-import time
+import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
-from trainer.errors import InputOutputError
+from trainer.errors import InputOutputError, UsageError
 
 METRICS = "metrics.jsonl"
+EVENTS = "tensorboard"
+logger = logging.getLogger(__name__)
 
 
 class MetricsLog:
     """Append-only JSON lines; floats keep their full precision. A resumed run continues the same file."""
 
-    def __init__(self, run_dir: Path, *, first_step: int = 0):
+    def __init__(self, run_dir: Path, *, first_step: int = 0, tensorboard: bool = False):
+        """Records of `first_step` and later, left by a run that went on after its last checkpoint, are dropped."""
         self.path = run_dir / METRICS
         try:
-            kept = [line for line in _lines(self.path) if json.loads(line).get("step", -1) < first_step]
-            self._file: TextIO = self.path.open("w")
-            self._file.writelines(line + "\n" for line in kept)
+            if self.path.exists():
+                kept = [json.dumps(r) + "\n" for r in read_metrics(run_dir) if r.get("step", -1) < first_step]
+                part = self.path.with_name(f".{METRICS}.part")
+                part.write_text("".join(kept))
+                part.replace(self.path)
+            self._file = self.path.open("ab", buffering=0)
         except OSError as e:
             raise InputOutputError(f"{self.path} cannot be written ({e}); choose another --out") from e
+        self._pending, self._warned = b"", False
+        self._events = _open_events(run_dir, first_step) if tensorboard else None
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """Append one record and hand it to the operating system."""
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
+        """Append one record and hand it to the operating system.
+
+        What a full disk does not take waits for the next record: numbers are not worth a run.
+        """
+        self._pending += json.dumps(record).encode() + b"\n"
+        try:
+            while self._pending:
+                self._pending = self._pending[self._file.write(self._pending):]
+        except OSError as e:
+            if not self._warned:
+                logger.warning("%s cannot be written (%s); training goes on, records wait", self.path, e)
+            self._warned = True
+        if self._events:
+            for tag, value in scalars(record).items():
+                self._events.add_scalar(tag, value, record["step"])
 
     def close(self) -> None:
+        if self._pending:
+            logger.warning("%s: the last %d bytes could not be written", self.path, len(self._pending))
         self._file.close()
-
-
-def _lines(path: Path) -> list[str]:
-    """Complete lines of a metrics file; the last one may have been cut short by a crash."""
-    return [line for line in path.read_text().splitlines() if line.endswith("}")] if path.exists() else []
+        if self._events:
+            self._events.close()
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
-    """All records of a run, in order."""
-    return [json.loads(line) for line in _lines(run_dir / METRICS)]
+    """All records of a run, in order. A line that a crash or a full disk cut short is left out."""
+    path, records = run_dir / METRICS, []
+    for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
+        try:
+            record = json.loads(line)
+        except ValueError:
+            logger.warning("%s: left out a damaged line: %.40s…", path, line)
+            continue
+        if isinstance(record, dict):
+            records.append(record)
+    return records
 
 
-class Progress:
-    """One refreshed bar with an ETA on a terminal; elsewhere at most one plain line an interval."""
+def scalars(record: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
+    """The numbers of a record by tag; those inside of dicts and lists as `name/key` and `name/07`."""
+    found: dict[str, float] = {}
+    for key, value in record.items():
+        if isinstance(value, bool | int | float) and key != "step":
+            found[prefix + key] = float(value)
+        elif isinstance(value, Mapping):
+            found |= scalars(value, f"{prefix}{key}/")
+        elif isinstance(value, list):
+            found |= scalars({f"{i:02d}": v for i, v in enumerate(value)}, f"{prefix}{key}/")
+    return found
 
-    def __init__(self, num_steps: int, first_step: int = 0, *, stream: TextIO = sys.stderr, interval: float = 10.0):
-        self.num_steps, self.stream, self.interval = num_steps, stream, interval
-        self._started, self._first, self._said = time.monotonic(), first_step, float("-inf")
-        self._bar = None
-        if stream.isatty():
-            from rich.console import Console
-            from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-            from rich.progress import Progress as Bar
 
-            self._bar = Bar(TextColumn("train"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
-                            TextColumn("{task.fields[terms]}"), console=Console(file=stream))
-            self._task = self._bar.add_task("train", total=num_steps, completed=first_step, terms="")
-            self._bar.start()
+def require_tensorboard() -> None:
+    """UsageError unless the package that writes TensorBoard's event files is installed."""
+    if importlib.util.find_spec("tensorboard") is None:
+        raise UsageError("--tensorboard: the package tensorboard is not installed; pip install tensorboard, or leave "
+                         f"the flag out: {METRICS} and `run.py report` need nothing else")
 
-    def step(self, record: Mapping[str, Any]) -> None:
-        """Show the record of one finished step."""
-        done = record["step"] + 1
-        terms = "  ".join(f"{k} {record[k]:.4g}" for k in ("loss", "unlearn", "loc", "pre") if k in record)
-        if self._bar:
-            self._bar.update(self._task, completed=done, terms=terms)
-            return
-        now = time.monotonic()
-        if now - self._said >= self.interval or done == self.num_steps:
-            self._said = now
-            rate = (now - self._started) / max(1, done - self._first)
-            print(f"step {done}/{self.num_steps}  {terms}  {rate:.2f} s/step  "
-                  f"ETA {rate * (self.num_steps - done):.0f} s", file=self.stream, flush=True)
 
-    def close(self) -> None:
-        if self._bar:
-            self._bar.stop()
+def _open_events(run_dir: Path, first_step: int) -> Any:
+    require_tensorboard()
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(str(run_dir / EVENTS), purge_step=first_step)

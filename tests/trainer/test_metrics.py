@@ -1,0 +1,127 @@
+"""metrics.jsonl survives crashes, full disks and resumption; TensorBoard is an option with a clear message."""
+
+import json
+import sys
+import types
+
+import pytest
+
+from trainer import metrics
+from trainer.config import OutputConfig
+from trainer.errors import InputOutputError, UsageError
+from trainer.metrics import METRICS, MetricsLog, read_metrics, scalars
+
+
+def test_floats_come_back_exactly(tmp_path):
+    log = MetricsLog(tmp_path)
+    log.write({"step": 0, "loss": 0.1 + 0.2, "gradient_norm": float("nan")})
+    log.close()
+    (record,) = read_metrics(tmp_path)
+    assert record["loss"] == 0.1 + 0.2 and record["gradient_norm"] != record["gradient_norm"]
+
+
+def test_a_record_is_in_the_file_when_write_returns(tmp_path):
+    log = MetricsLog(tmp_path)
+    log.write({"step": 0})
+    assert json.loads((tmp_path / METRICS).read_text()) == {"step": 0}
+    log.close()
+
+
+def test_a_resumed_run_drops_steps_after_its_checkpoint_and_goes_on(tmp_path):
+    first = MetricsLog(tmp_path)
+    for step in range(5):
+        first.write({"step": step, "half": 1})
+    first.close()
+    second = MetricsLog(tmp_path, first_step=3)
+    second.write({"step": 3, "half": 2})
+    second.close()
+    assert [(r["step"], r["half"]) for r in read_metrics(tmp_path)] == [(0, 1), (1, 1), (2, 1), (3, 2)]
+
+
+@pytest.mark.parametrize("damage", ['{"step": 1, "phase_seconds": {"teacher": 1.0}', '{"st', "\0\0\0", "}", '"text"', "\xff"])
+def test_damaged_lines_are_left_out(tmp_path, damage):
+    path = tmp_path / METRICS
+    path.write_bytes(b'{"step": 0}\n' + damage.encode("latin-1"))
+    assert read_metrics(tmp_path) == [{"step": 0}]
+    log = MetricsLog(tmp_path, first_step=1)  # a resumed run does not append to half a line
+    log.write({"step": 1})
+    log.close()
+    assert read_metrics(tmp_path) == [{"step": 0}, {"step": 1}]
+
+
+class _Disk:
+    """A file on a disk with `room` bytes."""
+
+    def __init__(self, file, room):
+        self.file, self.room = file, room
+
+    def write(self, data):
+        if not self.room:
+            raise OSError(28, "No space left on device")
+        written = self.file.write(data[:self.room])
+        self.room -= written
+        return written
+
+    def close(self):
+        self.file.close()
+
+
+def test_a_full_disk_warns_once_and_loses_nothing_if_room_comes_back(tmp_path, caplog):
+    log = MetricsLog(tmp_path)
+    log._file = disk = _Disk(log._file, room=20)
+    for step in range(3):
+        log.write({"step": step, "loss": 0.5})
+    assert len(caplog.records) == 1 and "No space left" in caplog.text
+    disk.room = 10**6
+    log.write({"step": 3, "loss": 0.5})
+    log.close()
+    assert [r["step"] for r in read_metrics(tmp_path)] == [0, 1, 2, 3]
+
+
+def test_what_never_reached_the_disk_is_reported(tmp_path, caplog):
+    log = MetricsLog(tmp_path)
+    log._file = _Disk(log._file, room=0)
+    log.write({"step": 0})
+    log.close()
+    assert "could not be written" in caplog.records[-1].getMessage()
+
+
+def test_an_unwritable_directory_is_an_input_output_error(tmp_path):
+    (tmp_path / METRICS).mkdir()
+    with pytest.raises(InputOutputError, match="another --out"):
+        MetricsLog(tmp_path)
+
+
+def test_scalars_by_tag():
+    record = {"step": 7, "loss": 1, "phase_seconds": {"teacher": 0.5}, "gradient_norm_by_block": [1.0, 2.0], "note": "x"}
+    assert scalars(record) == {"loss": 1.0, "phase_seconds/teacher": 0.5, "gradient_norm_by_block/00": 1.0,
+                               "gradient_norm_by_block/01": 2.0}
+
+
+def test_without_the_package_tensorboard_the_flag_says_what_to_install(monkeypatch):
+    monkeypatch.setattr(metrics.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UsageError, match="pip install tensorboard"):
+        OutputConfig(tensorboard=True)
+
+
+def test_tensorboard_gets_every_number(tmp_path, monkeypatch):
+    written = []
+
+    class SummaryWriter:
+        def __init__(self, log_dir, purge_step):
+            written.append((log_dir, purge_step))
+
+        def add_scalar(self, tag, value, step):
+            written.append((tag, value, step))
+
+        def close(self):
+            written.append("closed")
+
+    module = types.ModuleType("torch.utils.tensorboard")
+    module.SummaryWriter = SummaryWriter
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
+    monkeypatch.setattr(metrics.importlib.util, "find_spec", lambda name: object())
+    log = MetricsLog(tmp_path, first_step=3, tensorboard=True)
+    log.write({"step": 3, "loss": 0.5, "phase_seconds": {"teacher": 1.5}})
+    log.close()
+    assert written == [(str(tmp_path / "tensorboard"), 3), ("loss", 0.5, 3), ("phase_seconds/teacher", 1.5, 3), "closed"]

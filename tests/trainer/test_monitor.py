@@ -1,0 +1,351 @@
+"""The monitor: what it shows at 80 and 200 columns, plain lines elsewhere, and that it cannot hurt a run."""
+
+import io
+import logging
+import math
+import os
+import pty
+import re
+import threading
+import time
+
+import pytest
+import torch
+from rich.console import Console
+
+from trainer import live_view
+from trainer.clock import WAITING, PhaseClock
+from trainer.live_view import block_strip, duration, findings_of, sparkline, trend, view
+from trainer.monitor import NUM_WARM_UP, Monitor, read_process
+
+GIB = 2**30
+CARD = {"allocated_bytes": 11 * GIB, "reserved_bytes": 13 * GIB, "device_used_bytes": 15 * GIB,
+        "device_total_bytes": 24 * GIB, "process_bytes": 21 * GIB, "host_available_bytes": 30 * GIB,
+        "temperature_celsius": 71, "power_watts": 312}
+HOST = {"process_bytes": 2 * GIB, "host_total_bytes": 16 * GIB, "host_available_bytes": 8 * GIB}
+
+
+def record(step, num_blocks=42, **more):
+    return {"step": step, "loss": 0.5 / (step + 1), "unlearn": 0.4, "loc": 1e-5, "pre": 0.1, "gradient_norm": 0.25,
+            "seconds": 2.0, "gradient_norm_by_block": [1e-3] * num_blocks, "update_norm_by_block": [1e-4] * num_blocks,
+            "phase_seconds": {"teacher": 1.0, "student": 0.5, "backward": 0.4, "optimizer": 0.04, WAITING: 0.06},
+            "peak_bytes_by_phase": {"teacher": 9 * GIB, "backward": 14 * GIB}, "findings": [], **more}
+
+
+def state(records, memory=CARD, **more):
+    return {"title": "red", "num_steps": 100, "done": len(records), "records": records, "elapsed": 83.0,
+            "seconds_per_step": 2.0, "eta": 140.0, "stopping": False, "memory": memory,
+            "facts": {"budget_bytes": 22 * GIB, "predicted_peak_bytes": 12 * GIB}, **more}
+
+
+def drawn(values, width=80):
+    console = Console(file=io.StringIO(), width=width, height=60, color_system=None)
+    console.print(view(values, width))
+    return console.file.getvalue()
+
+
+@pytest.mark.parametrize("width", [40, 80, 129, 130, 200])
+def test_the_view_keeps_inside_of_the_terminal(width):
+    lines = drawn(state([record(i) for i in range(30)]), width).splitlines()
+    assert max(map(len, lines)) <= width
+    assert len(lines) <= (24 if width >= 80 else 34)
+    text = "\n".join(lines)
+    for wanted in ("30/100", "ETA 2:20", "health", "unlearn", "gradients", "step time", "teacher", "memory", "71 °C"):
+        assert wanted in text or width < 80
+
+
+def test_everything_that_is_asked_for_is_shown():
+    text = drawn(state([record(i) for i in range(30)]), 200)
+    for wanted in ("30%", "2.00 s/step", "teacher 50%", "student 25%", "backward 20%", "optimizer 2%",
+                   "waiting for transfers 3%", "allocated 11.0", "reserved 13.0", "device 15.0 of 24.0 GiB",
+                   "budget 22.0", "predicted peak 12.0", "backward 14.0", "process 21.0 GiB", "312 W", "● healthy"):
+        assert wanted in text, wanted
+
+
+def test_without_a_card_it_shows_process_memory():
+    text = drawn(state([record(0)], memory=HOST))
+    assert "process 2.00" in text and "host 8.00 of 16.0 GiB" in text and "reserved" not in text
+
+
+@pytest.mark.parametrize("missing", ["gradient_norm_by_block", "phase_seconds", "peak_bytes_by_phase", "findings", "loss"])
+def test_what_is_missing_is_left_out(missing):
+    records = [{k: v for k, v in record(i).items() if k != missing} for i in range(5)]
+    assert "5/100" in drawn(state(records))
+    assert "5/100" in drawn(state(records, memory={}))
+
+
+def test_before_the_first_step_and_while_stopping():
+    text = drawn(state([], eta=None, seconds_per_step=None))
+    assert "0/100" in text and "ETA after warm-up" in text
+    assert "stopping" in drawn(state([record(0)], stopping=True))
+
+
+def test_dead_and_exploding_blocks_stand_out():
+    norms = [1e-3 * (1 + i % 5) for i in range(42)]
+    sick = list(norms)
+    sick[7], sick[20], sick[30] = 0.0, 5.0, math.nan
+    strip, dead, exploding = block_strip([norms] * 10 + [sick])
+    assert dead == [7] and exploding == [20, 30]
+    assert strip.plain[7] == "0" and strip.plain[20] == strip.plain[30] == "!" and strip.plain[0] in live_view.LEVELS
+    text = drawn(state([record(i) for i in range(5)] + [record(5, gradient_norm_by_block=sick)]), 80)
+    assert "dead: block 7" in text and "exploding: blocks 20, 30" in text
+
+
+def test_healthy_spreads_raise_no_alarm():
+    norms = [10 ** (-4 + 1.5 * i / 41) for i in range(42)]  # a decade and a half from first to last block
+    assert block_strip([norms])[1:] == ([], [])
+
+
+def test_all_blocks_exploding_or_dying_at_once_is_seen_against_the_steps_before():
+    assert block_strip([[1.0] * 4] * 5 + [[1e4] * 4])[2] == [0, 1, 2, 3]
+    assert block_strip([[1.0] * 4] * 5 + [[0.0] * 4])[1] == [0, 1, 2, 3]
+    assert block_strip([[0.0] * 4])[1] == [0, 1, 2, 3]
+
+
+def test_a_finding_names_block_and_cause():
+    finding = {"code": "wiped-attention", "severity": "fatal", "block": 7, "cause": "attention weights are zero"}
+    assert "✗ wiped-attention in block 7 attention weights" in drawn(state([record(0, findings=[finding])]))
+    assert "not checked" in drawn(state([{"step": 0}]))
+
+
+@pytest.mark.parametrize("value, found", [
+    ({"health": "ok"}, []), ({"health": []}, []), ({"health": {"healthy": True, "findings": []}}, []), ({}, None),
+    ({"health": ["no-op-adapter"]}, [{"code": "no-op-adapter", "severity": "warning"}]),
+    ({"findings": [{"code": "x", "severity": "fatal"}]}, [{"code": "x", "severity": "fatal"}])])
+def test_findings_in_any_form(value, found):
+    assert findings_of(value) == found
+
+
+def test_sparkline_and_trend():
+    assert sparkline([0, 1, 2, 3, 4, 5, 6, 7], 8) == "▁▂▃▄▅▆▇█"
+    assert sparkline([1.0, math.nan, 1.0], 3) == "▁ ▁" and sparkline([], 8) == ""
+    assert len(sparkline(list(range(1000)), 50)) == 50
+    assert trend([2.0] * 20 + [1.0] * 20) == ("↘ -50%", "green")
+    assert trend([1.0] * 20 + [30.0] * 20)[0] == "↗ x30"
+    assert trend([1.0] * 39 + [math.inf])[0] == "not finite" and trend([1.0]) == ("", "")
+    assert duration(42) == "0:42" and duration(4000) == "1:06:40"
+
+
+def test_plain_lines_have_no_escapes_and_keep_the_interval():
+    stream = io.StringIO()
+    started = time.monotonic()
+    with Monitor(400, stream=stream, interval=0.3, read_memory=lambda: HOST) as monitor:
+        for i in range(400):
+            monitor.step(record(i))
+            time.sleep(0.0025)
+    lines = stream.getvalue().splitlines()
+    assert "\x1b" not in stream.getvalue() and "\r" not in stream.getvalue()
+    assert 2 <= len(lines) <= (time.monotonic() - started) / 0.3 + 2
+    assert lines[-1].startswith("step 400/400  loss 0.00125  unlearn 0.4")
+    assert "ETA 0:00" in lines[-1] and "process 2.00 GiB" in lines[-1]
+    assert len(lines) == len(set(lines))
+
+
+def test_findings_reach_plain_lines():
+    stream = io.StringIO()
+    with Monitor(1, stream=stream) as monitor:
+        monitor.step(record(0, findings=[{"code": "no-op-adapter", "severity": "warning"}]))
+    assert "[warning: no-op-adapter]" in stream.getvalue()
+
+
+def test_off_is_silent():
+    stream = io.StringIO()
+    with Monitor(1, mode="off", stream=stream) as monitor:
+        monitor.step(record(0))
+    assert stream.getvalue() == ""
+
+
+def test_the_eta_leaves_warm_up_out(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    monitor = Monitor(103, stream=io.StringIO())
+    for i in range(NUM_WARM_UP):
+        now[0] += 1000.0
+        monitor.step(record(i))
+        assert monitor.state()["eta"] is None
+    for i in range(NUM_WARM_UP, NUM_WARM_UP + 10):
+        now[0] += 2.0
+        monitor.step(record(i))
+    assert monitor.state()["eta"] == pytest.approx(2.0 * 90)
+
+
+class _Broken(io.StringIO):
+    def write(self, text):
+        raise BrokenPipeError(32, "Broken pipe")
+
+
+@pytest.mark.parametrize("trouble", ["memory", "stream", "record"])
+def test_a_crash_of_the_monitor_is_a_warning(trouble, caplog):
+    def fail():
+        raise RuntimeError("no such sensor")
+
+    monitor = Monitor(3, stream=_Broken() if trouble == "stream" else io.StringIO(), interval=0.01,
+                      read_memory=fail if trouble == "memory" else lambda: HOST)
+    with monitor:
+        for i in range(3):
+            monitor.step({"step": i, "loss": "not a number"} if trouble == "record" else record(i))
+        time.sleep(0.1)
+    assert [r.getMessage() for r in caplog.records if "training goes on" in r.getMessage()]
+
+
+def test_a_stuck_terminal_does_not_hold_up_the_end():
+    class Stuck(io.StringIO):
+        def write(self, text):
+            released.wait(30)
+            return len(text)
+
+    released, started = threading.Event(), time.monotonic()
+    with Monitor(1, stream=Stuck(), interval=0.01) as monitor:
+        monitor.step(record(0))
+        time.sleep(0.1)
+    assert time.monotonic() - started < 5
+    released.set()
+
+
+class _Terminal:
+    """A pseudo terminal; `text()` is all that was written to it."""
+
+    def __init__(self):
+        self.main, side = pty.openpty()
+        self.stream = os.fdopen(side, "w")
+        self._written = b""
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def _read(self):
+        try:
+            while data := os.read(self.main, 65536):
+                self._written += data
+        except OSError:  # the other side is closed
+            return
+
+    def text(self):
+        self.stream.close()
+        self._reader.join(5)
+        os.close(self.main)
+        return self._written.decode()
+
+
+@pytest.fixture
+def terminal(monkeypatch):
+    for name, value in (("TERM", "xterm"), ("COLUMNS", "100"), ("LINES", "40")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    return _Terminal()
+
+
+def test_the_live_view_on_a_terminal(terminal):
+    handler = logging.StreamHandler(terminal.stream)
+    logging.getLogger().addHandler(handler)
+    try:
+        with Monitor(5, stream=terminal.stream, title="red", refresh=0.02, read_memory=lambda: CARD) as monitor:
+            for i in range(5):
+                monitor.step(record(i))
+                time.sleep(0.05)
+            logging.getLogger("test").warning("a word in between")
+        assert handler.stream is terminal.stream
+    finally:
+        logging.getLogger().removeHandler(handler)
+    text = terminal.text()
+    assert "5/5" in text and "100%" in text and "\x1b[" in text
+    assert re.search(r"a word in between\s*\r?\n", re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", text))
+    assert text.rindex("\x1b[?25h") > text.rindex("\x1b[?25l")  # the cursor is back
+
+
+def test_a_crash_of_the_live_view_falls_back_to_plain_lines(terminal, monkeypatch, caplog):
+    def fail(state, width):
+        raise ZeroDivisionError("a bug")
+
+    monkeypatch.setattr(live_view, "view", fail)
+    with Monitor(2, stream=terminal.stream, refresh=0.02, interval=0.05, read_memory=lambda: HOST) as monitor:
+        for i in range(2):
+            monitor.step(record(i))
+            time.sleep(0.1)
+    text = terminal.text()
+    assert "step 2/2" in text and text.rindex("\x1b[?25h") > text.rindex("\x1b[?25l")
+    assert "ZeroDivisionError: a bug" in caplog.text
+
+
+@pytest.mark.parametrize("mode, term", [("plain", "xterm"), ("auto", "dumb")])
+def test_plain_on_a_terminal(terminal, monkeypatch, mode, term):
+    monkeypatch.setenv("TERM", term)
+    with Monitor(1, mode=mode, stream=terminal.stream) as monitor:
+        monitor.step(record(0))
+    text = terminal.text()
+    assert "step 1/1" in text and "\x1b" not in text
+
+
+def test_process_memory_follows_an_allocation():
+    before = read_process()
+    kept = torch.ones(2**24)  # 64 MiB, touched
+    after = read_process()
+    assert after["process_bytes"] - before["process_bytes"] > 48 * 2**20
+    assert 0 < after["host_available_bytes"] < after["host_total_bytes"] and kept.numel()
+
+
+def test_the_clock_splits_a_step():
+    clock = PhaseClock(torch.device("cpu"))
+    assert clock.read() == {}
+    predict = clock.around(lambda: time.sleep(0.02), during="student", after="backward")
+    for phase in ("teacher", "teacher"):
+        clock.phase(phase)
+        time.sleep(0.03)
+    predict()
+    with clock.waiting():
+        time.sleep(0.02)
+    clock.phase("optimizer")
+    clock.end_step()
+    seconds = clock.read()
+    assert list(seconds) == ["teacher", "student", "backward", WAITING, "optimizer"]
+    assert seconds["teacher"] >= 0.06 and seconds["student"] >= 0.02 and seconds[WAITING] >= 0.02
+    assert seconds["optimizer"] < 0.02 and seconds["backward"] < 0.02
+
+
+def test_the_clock_ignores_what_is_between_steps():
+    clock = PhaseClock(torch.device("cpu"))
+    with clock.waiting():
+        pass
+    clock.end_step()
+    assert clock.read() == {}
+
+
+def test_on_a_card_the_clock_never_waits_for_the_device(monkeypatch):
+    """Events of a device that is behind: nothing but `record`, `query` and `elapsed_time` of passed events is called."""
+    made = []
+
+    class Event:
+        passed = False
+
+        def __init__(self, enable_timing):
+            made.append(self)
+
+        def record(self):
+            self.passed, self.at = False, time.perf_counter()
+
+        def query(self):
+            return self.passed
+
+        def elapsed_time(self, other):
+            assert self.passed and other.passed
+            return 1000 * (other.at - self.at)
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    clock = PhaseClock(torch.device("cuda", 0))
+
+    def step():
+        clock.phase("teacher")
+        clock.phase("optimizer")
+        clock.end_step()
+
+    step()
+    assert clock.read() == {}
+    step()
+    for event in made[:3]:
+        event.passed = True
+    assert list(clock.read()) == ["teacher", "optimizer"]
+    for _ in range(10):
+        for event in made:
+            event.passed = True
+        clock.read()
+        step()
+    assert len(made) == 6  # events are used again

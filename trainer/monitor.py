@@ -1,0 +1,160 @@
+"""Progress for whoever watches: a live view on a terminal, plain lines elsewhere. On stderr.
+
+The loop hands over plain dicts and goes on. All reading of memory, drawing and writing is done by a thread of the
+monitor's own, so neither a slow terminal nor a bug in here can hold up or stop a training run.
+"""
+
+import logging
+import os
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from statistics import mean
+from typing import Any, Literal, TextIO
+
+from trainer.config import TrainConfig
+from trainer.signals import StopFlag
+
+Mode = Literal["auto", "plain", "off"]
+NUM_WARM_UP = 3  # first steps of a process, which allocate and choose kernels: no part of the ETA
+_NUM_KEPT = 2048  # records that the view can look back on
+logger = logging.getLogger(__name__)
+
+
+class Monitor:
+    """Context manager around the loop; `step(record)` after every step. No method raises."""
+
+    def __init__(self, num_steps: int, *, mode: Mode = "auto", title: str = "train",
+                 facts: Mapping[str, float | None] | None = None, stopping: Callable[[], bool] = bool,
+                 read_memory: Callable[[], Mapping[str, Any]] | None = None, stream: TextIO | None = None,
+                 interval: float = 10.0, refresh: float = 0.5):
+        """`facts`: `budget_bytes` and `predicted_peak_bytes`, where known. `stopping`: whether a signal came.
+        `read_memory`: measured values of now, see `read_process`. `interval`: seconds between plain lines, at least;
+        `refresh`: between pictures of the live view."""
+        self.num_steps, self.title, self.facts, self.stopping = num_steps, title, dict(facts or {}), stopping
+        self.stream, self.interval, self.refresh = stream or sys.stderr, interval, refresh
+        self._read_memory = read_memory or read_process
+        self._records: deque[Mapping[str, Any]] = deque(maxlen=_NUM_KEPT)
+        self.done = 0  # finished steps, those before a resumption included
+        self._num_seen, self._started, self._warm, self._latest = 0, time.monotonic(), None, None
+        self._said_step, self._said = None, float("-inf")
+        self._ended = threading.Event()
+        live = mode == "auto" and self.stream.isatty() and os.environ.get("TERM") != "dumb"
+        self._ways = {"off": []}.get(mode, [self._live, self._plain] if live else [self._plain])
+        self._thread = threading.Thread(target=self._run, name="monitor", daemon=True)
+
+    def __enter__(self) -> "Monitor":
+        self._started = time.monotonic()
+        self._thread.start()
+        return self
+
+    def step(self, record: Mapping[str, Any]) -> None:
+        """Show the record of one finished step: plain numbers, lists and dicts of them."""
+        self._records.append(dict(record))
+        self.done = record["step"] + 1
+        self._latest, self._num_seen = time.monotonic(), self._num_seen + 1
+        if self._num_seen == NUM_WARM_UP:
+            self._warm = self._latest
+
+    def close(self) -> None:
+        """Show the last state and stop. A terminal that does not answer is given up on after two seconds."""
+        self._ended.set()
+        if self._thread.is_alive():
+            self._thread.join(timeout=2)
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def state(self) -> dict[str, Any]:
+        """All that a picture is made of."""
+        records = list(self._records)
+        counted = self._num_seen - NUM_WARM_UP
+        # Between the ends of two steps lie saving and sampling too: wall time is what is left to wait for.
+        pace = (self._latest - self._warm) / counted if counted > 0 else None
+        seconds = [r["seconds"] for r in records[-20:] if "seconds" in r]
+        left = self.num_steps - self.done
+        return {"title": self.title, "num_steps": self.num_steps, "done": self.done, "records": records,
+                "elapsed": time.monotonic() - self._started, "seconds_per_step": mean(seconds) if seconds else None,
+                "eta": pace * left if pace is not None else None if left else 0.0,
+                "stopping": bool(self.stopping()), "memory": dict(self._read_memory()), "facts": self.facts}
+
+    def _run(self) -> None:
+        for way in self._ways:
+            try:
+                way()
+                return
+            except Exception as e:  # whatever it is, it is not worth a training run
+                logger.warning("the monitor failed, training goes on (%s: %s)", type(e).__name__, e)
+
+    def _live(self) -> None:
+        from rich.console import Console
+        from rich.file_proxy import FileProxy
+        from rich.live import Live
+
+        from trainer.live_view import view
+
+        console = Console(file=self.stream)
+        # What is printed or logged meanwhile goes above the view instead of through it.
+        with Live(console=console, auto_refresh=False, redirect_stdout=sys.stdout.isatty()) as live:
+            console.show_cursor(True)  # a killed process cannot bring it back
+            handlers = [h for h in logging.getLogger().handlers
+                        if isinstance(h, logging.StreamHandler) and h.stream is self.stream]
+            for handler in handlers:
+                handler.setStream(FileProxy(console, self.stream))
+            try:
+                ended = False
+                while not ended:
+                    ended = self._ended.wait(self.refresh)
+                    live.update(view(self.state(), console.width), refresh=True)
+            finally:
+                for handler in handlers:
+                    handler.setStream(self.stream)
+
+    def _plain(self) -> None:
+        ended = False
+        while not ended:
+            ended = self._ended.wait(min(0.2, self.interval))
+            new = bool(self._records) and self._records[-1]["step"] != self._said_step
+            if new and (ended or time.monotonic() - self._said >= self.interval):
+                self._said = time.monotonic()
+                state = self.state()
+                self._said_step = state["done"] - 1
+                print(plain_line(state), file=self.stream, flush=True)
+
+
+def watch(config: TrainConfig, stop: StopFlag) -> Monitor:
+    """The monitor of a training run."""
+    return Monitor(config.optim.steps, mode=config.output.monitor, title=config.data.concept, stopping=stop.__bool__)
+
+
+def plain_line(state: Mapping[str, Any]) -> str:
+    """The state in one line."""
+    from trainer.live_view import TERMS, duration, findings_of, gib
+
+    record, memory = state["records"][-1], state["memory"]
+    parts = [f"step {state['done']}/{state['num_steps']}", *(f"{k} {record[k]:.4g}" for k in TERMS if k in record)]
+    if state["seconds_per_step"] is not None:
+        parts.append(f"{state['seconds_per_step']:.2f} s/step")
+    if state["eta"] is not None:
+        parts.append(f"ETA {duration(state['eta'])}")
+    for key, label in (("reserved_bytes", "reserved"), ("process_bytes", "process")):
+        if memory.get(key):
+            parts.append(f"{label} {gib(memory[key])} GiB")
+    parts += [f"[{f.get('severity', 'finding')}: {f.get('code')}]" for f in findings_of(record) or ()]
+    return "  ".join(parts + ["stopping"] * state["stopping"])
+
+
+def read_process() -> dict[str, float]:
+    """Memory of this process and its host in bytes, as far as the system tells."""
+    found: dict[str, float] = {}
+    proc = Path("/proc")
+    if (proc / "self/statm").exists():
+        pages = int((proc / "self/statm").read_text().split()[1])
+        found["process_bytes"] = pages * os.sysconf("SC_PAGE_SIZE")
+        lines = dict(line.split(":", 1) for line in (proc / "meminfo").read_text().splitlines())
+        for key, name in (("host_total_bytes", "MemTotal"), ("host_available_bytes", "MemAvailable")):
+            found[key] = int(lines[name].split()[0]) * 1024
+    return found
