@@ -1,0 +1,461 @@
+"""Faults put into a training step on purpose, healthy settings without any, and the runner that watches both.
+
+The model is a real CogVideoX transformer of three blocks of width 32; the step is the trainer's own.
+"""
+
+import dataclasses
+import itertools
+import json
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from trainer import losses
+from trainer.config import TrainConfig, replaced
+from trainer.diagnose import prepare
+from trainer.diffusion import Sampler
+from trainer.erasers import Erasers
+from trainer.findings import Bill, Unhealthy
+from trainer.health import Health
+from trainer.inspection import Subject
+from trainer.losses import student_backward
+from trainer.prompts import cache_directory
+
+NUM_BLOCKS, TEXT_LENGTH, TEXT_WIDTH = 3, 8, 16
+WORDS = "a the red blue circle square moving left up".split()
+SCHEDULER = dict(num_train_timesteps=1000, beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012,
+                 prediction_type="v_prediction", rescale_betas_zero_snr=True, snr_shift_scale=3.0,
+                 timestep_spacing="trailing", clip_sample=False, set_alpha_to_one=True)
+
+
+def tiny_pipeline(directory: Path, *, rotary: bool = False, dtype: torch.dtype = torch.float32) -> Path:
+    """A pipeline directory with random weights. The VAE is a configuration only: nothing is decoded here."""
+    from diffusers import CogVideoXDDIMScheduler, CogVideoXDPMScheduler, CogVideoXTransformer3DModel
+    from transformers import T5Config, T5EncoderModel, T5TokenizerFast
+
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -10.0), *((f"▁{w}", -1.0) for w in WORDS)]
+    tokenizer = T5TokenizerFast(vocab=pieces, extra_ids=0, model_max_length=TEXT_LENGTH)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        transformer = CogVideoXTransformer3DModel(
+            num_attention_heads=2, attention_head_dim=16, num_layers=NUM_BLOCKS, in_channels=4, out_channels=4,
+            time_embed_dim=16, text_embed_dim=TEXT_WIDTH, sample_width=4, sample_height=4, sample_frames=9,
+            max_text_seq_length=TEXT_LENGTH, use_rotary_positional_embeddings=rotary)
+        encoder = T5EncoderModel(T5Config(
+            vocab_size=len(tokenizer), d_model=TEXT_WIDTH, d_kv=8, d_ff=16, num_layers=1, num_heads=2, dropout_rate=0.0,
+            is_encoder_decoder=False, use_cache=False))
+    scheduler = (CogVideoXDPMScheduler if rotary else CogVideoXDDIMScheduler)(**SCHEDULER)
+    for name, part in (("transformer", transformer.to(dtype)), ("text_encoder", encoder.to(dtype)), ("tokenizer", tokenizer),
+                       ("scheduler", scheduler)):
+        part.save_pretrained(directory / name)
+    (directory / "vae").mkdir()
+    (directory / "vae" / "config.json").write_text(json.dumps({"block_out_channels": [4, 4, 4, 4], "scaling_factor": 1.0}))
+    (directory / "model_index.json").write_text(json.dumps({"scheduler": ["diffusers", type(scheduler).__name__]}))
+    (directory / "prompts.csv").write_text("prompt,safe\na red circle,a circle\nthe red square moving up,the square moving up\n")
+    return directory
+
+
+def settings(pipeline: Path, **changes: Any) -> TrainConfig:
+    """Settings for a tiny pipeline, with `optim__rank=4` and the like on top."""
+    values = {"model.model": str(pipeline), "model.device": "cpu", "data.prompts": pipeline / "prompts.csv",
+              "data.preserve": ("a blue circle",), "data.trajectory_steps": 4, "optim.rank": 4, "optim.warmup": 0,
+              "optim.lr": 1e-3}
+    return replaced(TrainConfig(), values | {name.replace("__", "."): value for name, value in changes.items()})
+
+
+@dataclass
+class Outcome:
+    """What the watcher said, and after how many steps it stopped the run (None: it did not)."""
+
+    bill: Bill
+    stopped: int | None
+    touched: bool
+    """Whether any weight of an eraser had moved when a fault of before the first step was named."""
+
+    @property
+    def named(self) -> tuple[str, int | None]:
+        """Code and block of what is held responsible; ("healthy", None) without."""
+        blamed = [f for f in self.bill.findings if f.severity != "expected"]
+        blamed.sort(key=lambda f: f.severity != "fatal")
+        return (blamed[0].code, blamed[0].block) if blamed else ("healthy", None)
+
+
+def watch(config: TrainConfig, *, inject: Callable[[Subject, ExitStack], Subject | None] | None = None, at: int = 0,
+          num_steps: int = 3) -> Outcome:
+    """Train for some steps under the watcher; `inject` acts before step `at`, and 0 is before the pre-flight."""
+    subject = prepare(config)
+    with ExitStack() as stack:
+        stack.enter_context(subject.assembly)
+        if inject and at == 0:
+            subject = inject(subject, stack) or subject
+        before = subject.assembly.erasers.state_dict()
+        health, step = stack.enter_context(Health(subject)), 0
+        try:
+            health.before_training()
+            for step in range(num_steps):
+                if inject and at == step > 0:
+                    health.flush()
+                    inject(subject, stack)
+                one_step(subject, health, step)
+            health.after_training()
+            stopped = None
+        except Unhealthy:
+            stopped = step
+        after = subject.assembly.erasers.state_dict()
+        return Outcome(health.bill, stopped, any(not torch.equal(after[n], t, ) for n, t in before.items()
+                                                 if not t.isnan().any()))
+
+
+def one_step(subject: Subject, health: Health, step: int) -> None:
+    """A step of the training loop."""
+    accumulation, scaler, totals = subject.config.optim.accumulation, subject.scaler, {}
+    for k in range(accumulation):
+        sample = subject.teacher.sample(step * accumulation + k)
+        share = scaler.scale(torch.full((), 1 / accumulation))
+        terms = student_backward(subject.assembly.predict, subject.assembly.erasers, sample, subject.config.loss, scale=share)
+        totals = {name: totals.get(name, 0.0) + value / accumulation for name, value in terms.items()}
+    scaler.unscale_(subject.optimizer)
+    health.apply(step, totals, started=0.0)
+    scaler.update()
+    subject.optimizer.zero_grad(set_to_none=True)
+
+
+# Faults. Each is a function of (subject, stack); the stack takes it back. `block` is where it sits.
+
+Inject = Callable[[Subject, ExitStack], Subject | None]
+
+
+def _attention(subject: Subject, block: int) -> nn.Module:
+    return subject.assembly.blocks[block].attn1
+
+
+def _adapter(subject: Subject, block: int) -> nn.Module:
+    return subject.assembly.erasers.adapters[block]
+
+
+def _changed_output(module: nn.Module, change: Callable[[torch.Tensor], torch.Tensor], stack: ExitStack) -> None:
+    forward = module.forward
+    stack.enter_context(patch.object(module, "forward", lambda *args: change(forward(*args))))
+
+
+def wipe_attention(block: int) -> Inject:
+    def inject(subject, stack):
+        attention = _attention(subject, block).to_empty(device="cpu")
+        for parameter in attention.parameters():  # fresh pages hold zeros; what to_empty() gives here is not defined
+            parameter.data.zero_()
+
+    return inject
+
+
+def wipe_feed_forward(block: int) -> Inject:
+    return lambda subject, stack: subject.assembly.blocks[block].ff.net[2].weight.data.zero_() and None
+
+
+def half_adapters(subject: Subject, stack: ExitStack) -> Subject:
+    for adapter in subject.assembly.erasers.adapters:
+        adapter.half()
+    return _with_optimizer(subject, subject.assembly.erasers.parameters())
+
+
+def _with_optimizer(subject: Subject, parameters: list[nn.Parameter]) -> Subject:
+    return dataclasses.replace(subject, optimizer=torch.optim.AdamW(parameters, lr=1e-3))
+
+
+def overflow(block: int) -> Inject:
+    """Activations of about 1e7 inside the feed-forward: within bfloat16's range, outside of float16's."""
+    def inject(subject, stack):
+        for layer in (subject.assembly.blocks[block].ff.net[0].proj, subject.assembly.blocks[block].ff.net[2]):
+            layer.weight.data.mul_(2e3)
+
+    return inject
+
+
+def left_out(*blocks: int) -> Inject:
+    def inject(subject, stack):
+        kept = [p for n, p in subject.assembly.erasers.named_parameters() if int(n[0]) not in blocks]
+        return _with_optimizer(subject, kept or [nn.Parameter(torch.zeros(1))])
+
+    return inject
+
+
+def detach(block: int) -> Inject:
+    return lambda subject, stack: _changed_output(_adapter(subject, block), torch.Tensor.detach, stack)
+
+
+def _with_predict(subject: Subject, wrap: Callable) -> Subject:
+    return dataclasses.replace(subject, assembly=dataclasses.replace(subject.assembly, predict=wrap(subject.assembly.predict)))
+
+
+def student_under_no_grad(subject: Subject, stack: ExitStack) -> Subject:
+    return _with_predict(subject, torch.no_grad())
+
+
+def replace_parameters(block: int) -> Inject:
+    """As an offload hook does that puts a new Parameter in before every forward pass."""
+    def inject(subject, stack):
+        def refresh(layer: nn.Module, args: tuple) -> None:
+            layer.weight = nn.Parameter(layer.weight.detach().clone())
+
+        stack.callback(_adapter(subject, block).register_forward_pre_hook(
+            lambda adapter, args: refresh(adapter.up, args)).remove)
+
+    return inject
+
+
+def switch_before_recompute(subject: Subject, stack: ExitStack) -> None:
+    backward, erasers = torch.Tensor.backward, subject.assembly.erasers
+
+    def off_first(tensor, *args, **kwargs):
+        with erasers.switched(False):
+            backward(tensor, *args, **kwargs)
+
+    stack.enter_context(patch.object(torch.Tensor, "backward", off_first))
+
+
+def never_switched(on: bool) -> Inject:
+    """`switched` has no effect: erasers stay on (or off)."""
+    def inject(subject, stack):
+        switched, always = Erasers.switched, on
+        stack.enter_context(patch.object(Erasers, "switched", lambda erasers, on: switched(erasers, always)))
+
+    return inject
+
+
+def reentrant(subject: Subject, stack: ExitStack) -> None:
+    stack.enter_context(warnings.catch_warnings())
+    warnings.simplefilter("ignore")  # torch's own hint, which a long log hides
+    for block in subject.assembly.blocks:
+        def forward(*args, inner=block.forward, **kwargs):
+            return checkpoint(lambda *a: inner(*a, **kwargs), *args, use_reentrant=True)
+
+        def positional(hidden_states, encoder_hidden_states, temb, forward=forward, **kwargs):
+            return forward(hidden_states, encoder_hidden_states, temb, **kwargs)
+
+        stack.enter_context(patch.object(block, "forward", positional))
+
+
+def checkpointing_off(block: int) -> Inject:
+    def inject(subject, stack):
+        stack.enter_context(patch.object(subject.assembly.blocks[block], "forward", subject.assembly.blocks[block].forward.inner))
+
+    return inject
+
+
+def stuck_trajectory(subject: Subject, stack: ExitStack) -> None:
+    stack.enter_context(patch.object(Sampler, "step", lambda self, velocity, index, latents, generator=None: latents))
+
+
+def diverging_sampler(subject: Subject, stack: ExitStack) -> None:
+    stack.enter_context(patch.object(Sampler, "step", lambda self, velocity, index, latents, generator=None: latents / 0))
+
+
+def nan_in_weight(block: int) -> Inject:
+    def inject(subject, stack):
+        subject.assembly.blocks[block].ff.net[0].proj.weight.data[0, 0] = float("nan")
+
+    return inject
+
+
+def nan_in_embedding(subject: Subject, stack: ExitStack) -> None:
+    subject.teacher.embeddings.table.fill_(float("nan"))
+
+
+def nan_in_gradient(block: int, *, value: float = float("nan")) -> Inject:
+    def inject(subject, stack):
+        stack.callback(_adapter(subject, block).up.weight.register_hook(lambda gradient: gradient * value).remove)
+
+    return inject
+
+
+def bad_flow(block: int, value: float) -> Inject:
+    """The gradient that flows back out of a block's attention is multiplied."""
+    def inject(subject, stack):
+        def spoil(module, args, output):
+            if output.requires_grad:
+                output.register_hook(lambda gradient: gradient * value)
+
+        stack.callback(_attention(subject, block).to_out[0].register_forward_hook(spoil).remove)
+
+    return inject
+
+
+def dead_gelu(block: int) -> Inject:
+    return lambda subject, stack: _adapter(subject, block).down.bias.data.fill_(-100.0) and None
+
+
+def underflow(subject: Subject, stack: ExitStack) -> Subject:
+    """A loss as small as a mean over millions of elements makes it, and no loss scaler."""
+    mse = losses.F.mse_loss
+    stack.enter_context(patch.object(losses.F, "mse_loss", lambda a, b: mse(a, b) * 1e-9))
+    return dataclasses.replace(subject, scaler=torch.amp.GradScaler("cpu", enabled=False))
+
+
+def nan_in_student(block: int) -> Inject:
+    """A NaN that only the student sees."""
+    def inject(subject, stack):
+        def spoil(module, args, output):
+            return output * float("nan") if torch.is_grad_enabled() else output
+
+        stack.callback(subject.assembly.blocks[block].ff.net[0].proj.register_forward_hook(spoil).remove)
+
+    return inject
+
+
+def swallow(block: int) -> Inject:
+    def inject(subject, stack):
+        mse = losses.F.mse_loss
+        stack.enter_context(patch.object(losses.F, "mse_loss", lambda a, b: torch.nan_to_num(mse(a, b), nan=0.0)))
+        nan_in_student(block)(subject, stack)
+
+    return inject
+
+
+def run_away(block: int) -> Inject:
+    return lambda subject, stack: _adapter(subject, block).up.weight.data.fill_(3e38) and None
+
+
+def no_optimizer_step(subject: Subject, stack: ExitStack) -> None:
+    stack.enter_context(patch.object(subject.optimizer, "step", lambda: None))
+
+
+def always_acts(block: int) -> Inject:
+    return lambda subject, stack: _changed_output(_adapter(subject, block), lambda o: o + 0.1, stack)
+
+
+def never_acts(subject: Subject, stack: ExitStack) -> None:
+    for block in range(NUM_BLOCKS):
+        _changed_output(_adapter(subject, block), lambda o: o - o.detach(), stack)
+
+
+def closed_gate(block: int) -> Inject:
+    return lambda subject, stack: _changed_output(_adapter(subject, block), lambda o: o * 0.0, stack)
+
+
+def freeze(block: int) -> Inject:
+    return lambda subject, stack: _adapter(subject, block).requires_grad_(False) and None
+
+
+# Damage to files, before anything is loaded: a function of the settings.
+
+def damaged_weight_file(config: TrainConfig) -> None:
+    file = next((Path(config.model.model) / "transformer").glob("*.safetensors"))
+    weights = load_file(file)
+    weights["transformer_blocks.1.ff.net.2.weight"][0, 3] = float("nan")
+    save_file(weights, file, metadata={"format": "pt"})
+
+
+def damaged_cache(config: TrainConfig) -> None:
+    prepare(config).assembly.applied.undo()
+    for file in cache_directory().glob("*.safetensors"):
+        row = load_file(file)["embedding"]
+        row[0, 0] = float("nan")
+        save_file({"embedding": row}, file)
+
+
+def same_prompts(config: TrainConfig) -> None:
+    config.data.prompts.write_text("prompt,safe\na red circle,a red circle\n")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fault:
+    """One fault: what is done, and what must be named."""
+
+    name: str
+    code: str
+    block: int | None = None
+    inject: Inject | None = None
+    damage: Callable[[TrainConfig], None] | None = None
+    pipeline: str = "2b"
+    settings: dict[str, Any] = field(default_factory=dict)
+    at: tuple[int, ...] = (0,)
+    """Before which steps it may strike."""
+
+
+HALF = dict(memory__dtype="float16", model__force_dtype=True)
+DELTA = dict(loss__alpha=0.0, loss__beta=0.0)
+
+
+def _each(name: str, code: str, make: Callable[[int], Inject], **more: Any) -> Iterator[Fault]:
+    return (Fault(name=f"{name}, block {k}", code=code, block=k, inject=make(k), **more) for k in range(NUM_BLOCKS))
+
+
+FAULTS: tuple[Fault, ...] = (
+    *_each("to_empty() on wrapped attention", "wiped-attention", wipe_attention),
+    *_each("feed-forward never loaded", "wiped-weights", wipe_feed_forward),
+    Fault(name="fp16 adapters under Adam", code="half-precision-adapters", block=0, inject=half_adapters),
+    *_each("fp16 on a bf16-native model", "non-native-dtype", overflow, pipeline="bf16", settings=HALF, at=(0, 2)),
+    *_each("overflow of an fp16-native model", "half-precision-overflow", overflow, pipeline="fp16", at=(0, 2)),
+    Fault(name="learning rate x 1000 (1e-4)", code="learning-rate-too-high", settings={"optim__lr": 0.1}),
+    Fault(name="learning rate x 1000 (1e-3)", code="learning-rate-too-high", settings={"optim__lr": 1.0}),
+    Fault(name="eta absurd", code="eta-too-large", settings={"loss__eta": 5000.0}),
+    Fault(name="eta beyond float32", code="non-finite-target", settings={"loss__eta": 3e38}),
+    Fault(name="adapters left out of the optimizer", code="not-in-optimizer", block=0, inject=left_out(0, 1, 2)),
+    *_each("one adapter left out of the optimizer", "not-in-optimizer", left_out),
+    *_each("adapter detached", "detached-eraser", detach, at=(0, 2)),
+    Fault(name="student under no_grad", code="no-grad-student", inject=student_under_no_grad),
+    *_each("parameters replaced by an offload hook", "replaced-parameters", replace_parameters, at=(0, 2)),
+    Fault(name="switched off before recompute", code="switched-before-recompute", block=2, inject=switch_before_recompute),
+    Fault(name="student with erasers off", code="student-without-erasers", block=0, inject=never_switched(False)),
+    Fault(name="teacher with erasers on", code="teacher-with-erasers", block=0, inject=never_switched(True)),
+    Fault(name="reentrant checkpointing", code="reentrant-checkpointing", block=0, inject=reentrant,
+          settings={"memory__checkpoint": "none"}),
+    *_each("checkpointing silently off", "checkpointing-off", checkpointing_off),
+    Fault(name="trajectory not advanced", code="trajectory-not-advanced", inject=stuck_trajectory),
+    Fault(name="sampler gives infinity", code="non-finite-latents", inject=diverging_sampler, at=(0, 2)),
+    Fault(name="NaN in the embedding cache", code="non-finite-embedding", damage=damaged_cache),
+    Fault(name="NaN in the embeddings", code="non-finite-embedding", inject=nan_in_embedding, at=(0, 2)),
+    Fault(name="NaN in one weight file", code="non-finite-weight", block=1, damage=damaged_weight_file),
+    *_each("NaN in one weight", "non-finite-weight", nan_in_weight, at=(0, 2)),
+    *_each("NaN in one gradient", "non-finite-gradient", nan_in_gradient, at=(0, 2)),
+    *_each("NaN in one gradient, fp16 with a scaler", "non-finite-gradient", nan_in_gradient, pipeline="fp16"),
+    *_each("infinite flow back out of attention", "non-finite-gradient", lambda k: bad_flow(k, float("inf")), at=(0, 2)),
+    *_each("NaN in the student alone", "non-finite-activation", nan_in_student, at=(0, 2)),
+    *_each("loss swallowed to 0", "swallowed-loss", swallow, at=(0, 2)),
+    *_each("dead GELU", "dead-gelu", dead_gelu, at=(0, 2)),
+    Fault(name="gradients underflow in fp16", code="gradient-underflow", inject=underflow, pipeline="fp16", settings=DELTA),
+    Fault(name="gradients overflow at any loss scale", code="loss-scale-collapse", inject=bad_flow(1, float("inf")), pipeline="fp16"),
+    *_each("eraser diverged", "eraser-diverged", run_away, at=(2,)),
+    Fault(name="optimizer step skipped", code="weights-never-move", inject=no_optimizer_step, at=(0, 2)),
+    *_each("untrained eraser acts", "untrained-eraser-acts", always_acts),
+    Fault(name="eraser without effect", code="no-op-adapter", inject=never_acts),
+    *_each("gate of 0 after the eraser", "zero-gradient", closed_gate, at=(0, 2)),
+    *_each("frozen eraser", "frozen-eraser", freeze),
+    Fault(name="prompt and safe prompt the same", code="nothing-to-learn", damage=same_prompts,
+          settings={"loss__beta": 0.0}),
+)
+
+PLANS: dict[str, dict[str, Any]] = {
+    "default": {}, "no checkpointing": {"checkpoint": "none"}, "every second": {"checkpoint": "every:2"},
+    "streamed": {"resident_blocks": 0}, "one resident": {"resident_blocks": 1, "checkpoint": "first:2"},
+    "boundaries on the host": {"boundaries": "host"}, "attention kept": {"num_keep_attention": 2},
+    "attention kept on the host": {"num_keep_attention": 1, "kept": "host", "resident_blocks": 1},
+    "chunks and one batch": {"feed_forward_chunks": 2, "guidance": "batched"}, "8-bit optimizer": {"optimizer": "adamw8bit"},
+}
+VARIATIONS: tuple[dict[str, Any], ...] = (
+    {}, {"data__latents": "noise"}, {"loss__alpha": 0.0, "loss__beta": 0.0}, {"optim__accumulation": 2}, {"loss__eta": 7.0},
+    {"loss__anchor": "empty"}, {"data__batch_size": 2}, {"data__trajectory_guidance": 3.0}, {"optim__clip": 0.0},
+    {"data__trajectory_steps": 1}, {"optim__lr": 1e-4, "optim__weight_decay": 0.1},
+)
+PIPELINES: dict[str, dict[str, Any]] = {
+    "2b": {}, "5b": {"rotary": True}, "fp16": {"dtype": torch.float16}, "bf16": {"rotary": True, "dtype": torch.bfloat16}}
+
+
+def healthy_settings(count: int) -> Iterator[tuple[str, dict[str, Any]]]:
+    """`count` sound configurations as (pipeline, changes): every plan, variation, dtype and rank in turn, new seeds."""
+    ranks = itertools.cycle((1, 4, 7, 32))
+    plans, variations, pipelines = (itertools.cycle(kind) for kind in (PLANS.values(), VARIATIONS, PIPELINES))
+    for seed in range(count):
+        changes = {f"memory__{name}": value for name, value in next(plans).items()} | next(variations)
+        pipeline = next(pipelines)
+        if seed % len(PLANS) == len(PLANS) - 1:
+            next(pipelines), next(ranks)  # keep the cycles out of step
+        yield pipeline, changes | {"optim__rank": next(ranks), "optim__seed": seed}

@@ -1,0 +1,130 @@
+"""`run.py diagnose`: the same findings from a run directory, from a weights file, or from a pre-flight of given settings."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+
+from memory.optimizers import make_optimizer
+from memory.precision import make_scaler
+from trainer.assemble import assemble, embed_prompts, open_backbone, resolve_device, video_size
+from trainer.config import TrainConfig
+from trainer.eraser_files import WEIGHTS, EraserFile, load_eraser
+from trainer.errors import CheckpointError
+from trainer.findings import Bill, Finding, finding, from_json
+from trainer.health import FINDINGS, Judge
+from trainer.inspection import Subject
+from trainer.latents import make_latents
+from trainer.losses import Teacher
+from trainer.masks import prompt_columns
+from trainer.metrics import METRICS, read_metrics
+from trainer.preflight import Preflight
+from trainer.prompts import collect
+from trainer.run_directory import CONFIG
+
+
+def diagnose_path(path: Path) -> Bill:
+    """The bill of a run directory or of an eraser file. Raises CheckpointError for anything else."""
+    if (path / CONFIG).is_file():
+        return diagnose_run(path)
+    return diagnose_eraser(path)
+
+
+def diagnose_run(run_dir: Path) -> Bill:
+    """What the run itself found, what its metrics say, and its eraser."""
+    checked, bill = [], Bill()
+    if (run_dir / FINDINGS).is_file():
+        try:
+            content = json.loads((run_dir / FINDINGS).read_text())
+            bill = Bill(findings=tuple(from_json(f) for f in content["findings"]))
+            checked += [f"during the run: {line}" for line in content["checked"]]
+        except (ValueError, KeyError, TypeError) as e:
+            raise CheckpointError(f"{run_dir / FINDINGS} cannot be read ({e})") from e
+    records = [record for record in read_metrics(run_dir) if "blocks" in record]
+    bill = bill.with_findings(_judged(records))
+    checked.append(f"{METRICS}: {len(records)} steps, loss terms, gradients, updates and erasers by block")
+    if (run_dir / WEIGHTS).is_file():
+        eraser = diagnose_eraser(run_dir)
+        bill, checked = bill.with_findings(eraser.findings), [*checked, *eraser.checked]
+    return Bill(findings=bill.findings, checked=tuple(checked))
+
+
+def _judged(records: Sequence[dict]) -> list[Finding]:
+    judge, found = Judge(), []
+    for record in records:
+        blocks = record["blocks"]
+        bad = [i for i, norm in enumerate(blocks["gradient"]) if not _finite(norm)]
+        if not _finite(record["loss"]):
+            found.append(finding("non-finite-loss", "training", step=record["step"], loss=record["loss"]))
+        elif bad and not record.get("skipped"):
+            found.append(finding("non-finite-gradient", "training", block=bad[-1], step=record["step"]))
+        else:
+            found += judge.see(record)
+    return found
+
+
+def _finite(value: float) -> bool:
+    return value - value == 0
+
+
+def diagnose_eraser(path: Path) -> Bill:
+    """The bill of saved weights: finite, stored in float32, doing something in every block."""
+    file = load_eraser(path)
+    found = []
+    for name, tensor in file.state.items():
+        if not torch.isfinite(tensor).all():
+            block = int(name.split(".")[0])
+            found.append(finding("non-finite-weight", "adapters", block=block, module=name, num_elements=tensor.numel(),
+                                 num_non_finite=int((~torch.isfinite(tensor)).sum()), file=file.path.name))
+            break
+    idle = [i for i in range(file.num_blocks)
+            if not file.state[f"{i}.up.weight"].any() and not file.state[f"{i}.up.bias"].any()]
+    if idle:
+        found.append(finding("no-op-adapter", "adapters", block=idle[0], module=f"{idle[0]}.up", num_blocks=len(idle),
+                             of_blocks=file.num_blocks, largest_up_weight=0.0))
+    found += _stored(file)
+    return Bill(findings=tuple(found), checked=(
+        f"{file.path.name}: {file.num_blocks} blocks of width {file.width} and rank {file.rank}, finite, "
+        "stored in float32, every block's `up` away from zero",))
+
+
+def _stored(file: EraserFile) -> list[Finding]:
+    """Half precision on disk lets a resumed Adam fail; only our own layout says how it is stored."""
+    if file.path.suffix != ".safetensors":
+        return []
+    with safe_open(file.path, framework="pt") as f:
+        dtypes = {name: f.get_slice(name).get_dtype() for name in f.keys()}
+    halves = [name for name, dtype in dtypes.items() if dtype != "F32"]
+    return [finding("half-precision-adapters", "adapters", severity="warning", block=int(halves[0].split(".")[0]),
+                    module=halves[0], dtype=dtypes[halves[0]], num_parameters=len(halves))] if halves else []
+
+
+def diagnose_settings(config: TrainConfig) -> Bill:
+    """The bill of the pre-flight that a training run with these settings would begin with."""
+    subject = prepare(config)
+    with subject.assembly:
+        return Preflight(subject).run()
+
+
+def prepare(config: TrainConfig) -> Subject:
+    """The parts of a training step, as the training loop puts them together."""
+    backbone, device = open_backbone(config.model), resolve_device(config.model.device)
+    shape = (config.data.batch_size, *backbone.latent_shape(*video_size(backbone, config.model)))
+    prompts = collect(config.data, bundled=config.model.model == "shapes")
+    columns = prompt_columns(backbone, prompts) if config.loss.alpha > 0 else None
+    embeddings = embed_prompts(backbone, config.model, config.memory,
+                               [*prompts.prompts, *prompts.safe, *prompts.preserved, ""]).to(device)
+    assembly = assemble(backbone, config.model, config.memory, rank=config.optim.rank, seed=config.optim.seed)
+    latents, preserved = (make_latents(config, backbone.scheduler(), shape, stream, device)
+                          for stream in ("target", "preserved"))
+    teacher = Teacher(
+        assembly.predict, assembly.erasers, [assembly.blocks[i] for i in config.loss.mask_blocks or range(backbone.num_blocks)],
+        loss=config.loss, prompts=prompts, embeddings=embeddings, columns=columns, latents=latents,
+        preserved_latents=preserved if config.loss.beta > 0 else None, seed=config.optim.seed,
+        guidance=config.memory.guidance, trajectory_guidance=config.data.trajectory_guidance)
+    optimizer = make_optimizer(assembly.erasers.parameters(), kind=config.memory.optimizer, lr=config.optim.lr,
+                               weight_decay=config.optim.weight_decay)
+    return Subject(config=config, native_dtype=backbone.native_dtype, assembly=assembly, teacher=teacher,
+                   optimizer=optimizer, scaler=make_scaler(assembly.dtype, device))

@@ -1,0 +1,211 @@
+"""What can be wrong, by name: the codes, what causes each, what to do about it; and how findings are shown.
+
+Imports no torch: the README's table is generated from CODES.
+"""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Literal, NamedTuple, TextIO
+
+from trainer.errors import NonFinite
+
+Severity = Literal["fatal", "warning", "expected"]
+
+
+class Code(NamedTuple):
+    severity: Severity
+    cause: str
+    fix: str
+
+
+CODES: dict[str, Code] = {
+    # The frozen model and its inputs.
+    "non-finite-weight": Code("fatal", "a weight holds NaN or infinity: the file is damaged, or was written by a run that diverged",
+                              "copy the weights again, or go back to an earlier checkpoint"),
+    "wiped-attention": Code("fatal", "attention gives the same for every token: its weights were wiped, as by to_empty() or a "
+                                     "move through the meta device after loading",
+                            "load the weights after the last to_empty(): transformer.load_state_dict(state, assign=True)"),
+    "wiped-weights": Code("fatal", "a weight is constant: it was created but never loaded, or wiped by to_empty()",
+                          "load the weights after the last to_empty(); copy the model again if its file is at fault"),
+    "frozen-weights-changed": Code("fatal", "something wrote into the frozen model during training: the erasers fit a model that is gone",
+                                   "freeze it, transformer.requires_grad_(False), and look for in-place operations on its weights"),
+    "non-finite-embedding": Code("fatal", "a prompt's cached text embedding holds NaN or infinity",
+                                 "delete the cached embeddings (rm -r ${XDG_CACHE_HOME:-~/.cache}/eraser-trainer/embeddings) and start again"),
+    "non-native-dtype": Code("fatal", "the model was published in bfloat16, and its activations leave float16's range of 65504",
+                             "--dtype bfloat16"),
+    "half-precision-overflow": Code("fatal", "an activation leaves float16's range of 65504", "--dtype bfloat16, or --dtype float32"),
+    "non-finite-latents": Code("fatal", "the latents that the model is given hold NaN or infinity: a sampler step made them",
+                               "--latents noise, or fewer --trajectory-steps; look at the scheduler's configuration"),
+    "non-finite-activation": Code("fatal", "finite inputs and weights give NaN or infinity in this module",
+                                  "--dtype float32 tells whether precision is the cause"),
+    # The erasers and who trains them.
+    "half-precision-adapters": Code("fatal", "Adam's eps of 1e-8 is 0 in half precision: a zero gradient gives 0/0 = NaN in the first step",
+                                    "keep the erasers in float32: for p in erasers.parameters(): p.data = p.data.float(), before the optimizer is made"),
+    "frozen-eraser": Code("fatal", "erasers do not require a gradient: the whole model was frozen after they were put in",
+                          "freeze first, inject after; or p.requires_grad_(True) for p in erasers.parameters()"),
+    "not-in-optimizer": Code("fatal", "the optimizer was made without these parameters, so they can never move",
+                             "make_optimizer(erasers.parameters(), ...) after the erasers were injected"),
+    "replaced-parameters": Code("fatal", "something, such as an offload hook, put other Parameter objects into the erasers: the optimizer moves the old ones",
+                                "move data, not objects (p.data = ...), or make the optimizer after the hooks are in place"),
+    "no-op-adapter": Code("warning", "the eraser changes nothing: it is untrained, switched off, or not injected",
+                          "train it (python run.py --concept WORD), or load a trained file"),
+    "untrained-eraser-acts": Code("fatal", "with `up` at zero the output with erasers must equal the output without, and does not",
+                                  "look at what the hooks around attn1 do besides h + adapter(h)"),
+    "weights-never-move": Code("fatal", "gradients arrive, the optimizer has the parameters, and yet a step leaves them as they were",
+                               "raise --lr; look for a learning rate of 0, or an optimizer step that is skipped"),
+    "eraser-diverged": Code("fatal", "the model is sound without erasers and overflows with them: their output has run away",
+                            "go back to an earlier checkpoint with a lower --lr"),
+    "learning-rate-too-high": Code("warning", "one optimizer step moves every weight by about the learning rate, which is as much as the weights are large",
+                                   "--lr 1e-4"),
+    "eta-too-large": Code("warning", "the target lies far outside of what the model ever predicts", "--eta 5"),
+    # Teacher and student.
+    "teacher-with-erasers": Code("fatal", "the teacher ran with erasers on, so the student chases itself",
+                                 "run the teacher inside `with erasers.switched(False):`"),
+    "student-without-erasers": Code("fatal", "the student ran without its erasers: switched off, or not injected",
+                                    "run the student inside `with erasers.switched(True):`, erasers injected before"),
+    "switched-before-recompute": Code("fatal", "the erasers were switched between the forward pass and its recomputation in backward",
+                                      "run backward() inside the same `with erasers.switched(True):` as the forward pass"),
+    "no-grad-student": Code("fatal", "the student's forward pass ran under no_grad, so nothing can be learned",
+                            "run the student outside of torch.no_grad() and torch.inference_mode()"),
+    "detached-eraser": Code("fatal", "the eraser's output was cut off from the graph, so no gradient reaches it",
+                            "remove .detach(), .data, .item() or no_grad between the eraser and the loss"),
+    "reentrant-checkpointing": Code("fatal", "reentrant checkpointing needs an input that requires a gradient, and a frozen model has none",
+                                    "checkpoint(..., use_reentrant=False), or --checkpoint all"),
+    "checkpointing-off": Code("warning", "checkpointed blocks were not recomputed: checkpointing is silently off and saves no memory",
+                              "--checkpoint all; do not make it depend on module.training, the frozen model is in eval mode"),
+    # Latents, losses and gradients.
+    "trajectory-not-advanced": Code("fatal", "the sampler step is skipped: every timestep trains on the same latents, pure noise",
+                                    "latents = scheduler.step(velocity, t, latents).prev_sample after every teacher prediction"),
+    "nothing-to-learn": Code("warning", "the teacher predicts the same with the concept as without: the target is what the model does already",
+                             "use prompts that name the concept, safe prompts that differ from them, and --eta above 0"),
+    "non-finite-target": Code("fatal", "the teacher's predictions are finite and the target made of them is not", "--eta 5"),
+    "swallowed-loss": Code("fatal", "the loss is exactly 0 though prediction and target differ: something replaced a NaN",
+                           "remove nan_to_num and the like between the prediction and the loss; never replace a NaN"),
+    "non-finite-loss": Code("fatal", "predictions are finite and the loss is not", "--dtype float32; compute the loss in float32"),
+    "non-finite-gradient": Code("fatal", "forward is finite and a gradient is not",
+                                "--dtype bfloat16 or float32; look at hooks on gradients and at custom autograd functions"),
+    "loss-scale-collapse": Code("fatal", "no loss scale gives finite gradients: they overflow float16 at any scale, or hold a NaN of their own",
+                                "--dtype bfloat16, or --dtype float32"),
+    "gradient-underflow": Code("fatal", "gradients fall below float16's smallest number on their way back and become 0",
+                               "--dtype bfloat16, or a loss scaler: torch.amp.GradScaler"),
+    "dead-gelu": Code("fatal", "every unit of the eraser's inner layer is below GELU's range, so only up.bias gets a gradient",
+                      "a lower --lr from an earlier checkpoint; a new run draws `down` anew"),
+    "zero-gradient": Code("fatal", "the gradient is exactly 0 though the eraser is part of the graph",
+                          "look for a loss that does not depend on the prediction, or a gate of 0 after the eraser"),
+    # Not trouble.
+    "zero-down-gradient": Code("expected", "`up` starts at zero, so `down` gets its first gradient in the second step", "nothing to do"),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """One thing found. `evidence` holds the figures behind it."""
+
+    code: str
+    severity: Severity
+    phase: str
+    """weights, embeddings, adapters, optimizer, latents, teacher, student, backward, recompute, training."""
+    block: int | None = None
+    """The first block concerned in order of execution."""
+    module: str | None = None
+    """Where, in the names of the transformer's modules."""
+    evidence: Mapping[str, Any] = field(default_factory=dict)
+    cause: str
+    fix: str
+
+    def __str__(self) -> str:
+        where = "".join(f", {what}" for what in (self.block is not None and f"block {self.block}", self.module) if what)
+        return f"{self.code} ({self.phase}{where}): {self.cause}. {evidence_text(self.evidence)}. Fix: {self.fix}"
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain values; figures that JSON cannot hold become words."""
+        return asdict(self) | {"evidence": {k: _plain(v) for k, v in self.evidence.items()}}
+
+
+class Unhealthy(NonFinite):
+    """A fatal finding; nothing was applied to the weights. `findings` has them all."""
+
+    def __init__(self, message: str, findings: Sequence[Finding]):
+        super().__init__(message)
+        self.findings = list(findings)
+
+
+def finding(code: str, phase: str, *, block: int | None = None, module: str | None = None, severity: Severity | None = None,
+            fix: str | None = None, **evidence: Any) -> Finding:
+    """A finding of a known code, with its cause and fix from CODES unless said otherwise."""
+    known = CODES[code]
+    return Finding(code=code, severity=severity or known.severity, phase=phase, block=block, module=module,
+                   evidence=evidence, cause=known.cause, fix=fix or known.fix)
+
+
+def from_json(values: Mapping[str, Any]) -> Finding:
+    """The inverse of `Finding.as_json`."""
+    return Finding(**values)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bill:
+    """The result of an examination: what was found, and what was looked at."""
+
+    findings: tuple[Finding, ...] = ()
+    checked: tuple[str, ...] = ()
+
+    @property
+    def healthy(self) -> bool:
+        return all(f.severity == "expected" for f in self.findings)
+
+    @property
+    def fatal(self) -> list[Finding]:
+        return [f for f in self.findings if f.severity == "fatal"]
+
+    def with_findings(self, findings: Sequence[Finding]) -> "Bill":
+        """This bill and more findings; one of a code and a block that is there already is left out."""
+        known = {(f.code, f.block) for f in self.findings}
+        return replace(self, findings=(*self.findings, *(f for f in findings if (f.code, f.block) not in known)))
+
+    def raise_if_fatal(self, where: str) -> None:
+        """Raises Unhealthy with the first fatal finding."""
+        if self.fatal:
+            raise Unhealthy(f"{where}: {self.fatal[0]}", self.findings)
+
+    def as_json(self) -> dict[str, Any]:
+        return {"healthy": self.healthy, "findings": [f.as_json() for f in self.findings], "checked": list(self.checked)}
+
+
+def print_bill(bill: Bill, file: TextIO, *, as_json: bool = False) -> None:
+    """Write the bill: a table and what was checked, or JSON."""
+    if as_json:
+        print(json.dumps(bill.as_json(), indent=2), file=file)
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(file=file)
+    if bill.findings:
+        table = Table("finding", "where", "evidence", "cause", "fix", show_lines=True)
+        for f in bill.findings:
+            where = "\n".join(str(w) for w in (f.phase, f.block is not None and f"block {f.block}", f.module) if w)
+            table.add_row(f"{f.code}\n({f.severity})", where, evidence_text(f.evidence), f.cause, f.fix)
+        console.print(table)
+    console.print("Healthy." if bill.healthy else "Not healthy.", "Checked:")
+    for line in bill.checked:
+        console.print(f"  {line}", markup=False, highlight=False)
+
+
+def evidence_text(evidence: Mapping[str, Any]) -> str:
+    """`{"gradient_norm": 0.125}` as `gradient norm 0.125`."""
+    return ", ".join(f"{k.replace('_', ' ')} {f'{v:.4g}' if isinstance(v, float) else v}" for k, v in evidence.items())
+
+
+def codes_as_markdown() -> str:
+    """The table of codes for the README."""
+    rows = [f"| `{code}` | {c.severity} | {c.cause} | {c.fix} |" for code, c in CODES.items()]
+    return "\n".join(["| code | severity | cause | fix |", "| --- | --- | --- | --- |", *rows]) + "\n"
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return value if isinstance(value, int | float | bool | str | None) else str(value)

@@ -1,0 +1,280 @@
+"""Watch a run at no cost: norms are reduced on the device, fused, and read one step late, so that no step waits.
+
+A step whose loss, predictions or gradients are not finite is never applied. Fused AdamW takes that decision on the
+device; the host learns of it one step later, before anything else is applied, and stops.
+Under float16 with a loss scaler an infinite gradient alone only means that the scale was too high.
+"""
+
+import json
+import logging
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from trainer.errors import InputOutputError
+from trainer.findings import Bill, Finding, finding
+from trainer.inspection import Fingerprint, Subject
+from trainer.preflight import Preflight
+from trainer.tracing import in_backward, scale_collapsed, trace
+
+logger = logging.getLogger(__name__)
+
+FINDINGS = "findings.json"
+MAX_SKIPS = 20  # in a row; a loss scale that starts at 65536 is below 1 after 17
+LEAVES = ("down.weight", "down.bias", "up.weight", "up.bias")
+BLOCK_NORMS = ("gradient", "update", "weight", "eraser", "residual")
+
+
+class Health:
+    """The watcher of one run. As a context manager it holds the hooks that measure activations.
+
+    `record["blocks"]` has a list over blocks of each of BLOCK_NORMS: erasers' gradients, last updates and weights, the
+    eraser's output and the residual stream that it is added to (root of the sum of squares over the batch).
+    """
+
+    def __init__(self, subject: Subject, *, run_dir: Path | None = None,
+                 sinks: Sequence[Callable[[dict[str, Any]], None]] = ()):
+        """`sinks` are called with the record of every step, one step late."""
+        self.subject, self.run_dir, self.sinks = subject, run_dir, tuple(sinks)
+        self.erasers, self.bill = subject.assembly.erasers, Bill()
+        device = subject.assembly.device
+        self._zero = torch.zeros((), device=device)
+        self._eraser, self._residual = ([self._zero] * len(self.erasers.adapters) for _ in range(2))
+        self._teacher = self._student = self._zero
+        self._pending: _Pending | None = None
+        self._host: Tensor | None = None  # pinned, where the device copies to
+        self._judge, self._handles, self._fingerprint, self._skips = Judge(), [], None, 0
+
+    def __enter__(self) -> "Health":
+        assembly = self.subject.assembly
+        self._handles = [assembly.transformer.register_forward_hook(self._measure_prediction)]
+        for index, (block, adapter) in enumerate(zip(assembly.blocks, self.erasers.adapters)):
+            self._handles.append(block.register_forward_pre_hook(self._measure_residual(index), with_kwargs=True))
+            self._handles.append(adapter.register_forward_hook(self._measure_eraser(index)))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def before_training(self) -> None:
+        """The pre-flight. Erasers and optimizer must be fresh: call it before a checkpoint is restored.
+
+        Raises Unhealthy for a fatal finding; says the others.
+        """
+        preflight = Preflight(self.subject)
+        self.bill = preflight.run()
+        self._fingerprint = preflight.fingerprint
+        self._forget_step()
+        self._write()
+        self.bill.raise_if_fatal("before the first step")
+        for found in self.bill.findings:
+            if found.severity == "warning":
+                logger.warning("%s", found)
+
+    def apply(self, step: int, terms: Mapping[str, Tensor], *, started: float) -> None:
+        """Measure, clip and apply the gradients of `step`, unscaled; a step that is not finite changes no weight.
+
+        `terms`: detached scalars, L as "loss". `started`: perf_counter() at the step's begin.
+        Raises Unhealthy if the step before was not sound; this one is then not applied either.
+        """
+        self.flush()
+        parameters = self.erasers.parameters()
+        gradients = torch._foreach_norm([self._zero if p.grad is None else p.grad for p in parameters])
+        total = torch.linalg.vector_norm(torch.stack(gradients))
+        head = torch.stack([*terms.values(), total, self._teacher, self._student])
+        if self.subject.config.optim.clip:
+            torch.nn.utils.clip_grads_with_norm_(parameters, self.subject.config.optim.clip, total)
+        before = torch._foreach_clone([p.detach() for p in parameters])
+        self._step_optimizer(~torch.isfinite(head).all())
+        with torch.no_grad():
+            torch._foreach_sub_(before, parameters)
+            updates, weights = torch._foreach_norm(before), torch._foreach_norm([p.detach() for p in parameters])
+        del before
+        scale = self.subject.scaler.scale(torch.ones_like(self._zero))
+        packed = torch.cat([head, torch.stack([scale, *gradients, *updates, *weights, *self._eraser, *self._residual])])
+        self._pending = _Pending(step, list(terms), self._copy(packed), self.subject.optimizer.param_groups[0]["lr"],
+                                 time.perf_counter() - started)
+        self._forget_step()
+
+    def flush(self) -> None:
+        """Read what is still unread, hand it to the sinks, and judge it. Raises Unhealthy.
+
+        Called before anything that depends on the last step being sound, such as saving.
+        """
+        if self._pending is None:
+            return
+        record, applied = self._pending.read(len(self.erasers.adapters))
+        self._pending = None
+        sound = applied and all(map(math.isfinite, record["blocks"]["weight"]))
+        if self.subject.scaler.is_enabled():
+            self._skips = 0 if applied else self._skips + 1
+            sound = sound or self._may_skip(record)
+            record["skipped"] = not applied
+        else:
+            del record["loss_scale"]
+        for sink in self.sinks:
+            sink(record)
+        before, found = self.bill, self._judge.see(record) if sound else [self._locate(record)]
+        self.bill = before.with_findings(found)
+        for new in self.bill.findings[len(before.findings):]:
+            logger.warning("step %d: %s", record["step"], new)
+        if len(self.bill.findings) > len(before.findings):
+            self._write()
+        self.bill.raise_if_fatal(f"step {record['step']}" + ("" if applied else " (no weight was changed)"))
+
+    def after_training(self) -> None:
+        """Are the frozen weights still, to the bit, what they were? Raises Unhealthy if not."""
+        self.flush()
+        if self._fingerprint is None:
+            return
+        changed = self._fingerprint.changed(Fingerprint(self.subject))
+        if changed:
+            self.bill = self.bill.with_findings([
+                finding("frozen-weights-changed", "weights", module=changed[0], num_parameters=len(changed))])
+        self._write()
+        self.bill.raise_if_fatal("after training")
+
+    def _may_skip(self, record: dict[str, Any]) -> bool:
+        """Whether only the loss scale was too high, and not too often."""
+        predictions = record["prediction_norms"].values()
+        return (all(map(math.isfinite, [record["loss"], *predictions, *record["blocks"]["weight"]]))
+                and self._skips < MAX_SKIPS and record["loss_scale"] >= 1)
+
+    def _locate(self, record: dict[str, Any]) -> Finding:
+        """The second pass: where does it begin?"""
+        data, optim, scale = self.subject.config.data, self.subject.config.optim, record.get("loss_scale", 1.0)
+        found = None
+        for k in range(optim.accumulation):
+            index = record["step"] * optim.accumulation + k
+            found = found or trace(self.subject, index % data.pool if data.pool else index, scale=scale)
+        if self._skips and (found is None or scale_collapsed(found)):
+            return finding("loss-scale-collapse", "backward", loss_scale=scale, num_skipped_steps=self._skips)
+        if found is None:  # what happened does not happen again: say what was measured
+            blocks = [i for i, norm in enumerate(record["blocks"]["gradient"]) if not math.isfinite(norm)]
+            code = "non-finite-gradient" if math.isfinite(record["loss"]) and blocks else "non-finite-loss"
+            return finding(code, "training", block=blocks[-1] if blocks else None, loss=record["loss"],
+                           gradient_norm=record["gradient_norm"], second_pass="finite")
+        if record["loss"] == 0:
+            return finding("swallowed-loss", found.phase, block=found.block, module=found.module, loss=0.0,
+                           behind_it=found.code)
+        return found
+
+    def _step_optimizer(self, bad: Tensor) -> None:
+        optimizer = self.subject.optimizer
+        if getattr(optimizer, "_step_supports_amp_scaling", False):  # fused: the kernel looks at found_inf itself
+            optimizer.grad_scale, optimizer.found_inf = None, bad.float()
+            try:
+                optimizer.step()
+            finally:
+                del optimizer.grad_scale, optimizer.found_inf
+        elif not bad:  # 8-bit optimizers know no such flag: this waits for the device
+            optimizer.step()
+
+    def _copy(self, packed: Tensor) -> tuple[Tensor, Any]:
+        """The values on the way to the host, and the event that says that they are there."""
+        if packed.device.type != "cuda":
+            return packed, None
+        if self._host is None:
+            self._host = torch.empty(packed.shape, pin_memory=True)
+        self._host.copy_(packed, non_blocking=True)
+        event = torch.cuda.Event()
+        event.record()
+        return self._host, event
+
+    def _forget_step(self) -> None:
+        self._teacher = self._student = self._zero
+
+    def _measure_prediction(self, module: nn.Module, args: tuple, output: tuple[Tensor]) -> None:
+        if not self.erasers.enabled or torch.is_grad_enabled():  # neither: sampling
+            norm = _norm(output[0])
+            if self.erasers.enabled:
+                self._student = self._student + norm
+            else:
+                self._teacher = self._teacher + norm
+
+    def _measure_residual(self, index: int):
+        def measure(block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+            if torch.is_grad_enabled() and not in_backward():
+                self._residual[index] = _norm(kwargs["hidden_states"] if "hidden_states" in kwargs else args[0])
+
+        return measure
+
+    def _measure_eraser(self, index: int):
+        def measure(adapter: nn.Module, args: tuple, output: Tensor) -> None:
+            if torch.is_grad_enabled() and not in_backward():
+                self._eraser[index] = _norm(output)
+
+        return measure
+
+    def _write(self) -> None:
+        if self.run_dir is None:
+            return
+        try:
+            part = self.run_dir / f".{FINDINGS}.part"
+            part.write_text(json.dumps(self.bill.as_json(), indent=2) + "\n")
+            part.replace(self.run_dir / FINDINGS)
+        except OSError as e:
+            raise InputOutputError(f"{self.run_dir / FINDINGS} cannot be written ({e.strerror})") from e
+
+
+def _norm(tensor: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(tensor.detach(), dtype=torch.float32)
+
+
+class _Pending:
+    """A step's numbers on their way to the host."""
+
+    def __init__(self, step: int, terms: list[str], copy: tuple[Tensor, Any], lr: float, seconds: float):
+        self.step, self.terms, self.lr, self.seconds = step, terms, lr, seconds
+        self.values, self.event = copy
+
+    def read(self, num_blocks: int) -> tuple[dict[str, Any], bool]:
+        """The record, and whether the step was applied. Waits only if the device is more than one step behind."""
+        if self.event is not None:
+            self.event.synchronize()
+        values = self.values.tolist()
+        head, rest = values[:len(self.terms) + 3], iter(values[len(self.terms) + 3:])
+        scale = next(rest)
+        leaves = [[[next(rest) for _ in LEAVES] for _ in range(num_blocks)] for _ in range(3)]
+        norms = [[math.hypot(*leaf) for leaf in kind] for kind in leaves]
+        norms += [[next(rest) for _ in range(num_blocks)] for _ in range(2)]
+        record = {"step": self.step, **dict(zip(self.terms, head)), "gradient_norm": head[-3], "lr": self.lr,
+                  "seconds": self.seconds, "prediction_norms": {"teacher": head[-2], "student": head[-1]},
+                  "loss_scale": scale, "blocks": dict(zip(BLOCK_NORMS, norms))}
+        bias_only = [i for i, (_, _, weight, bias) in enumerate(leaves[0]) if weight == 0 < bias]
+        if bias_only:
+            record["bias_only"] = bias_only
+        return record, all(map(math.isfinite, head))
+
+
+class Judge:
+    """What records say, live or read back from metrics.jsonl: trouble that is finite. Show it records in order."""
+
+    def __init__(self):
+        self._moved = False
+
+    def see(self, record: Mapping[str, Any]) -> list[Finding]:
+        """Warnings about one step. Nothing here is about the very first update, when `up` is still zero."""
+        blocks, found = record["blocks"], []
+        gradient, update = max(blocks["gradient"]), max(blocks["update"])
+        phase = dict(severity="warning", step=record["step"])
+        if record["loss"] == 0:
+            found.append(finding("nothing-to-learn", "training", **phase, loss=0.0))
+        elif gradient == 0:
+            found.append(finding("zero-gradient", "training", **phase, gradient_norm=0.0, num_blocks=len(blocks["gradient"])))
+        else:
+            found += [finding("zero-gradient", "training", block=i, **phase, loss=record["loss"])
+                      for i, norm in enumerate(blocks["gradient"]) if norm == 0]
+        found += [finding("dead-gelu", "training", block=i, **phase) for i in record.get("bias_only", ())]
+        if gradient > 0 and update == 0 and record["lr"] > 0 and not record.get("skipped"):
+            found.append(finding("weights-never-move", "training", **phase, gradient_norm=gradient, lr=record["lr"]))
+        if self._moved and max(blocks["eraser"]) == 0:
+            found.append(finding("no-op-adapter", "training", **phase, eraser_output_norm=0.0))
+        self._moved = self._moved or update > 0
+        return found

@@ -1,0 +1,137 @@
+"""What can be seen without running anything: weights, embeddings, and who owns the erasers' parameters."""
+
+import copy
+import math
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trainer.assemble import Assembly
+from trainer.config import TrainConfig
+from trainer.findings import Finding, finding
+from trainer.losses import Teacher
+
+
+@dataclass(frozen=True, kw_only=True)
+class Subject:
+    """What is examined: a training step's parts."""
+
+    config: TrainConfig
+    native_dtype: torch.dtype
+    assembly: Assembly
+    teacher: Teacher
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+
+    def teacher_copy(self) -> Teacher:
+        """A teacher that may make samples without moving the run's own trajectories."""
+        teacher = copy.copy(self.teacher)
+        teacher.latents = copy.deepcopy(teacher.latents)
+        teacher.preserved_latents = copy.deepcopy(teacher.preserved_latents)
+        return teacher
+
+    def adapter_name(self, name: str) -> str:
+        """`3.up.weight` in the transformer's names."""
+        block, leaf = name.split(".", 1)
+        return f"transformer_blocks.{block}.attn1.adapter.{leaf}"
+
+
+def block_of(name: str) -> int | None:
+    """The block's index in a name such as `transformer_blocks.3.attn1.to_q.weight`."""
+    return int(name.split(".")[1]) if name.startswith("transformer_blocks.") else None
+
+
+def non_finite_weight(subject: Subject) -> Finding | None:
+    """The first parameter or buffer, in the model's order, that holds NaN or infinity."""
+    transformer = subject.assembly.transformer
+    for name, tensor in [*transformer.named_parameters(), *transformer.named_buffers()]:
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            own = ".adapter." in name
+            return finding("non-finite-weight", "adapters" if own else "weights", block=block_of(name), module=name,
+                           num_non_finite=int((~torch.isfinite(tensor)).sum()), num_elements=tensor.numel(),
+                           dtype=str(tensor.dtype))
+    return None
+
+
+def non_finite_embedding(subject: Subject) -> Finding | None:
+    """The first prompt whose embedding holds NaN or infinity."""
+    teacher = subject.teacher
+    prompts = list(dict.fromkeys([*teacher.prompts.prompts, *teacher.prompts.safe, *teacher.prompts.preserved, ""]))
+    finite = torch.isfinite(teacher.embeddings(prompts)).flatten(1).all(1).tolist()  # (n,)
+    bad = [prompt for prompt, row in zip(prompts, finite) if not row]
+    return finding("non-finite-embedding", "embeddings", prompt=repr(bad[0]), num_prompts=len(bad)) if bad else None
+
+
+class Fingerprint:
+    """Sums of the bit patterns of every frozen parameter, and what is wrong with them. One pass over the weights."""
+
+    def __init__(self, subject: Subject):
+        frozen = {n: p for n, p in subject.assembly.transformer.named_parameters() if ".attn1.adapter." not in n}
+        self.sums = dict(zip(frozen, values([_bits(p) for p in frozen.values()])))
+        ranges = values([bound.double() for p in frozen.values() for bound in torch.aminmax(p.detach())])
+        self.ranges = dict(zip(frozen, zip(ranges[::2], ranges[1::2])))
+        self.finite = all(map(math.isfinite, ranges))
+        self.dims = {name: p.ndim for name, p in frozen.items()}
+
+    def findings(self) -> list[Finding]:
+        """Wiped weights: constant matrices, and gains of zero. (A bias of zero is common, and so are gains of one.)"""
+        found = {}
+        for name, (low, high) in self.ranges.items():
+            gain = self.dims[name] == 1 and name.endswith(".weight")
+            if low == high and (self.dims[name] > 1 or (gain and low == 0)):
+                code = "wiped-attention" if ".attn1." in name else "wiped-weights"
+                key = code, block_of(name)
+                found.setdefault(key, finding(code, "weights", block=block_of(name), module=name, value=low))
+        return list(found.values())
+
+    def changed(self, now: "Fingerprint") -> list[str]:
+        """Names of parameters whose bits differ."""
+        return [name for name, bits in self.sums.items() if now.sums.get(name) != bits]
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    return tensor.detach().view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.itemsize]).sum(dtype=torch.int64)
+
+
+def values(scalars: Sequence[Tensor]) -> list[Any]:
+    """Values of scalars on any devices, with one transfer a device."""
+    found: dict[int, Any] = {}
+    for device in {s.device for s in scalars}:
+        here = [i for i, s in enumerate(scalars) if s.device == device]
+        found |= zip(here, torch.stack([scalars[i] for i in here]).tolist())
+    return [found[i] for i in range(len(scalars))]
+
+
+def held(subject: Subject) -> set[int]:
+    """Identities of the parameters that the optimizer moves."""
+    return {id(p) for group in subject.optimizer.param_groups for p in group["params"]}
+
+
+def adapter_findings(subject: Subject) -> Iterator[Finding]:
+    """Dtype, trainability and ownership of the erasers' parameters."""
+    parameters = subject.assembly.erasers.named_parameters()
+    owned = held(subject)
+    checks = (
+        ("half-precision-adapters", "adapters", [n for n, p in parameters if p.dtype != torch.float32]),
+        ("frozen-eraser", "adapters", [n for n, p in parameters if not p.requires_grad]),
+        (_ownership(subject), "optimizer", [n for n, p in parameters if id(p) not in owned]),
+    )
+    for code, phase, names in checks:
+        if names:
+            yield finding(code, phase, block=int(names[0].split(".")[0]), module=subject.adapter_name(names[0]),
+                          num_parameters=len(names), num_parameters_in_all=len(parameters),
+                          dtype=str(dict(parameters)[names[0]].dtype))
+
+
+def _ownership(subject: Subject) -> str:
+    """Why a parameter would not be in the optimizer: it holds as many of the same shapes, or it does not."""
+    theirs = [p for group in subject.optimizer.param_groups for p in group["params"]]
+    ours = subject.assembly.erasers.parameters()
+    same = Counter(tuple(p.shape) for p in theirs) == Counter(tuple(p.shape) for p in ours)
+    return "replaced-parameters" if same else "not-in-optimizer"
+
+

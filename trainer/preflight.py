@@ -1,0 +1,296 @@
+"""One step before training, with everything looked at that never shows in a loss. It leaves no trace in the run.
+
+Checks run in the order of cause and effect and stop at the first stage that finds something fatal: what comes later
+would only repeat it.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from trainer.findings import Bill, Finding, finding
+from trainer.inspection import Fingerprint, Subject, adapter_findings, held, non_finite_embedding, non_finite_weight, values
+from trainer.losses import student_backward
+from trainer.tracing import in_backward, scale_collapsed, trace
+
+TRIAL_LR = 1e-2  # large enough that a step shows in a 16-bit output
+LARGEST_LR_SHARE = 0.5  # of the weights' root mean square
+LARGEST_PUSH, LARGEST_ETA = 30.0, 50.0  # ‖target - v‖ / ‖v‖; published η are 5 and 7
+UNDERFLOW_FACTOR = 1024.0
+
+CHECKED = (
+    "frozen weights: finite, none constant or zero; checksum kept",
+    "text embeddings: finite",
+    "erasers: float32, trainable, the very objects that the optimizer holds",
+    "attention output: differs from token to token in every block",
+    "erasers: off in the teacher, on in the student and at recompute",
+    "checkpointed blocks: recomputed in backward",
+    "latents: move along the trajectory",
+    "output: without change before the first update, changed after it",
+    "loss terms, predictions, gradients: finite, not zero",
+    "target and learning rate: of a size that can be learned",
+)
+
+
+class _Watch:
+    """What hooks see during the pre-flight's step."""
+
+    def __init__(self, subject: Subject):
+        self.subject, self.erasers = subject, subject.assembly.erasers
+        self.spread: dict[int, Tensor] = {}  # teacher: largest range over tokens of any channel of the attention output
+        self.alive: dict[int, Tensor] = {}  # student: largest |GELU output| of the eraser
+        self.calls: Counter[tuple[str, int]] = Counter()
+        self.attention_calls: Counter[tuple[str, int]] = Counter()
+        self.switch: dict[tuple[str, int], bool] = {}
+        self.used: dict[int, list[int]] = {}
+        self.detached: list[int] = []
+        self.no_grad_blocks: list[int] = []
+        self.phase, self.grad_outside = "", True
+
+    def _phase(self) -> str:
+        return "recompute" if self.phase == "student" and in_backward() else self.phase
+
+    @contextmanager
+    def hooked(self) -> Iterator[None]:
+        handles = [self.subject.assembly.transformer.register_forward_pre_hook(self._enter)]
+        for index, (attention, adapter) in enumerate(zip(self.erasers.attentions, self.erasers.adapters)):
+            handles += [attention.register_forward_pre_hook(self._before_attention(index)),
+                        attention.register_forward_hook(self._after_attention(index)),
+                        adapter.register_forward_pre_hook(self._before_adapter(index)),
+                        adapter.register_forward_hook(self._after_adapter(index))]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _enter(self, module: nn.Module, args: tuple) -> None:
+        if self.phase == "student":
+            self.grad_outside = torch.is_grad_enabled()
+
+    def _before_attention(self, index: int):
+        def before(module: nn.Module, args: tuple) -> None:
+            phase = self._phase()
+            self.attention_calls[phase, index] += 1
+            self.switch[phase, index] = self.erasers.enabled
+            if phase == "student" and not torch.is_grad_enabled():
+                self.no_grad_blocks.append(index)
+
+        return before
+
+    def _after_attention(self, index: int):
+        def after(module: nn.Module, args: tuple, output: tuple[Tensor, Tensor]) -> None:
+            if self.phase == "teacher":
+                low, high = torch.aminmax(output[0].detach(), dim=1)  # (B, D) each
+                self.spread[index] = (high - low).max().float()
+
+        return after
+
+    def _before_adapter(self, index: int):
+        def before(adapter: nn.Module, args: tuple[Tensor]) -> None:
+            self.calls[self._phase(), index] += 1
+            self.used[index] = [id(p) for p in adapter.parameters()]
+            if self._phase() == "student":
+                with torch.no_grad():
+                    h, down = args[0], adapter.down
+                    r = F.gelu(F.linear(h, down.weight.to(h.dtype), down.bias.to(h.dtype)))  # (B, N, R)
+                    self.alive[index] = r.abs().max().float()
+
+        return before
+
+    def _after_adapter(self, index: int):
+        def after(adapter: nn.Module, args: tuple, output: Tensor) -> None:
+            if self._phase() == "student" and torch.is_grad_enabled() and not output.requires_grad:
+                self.detached.append(index)
+
+        return after
+
+
+class Preflight:
+    """Runs the step and judges it; `run()` gives the bill. For fresh erasers, before a checkpoint is restored."""
+
+    def __init__(self, subject: Subject):
+        self.subject, self.erasers = subject, subject.assembly.erasers
+        self.predict = subject.assembly.predict
+        self.fingerprint: Fingerprint | None = None
+        self.terms: dict[str, float] = {}
+        self.failure: RuntimeError | None = None
+
+    def run(self) -> Bill:
+        """The bill of health. The run's erasers, optimizer, scaler and latents are as before."""
+        bill = Bill()
+        weights = self.erasers.state_dict()
+        try:
+            for stage in (self._still, self._step, self._plumbing, self._numbers, self._gradients, self._trial):
+                bill = bill.with_findings(stage())
+                if bill.fatal:
+                    return bill
+        finally:
+            self.erasers.load_state_dict(weights)
+            for parameter in self.erasers.parameters():
+                parameter.grad = None
+        return Bill(findings=bill.findings, checked=CHECKED)
+
+    def _still(self) -> Iterator[Finding]:
+        """What can be seen without running anything."""
+        self.fingerprint = Fingerprint(self.subject)
+        damaged = None if self.fingerprint.finite else non_finite_weight(self.subject)
+        damaged = damaged or non_finite_embedding(self.subject)
+        if damaged:
+            yield damaged
+        yield from self.fingerprint.findings()
+        yield from adapter_findings(self.subject)
+
+    def _step(self) -> Iterator[Finding]:
+        """Run teacher and student once."""
+        watch = self.watch = _Watch(self.subject)
+        teacher = self.subject.teacher_copy()
+        with watch.hooked():
+            watch.phase = "teacher"
+            self.sample = teacher.sample(0)
+            later = teacher.latents.at(1)[0] if teacher.latents.prompt_index(1) == 0 else None
+            self.stuck = later is not None and torch.equal(later, self.sample.latents)
+            self.scale = self.subject.scaler.get_scale() if self.subject.scaler.is_enabled() else 1.0
+            watch.phase = "student"
+            while True:
+                self.gradients = self._backward(self.scale)
+                lost = not math.isfinite(self.terms.get("loss", math.nan))
+                if not self.subject.scaler.is_enabled() or lost or self.scale < 1 or _finite(self.gradients.values()):
+                    break
+                self.scale /= 2
+            watch.phase = ""
+        self.off, self.on = self._prediction(False), self._prediction(True)
+        blind = [i for i, spread in watch.spread.items() if spread == 0]
+        if blind:
+            name = f"transformer_blocks.{blind[0]}.attn1"
+            yield finding("wiped-attention", "teacher", block=blind[0], module=name, range_over_tokens=0.0, num_blocks=len(blind))
+
+    def _backward(self, scale: float) -> dict[str, Tensor | None]:
+        """Gradients by name, unscaled; None where there are none. A failing step is kept for judgement."""
+        for parameter in self.erasers.parameters():
+            parameter.grad = None
+        try:
+            terms = student_backward(self.predict, self.erasers, self.sample, self.subject.config.loss, scale=scale)
+            self.terms = {name: value.item() for name, value in terms.items()}
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as e:
+            self.failure = e
+        return {n: None if p.grad is None else p.grad / scale for n, p in self.erasers.named_parameters()}
+
+    @torch.no_grad()
+    def _prediction(self, on: bool) -> Tensor:
+        with self.erasers.switched(on):
+            return self.predict(self.sample.latents, self.sample.timestep, self.sample.text).float()
+
+    def _plumbing(self) -> Iterator[Finding]:
+        """Is what ran what was meant to run?"""
+        watch, blocks = self.watch, range(len(self.erasers.adapters))
+        yield from _first("teacher-with-erasers", "teacher", [i for i in blocks if watch.calls["teacher", i]])
+        if watch.no_grad_blocks:
+            yield finding("reentrant-checkpointing" if watch.grad_outside else "no-grad-student", "student",
+                          block=watch.no_grad_blocks[0] if watch.grad_outside else None, num_blocks=len(set(watch.no_grad_blocks)))
+            return
+        yield from _first("student-without-erasers", "student", [i for i in blocks if not watch.calls["student", i]],
+                          enabled=watch.switch.get(("student", 0)))
+        yield from _first("switched-before-recompute", "recompute", sorted(
+            (i for i in blocks if watch.switch.get(("recompute", i), True) != watch.switch.get(("student", i), True)), reverse=True))
+        owned = held(self.subject)
+        yield from _first("replaced-parameters", "optimizer", [i for i in watch.used if not owned.issuperset(watch.used[i])])
+        cut = watch.detached
+        if not cut and (not self.failure or "does not require grad" in str(self.failure)):
+            cut = sorted({int(name.split(".")[0]) for name, gradient in self.gradients.items() if gradient is None})
+        yield from _first("detached-eraser", "backward", cut)
+        applied = self.subject.assembly.applied
+        yield from _first("checkpointing-off", "recompute", [i for i, keep in enumerate(applied.keeps) if keep != "everything"
+                          and not watch.attention_calls["recompute", i] and not self.failure])
+        if self.stuck:
+            yield finding("trajectory-not-advanced", "latents", std=self.sample.latents.std().item(), change=0.0)
+
+    def _numbers(self) -> Iterator[Finding]:
+        """Are predictions, loss and gradients finite and what they should be?"""
+        if self.failure:  # that no check could explain
+            raise self.failure
+        sample, loss = self.sample, self.terms.get("loss", math.nan)
+        own = (self.on - sample.target).square().mean().item()
+        finite = _finite([self.off, self.on, sample.target, torch.tensor(list(self.terms.values()))])
+        if loss == 0 and own != 0:
+            cause = None if finite else trace(self.subject, 0)
+            yield finding("swallowed-loss", "student", block=cause and cause.block, module=cause and cause.module,
+                          loss=loss, own_computation=own)
+        elif not finite or not _finite(self.gradients.values()):
+            found = trace(self.subject, 0, scale=self.scale)
+            if self.scale < 1 and (found is None or scale_collapsed(found)):
+                found = finding("loss-scale-collapse", "backward", loss=loss, loss_scale=self.scale)
+            yield found or finding("non-finite-loss", "student", loss=loss, second_pass="finite")
+        elif own == 0:
+            yield finding("nothing-to-learn", "teacher", loss=loss, eta=self.subject.config.loss.eta)
+        elif not torch.equal(self.on, self.off):
+            yield finding("untrained-eraser-acts", "student", difference=(self.on - self.off).abs().max().item())
+
+    def _gradients(self) -> Iterator[Finding]:
+        """Do gradients reach every eraser?"""
+        norms = {name: norm for name, norm in zip(self.gradients, values([g.float().norm() for g in self.gradients.values()]))}
+        blocks = range(len(self.erasers.adapters))
+        dead = [i for i in blocks if norms[f"{i}.up.weight"] == 0 < norms[f"{i}.up.bias"]]
+        yield from _first("dead-gelu", "student", [i for i in dead if self.watch.alive[i] < 1e-6],
+                          largest_unit=self.watch.alive[dead[0]].item() if dead else 0.0)
+        zero = [i for i in blocks if norms[f"{i}.up.bias"] == 0 == norms[f"{i}.up.weight"]]
+        own = (self.on - self.sample.target).square().mean().item()
+        if self.subject.assembly.dtype == torch.float16 and own > 0 and (zero or not self.subject.scaler.is_enabled()):
+            larger = self._backward(self.scale * UNDERFLOW_FACTOR)
+            before, after = (float(torch.stack([g.float().norm() for g in gs]).norm()) for gs in (self.gradients.values(), larger.values()))
+            if torch.isfinite(torch.tensor(after)) and before < after / 2:
+                yield finding("gradient-underflow", "backward", block=zero[-1] if zero else None, loss_scale=self.scale,
+                              gradient_norm=before, with_1024_times_the_scale=after)
+                return
+        if own > 0:
+            yield from _first("zero-gradient", "backward", zero, of_blocks=len(blocks))
+        if all(norms[f"{i}.down.weight"] == 0 for i in blocks):
+            yield finding("zero-down-gradient", "backward", up_gradient_norm=norms["0.up.weight"], down_gradient_norm=0.0)
+
+    def _trial(self) -> Iterator[Finding]:
+        """One optimizer step, taken back afterwards: do weights move, and does the output follow?"""
+        config, optimizer = self.subject.config, self.subject.optimizer
+        push = ((self.sample.target - self.off).norm() / self.off.norm()).item()
+        if push > LARGEST_PUSH or config.loss.eta > LARGEST_ETA:
+            yield finding("eta-too-large", "teacher", eta=config.loss.eta, target_away_from_prediction=push)
+        size = torch.stack([a.down.weight.detach().square().mean() for a in self.erasers.adapters]).mean().sqrt().item()
+        if config.optim.lr > LARGEST_LR_SHARE * size:
+            yield finding("learning-rate-too-high", "optimizer", lr=config.optim.lr, weights_root_mean_square=size)
+        before = [p.detach().clone() for p in self.erasers.parameters()]
+        rates = [group["lr"] for group in optimizer.param_groups]
+        try:
+            for parameter, gradient in zip(self.erasers.parameters(), self.gradients.values()):
+                parameter.grad = gradient
+            for group in optimizer.param_groups:
+                group["lr"] = TRIAL_LR
+            optimizer.step()
+            moved = any(not torch.equal(p, b) for p, b in zip(self.erasers.parameters(), before))
+            changed = (self._prediction(True) - self.off).abs().max().item()
+        finally:
+            optimizer.state.clear()
+            for group, rate in zip(optimizer.param_groups, rates):
+                group["lr"] = rate
+        gradient = max(values([g.abs().max() for g in self.gradients.values()]))
+        if not moved and gradient > 0:
+            yield finding("weights-never-move", "optimizer", largest_gradient=gradient, largest_update=0.0)
+        elif moved and changed == 0:
+            yield finding("no-op-adapter", "student", output_difference=0.0)
+
+
+def _first(code: str, phase: str, blocks: Sequence[int], **evidence: Any) -> Iterator[Finding]:
+    """One finding for all blocks concerned, at the first."""
+    if blocks:
+        yield finding(code, phase, block=blocks[0], module=f"transformer_blocks.{blocks[0]}.attn1.adapter",
+                      num_blocks=len(blocks), **evidence)
+
+
+def _finite(tensors) -> bool:
+    return all(bool(torch.isfinite(t).all()) for t in tensors if t is not None)

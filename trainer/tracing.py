@@ -1,0 +1,160 @@
+"""The second pass, on trouble only: run a pass again with a hook on every module and name the first non-finite tensor.
+
+Every check waits for the device; nothing here runs in a healthy step.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from trainer.findings import Finding, finding
+from trainer.inspection import Subject, block_of, non_finite_embedding, non_finite_weight
+from trainer.losses import student_backward
+
+LARGE = 1e6  # no sound activation of a transformer is near this
+
+
+def in_backward() -> bool:
+    """Whether autograd is at work on this thread: a forward hook that runs now belongs to a recomputation."""
+    return torch._C._current_graph_task_id() != -1
+
+
+class _Hit(Exception):
+    """The first non-finite tensor was met."""
+
+    def __init__(self, found: Finding):
+        super().__init__(found.code)
+        self.found = found
+
+
+def trace(subject: Subject, index: int, *, scale: float = 1.0) -> Finding | None:
+    """Run student pass `index` again, its teacher included; None if everything in it is finite.
+
+    The trajectory is walked again from its start, so nothing had to be kept for this. `scale` multiplies the loss.
+    """
+    known = non_finite_weight(subject) or non_finite_embedding(subject)
+    if known:
+        return known
+    erasers = subject.assembly.erasers
+    _clear_gradients(erasers)
+    try:
+        with _hooked(subject):
+            teacher = subject.teacher_copy()
+            for i in range(teacher.latents.first_needed(index), index + 1):
+                sample = teacher.sample(i)
+            for name in ("target", "preserved_target"):
+                _check_target(getattr(sample, name), name)
+            terms = student_backward(subject.assembly.predict, erasers, sample, subject.config.loss, scale=scale)
+        return _bad_gradient(subject) or _bad_term(terms)
+    except _Hit as hit:
+        return hit.found
+    finally:
+        _clear_gradients(erasers)
+
+
+def scale_collapsed(found: Finding) -> bool:
+    """Whether it is an overflow on the way back through a float16 model, as against a NaN of another origin."""
+    return found.code == "non-finite-gradient" and found.evidence.get("dtype") == "torch.float16"
+
+
+def _clear_gradients(erasers) -> None:
+    for parameter in erasers.parameters():
+        parameter.grad = None
+
+
+def _check_target(target: Tensor | None, name: str) -> None:
+    if target is not None and not torch.isfinite(target).all():
+        raise _Hit(finding("non-finite-target", "teacher", module=name, num_non_finite=int((~torch.isfinite(target)).sum())))
+
+
+def _bad_gradient(subject: Subject) -> Finding | None:
+    """The first parameter, in the order of backward, whose gradient is not finite."""
+    bad = [name for name, p in subject.assembly.erasers.named_parameters()
+           if p.grad is not None and not torch.isfinite(p.grad).all()]
+    if not bad:
+        return None
+    last = max(bad, key=lambda name: int(name.split(".")[0]))
+    return finding("non-finite-gradient", "backward", block=int(last.split(".")[0]), module=subject.adapter_name(last),
+                   num_parameters=len(bad))
+
+
+def _bad_term(terms: dict[str, Tensor]) -> Finding | None:
+    bad = [name for name, value in terms.items() if not torch.isfinite(value)]
+    return finding("non-finite-loss", "student", module=bad[0], **{bad[0]: terms[bad[0]].item()}) if bad else None
+
+
+@contextmanager
+def _hooked(subject: Subject) -> Iterator[None]:
+    """Within: a non-finite tensor that goes into the transformer or comes out of any module raises _Hit."""
+    transformer = subject.assembly.transformer
+    handles = [transformer.register_forward_pre_hook(_check_inputs, with_kwargs=True)]
+    for name, module in transformer.named_modules():
+        handles.append(module.register_forward_hook(_check_outputs(subject, name), with_kwargs=True))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _check_inputs(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    for name, code in (("hidden_states", "non-finite-latents"), ("encoder_hidden_states", "non-finite-embedding")):
+        tensor = kwargs[name]
+        if not torch.isfinite(tensor).all():
+            raise _Hit(finding(code, "latents" if code == "non-finite-latents" else "embeddings", module=name,
+                               num_non_finite=int((~torch.isfinite(tensor)).sum()), num_elements=tensor.numel()))
+
+
+def _check_outputs(subject: Subject, name: str):
+    def check(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+        phase = "recompute" if in_backward() else "student" if torch.is_grad_enabled() else "teacher"
+        for tensor in tree_leaves(output):
+            if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+                continue
+            if not torch.isfinite(tensor).all():
+                raise _Hit(_explain(subject, name, phase, tensor, _largest((args, kwargs))))
+            if tensor.requires_grad and phase == "student":
+                tensor.register_hook(_check_gradient(name, tensor.dtype))
+
+    return check
+
+
+def _check_gradient(name: str, dtype: torch.dtype):
+    def check(gradient: Tensor) -> None:
+        if not torch.isfinite(gradient).all():
+            raise _Hit(finding("non-finite-gradient", "backward", block=block_of(name), module=name, dtype=str(dtype),
+                               **_range(gradient)))
+
+    return check
+
+
+def _explain(subject: Subject, name: str, phase: str, output: Tensor, largest_input: float) -> Finding:
+    """The rule behind a non-finite output whose inputs are finite."""
+    half = output.dtype == torch.float16
+    acting = any(a.up.weight.any() or a.up.bias.any() for a in subject.assembly.erasers.adapters)
+    if phase != "teacher" and acting and (half or largest_input > LARGE):
+        code = "eraser-diverged"
+    elif half:
+        code = "non-native-dtype" if subject.native_dtype == torch.bfloat16 else "half-precision-overflow"
+    else:
+        code = "non-finite-activation"
+    return finding(code, phase, block=block_of(name), module=name, dtype=str(output.dtype),
+                   largest_input=largest_input, **_range(output))
+
+
+def _range(tensor: Tensor) -> dict[str, Any]:
+    finite = tensor[torch.isfinite(tensor)]
+    low, high = (finite.min().item(), finite.max().item()) if finite.numel() else (float("nan"), float("nan"))
+    return {"num_nan": int(torch.isnan(tensor).sum()), "num_infinite": int(torch.isinf(tensor).sum()),
+            "num_elements": tensor.numel(), "finite_minimum": low, "finite_maximum": high}
+
+
+def _largest(inputs: Any) -> float:
+    """Largest finite magnitude among tensors."""
+    sizes = [t[torch.isfinite(t)].abs().max().item() for t in tree_leaves(inputs)
+             if isinstance(t, Tensor) and t.is_floating_point() and torch.isfinite(t).any()]
+    return max(sizes, default=0.0)
