@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
-from memory.patching import replace_forward, require_modules
+from memory.patching import Handle, replace_forward, require_modules
 from memory.saving import packing
 from memory.streams import Lane, resolve_device
 
@@ -188,10 +188,11 @@ def _identity(tensor: torch.Tensor) -> tuple:
     return tensor.untyped_storage()._cdata, tensor.storage_offset(), tensor.shape
 
 
-class ActivationOffload:
-    """Handle of `offload_activations`: counters, buffers, undo."""
+class ActivationOffload(Handle):
+    """Handle of `offload_activations`: counters, buffers, undo. What is parked stays valid until its graph is gone."""
 
     def __init__(self, device: torch.device, num_blocks: int):
+        super().__init__()
         self.device = device
         self.store_lane, self.load_lane = Lane(device), Lane(device)
         self.arena = _Arena(self.store_lane, num_blocks)
@@ -200,7 +201,6 @@ class ActivationOffload:
         self.bytes_loaded = 0
         """Bytes copied back to the device so far."""
         self._group: _Group | None = None
-        self._undos: list = []
 
     host_buffers = property(lambda self: list(self.arena.slabs), doc="Slabs of host memory, allocated in the first step.")
 
@@ -209,12 +209,6 @@ class ActivationOffload:
             self._group.forget_device_copies()
         self._group = _Group(self._group)
         return self._group
-
-    def undo(self) -> None:
-        """Restore every forward. What is parked stays valid until its graph is gone."""
-        while self._undos:
-            self._undos[-1]()
-            self._undos.pop()
 
 
 def offload_activations(

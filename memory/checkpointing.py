@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 from torch.utils.checkpoint import checkpoint
 
-from memory.patching import replace_forward, require_modules
+from memory.patching import Handle, replace_forward, require_modules
 from memory.saving import checkpoint_region, pack, unpack
 
 KEEPS = ("inputs", "attention", "everything")
@@ -39,16 +39,16 @@ ATTENTION_OPS = frozenset(
 )
 
 
-class Checkpointing:
+class Checkpointing(Handle):
     """Handle of `checkpoint_blocks`: counts per block, undo."""
 
     def __init__(self, keeps: Sequence[str]):
+        super().__init__()
         self.keeps = tuple(keeps)
         self.num_forwards = [0] * len(self.keeps)
         """Forward passes of each checkpointed block that recorded a graph."""
         self.num_recomputes = [0] * len(self.keeps)
         """Recomputations of each block."""
-        self._undos: list = []
 
     def require_recomputed(self) -> None:
         """RuntimeError if a checkpointed block was recomputed less often than its forward ran with gradient.
@@ -66,11 +66,6 @@ class Checkpointing:
                 "recomputed. Was backward skipped, the loss detached, or another checkpoint put around the block?"
             )
 
-    def undo(self) -> None:
-        """Restore every forward."""
-        while self._undos:
-            self._undos[-1]()
-            self._undos.pop()
 
 
 def checkpoint_blocks(blocks: Sequence[nn.Module], keeps: Sequence[str]) -> Checkpointing:

@@ -17,25 +17,12 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.nn.modules.dropout import _DropoutNd
 
-from memory.patching import replace_forward, require_modules
+from memory.patching import Handle, replace_forward, require_modules
 
 TOKENS = 1  # the dimension of N
 
 
-class Chunking:
-    """Handle of `chunk_feed_forwards`."""
-
-    def __init__(self, undos: list):
-        self._undos = undos
-
-    def undo(self) -> None:
-        """Restore every forward."""
-        while self._undos:
-            self._undos[-1]()
-            self._undos.pop()
-
-
-def chunk_feed_forwards(modules: Sequence[nn.Module], num_chunks: int) -> Chunking:
+def chunk_feed_forwards(modules: Sequence[nn.Module], num_chunks: int) -> Handle:
     """Run each of `modules`, which map (B, N, D) to (B, N, D') token by token, in `num_chunks` chunks of N.
 
     Apply it before strategies around the blocks. Raises ValueError for no modules, fewer than two chunks, or
@@ -49,12 +36,11 @@ def chunk_feed_forwards(modules: Sequence[nn.Module], num_chunks: int) -> Chunki
         trainable = [name for name, parameter in module.named_parameters() if parameter.requires_grad]
         if trainable:
             raise ValueError(f"{trainable[0]} is trainable; a feed-forward in chunks must be frozen")
-    return Chunking(
-        [
-            replace_forward(module, "feed-forward chunks", functools.partial(_chunked_forward, module, num_chunks))
-            for module in modules
-        ]
-    )
+    handle = Handle()
+    for module in modules:
+        wrap = functools.partial(_chunked_forward, module, num_chunks)
+        handle._undos.append(replace_forward(module, "feed-forward chunks", wrap))
+    return handle
 
 
 def _chunked_forward(module: nn.Module, num_chunks: int, inner):

@@ -23,11 +23,11 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import nn
 
-from memory.patching import replace_forward, require_modules
+from memory.patching import Handle, replace_forward, require_modules
 from memory.saving import current_region, packing
 from memory.streams import Lane, resolve_device
 
-ALIGNMENT = 256  # bytes; what the caching allocator and cuBLAS' fastest kernels assume of a pointer is less
+ALIGNMENT = 256  # bytes, as cudaMalloc aligns: kernels choose by alignment, and must choose as for ordinary weights
 
 
 def resident_indices(num_blocks: int, num_resident: int | None) -> frozenset[int]:
@@ -101,12 +101,18 @@ class _Slot:
 class _Ring:
     """The slots, and which block is in which."""
 
-    def __init__(self, masters: dict[int, _Master], num_blocks: int, num_slots: int, device: torch.device):
-        self.masters, self.num_blocks = masters, num_blocks
-        self.lane = Lane(device)
-        size = max((master.flat.numel() for master in masters.values()), default=0)
-        self.slots = [_Slot(size, self.lane) for _ in range(min(num_slots, len(masters)))]
+    def __init__(self, num_blocks: int, device: torch.device):
+        self.num_blocks, self.lane = num_blocks, Lane(device)
+        self.masters: dict[int, _Master] = {}
+        self.slots: list[_Slot] = []
         self.num_loads = self.num_late_loads = self.bytes_loaded = 0
+
+    def allocate(self, num_slots: int) -> None:
+        size = max((master.flat.numel() for master in self.masters.values()), default=0)
+        self.slots = [_Slot(size, self.lane) for _ in range(min(num_slots, len(self.masters)))]
+
+    def clear(self) -> None:
+        self.masters, self.slots = {}, []
 
     def acquire(self, index: int, way: str) -> _Slot | None:
         """Get block `index` onto the device for the compute stream, and send for the blocks that come next.
@@ -165,14 +171,18 @@ class _WeightReference:
 
     def unpack(self) -> torch.Tensor:
         slot = self.ring.acquire(self.block, "backward")
+        if slot is None:
+            raise RuntimeError(f"backward needs a weight of block {self.block}, but its offload was undone meanwhile")
         return slot.flat.view(self.dtype).as_strided(self.shape, self.stride, self.offset)
 
 
-class Offload:
+class Offload(Handle):
     """Handle of `offload_blocks`: counters, buffers, undo."""
 
-    def __init__(self, ring: _Ring, undos: list):
-        self._ring, self._undos = ring, undos
+    def __init__(self, ring: _Ring):
+        super().__init__()
+        self._ring = ring
+        self._undos.append(ring.clear)
 
     num_loads = property(lambda self: self._ring.num_loads, doc="Blocks copied to the device so far.")
     num_late_loads = property(
@@ -182,12 +192,6 @@ class Offload:
     streamed = property(lambda self: frozenset(self._ring.masters), doc="Indices of the streamed blocks.")
     host_buffers = property(lambda self: [m.flat for m in self._ring.masters.values()], doc="Masters, one a block.")
     device_buffers = property(lambda self: [s.flat for s in self._ring.slots], doc="Slots of the ring.")
-
-    def undo(self) -> None:
-        """Restore every forward, and every parameter to the device it came from."""
-        while self._undos:
-            self._undos[-1]()
-            self._undos.pop()
 
 
 def offload_blocks(
@@ -213,19 +217,23 @@ def offload_blocks(
     frozen = [[p for p in block.parameters() if not p.requires_grad] for block in blocks]
     _check(blocks, frozen, resident)
 
-    undos: list = []
-    masters: dict[int, _Master] = {}
-    pin = device.type == "cuda"
-    for index, block in enumerate(blocks):
-        streamed = [] if index in resident else frozen[index]
-        if streamed:
-            masters[index] = _Master(streamed, pin)
-            undos.append(masters[index].release)
-        undos.append(place(block, device, skip=streamed))
-    ring = _Ring(masters, len(blocks), num_buffers, device)
-    for index, block in enumerate(blocks):
-        undos.append(replace_forward(block, "block offload", functools.partial(_streamed_forward, ring, index)))
-    return Offload(ring, undos)
+    ring = _Ring(len(blocks), device)
+    handle = Offload(ring)
+    try:
+        for index, block in enumerate(blocks):
+            streamed = [] if index in resident else frozen[index]
+            if streamed:
+                ring.masters[index] = _Master(streamed, pin=device.type == "cuda")
+                handle._undos.append(ring.masters[index].release)
+            handle._undos.append(place(block, device, skip=streamed))
+        ring.allocate(num_buffers)
+        for index, block in enumerate(blocks):
+            wrap = functools.partial(_streamed_forward, ring, index)
+            handle._undos.append(replace_forward(block, "block offload", wrap))
+    except BaseException:  # out of memory on either side: leave the model as it was
+        handle.undo()
+        raise
+    return handle
 
 
 def _check(blocks: list[nn.Module], frozen: list[list[nn.Parameter]], resident: frozenset[int]) -> None:

@@ -1,7 +1,7 @@
 """Replace a module's forward, and take the replacement back.
 
 The replacement is an instance attribute: no wrapper module, so `state_dict` keys, `named_modules` and the
-Parameter objects stay what they were.
+Parameter objects stay what they were. Copy a model before strategies are applied: a copy made later would run the original's.
 """
 
 import functools
@@ -9,6 +9,22 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import nn
+
+
+class Handle:
+    """What a strategy returns: it knows how to take the strategy back."""
+
+    def __init__(self):
+        self._undos: list[Callable[[], None]] = []
+
+    def undo(self) -> None:
+        """Take everything back, the last change first. A second call does nothing.
+
+        Raises RuntimeError if another strategy was applied on top in the meantime: undo that one first.
+        """
+        while self._undos:
+            self._undos[-1]()
+            self._undos.pop()
 
 
 def replace_forward(module: nn.Module, strategy: str, wrap: Callable[[Callable], Callable]) -> Callable[[], None]:

@@ -229,6 +229,8 @@ def apply_plan(
                 f"{type(module).__name__}.gradient_checkpointing is on; the plan does the checkpointing. "
                 "Call disable_gradient_checkpointing() first"
             )
+    if plan.resident_blocks is not None and plan.resident_blocks > len(blocks):
+        raise PlanError(f"resident_blocks is {plan.resident_blocks}, but the model has {len(blocks)} blocks")
     applied = AppliedPlan(plan, resolve_keeps(plan, len(blocks)))
     try:
         _apply(applied, model, blocks, device, boundary_names, feed_forwards)

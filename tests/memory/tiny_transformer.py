@@ -37,6 +37,7 @@ class Tiny:
     rotary: tuple | None
     latents: torch.Tensor
     embeds: torch.Tensor
+    timestep: torch.Tensor
 
     @property
     def blocks(self):
@@ -54,30 +55,27 @@ class Tiny:
     def frozen(self):
         return {name: tensor for name, tensor in self.model.state_dict().items() if "adapter" not in name}
 
-    def predict(self, latents, timestep, embeds):
+    def predict(self, embeds):
         dtype = self.model.proj_out.weight.dtype
-        rotary = self.rotary and tuple(table.to(latents.device) for table in self.rotary)
         out = self.model(
-            latents.to(dtype), embeds.to(dtype), timestep, image_rotary_emb=rotary, return_dict=False
+            self.latents.to(dtype), embeds.to(dtype), self.timestep, image_rotary_emb=self.rotary, return_dict=False
         )
         return out[0].float()
 
-    def step(self, device="cpu"):
-        """Two teacher passes without gradient, two student passes with forward and backward each; the losses."""
-        latents, embeds = self.latents.to(device), self.embeds.to(device)
-        timestep = torch.tensor([500], device=device)
+    def step(self):
+        """Two teacher passes without gradient, two student passes with forward and backward each; the losses (2,)."""
         with torch.no_grad():
-            targets = [self.predict(latents, timestep, embeds[i : i + 1]) for i in (0, 1)]
+            targets = [self.predict(self.embeds[i : i + 1]) for i in (0, 1)]
         losses = []
         for i, target in enumerate(targets):
             # Far from the target, so that the gradients stand out from rounding.
-            loss = (self.predict(latents, timestep, embeds[1 - i : 2 - i]) + (i + 2) * target).square().mean()
+            loss = (self.predict(self.embeds[1 - i : 2 - i]) + (i + 2) * target).square().mean()
             loss.backward()
-            losses.append(loss.detach().clone())
-        return torch.stack(losses).cpu()
+            losses.append(loss.detach())
+        return torch.stack(losses)
 
     def gradients(self):
-        gradients = [parameter.grad.detach().cpu().clone() for parameter in self.adapters]
+        gradients = [parameter.grad for parameter in self.adapters]
         for parameter in self.adapters:
             parameter.grad = None
         return gradients
@@ -101,24 +99,26 @@ def _make(rotary: bool, num_blocks: int = NUM_BLOCKS) -> Tiny:
     if rotary:
         angles = torch.randn(3 * 2 * 2, 16)
         tables = (angles.cos(), angles.sin())
-    return Tiny(model, tables, torch.randn(1, 3, 4, 4, 4), torch.randn(2, 6, 16))
+    return Tiny(model, tables, torch.randn(1, 3, 4, 4, 4), torch.randn(2, 6, 16), torch.tensor([500]))
 
 
 _PROTOTYPES: dict = {}
 
 
 def make_tiny(kind: str = "sincos", device: str = "cpu") -> Tiny:
-    """A fresh model of the 2b kind ("sincos") or the 5b kind ("rope"); the same values every time."""
+    """A fresh model of the 2b kind ("sincos") or the 5b kind ("rope"), the same values every time.
+
+    The model is on the CPU, as it is loaded; what a step feeds it is on `device`.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no CUDA card")
     if kind not in _PROTOTYPES:
         _PROTOTYPES[kind] = _make(rotary=kind == "rope")
     tiny = copy.deepcopy(_PROTOTYPES[kind])
-    tiny.model.to(device)
+    tiny.rotary = tiny.rotary and tuple(table.to(device) for table in tiny.rotary)
+    tiny.latents, tiny.embeds = tiny.latents.to(device), tiny.embeds.to(device)
+    tiny.timestep = tiny.timestep.to(device)
     return tiny
-
-
-def require_device(device: str) -> None:
-    if device == "cuda" and not torch.cuda.is_available():
-        pytest.skip("no CUDA card")
 
 
 def plain_run(kind: str, device: str = "cpu"):
@@ -126,15 +126,25 @@ def plain_run(kind: str, device: str = "cpu"):
     key = ("plain", kind, device)
     if key not in _PROTOTYPES:
         tiny = make_tiny(kind, device)
-        _PROTOTYPES[key] = (tiny.step(device), tiny.gradients())
+        tiny.model.to(device)
+        _PROTOTYPES[key] = (tiny.step(), tiny.gradients())
     return _PROTOTYPES[key]
 
 
-@pytest.fixture(params=["sincos", "rope"])
-def kind(request):
-    return request.param
+def assert_equal(tensors, expected, tolerance: float = 0.0):
+    """Bitwise for tolerance 0, else at most `tolerance` of the largest expected magnitude of each tensor."""
+    for position, (tensor, reference) in enumerate(zip(tensors, expected, strict=True)):
+        assert tensor.dtype == reference.dtype and tensor.shape == reference.shape
+        error = (tensor - reference).abs().max().item()
+        assert error <= tolerance * reference.abs().max().item(), f"tensor {position} is off by {error}"
 
 
-@pytest.fixture
-def tiny(kind):
-    return make_tiny(kind)
+def snapshot(model: nn.Module) -> dict:
+    """All that a strategy could leave behind on a module: instance attributes and hooks."""
+    return {
+        name: (
+            sorted(module.__dict__),
+            [list(getattr(module, hooks)) for hooks in sorted(module.__dict__) if hooks.endswith("_hooks")],
+        )
+        for name, module in model.named_modules()
+    }

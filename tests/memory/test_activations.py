@@ -1,0 +1,211 @@
+import gc
+
+import pytest
+import torch
+from tiny_transformer import BOUNDARY_NAMES, assert_equal, make_tiny, plain_run
+from torch import nn
+
+from memory.activations import _Arena, _is_dense, offload_activations
+from memory.checkpointing import checkpoint_blocks
+from memory.streams import Lane
+
+CPU = torch.device("cpu")
+
+
+def apply(tiny, keeps=("inputs",) * 5, **settings):
+    if set(keeps) != {"everything"}:
+        checkpoint_blocks(tiny.blocks, keeps)
+    return offload_activations(tiny.blocks, device="cpu", boundary_names=BOUNDARY_NAMES, min_bytes=0, **settings)
+
+
+def test_only_boundaries_move_and_the_last_block_keeps_its_own():
+    tiny = make_tiny("rope")
+    handle = apply(tiny)
+    tiny.step()
+    boundary_bytes = (12 + 6) * 32 * 4  # video and text tokens of one block; time embedding and rotary tables stay
+    assert handle.bytes_stored == handle.bytes_loaded == 2 * 4 * boundary_bytes
+
+
+def test_attention_outputs_move_on_request():
+    tiny = make_tiny("rope")
+    handle = apply(tiny, keeps=["attention"] * 5, boundaries=False, kept=True)
+    tiny.step()
+    attention_bytes = 18 * 32 * 4 + 2 * 18 * 4  # output, and one log-sum-exp a head and token
+    assert handle.bytes_stored == handle.bytes_loaded == 2 * 4 * attention_bytes
+
+
+def test_small_tensors_stay():
+    tiny = make_tiny("rope")
+    checkpoint_blocks(tiny.blocks, ["attention"] * 5)
+    handle = offload_activations(
+        tiny.blocks, device="cpu", boundary_names=BOUNDARY_NAMES, boundaries=False, kept=True, min_bytes=1000
+    )
+    tiny.step()
+    assert handle.bytes_stored == 2 * 4 * 18 * 32 * 4  # the outputs without the log-sum-exps
+
+
+def test_parameters_and_shared_inputs_stay_and_nothing_moves_twice():
+    tiny = make_tiny("rope")
+    fixed = {tensor.untyped_storage().data_ptr() for tensor in [*tiny.model.parameters(), *tiny.rotary]}
+    handle = apply(tiny, keeps=["everything"] * 5, kept=True)
+    sources = []
+    copy = handle.store_lane.copy
+
+    def traced(pairs, done, after=None):
+        sources.extend(source for _, source in pairs)  # held, so that no address is used twice
+        copy(pairs, done, after)
+
+    handle.store_lane.copy = traced
+    tiny.predict(tiny.embeds[:1]).sum().backward()
+    assert not fixed & {source.untyped_storage().data_ptr() for source in sources}
+    views = [(source.data_ptr(), source.shape, source.stride(), source._version) for source in sources]
+    assert len(set(views)) == len(views) > 50
+
+
+def test_device_memory_is_given_up_when_the_next_block_starts():
+    tiny = make_tiny("sincos")
+    handle = apply(tiny)
+    alive = []
+    tiny.blocks[3].register_forward_pre_hook(
+        lambda *_: alive.append([parked.tensor is None for parked in handle._group._previous().alive()])
+    )
+    tiny.predict(tiny.embeds[:1])
+    # The hook runs before the forward that is wrapped, so the last group is that of block 2 and the one before of block 1.
+    assert alive == [[True, True]]
+
+
+def test_backward_sends_for_one_block_ahead():
+    tiny = make_tiny("sincos")
+    handle = apply(tiny)
+    order = []
+    load_copy = handle.load_lane.copy
+    handle.load_lane.copy = lambda *args, **kwargs: (order.append("load"), load_copy(*args, **kwargs))
+    for block in tiny.blocks:
+        block.norm1.register_forward_pre_hook(lambda *_: order.append("compute"))
+    loss = tiny.predict(tiny.embeds[:1]).sum()
+    order.clear()
+    loss.backward()
+    # Block 4 is at hand; each recomputation begins with the two boundaries of the block before it on their way.
+    assert order == ["load", "load", "compute"] * 4 + ["compute"]
+
+
+def test_host_memory_is_allocated_in_the_first_step_only():
+    tiny = make_tiny("rope")
+    handle = apply(tiny, keeps=["attention"] * 3 + ["everything"] * 2, kept=True)
+    tiny.step()
+    before = [slab.data_ptr() for slab in handle.host_buffers]
+    used = handle.arena._used
+    for _ in range(3):
+        tiny.step()
+    assert [slab.data_ptr() for slab in handle.host_buffers] == before
+    assert handle.arena._used == used
+
+
+def test_a_graph_without_backward_gives_its_memory_back():
+    tiny = make_tiny("rope")
+    handle = apply(tiny)
+    for _ in range(5):
+        tiny.predict(tiny.embeds[:1])
+        gc.collect()
+    buffers = [buffer for free in handle.arena._free.values() for buffer in free]
+    assert len(buffers) == 4 * 2
+
+
+def test_a_retained_graph_is_read_again():
+    tiny = make_tiny("rope")
+    apply(tiny)
+    loss = tiny.predict(tiny.embeds[:1]).sum()
+    loss.backward(retain_graph=True)
+    first = tiny.gradients()
+    loss.backward()
+    assert_equal(tiny.gradients(), first)
+
+
+def test_undo_between_forward_and_backward():
+    tiny = make_tiny("rope")
+    tiny.predict(tiny.embeds[:1]).sum().backward()
+    expected = tiny.gradients()
+    handle = apply(tiny, keeps=["everything"] * 5, kept=True)
+    loss = tiny.predict(tiny.embeds[:1]).sum()
+    handle.undo()
+    loss.backward()
+    assert_equal(tiny.gradients(), expected)
+
+
+def test_a_tensor_changed_in_place_between_two_saves_is_two_tensors():
+    class Twice(nn.Module):
+        def forward(self, hidden, weight):
+            hidden = hidden * 1
+            first = hidden * weight  # saves hidden
+            with torch.no_grad():
+                hidden.detach().add_(0)
+            return first + hidden * weight
+
+    blocks = [Twice(), nn.Identity()]
+    handle = offload_activations(blocks, device="cpu", boundaries=False, kept=True, min_bytes=0)
+    weight = torch.ones(4, requires_grad=True)
+    blocks[0](torch.ones(4), weight).sum().backward()
+    assert handle.bytes_stored == 2 * 16
+
+
+def test_layout_survives_the_trip():
+    """Attention's output lies transposed in memory, and the reshape after it is a view only in that layout."""
+    saved = torch.arange(24.0).view(2, 3, 4).transpose(1, 2)
+    handle = offload_activations([nn.Identity(), nn.Identity()], device="cpu", boundaries=False, kept=True, min_bytes=0)
+    parked = handle.start_block().park(handle, saved)
+    handle.start_block()
+    assert parked.tensor is None
+    back = parked.unpack()
+    assert torch.equal(back, saved) and back.stride() == saved.stride()
+    assert back.data_ptr() != saved.data_ptr()
+
+
+@pytest.mark.parametrize(
+    ("tensor", "expected"),
+    [
+        (torch.empty(2, 3), True),
+        (torch.empty(2, 3, 4).transpose(0, 2), True),
+        (torch.empty(2, 1, 4)[:, :, :], True),
+        (torch.empty(4, 6)[:, 2:], False),
+        (torch.empty(1, 6, 3)[:, 2:], True),
+        (torch.empty(3, 1).expand(3, 2), False),
+        (torch.empty(()), True),
+    ],
+)
+def test_dense(tensor, expected):
+    assert _is_dense(tensor) is expected
+
+
+def test_arena_slabs_are_powers_of_two_and_shared():
+    arena = _Arena(Lane(CPU), num_blocks=10)
+    buffers = [arena.take(1000) for _ in range(10)]
+    assert [slab.numel() for slab in arena.slabs] == [16384]  # ten times 1,024, rounded up
+    assert len({buffer.flat.data_ptr() for buffer in buffers}) == 10
+    arena.give_back(buffers[3])
+    assert arena.take(500).flat.numel() == 512
+    assert arena.take(900) is buffers[3]  # 1,024 once rounded to 256
+    assert [slab.numel() for slab in arena.slabs] == [16384]
+    arena.take(5000)
+    assert [slab.numel() for slab in arena.slabs] == [16384, 65536]
+
+
+def test_equal_to_the_plain_run_without_checkpointing(kind):
+    tiny = make_tiny(kind)
+    apply(tiny, keeps=["everything"] * 5, kept=True)
+    assert_equal([tiny.step()], [plain_run(kind)[0]])
+    assert_equal(tiny.gradients(), plain_run(kind)[1])
+
+
+def test_refusals():
+    tiny = make_tiny()
+    with pytest.raises(ValueError, match="matched nothing: the sequence"):
+        offload_activations([], device="cpu", boundary_names=BOUNDARY_NAMES)
+    with pytest.raises(ValueError, match="matched nothing: boundaries and kept are both False"):
+        offload_activations(tiny.blocks, device="cpu", boundaries=False)
+    with pytest.raises(ValueError, match="boundary_names is empty"):
+        offload_activations(tiny.blocks, device="cpu")
+    with pytest.raises(ValueError, match="block 0 has no argument 'hidden'; it has hidden_states"):
+        offload_activations(tiny.blocks, device="cpu", boundary_names=["hidden"])
+    apply(tiny)
+    with pytest.raises(RuntimeError, match="already"):
+        offload_activations(tiny.blocks, device="cpu", boundary_names=BOUNDARY_NAMES)

@@ -1,0 +1,94 @@
+import pytest
+import torch
+
+from memory.optimizers import count_state_bytes, make_optimizer, predict_state_bytes
+
+KINDS = ["adamw", "adamw8bit", "paged-adamw8bit"]
+SHAPES = [(128, 96), (128,), (96, 128), (96,), (4096,), (4095,), (5000,)]
+
+
+def make_params():
+    torch.manual_seed(0)
+    return [torch.nn.Parameter(torch.randn(shape)) for shape in SHAPES]
+
+
+def train(params, optimizer, num_steps=20):
+    for _ in range(num_steps):
+        loss = sum(param.square().sum() for param in params)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return loss.item()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_state_bytes_are_predicted_exactly(kind):
+    params = make_params()
+    optimizer = make_optimizer(params, kind=kind, lr=1e-3)
+    assert count_state_bytes(optimizer) == 0
+    train(params, optimizer, num_steps=1)
+    assert count_state_bytes(optimizer) == predict_state_bytes([param.numel() for param in params], kind)
+
+
+def test_bytes_a_parameter():
+    numel = 2**20
+    assert predict_state_bytes([numel], "adamw") == 8 * numel + 4
+    assert predict_state_bytes([numel], "adamw8bit") == 2.03125 * numel + 2048
+    # Biases are too small for 8 bits.
+    assert predict_state_bytes([1920], "adamw8bit") == 8 * 1920
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_trains(kind):
+    params = make_params()
+    optimizer = make_optimizer(params, kind=kind, lr=1e-2)
+    before = sum(param.square().sum() for param in params).item()
+    assert train(params, optimizer) < 0.8 * before
+    assert all(param.dtype == torch.float32 for param in params)
+
+
+def test_the_same_settings_reach_every_kind():
+    for kind in KINDS:
+        optimizer = make_optimizer(make_params(), kind=kind, lr=0.5, betas=(0.8, 0.9), eps=1e-3, weight_decay=0.25)
+        group = optimizer.param_groups[0]
+        settings = (group["lr"], tuple(group["betas"]), group["eps"], group["weight_decay"])
+        assert settings == (0.5, (0.8, 0.9), 1e-3, 0.25)
+
+
+def test_adamw_is_fused():
+    assert make_optimizer(make_params(), kind="adamw", lr=1e-3).param_groups[0]["fused"] is True
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_refused_with_the_reason(kind, dtype):
+    with pytest.raises(ValueError, match="0/0 = NaN"):
+        make_optimizer([torch.nn.Parameter(torch.ones(3, dtype=dtype))], kind=kind, lr=1e-3)
+
+
+def test_the_reason_is_true():
+    param = torch.nn.Parameter(torch.ones(3, dtype=torch.float16))
+    param.grad = torch.zeros_like(param)
+    torch.optim.AdamW([param], lr=1e-3).step()
+    assert param.isnan().all()
+
+
+def test_refusals():
+    with pytest.raises(ValueError, match="inject the adapters"):
+        make_optimizer([], kind="adamw", lr=1e-3)
+    with pytest.raises(ValueError, match="one of adamw, adamw8bit, paged-adamw8bit"):
+        make_optimizer(make_params(), kind="sgd", lr=1e-3)
+    with pytest.raises(ValueError, match="one of adamw"):
+        predict_state_bytes([1], "sgd")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_state_survives_saving_and_loading(kind):
+    straight, stopped = make_params(), make_params()
+    train(straight, make_optimizer(straight, kind=kind, lr=1e-2), num_steps=4)
+    first = make_optimizer(stopped, kind=kind, lr=1e-2)
+    train(stopped, first, num_steps=2)
+    second = make_optimizer(stopped, kind=kind, lr=1e-2)
+    second.load_state_dict(first.state_dict())
+    train(stopped, second, num_steps=2)
+    assert all(torch.equal(a, b) for a, b in zip(straight, stopped, strict=True))

@@ -1,0 +1,144 @@
+import subprocess
+import sys
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny_transformer import BOUNDARY_NAMES, make_tiny
+
+from memory.plan import MemoryPlan, PlanError, apply_plan, parse_checkpoint, resolve_keeps
+
+
+def test_importable_without_torch():
+    code = "import sys, memory.plan; memory.plan.MemoryPlan(); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"dtype": "fp16"}, "dtype is 'fp16'; one of native, float32, bfloat16, float16"),
+        ({"dtype": True}, "dtype is True"),
+        ({"resident_blocks": -1}, "resident_blocks is -1; an integer, at least 0"),
+        ({"resident_blocks": 1.5}, "resident_blocks is 1.5"),
+        ({"offload_buffers": 1}, "offload_buffers is 1; an integer, at least 2"),
+        ({"feed_forward_chunks": 0}, "feed_forward_chunks is 0"),
+        ({"feed_forward_chunks": True}, "feed_forward_chunks is True"),
+        ({"optimizer": "sgd"}, "optimizer is 'sgd'"),
+        ({"guidance": "both"}, "guidance is 'both'"),
+        ({"backbone_copies": 3}, "backbone_copies is 3; one of 1, 2"),
+        ({"checkpoint": "some"}, "checkpoint is 'some'; one of all, none, every:N"),
+        ({"checkpoint": "every:0"}, "every:0"),
+        ({"checkpoint": 3}, "checkpoint is 3"),
+        ({"boundaries": "host", "checkpoint": "none"}, "boundaries is host, but checkpoint names no block"),
+        ({"boundaries": "host", "checkpoint": "first:0"}, "boundaries is host, but checkpoint names no block"),
+        ({"num_keep_attention": 1, "checkpoint": "none"}, "num_keep_attention is 1, but checkpoint names no block"),
+        ({"kept": "host"}, "kept is host, but every block keeps its inputs only"),
+        ({"kept": "host", "checkpoint": "every:1"}, "kept is host, but every block keeps its inputs only"),
+    ],
+)
+def test_nonsense_is_refused_by_name(settings, message):
+    with pytest.raises(PlanError, match=message):
+        MemoryPlan(**settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "keeps"),
+    [
+        ({}, "iiiiii"),
+        ({"checkpoint": "none"}, "eeeeee"),
+        ({"checkpoint": "every:2"}, "ieieie"),
+        ({"checkpoint": "every:4"}, "ieeeie"),
+        ({"checkpoint": "first:2"}, "iieeee"),
+        ({"num_keep_everything": 2}, "iiiiee"),
+        ({"num_keep_attention": 2}, "iiiiaa"),
+        ({"num_keep_attention": 2, "num_keep_everything": 1}, "iiiaae"),
+        ({"checkpoint": "every:2", "num_keep_attention": 1, "num_keep_everything": 1}, "ieaeee"),
+        ({"num_keep_everything": 6}, "eeeeee"),
+    ],
+)
+def test_what_each_block_keeps(settings, keeps):
+    assert "".join(keep[0] for keep in resolve_keeps(MemoryPlan(**settings), 6)) == keeps
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"checkpoint": "first:7"}, "first:7, but the model has 6 blocks"),
+        ({"num_keep_attention": 4, "num_keep_everything": 3}, "exceed the 6 of 6 blocks"),
+        ({"boundaries": "host", "num_keep_everything": 6}, "all 6 blocks keep everything"),
+        ({"kept": "host", "checkpoint": "first:6"}, "every block keeps its inputs only"),
+    ],
+)
+def test_counts_must_suit_the_model(settings, message):
+    with pytest.raises(PlanError, match=message):
+        resolve_keeps(MemoryPlan(**settings), 6)
+
+
+@given(st.integers(1, 50), st.data())
+def test_counts_are_kept(num_blocks, data):
+    everything = data.draw(st.integers(0, num_blocks))
+    attention = data.draw(st.integers(0, num_blocks - everything))
+    keeps = resolve_keeps(MemoryPlan(num_keep_everything=everything, num_keep_attention=attention), num_blocks)
+    assert (len(keeps), keeps.count("everything"), keeps.count("attention")) == (num_blocks, everything, attention)
+    # What keeps more comes later.
+    assert list(keeps) == sorted(keeps, key=("inputs", "attention", "everything").index)
+
+
+def test_parse_checkpoint():
+    assert parse_checkpoint("all") == parse_checkpoint("every:1")
+    assert parse_checkpoint("none") == parse_checkpoint("first:0")
+
+
+def apply(tiny, **settings):
+    return apply_plan(
+        tiny.model, tiny.blocks, MemoryPlan(**settings), device="cpu",
+        boundary_names=BOUNDARY_NAMES, feed_forwards=tiny.feed_forwards,
+    )  # fmt: skip
+
+
+def test_counters_and_buffers():
+    tiny = make_tiny()
+    applied = apply(tiny, resident_blocks=2, boundaries="host")
+    assert (applied.num_loads, applied.num_recomputes, applied.bytes_streamed, applied.bytes_parked) == (0, 0, 0, 0)
+    assert len(applied.host_buffers) == 3 and len(applied.device_buffers) == 2
+    tiny.step()
+    block_bytes = applied.device_buffers[0].numel()
+    assert applied.num_recomputes == 2 * 5
+    assert applied.bytes_streamed == applied.num_loads * block_bytes > 0
+    # Two passes, four boundaries (the last block's stay): 12 video tokens and 6 text tokens of width 32 in float32.
+    assert applied.bytes_parked == 2 * 4 * (12 + 6) * 32 * 4
+    assert len(applied.host_buffers) > 3
+
+
+def test_the_plain_plan_has_nothing_to_count():
+    tiny = make_tiny()
+    applied = apply(tiny, checkpoint="none")
+    tiny.step()
+    applied.require_recomputed()
+    assert (applied.num_recomputes, applied.num_loads, applied.host_buffers, applied.device_buffers) == (0, 0, [], [])
+
+
+def test_a_failure_while_applying_leaves_the_model_as_it_was():
+    tiny = make_tiny()
+    before = {name: tensor.data_ptr() for name, tensor in tiny.model.state_dict().items()}
+    with pytest.raises(ValueError, match="boundary_names is empty"):
+        apply_plan(tiny.model, tiny.blocks, MemoryPlan(boundaries="host"), device="cpu")
+    assert {name: tensor.data_ptr() for name, tensor in tiny.model.state_dict().items()} == before
+    assert not any("forward" in module.__dict__ for module in tiny.model.modules())
+    with pytest.raises(ValueError, match="matched nothing"):
+        apply_plan(tiny.model, tiny.blocks, MemoryPlan(feed_forward_chunks=2), device="cpu")
+
+
+def test_refuses_a_second_checkpointing():
+    tiny = make_tiny()
+    tiny.model.enable_gradient_checkpointing()
+    with pytest.raises(PlanError, match="disable_gradient_checkpointing"):
+        apply(tiny)
+
+
+def test_more_resident_blocks_than_there_are():
+    with pytest.raises(PlanError, match="resident_blocks is 6, but the model has 5 blocks"):
+        apply(make_tiny(), resident_blocks=6)
+    applied = apply(make_tiny(), resident_blocks=5)
+    assert applied.offload is None
