@@ -5,7 +5,7 @@ Released layout: `eraser_weights.pt`, a dict `transformer_blocks.{i}.attn1.adapt
 """
 
 import json
-import pickle
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,7 +51,7 @@ def save_eraser(directory: Path, erasers: Erasers, *, base_model: Mapping[str, s
         (directory / f".{DESCRIPTION}.part").write_text(json.dumps(description, indent=2) + "\n")
         part.replace(directory / WEIGHTS)
         (directory / f".{DESCRIPTION}.part").replace(directory / DESCRIPTION)
-    except OSError as e:
+    except (OSError, SafetensorError) as e:  # the latter when the disk is full
         raise InputOutputError(f"the eraser cannot be written into {directory} ({e}); choose another --out") from e
     return directory / WEIGHTS
 
@@ -102,11 +102,12 @@ def _read_safetensors(file: Path) -> dict[str, Tensor]:
 
 def _read_released(file: Path) -> dict[str, Tensor]:
     try:
-        weights = torch.load(file, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings(action="ignore"):  # about pickles that are not torch's: they are refused below
+            weights = torch.load(file, map_location="cpu", weights_only=True)
         prefix, suffix = "transformer_blocks.", ".attn1.adapter"
         return {f"{name.removeprefix(prefix).removesuffix(suffix)}.{leaf}": tensor
                 for name, adapter in weights.items() for leaf, tensor in adapter.items()}
-    except (RuntimeError, EOFError, OSError, AttributeError, ValueError, KeyError, pickle.UnpicklingError) as e:
+    except Exception as e:  # a damaged pickle makes the reader raise about anything, and all of it means this
         raise CheckpointError(f"{file}: not a released eraser (damaged, or holds more than tensors): "
                               f"{str(e).splitlines()[0] if str(e) else type(e).__name__}") from e
 
@@ -116,15 +117,20 @@ def _read_json(file: Path) -> dict[str, Any]:
         value = json.loads(file.read_text())
     except (OSError, ValueError) as e:
         raise CheckpointError(f"{file}: the description that belongs to the weights cannot be read ({e})") from e
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{file}: not an eraser's description")
+    known = isinstance(value, dict)
+    if known and (base := value.get("base_model")) is not None:
+        known = isinstance(base, dict) and all(isinstance(base.get(key), str) for key in ("name", "config_hash"))
+    if known and (training := value.get("training")) is not None:
+        known = isinstance(training, dict) and isinstance(training.get("data", {}), dict)
+    if not known:
+        raise CheckpointError(f"{file}: not an eraser's description; copy it again")
     return value
 
 
 def _geometry(state: Mapping[str, Tensor], file: Path) -> tuple[int, int, int]:
     """(blocks, rank, width) of weights whose names and shapes are all consistent."""
     first = state.get("0.down.weight")
-    if first is None or not isinstance(first, Tensor) or first.ndim != 2:
+    if not all(isinstance(tensor, Tensor) for tensor in state.values()) or first is None or first.ndim != 2:
         raise CheckpointError(f"{file}: holds no eraser (no 0.down.weight); is it another model's file?")
     rank, width = first.shape
     num_blocks = len(state) // len(_LEAVES)

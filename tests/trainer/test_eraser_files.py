@@ -1,0 +1,233 @@
+"""Erasers on disk: our layout and the released one, and files that are neither."""
+
+import json
+import os
+import pickle
+
+import pytest
+import torch
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from test_erasers import RANK, Model, shake
+
+from trainer.eraser_files import (DESCRIPTION, RELEASED_CONFIG, RELEASED_WEIGHTS, WEIGHTS, apply_eraser, load_eraser,
+                                  save_eraser, save_released)
+from trainer.erasers import Erasers
+from trainer.errors import CheckpointError, InputOutputError
+
+
+@pytest.fixture
+def saved(sincos, tmp_path):
+    """(directory, erasers, model): an eraser in our layout."""
+    model = Model(sincos)
+    erasers = model.inject()
+    save_eraser(tmp_path / "eraser", erasers, base_model=sincos.identity(), training={"data": {"concept": "red"}})
+    return tmp_path / "eraser", erasers, model
+
+
+def test_round_trip_is_bitwise_and_says_where_it_comes_from(saved, sincos):
+    directory, erasers, _ = saved
+    for path in (directory, directory / WEIGHTS, str(directory)):
+        file = load_eraser(path)
+        assert file.state.keys() == erasers.state_dict().keys()
+        assert all(torch.equal(file.state[n], t) for n, t in erasers.state_dict().items())
+        assert (file.rank, file.width, file.num_blocks) == (RANK, 32, 2)
+        assert file.base_model == sincos.identity() and file.training == {"data": {"concept": "red"}}
+    assert sorted(p.name for p in directory.iterdir()) == [DESCRIPTION, WEIGHTS]
+    assert (directory / WEIGHTS).stat().st_mode & 0o777 == 0o644
+
+
+def test_released_layout_both_ways(saved, tmp_path):
+    directory, erasers, _ = saved
+    released = tmp_path / "released"
+    save_released(released, load_eraser(directory).state, RANK)
+    content = torch.load(released / RELEASED_WEIGHTS, weights_only=True)
+    assert list(content) == ["transformer_blocks.0.attn1.adapter", "transformer_blocks.1.attn1.adapter"]
+    assert list(content["transformer_blocks.1.attn1.adapter"]) == ["down.weight", "down.bias", "up.weight", "up.bias"]
+    assert json.loads((released / RELEASED_CONFIG).read_text()) == {"eraser_type": "adapter", "eraser_rank": RANK}
+    file = load_eraser(released)
+    assert all(torch.equal(file.state[n], t) for n, t in erasers.state_dict().items())
+    assert file.base_model is None and file.training is None
+
+
+def test_released_file_of_a_plain_state_dict_per_block_loads(tmp_path):
+    """Written as the public code does it: `module.state_dict()` of ordinary modules, in 16 bit, more than 10 blocks."""
+    blocks = {}
+    for i in range(12):
+        layers = torch.nn.ModuleDict({"down": torch.nn.Linear(32, RANK), "up": torch.nn.Linear(RANK, 32)}).half()
+        blocks[f"transformer_blocks.{i}.attn1.adapter"] = layers.state_dict()
+    torch.save(blocks, tmp_path / RELEASED_WEIGHTS)
+    (tmp_path / RELEASED_CONFIG).write_text(json.dumps({"eraser_type": "adapter", "eraser_rank": RANK, "more": 1}))
+    file = load_eraser(tmp_path)
+    assert (file.num_blocks, file.rank, file.width) == (12, RANK, 32)
+    assert all(t.dtype == torch.float32 for t in file.state.values())
+    assert torch.equal(file.state["11.up.weight"], blocks["transformer_blocks.11.attn1.adapter"]["up.weight"].float())
+
+
+def test_into_a_stock_pipeline_and_out_again(saved, sincos):
+    from diffusers import CogVideoXPipeline
+
+    directory, _, model = saved
+    pipeline = CogVideoXPipeline.from_pretrained(sincos.directory)
+    with torch.no_grad():
+        def run():
+            x, t, text = model.inputs
+            return pipeline.transformer(x, text, t, return_dict=False)[0]
+
+        before, keys = run(), list(pipeline.transformer.state_dict())
+        erasers = apply_eraser(pipeline.transformer, directory)
+        assert torch.equal(run(), model.run()) and not torch.equal(run(), before)
+        erasers.undo()
+        assert torch.equal(run(), before)
+    assert list(pipeline.transformer.state_dict()) == keys
+
+
+def test_eraser_of_another_model_is_refused(saved, pipelines):
+    from trainer.backbones.cogvideox import CogVideoX
+
+    directory, _, _ = saved
+    other = CogVideoX(str(pipelines["5b"]))
+    transformer = other.load_transformer(dtype=torch.float32)
+    with pytest.raises(CheckpointError, match="made for .*2b, not for .*5b"):
+        apply_eraser(transformer, directory, base_model=other.identity())
+    assert not hasattr(transformer.transformer_blocks[0].attn1, "adapter")
+
+
+def test_eraser_of_another_geometry_is_refused(sincos, tmp_path):
+    model = Model(sincos)
+    state = {f"{i}.{leaf}": torch.zeros(shape) for i in range(3) for leaf, shape in (
+        ("down.weight", (2, 16)), ("down.bias", (2,)), ("up.weight", (16, 2)), ("up.bias", (16,)))}
+    save_released(tmp_path, state, 2)
+    with pytest.raises(CheckpointError, match="3 blocks of width 16.*2 of width 32"):
+        apply_eraser(model.transformer, tmp_path)
+
+
+def test_nothing_there(tmp_path):
+    for path in (tmp_path, tmp_path / "absent"):
+        with pytest.raises(CheckpointError, match="no eraser there.*run directory"):
+            load_eraser(path)
+
+
+@pytest.mark.parametrize("kept", [0, 7, 0.5, -1])
+def test_truncated_files(saved, tmp_path, kept):
+    directory, _, _ = saved
+    save_released(tmp_path / "released", load_eraser(directory).state, RANK)
+    for file in (directory / WEIGHTS, tmp_path / "released" / RELEASED_WEIGHTS):
+        data = file.read_bytes()
+        file.write_bytes(data[:int(kept * len(data)) if isinstance(kept, float) else kept])
+        with pytest.raises(CheckpointError, match=file.name) as raised:
+            load_eraser(file)
+        assert raised.value.exit_code == 5 and "\n" not in str(raised.value)
+
+
+class _Bomb:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def test_pickle_with_code_is_refused_and_not_executed(tmp_path):
+    (tmp_path / RELEASED_CONFIG).write_text('{"eraser_type": "adapter", "eraser_rank": 4}')
+    fired = tmp_path / "fired"
+    for write in (lambda f: torch.save({"transformer_blocks.0.attn1.adapter": _Bomb(fired)}, f),
+                  lambda f: f.write_bytes(pickle.dumps(_Bomb(fired)))):
+        write(tmp_path / RELEASED_WEIGHTS)
+        with pytest.raises(CheckpointError, match="not a released eraser"):
+            load_eraser(tmp_path)
+        assert not fired.exists()
+
+
+@pytest.mark.parametrize("content", [
+    [1, 2], {}, {"a": 1}, {1: {"down.weight": torch.ones(2, 2)}}, torch.ones(3), "text", None,
+    {"transformer_blocks.0.attn1.adapter": {"down.weight": torch.ones(2, 3), "down.bias": 5, "up.weight": "x", "up.bias": []}},
+    {"transformer_blocks.0.attn1.adapter": {"down.weight": torch.ones(2)}},
+    {"transformer_blocks.0.attn1.adapter": {"down.weight": torch.ones(2, 3)}},
+    {"transformer_blocks.1.attn1.adapter": {"down.weight": torch.ones(2, 3)}},
+], ids=repr)
+def test_foreign_pt_files(tmp_path, content):
+    torch.save(content, tmp_path / RELEASED_WEIGHTS)
+    (tmp_path / RELEASED_CONFIG).write_text('{"eraser_type": "adapter", "eraser_rank": 2}')
+    with pytest.raises(CheckpointError):
+        load_eraser(tmp_path)
+
+
+def test_foreign_safetensors(tmp_path, saved):
+    directory, _, _ = saved
+    save_file({"model.weight": torch.ones(2, 2)}, directory / WEIGHTS)
+    with pytest.raises(CheckpointError, match="holds no eraser"):
+        load_eraser(directory)
+    with pytest.raises(CheckpointError, match="not safetensors"):
+        load_eraser(directory / DESCRIPTION)
+
+
+@pytest.mark.parametrize("description", [
+    None, "", "[]", "{", "{}", '{"rank": 5}', '{"rank": "4"}', '{"rank": 4, "base_model": 3}',
+    '{"rank": 4, "base_model": {"name": "x"}}', '{"rank": 4, "training": []}', '{"rank": 4, "training": {"data": 1}}'])
+def test_description_that_is_absent_or_wrong(saved, description):
+    directory, _, _ = saved
+    (directory / DESCRIPTION).unlink()
+    if description is not None:
+        (directory / DESCRIPTION).write_text(description)
+    with pytest.raises(CheckpointError, match="eraser"):
+        load_eraser(directory)
+
+
+@pytest.fixture(scope="module")
+def released_bytes(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("released")
+    erasers = {f"{leaf}": torch.ones(shape) for leaf, shape in (
+        ("0.down.weight", (2, 3)), ("0.down.bias", (2,)), ("0.up.weight", (3, 2)), ("0.up.bias", (3,)))}
+    save_released(directory, erasers, 2)
+    return directory, (directory / RELEASED_WEIGHTS).read_bytes()
+
+
+@settings(max_examples=100, deadline=None, derandomize=True, database=None, phases=[Phase.generate])
+@given(data=st.data())
+def test_flipped_bytes_of_a_released_file_load_or_are_refused(released_bytes, data):
+    """Whatever a damaged pickle makes the reader raise arrives as a CheckpointError."""
+    directory, content = released_bytes
+    damaged = bytearray(content)
+    for _ in range(data.draw(st.integers(1, 4))):
+        damaged[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
+    (directory / RELEASED_WEIGHTS).write_bytes(bytes(damaged))
+    try:
+        load_eraser(directory)
+    except CheckpointError as e:
+        assert e.exit_code == 5
+
+
+@pytest.mark.parametrize("save", [lambda d, e: save_eraser(d, e, base_model={"name": "x", "config_hash": "y"}, training={}),
+                                  lambda d, e: save_released(d, e.state_dict(), RANK)], ids=["ours", "released"])
+def test_unwritable_directory(saved, tmp_path, save):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputOutputError, match="cannot be written"):
+        save(tmp_path / "file" / "below", saved[1])
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), SafetensorError("No space left on device")])
+def test_full_disk_leaves_the_former_eraser_whole(saved, monkeypatch, error):
+    """safetensors reports a full disk by an exception of its own."""
+    directory, erasers, _ = saved
+    before = load_eraser(directory)
+    shake(erasers)
+
+    def fail(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr("trainer.eraser_files.save_file", fail)
+    with pytest.raises(InputOutputError, match="No space left"):
+        save_eraser(directory, erasers, base_model={"name": "x", "config_hash": "y"}, training={})
+    assert all(torch.equal(before.state[n], t) for n, t in load_eraser(directory).state.items())
+
+
+def test_loaded_eraser_can_train_on(saved, sincos):
+    directory, _, _ = saved
+    model = Model(sincos)
+    erasers = apply_eraser(model.transformer, directory, base_model=sincos.identity())
+    assert isinstance(erasers, Erasers)
+    model.predict(*model.inputs).square().mean().backward()
+    assert all(p.grad is not None for p in erasers.parameters())

@@ -1,0 +1,278 @@
+"""Erasers on one frozen backbone: injected, switched, localised, taken out."""
+
+import pytest
+import torch
+from conftest import FRAMES, SIDE
+from torch.utils.checkpoint import checkpoint
+
+from memory.plan import MemoryPlan, apply_plan
+from trainer.erasers import AdapterEraser, Erasers
+from trainer.errors import UsageError
+
+RANK = 4
+
+
+class Model:
+    """A frozen transformer with a predictor, inputs, and what it predicted before anything was done to it."""
+
+    def __init__(self, backbone, *, dtype=torch.float32):
+        self.backbone, self.shape = backbone, backbone.latent_shape(FRAMES, SIDE, SIDE)
+        self.transformer = backbone.load_transformer(dtype=dtype)
+        self.blocks = backbone.blocks(self.transformer)
+        self.predict = backbone.predictor(self.transformer, self.shape)
+        dice = torch.Generator().manual_seed(1)
+        self.inputs = (torch.randn(2, *self.shape, generator=dice), torch.tensor([300, 700]),
+                       torch.randn(2, backbone.text_length, backbone.text_width, generator=dice))
+        self.names = list(self.transformer.state_dict())
+        self.before = self.run()
+        self.num_tokens = backbone.num_tokens(self.shape) - backbone.text_length
+
+    @torch.no_grad()
+    def run(self):
+        return self.predict(*self.inputs)
+
+    def inject(self, *, trained: bool = True) -> Erasers:
+        erasers = Erasers(self.blocks, RANK)
+        if trained:
+            shake(erasers)
+        return erasers
+
+
+@torch.no_grad()
+def shake(erasers: Erasers) -> None:
+    """Weights as if trained: a fresh eraser changes nothing."""
+    dice = torch.Generator().manual_seed(2)
+    for parameter in erasers.parameters():
+        parameter += 0.3 * torch.randn(parameter.shape, generator=dice)
+
+
+@pytest.fixture
+def model(backbone):
+    return Model(backbone)
+
+
+def test_new_erasers_change_nothing(model):
+    erasers = model.inject(trained=False)
+    assert torch.equal(model.run(), model.before)
+    assert all(p.dtype == torch.float32 and p.requires_grad for p in erasers.parameters())
+
+
+def test_switched_off_they_are_the_teacher_bitwise_and_on_they_are_not(model):
+    erasers = model.inject()
+    assert not torch.equal(model.run(), model.before)
+    with erasers.switched(False):
+        assert torch.equal(model.run(), model.before)
+        with erasers.switched(True):
+            assert not torch.equal(model.run(), model.before)
+        assert not erasers.enabled
+    assert erasers.enabled
+
+
+def test_switch_returns_after_an_exception(model):
+    erasers = model.inject()
+    with pytest.raises(ZeroDivisionError), erasers.switched(False):
+        1 / 0
+    assert erasers.enabled
+
+
+def test_undo_restores_outputs_names_hooks_and_attributes(model):
+    hooks = [len(block.attn1._forward_hooks) for block in model.blocks]
+    attributes = [set(vars(block.attn1)) for block in model.blocks]
+    erasers = model.inject()
+    assert set(model.transformer.state_dict()) - set(model.names) == {
+        f"transformer_blocks.{i}.attn1.adapter.{leaf}" for i in range(2)
+        for leaf in ("down.weight", "down.bias", "up.weight", "up.bias")}
+    erasers.undo()
+    assert torch.equal(model.run(), model.before)
+    assert list(model.transformer.state_dict()) == model.names
+    assert [len(block.attn1._forward_hooks) for block in model.blocks] == hooks
+    assert [set(vars(block.attn1)) for block in model.blocks] == attributes
+    assert not any(hasattr(block.attn1, "adapter") for block in model.blocks)
+    erasers.undo()  # a second time is harmless
+    Erasers(model.blocks, RANK).undo()  # and the way is free
+
+
+def test_number_of_parameters_and_width_come_from_the_module(model):
+    erasers = model.inject(trained=False)
+    width = model.blocks[0].attn1.to_v.weight.shape[-1]
+    assert erasers.width == width == model.backbone.width == 32
+    assert sum(p.numel() for p in erasers.parameters()) == 2 * (2 * width * RANK + RANK + width)
+
+
+def test_published_sizes_of_an_eraser_follow_the_formula():
+    with torch.device("meta"):
+        assert sum(p.numel() for p in AdapterEraser(1920, 128).parameters()) == 2 * 1920 * 128 + 128 + 1920
+
+
+def test_eraser_is_down_exact_gelu_up():
+    eraser = AdapterEraser(6, 3)
+    with torch.no_grad():
+        eraser.up.weight.normal_()
+        eraser.up.bias.normal_()
+    h = torch.randn(2, 5, 6)
+    z = h @ eraser.down.weight.T + eraser.down.bias
+    expected = (0.5 * z * (1 + torch.erf(z / 2**0.5))) @ eraser.up.weight.T + eraser.up.bias
+    torch.testing.assert_close(eraser(h), expected)
+
+
+def test_weights_are_a_function_of_the_seed_and_leave_the_global_generator_alone(sincos):
+    states = []
+    for seed in (0, 0, 1):
+        state = torch.get_rng_state()
+        erasers = Erasers(Model(sincos).blocks, RANK, seed=seed)
+        torch.manual_seed(7)
+        states.append(erasers.state_dict())
+        assert state is not None
+    assert all(torch.equal(states[0][n], states[1][n]) for n in states[0])
+    assert not torch.equal(states[0]["0.down.weight"], states[2]["0.down.weight"])
+    assert not torch.equal(states[0]["0.down.weight"], states[0]["1.down.weight"])
+    before = torch.get_rng_state()
+    Erasers(Model(sincos).blocks, RANK)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_attention_output_gets_the_eraser_and_the_text_stream_does_not(model):
+    attention = model.blocks[1].attn1
+    seen = {}
+    handle = attention.register_forward_hook(lambda m, a, out: seen.update(plain=out))
+    erasers = model.inject()
+    attention.register_forward_hook(lambda m, a, out: seen.update(erased=out))
+    model.run()
+    handle.remove()
+    (h, e), (h_erased, e_erased) = seen["plain"], seen["erased"]
+    assert e_erased is e
+    with torch.no_grad():
+        assert torch.equal(h_erased, h + erasers.adapters[1](h))
+
+
+def test_injecting_twice_raises(model):
+    model.inject()
+    with pytest.raises(UsageError, match="erasers already"):
+        Erasers(model.blocks, RANK)
+
+
+def test_no_blocks_and_rank_0_raise(model):
+    with pytest.raises(UsageError, match="no transformer blocks"):
+        Erasers([], RANK)
+    with pytest.raises(UsageError, match="--rank 0.*rank 1 or more"):
+        Erasers(model.blocks, 0)
+    assert not any(hasattr(block.attn1, "adapter") for block in model.blocks)
+    assert torch.equal(model.run(), model.before)
+
+
+def test_16_bit_backbone_keeps_16_bit_activations_and_fp32_erasers(pipelines):
+    from trainer.backbones.cogvideox import CogVideoX
+
+    model = Model(CogVideoX(str(pipelines["5b-bf16"])), dtype=torch.bfloat16)
+    erasers = model.inject()
+    assert model.run().dtype == torch.bfloat16
+    model.predict(*model.inputs).float().square().mean().backward()
+    assert all(p.grad is not None and p.grad.dtype == torch.float32 and p.grad.abs().sum() > 0
+               for p in erasers.parameters())
+
+
+def _checkpointed(model: Model):
+    """Non-reentrant recomputation of every block."""
+    for block in model.blocks:
+        forward = block.forward
+        block.forward = lambda *args, forward=forward, **kwargs: checkpoint(forward, *args, use_reentrant=False, **kwargs)
+
+
+@pytest.mark.parametrize("forward_on", [True, False])
+def test_recompute_under_another_switch_state_raises(model, forward_on):
+    erasers = model.inject()
+    _checkpointed(model)
+    x, t, text = model.inputs
+    x.requires_grad_()
+    with erasers.switched(forward_on):
+        loss = model.predict(x, t, text).square().mean()
+    with erasers.switched(not forward_on), pytest.raises(RuntimeError, match="same `with erasers.switched"):
+        loss.backward()
+
+
+def test_recompute_under_the_same_state_gives_the_plain_gradients_bitwise(model):
+    erasers = model.inject()
+    gradients = []
+    for prepare in (lambda: None, lambda: _checkpointed(model)):
+        prepare()
+        for p in erasers.parameters():
+            p.grad = None
+        model.predict(*model.inputs).square().mean().backward()
+        gradients.append([p.grad for p in erasers.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients))
+
+
+@pytest.mark.parametrize("plan", [None, "all", "every:2"], ids=["plain", "checkpointed", "half"])
+def test_localised_equals_autograd_on_an_explicit_joint_loss(model, plan):
+    """L_loc written out on the erasers' collected outputs, in one graph with the other term."""
+    erasers = model.inject()
+    mask = (torch.rand(2, model.num_tokens, generator=torch.Generator().manual_seed(3)) > 0.5).float()
+    weight = 0.7
+    outputs = []
+    handles = [a.register_forward_hook(lambda m, args, out: outputs.append(out)) for a in erasers.adapters]
+    main = model.predict(*model.inputs).square().mean()
+    terms = [((o * (1 - mask).unsqueeze(-1)) ** 2).mean() for o in outputs]
+    (main + weight * sum(terms) / len(terms)).backward()
+    expected = [p.grad.clone() for p in erasers.parameters()]
+    for handle in handles:
+        handle.remove()
+    for p in erasers.parameters():
+        p.grad = None
+
+    if plan:
+        apply_plan(model.transformer, model.blocks, MemoryPlan(checkpoint=plan), device="cpu")
+    with erasers.switched(True), erasers.localised(mask, weight):
+        model.predict(*model.inputs).square().mean().backward()
+    for (name, p), e in zip(erasers.named_parameters(), expected):
+        torch.testing.assert_close(p.grad, e, rtol=1e-4, atol=1e-8, msg=name)
+    for index, term in enumerate(terms):
+        torch.testing.assert_close(erasers.localisation_terms[index], term.detach())
+
+
+def test_localisation_alone_has_gradients_that_differ_from_none(model):
+    """With weight 0 the plain gradient comes out: the term is attached by its weight and not otherwise."""
+    erasers = model.inject()
+    mask = torch.zeros(2, model.num_tokens)
+    found = {}
+    for weight in (0.0, 5.0):
+        for p in erasers.parameters():
+            p.grad = None
+        with erasers.localised(mask, weight):
+            model.predict(*model.inputs).square().mean().backward()
+        found[weight] = torch.cat([p.grad.flatten() for p in erasers.parameters()])
+    for p in erasers.parameters():
+        p.grad = None
+    model.predict(*model.inputs).square().mean().backward()
+    assert torch.equal(found[0.0], torch.cat([p.grad.flatten() for p in erasers.parameters()]))
+    assert (found[5.0] - found[0.0]).norm() > 0.1 * found[0.0].norm()
+
+
+def test_full_mask_costs_nothing(model):
+    erasers = model.inject()
+    with erasers.localised(torch.ones(2, model.num_tokens), 1.0):
+        model.predict(*model.inputs).square().mean().backward()
+    assert all(term == 0 for term in erasers.localisation_terms.values())
+
+
+def test_state_dict_copies_and_loads_into_the_same_parameters(model):
+    erasers = model.inject()
+    state, objects = erasers.state_dict(), erasers.parameters()
+    after = model.run()
+    with torch.no_grad():
+        for p in objects:
+            p.zero_()
+    assert state["0.down.weight"].abs().sum() > 0  # a copy, not a view
+    erasers.load_state_dict(state)
+    assert all(a is b for a, b in zip(erasers.parameters(), objects))
+    assert torch.equal(model.run(), after)
+
+
+@pytest.mark.parametrize("damage", [lambda s: s.pop("1.up.bias"), lambda s: s.update(extra=torch.ones(1)),
+                                    lambda s: s.update({"0.down.weight": torch.ones(RANK + 1, 32)})])
+def test_state_that_does_not_fit_changes_nothing(model, damage):
+    erasers = model.inject()
+    before, state = erasers.state_dict(), erasers.state_dict()
+    damage(state)
+    with pytest.raises(UsageError, match="2 blocks of width 32 and rank 4"):
+        erasers.load_state_dict(state)
+    assert all(torch.equal(before[n], t) for n, t in erasers.state_dict().items())
