@@ -118,7 +118,9 @@ def prompt_columns(backbone: CogVideoX, prompts: PromptSet) -> dict[str, Tensor]
     tokenizer = backbone.tokenizer()
     if tokenizer is None:  # random weights have no words: any column costs and behaves the same
         return dict.fromkeys(prompts.prompts, torch.zeros(1, dtype=torch.int64))
-    wanted = torch.tensor(tokenizer(prompts.concept, add_special_tokens=False).input_ids)  # (K,)
+    # Cut to the text's length: a concept of more tokens is in no prompt, and this says so below.
+    wanted = torch.tensor(tokenizer(prompts.concept, add_special_tokens=False, truncation=True,
+                                    max_length=backbone.text_length).input_ids)  # (K,)
     ids = backbone.token_ids(tokenizer, list(prompts.prompts))  # (n, L)
     starts = (ids.unfold(1, len(wanted), 1) == wanted).all(-1)  # (n, L - K + 1)
     columns = torch.zeros(ids.shape, dtype=torch.bool)
