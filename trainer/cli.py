@@ -18,7 +18,7 @@ _FLAT = (tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes)
 class TrainCommand:
     """Train concept erasers on a frozen text-to-video transformer.
 
-    Settings: defaults < profile < TOML file < flags. Other commands: generate, evaluate, export; each has a --help.
+    Settings: defaults < profile < TOML file < flags. Other commands: generate, evaluate, report, export; each has a --help.
     """
 
     profile: str = "auto"
@@ -40,10 +40,20 @@ class ExportCommand:
     """The directory to write into."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class ReportCommand:
+    """Write what a run was as one HTML file that needs no network."""
+
+    run: Path
+    """A run directory."""
+    out: Path | None = None
+    """The file to write; RUN/report.html by default."""
+
+
 def main(argv: Sequence[str]) -> None:
     """Run one command line; raises what goes wrong."""
     commands: dict[str, Callable[[Sequence[str]], None]] = {
-        "train": _train, "generate": _generate, "evaluate": _evaluate, "export": _export}
+        "train": _train, "generate": _generate, "evaluate": _evaluate, "report": _report, "export": _export}
     if argv and not argv[0].startswith("-"):
         if argv[0] not in commands:
             raise UsageError(f"there is no command {argv[0]!r}; {', '.join(commands)} are (without one, run.py trains)")
@@ -121,6 +131,13 @@ def _generate(argv: Sequence[str]) -> None:
 
     for path in generate(config):
         print(path)
+
+
+def _report(argv: Sequence[str]) -> None:
+    command = _parse(ReportCommand, _positional(argv, "--run"), "report")
+    from trainer.report import write_report
+
+    print(write_report(command.run, command.out))
 
 
 def _export(argv: Sequence[str]) -> None:

@@ -32,7 +32,7 @@ def view(state: Mapping[str, Any], width: int) -> RenderableType:
     machine = [*_step_time(state["records"], room), *_memory(state, room), *_peaks(state["records"], room),
                *_host(state)]
     across = width - _LABEL - 1
-    top = _grid([(state["title"], _progress(state, across)), *_health(state["records"], across)])
+    top = _grid([(state["title"], _progress(state, across)), *_health(state["findings"], across)])
     if width < _WIDE:
         return Group(top, _grid(numbers), _grid(machine))
     panes = Table.grid(padding=(0, 3, 0, 0))
@@ -86,33 +86,19 @@ def _progress(state: Mapping[str, Any], room: int) -> Text:
     return Text.assemble(left, ("━" * filled, "green"), ("━" * (bar - filled), "bright_black"), right)
 
 
-def findings_of(record: Mapping[str, Any]) -> list[Mapping[str, Any]] | None:
-    """The findings that a record carries, as dicts with `code`, `severity`, `cause`; None if nothing was checked."""
-    found = record.get("findings", record.get("health"))
-    if isinstance(found, Mapping):
-        found = found.get("findings", [])
-    if found is None:
-        return None
-    if isinstance(found, str):
-        found = [] if found in ("", "ok", "healthy") else [found]
-    return [f if isinstance(f, Mapping) else {"code": str(f), "severity": "warning"} for f in found]
-
-
-def _health(records: Sequence[Mapping[str, Any]], room: int) -> list[Row]:
-    checked = [f for r in records[-_TREND:] if (f := findings_of(r)) is not None]
-    if not checked:
-        return [("health", Text("not checked" if records else "before the first step", "bright_black"))]
-    findings = {str(f.get("code", "finding")): f for found in checked for f in found}
-    if not findings:
-        return [("health", Text("● healthy", "green"))]
+def _health(findings: Sequence[Mapping[str, Any]] | None, room: int) -> list[Row]:
+    """`findings`: as `Finding.as_json` has them; None if nothing was checked."""
+    if findings is None:
+        return [("health", Text("not checked", "bright_black"))]
     parts = []
-    for code, finding in findings.items():
-        place = f" in block {finding['block']}" if finding.get("block") is not None else ""
-        mark, style = ("✗", "bold red") if finding.get("severity") in ("fatal", "error") else ("▲", "yellow")
-        part = Text.assemble((f"{mark} {code}{place}", style), f" {finding.get('cause', '')}".rstrip())
-        part.truncate(room, overflow="ellipsis")
-        parts.append(part)
-    return _flow("health", parts, room)
+    for f in findings:
+        if f["severity"] != "expected":
+            mark, style = ("✗", "bold red") if f["severity"] == "fatal" else ("▲", "yellow")
+            place = f" in block {f['block']}" if f.get("block") is not None else ""
+            part = Text.assemble((f"{mark} {f['code']}{place}", style), f" {f.get('cause', '')}".rstrip())
+            part.truncate(room, overflow="ellipsis")
+            parts.append(part)
+    return _flow("health", parts or [Text("● healthy", "green")], room)
 
 
 def sparkline(values: Sequence[float], width: int) -> str:
@@ -176,8 +162,8 @@ def block_strip(history: Sequence[Sequence[float]]) -> tuple[Text, list[int], li
 
 def _strips(records: Sequence[Mapping[str, Any]], room: int) -> list[Row]:
     rows = []
-    for key in ("gradient_norm_by_block", "update_norm_by_block"):
-        history = [r[key] for r in records[-4 * _TREND:] if r.get(key)]
+    for key in ("gradient", "update"):
+        history = [r["blocks"][key] for r in records[-4 * _TREND:] if r.get("blocks", {}).get(key)]
         if not history:
             continue
         strip, dead, exploding = block_strip(history)
@@ -186,9 +172,8 @@ def _strips(records: Sequence[Mapping[str, Any]], room: int) -> list[Row]:
         notes += [(f"dead: {_list(dead)}", "bold red")] if dead else []
         if finite and not notes:
             notes = [(f"{min(finite):.0e} … {max(finite):.0e}", "bright_black")]
-        label = key.split("_")[0] + "s"
         lines = [strip[i:i + room] for i in range(0, len(strip), room)]
-        rows += _flow(label, [*lines, *(Text(text, style) for text, style in notes)], room)
+        rows += _flow(key + "s", [*lines, *(Text(text, style) for text, style in notes)], room)
     if rows:
         rows.insert(0, ("", Text("norm by block, first to last", "bright_black")))
     return rows

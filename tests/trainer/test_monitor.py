@@ -15,7 +15,8 @@ from rich.console import Console
 
 from trainer import live_view
 from trainer.clock import WAITING, PhaseClock
-from trainer.live_view import block_strip, duration, findings_of, sparkline, trend, view
+from trainer.findings import finding
+from trainer.live_view import block_strip, duration, sparkline, trend, view
 from trainer.monitor import NUM_WARM_UP, Monitor, read_process
 
 GIB = 2**30
@@ -27,14 +28,14 @@ HOST = {"process_bytes": 2 * GIB, "host_total_bytes": 16 * GIB, "host_available_
 
 def record(step, num_blocks=42, **more):
     return {"step": step, "loss": 0.5 / (step + 1), "unlearn": 0.4, "loc": 1e-5, "pre": 0.1, "gradient_norm": 0.25,
-            "seconds": 2.0, "gradient_norm_by_block": [1e-3] * num_blocks, "update_norm_by_block": [1e-4] * num_blocks,
+            "seconds": 2.0, "blocks": {"gradient": [1e-3] * num_blocks, "update": [1e-4] * num_blocks},
             "phase_seconds": {"teacher": 1.0, "student": 0.5, "backward": 0.4, "optimizer": 0.04, WAITING: 0.06},
-            "peak_bytes_by_phase": {"teacher": 9 * GIB, "backward": 14 * GIB}, "findings": [], **more}
+            "peak_bytes_by_phase": {"teacher": 9 * GIB, "backward": 14 * GIB}, **more}
 
 
 def state(records, memory=CARD, **more):
     return {"title": "red", "num_steps": 100, "done": len(records), "records": records, "elapsed": 83.0,
-            "seconds_per_step": 2.0, "eta": 140.0, "stopping": False, "memory": memory,
+            "seconds_per_step": 2.0, "eta": 140.0, "stopping": False, "memory": memory, "findings": [],
             "facts": {"budget_bytes": 22 * GIB, "predicted_peak_bytes": 12 * GIB}, **more}
 
 
@@ -67,7 +68,7 @@ def test_without_a_card_it_shows_process_memory():
     assert "process 2.00" in text and "host 8.00 of 16.0 GiB" in text and "reserved" not in text
 
 
-@pytest.mark.parametrize("missing", ["gradient_norm_by_block", "phase_seconds", "peak_bytes_by_phase", "findings", "loss"])
+@pytest.mark.parametrize("missing", ["blocks", "phase_seconds", "peak_bytes_by_phase", "loss"])
 def test_what_is_missing_is_left_out(missing):
     records = [{k: v for k, v in record(i).items() if k != missing} for i in range(5)]
     assert "5/100" in drawn(state(records))
@@ -87,7 +88,7 @@ def test_dead_and_exploding_blocks_stand_out():
     strip, dead, exploding = block_strip([norms] * 10 + [sick])
     assert dead == [7] and exploding == [20, 30]
     assert strip.plain[7] == "0" and strip.plain[20] == strip.plain[30] == "!" and strip.plain[0] in live_view.LEVELS
-    text = drawn(state([record(i) for i in range(5)] + [record(5, gradient_norm_by_block=sick)]), 80)
+    text = drawn(state([record(i) for i in range(5)] + [record(5, blocks={"gradient": sick})]), 80)
     assert "dead: block 7" in text and "exploding: blocks 20, 30" in text
 
 
@@ -103,17 +104,11 @@ def test_all_blocks_exploding_or_dying_at_once_is_seen_against_the_steps_before(
 
 
 def test_a_finding_names_block_and_cause():
-    finding = {"code": "wiped-attention", "severity": "fatal", "block": 7, "cause": "attention weights are zero"}
-    assert "✗ wiped-attention in block 7 attention weights" in drawn(state([record(0, findings=[finding])]))
-    assert "not checked" in drawn(state([{"step": 0}]))
-
-
-@pytest.mark.parametrize("value, found", [
-    ({"health": "ok"}, []), ({"health": []}, []), ({"health": {"healthy": True, "findings": []}}, []), ({}, None),
-    ({"health": ["no-op-adapter"]}, [{"code": "no-op-adapter", "severity": "warning"}]),
-    ({"findings": [{"code": "x", "severity": "fatal"}]}, [{"code": "x", "severity": "fatal"}])])
-def test_findings_in_any_form(value, found):
-    assert findings_of(value) == found
+    found = finding("wiped-attention", "teacher", block=7).as_json()
+    assert "✗ wiped-attention in block 7 attention gives the same" in drawn(state([record(0)], findings=[found]))
+    expected = finding("zero-down-gradient", "backward").as_json()
+    assert "● healthy" in drawn(state([record(0)], findings=[expected]))
+    assert "not checked" in drawn(state([record(0)], findings=None))
 
 
 def test_sparkline_and_trend():
@@ -144,7 +139,8 @@ def test_plain_lines_have_no_escapes_and_keep_the_interval():
 def test_findings_reach_plain_lines():
     stream = io.StringIO()
     with Monitor(1, stream=stream) as monitor:
-        monitor.step(record(0, findings=[{"code": "no-op-adapter", "severity": "warning"}]))
+        monitor.findings = lambda: [finding("no-op-adapter", "training").as_json()]
+        monitor.step(record(0))
     assert "[warning: no-op-adapter]" in stream.getvalue()
 
 

@@ -1,0 +1,248 @@
+"""The report is one file without a network, shows what is there, and does without what is not."""
+
+import json
+import math
+import re
+import shutil
+import struct
+import subprocess
+import xml.etree.ElementTree as ElementTree
+import zlib
+from html.parser import HTMLParser
+
+import pytest
+
+from trainer import cli
+from trainer.charts import bars, heat_map, interval, line_chart, share_bar, stacked_area
+from trainer.config import TrainConfig, as_json, leaves, replaced
+from trainer.errors import CheckpointError, InputOutputError
+from trainer.findings import Bill, finding
+from trainer.report import write_report
+from trainer.run_directory import write_config
+
+GIB = 2**30
+
+
+def png() -> bytes:
+    """A picture of one pixel."""
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    return (b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", 1, 1, 8, 2, 0, 0, 0))
+            + chunk(b"IDAT", zlib.compress(b"\0\xff\0\0")) + chunk(b"IEND", b""))
+
+
+def record(step, **more):
+    return {"step": step, "loss": 1 / (step + 1), "unlearn": 1 / (step + 1), "gradient_norm": 0.25, "lr": 1e-3, "seconds": 2.0,
+            "blocks": {"gradient": [1e-3, 2e-3, 0.0], "update": [1e-4] * 3}, "memory": {"process_bytes": 2 * GIB},
+            "phase_seconds": {"teacher": 1.5, "backward": 0.5}, "peak_bytes_by_phase": {"backward": 3 * GIB}, **more}
+
+
+def row(name, before, after):
+    return {"name": name, "kind": "color", "num_videos": 64, "before": before, "before_interval": [before, before],
+            "after": after, "after_interval": [max(0.0, after - 0.05), min(1.0, after + 0.05)]}
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A complete run directory."""
+    run = tmp_path / "red-1"
+    (run / "samples").mkdir(parents=True)
+    config = replaced(TrainConfig(), {"optim.rank": 32, "optim.steps": 60})
+    origins = dict.fromkeys(leaves(config), "default") | {"optim.rank": "flag"}
+    write_config(run, config, origins, base_model={"name": "shapes"}, first_step=0)
+    (run / "metrics.jsonl").write_text("".join(json.dumps(record(i)) + "\n" for i in range(60)))
+    (run / "evaluation.json").write_text(json.dumps({
+        "concept": "red", "target": row("red", 1.0, 0.0), "synonyms": {**row("", 0.98, 0.125), "names": ["crimson"]},
+        "preserved": [row("blue", 1.0, 0.97)], "motion": {"before": 10.0, "after": 9.5},
+        "distance": {"preserved_rms": 0.02}}))
+    bill = Bill(findings=(finding("dead-gelu", "training", block=7, norm=0.5),), checked=("weights are finite",))
+    (run / "findings.json").write_text(json.dumps(bill.as_json()))
+    timeline = [["teacher", [GIB, 0]], ["backward", [GIB, 2 * GIB]], ["optimizer", [GIB, GIB]]]
+    (run / "memory.json").write_text(json.dumps({"predicted": {
+        "peak_bytes": 3 * GIB, "peak_bytes_by_phase": {"backward": 3.5 * GIB}, "categories": ["weights", "working set"],
+        "timeline": timeline}}))
+    for name in ("before-after.png", "samples/step-000000.png", "samples/step-000060.png"):
+        (run / name).write_bytes(png())
+    return run
+
+
+class _Page(HTMLParser):
+    """Checks that elements are closed in order, and collects text and addresses."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.words, self.addresses, self.tags = [], [], [], []
+        self.feed(text)
+        self.close()
+        assert not self.open
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        self.addresses += [v for k, v in attributes if k in ("src", "href", "srcset", "action", "xlink:href")]
+        if tag not in ("meta", "img", "br", "link", "input"):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.tags.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if self.open and self.open[-1] not in ("script", "style"):
+            self.words.append(data)
+
+
+def read(path):
+    page = _Page(path.read_text())
+    return page, " ".join(page.words)
+
+
+def test_a_complete_run(run, caplog):
+    path = write_report(run)
+    assert path == run / "report.html" and not caplog.records
+    page, text = read(path)
+    for wanted in ("Erasing red", "60 of 60", "100% → 0%", "dead-gelu", "block 7", "weights are finite", "crimson",
+                   "7.5% to 17.5%", "L_unlearn", "Gradient norm by block", "Update norm by block", "teacher 75%",
+                   "One step by category, predicted", "working set", "3.5 GiB", "3 GiB", "optim.rank", "flag",
+                   "Sample at step 0", "Sample at step 60", "Before and after", "10.0 pixels before, 9.5 after"):
+        assert wanted in text, wanted
+    assert page.tags.count("img") == 3 and "Cannot be shown" not in text
+    assert set(leaves(TrainConfig())) <= set(page.words)
+
+
+def test_nothing_comes_from_the_network(run):
+    text = write_report(run).read_text()
+    page = _Page(text)
+    assert page.addresses and all(a.startswith("data:image/png;base64,") for a in page.addresses)
+    assert not re.search(r"https?:|//\w+\.|@import|url\(|fetch\(|XMLHttpRequest", text)
+    assert "default-src 'none'" in text and page.tags.count("script") == 1
+
+
+@pytest.mark.parametrize("missing", ["config.json", "metrics.jsonl", "findings.json", "evaluation.json", "memory.json",
+                                     "before-after.png", "samples"])
+@pytest.mark.parametrize("how", ["absent", "cut", "empty"])
+def test_missing_and_damaged_parts_leave_the_others(run, missing, how):
+    path = run / missing
+    if path.is_dir():
+        shutil.rmtree(path)
+    elif how == "absent":
+        path.unlink()
+    else:
+        path.write_bytes(path.read_bytes()[:len(path.read_bytes()) // 2 if how == "cut" else 0])
+    page, text = read(write_report(run))
+    expected = {"Erasing red": "config.json", "L_unlearn": "metrics.jsonl", "dead-gelu": "findings.json",
+                "crimson": "evaluation.json", "working set": "memory.json", "Sample at step 60": "samples"}
+    for words, source in expected.items():
+        assert (words in text) == (source != missing or (how, source) == ("cut", "metrics.jsonl")), words
+
+
+@pytest.mark.parametrize("name, content", [
+    ("evaluation.json", {"target": {"name": "red"}}), ("evaluation.json", {"target": 3}), ("config.json", {"config": []}),
+    ("config.json", {"config": {"optim": None}, "origins": []}), ("findings.json", {"findings": [1]}),
+    ("memory.json", {"predicted": {"timeline": [["teacher", [1]]]}}), ("memory.json", {"predicted": [1]}),
+    ("metrics.jsonl", {"step": 0, "blocks": {"gradient": ["x"]}}), ("metrics.jsonl", {"no": "step"}),
+    ("metrics.jsonl", {"step": 0, "blocks": 5, "peak_bytes_by_phase": 3})])
+def test_parts_that_are_not_what_they_should_be(run, name, content):
+    (run / name).write_text(json.dumps(content) + "\n")
+    _, text = read(write_report(run))
+    assert "Samples" in text and "Settings" in text
+
+
+def test_a_run_that_became_non_finite(run):
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps(record(60, loss=math.nan, gradient_norm=math.inf,
+                                     blocks={"gradient": [math.nan, 1e-3, 0.0]})) + "\n")
+    _, text = read(write_report(run))
+    assert "step 60: not finite" in text and "Cannot be shown" not in text
+
+
+def test_what_a_run_says_is_text(run):
+    hostile = '<script>alert(1)</script><img src=x onerror="alert(2)">'
+    config = json.loads((run / "config.json").read_text())
+    config["config"]["data"]["concept"] = config["base_model"]["name"] = hostile
+    (run / "config.json").write_text(json.dumps(config))
+    (run / "metrics.jsonl").write_text(json.dumps(record(0, phase_seconds={hostile: 1.0},
+                                                         peak_bytes_by_phase={hostile: 1})) + "\n")
+    (run / "findings.json").write_text(json.dumps({"findings": [dict.fromkeys(
+        ("code", "severity", "phase", "module", "cause", "fix"), hostile) | {"evidence": {hostile: hostile}}]}))
+    evaluation = json.loads((run / "evaluation.json").read_text())
+    evaluation["target"]["name"] = evaluation["concept"] = hostile
+    (run / "evaluation.json").write_text(json.dumps(evaluation))
+    page, text = read(write_report(run))
+    assert page.tags.count("script") == 1 and hostile in text
+    assert all(a.startswith("data:image/png") for a in page.addresses)
+
+
+def test_a_long_run_stays_a_small_file(run):
+    with (run / "metrics.jsonl").open("w") as file:
+        for i in range(5000):
+            file.write(json.dumps(record(i, blocks={"gradient": [1e-3 * (1 + (i * 7 + b) % 11) for b in range(42)]})) + "\n")
+    assert write_report(run).stat().st_size < 2**20
+
+
+def test_the_command(run, tmp_path, capsys):
+    cli.main(["report", str(run), "--out", str(tmp_path / "page.html")])
+    assert capsys.readouterr().out == f"{tmp_path / 'page.html'}\n" and (tmp_path / "page.html").exists()
+
+
+def test_no_run_and_no_place(run, tmp_path):
+    with pytest.raises(CheckpointError, match="not a run directory"):
+        write_report(tmp_path)
+    with pytest.raises(InputOutputError, match="--out"):
+        write_report(run, tmp_path / "missing" / "page.html")
+
+
+@pytest.mark.parametrize("chart", [
+    line_chart("a", []), line_chart("a", [(0, 1.0)]), line_chart("a", [(0, 0.0), (1, 0.0)]), line_chart("a", [(5, math.nan)]),
+    line_chart("a", [(i, -1e9 * i) for i in range(3000)]), line_chart("<&\">", [(0, 1e-30), (1, 2e-30)], unit="<"),
+    heat_map("a", [3], [[0.0]]), heat_map("a", [0, 1], [[1.0, math.inf], [2.0]]), share_bar("a", {}),
+    share_bar("<", {"<": 0.0}), stacked_area("a", [{"x": 0}], ["p"]), bars("a", {}, unit="s"),
+    bars("<", {"<": {"&": 0.0}}, unit="<"), interval(0.0, 1.0, -0.1, 1.1)])
+def test_charts_of_any_data_are_well_formed(chart):
+    root = ElementTree.fromstring(f"<div>{chart}</div>")
+    assert root[0].tag == "svg" and "nan" not in "".join(e.get("d", "") for e in root.iter())
+
+
+def test_a_spike_survives_thinning():
+    points = [(i, 100.0 if i == 4321 else 1.0) for i in range(10_000)]
+    path = re.search(r'class="raw" d="([^"]*)"', line_chart("a", points))[1]
+    heights = [float(y) for y in re.findall(r" ([\d.]+)", path)]
+    assert sum(h < 60 for h in heights) == 1 and len(heights) <= 800
+
+
+def test_heat_map_marks_dead_and_non_finite_cells():
+    chart = heat_map("a", list(range(300)), [[1.0, 0.0 if 100 < i < 140 else 2.0, math.nan if i == 250 else 3.0] for i in range(300)])
+    assert chart.count("var(--dead)") == chart.count("var(--bad)") == 1
+    assert "var(--bad)" not in heat_map("a", [0], [[1.0, 2.0]])
+
+
+def chromium():
+    return shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+
+@pytest.mark.skipif(chromium() is None, reason="no Chromium here")
+def test_in_a_real_browser(run, tmp_path):
+    """Scripts run, pointing at a chart shows its value, and the policy against the network is in force."""
+    path = write_report(run)
+    probe = """<script>
+      const chart = document.querySelector("svg.chart"), box = chart.getBoundingClientRect();
+      chart.dispatchEvent(new PointerEvent("pointermove", {clientX: box.right - 12, clientY: box.top + 50}));
+      document.title = "tip " + chart.querySelector(".tip").textContent + " width " + document.body.scrollWidth;
+    </script></body>"""
+    path.write_text(path.read_text().replace("</body>", probe))
+    done = subprocess.run(
+        [chromium(), "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
+         "--disable-component-update", "--disable-sync", f"--user-data-dir={tmp_path / 'profile'}", "--window-size=1200,900",
+         "--dump-dom", path.as_uri()], capture_output=True, text=True, timeout=120, check=True)
+    title = re.search(r"<title>(.*?)</title>", done.stdout)[1]
+    assert title.startswith("tip step 59: 0.01667")
+    assert int(title.split()[-1]) <= 1200  # no sideways scrolling
+
+
+def test_the_settings_of_the_report_are_those_of_the_run(run):
+    stored = json.loads((run / "config.json").read_text())["config"]
+    assert stored == as_json(replaced(TrainConfig(), {"optim.rank": 32, "optim.steps": 60}))
+    bold = re.findall(r"<tr class=set><td><code>(.*?)</code>", write_report(run).read_text())
+    assert sorted(bold) == ["optim.rank", "optim.steps"]

@@ -1,0 +1,260 @@
+"""`run.py report RUN`: what a run was, in one HTML file that needs nothing else, no network either."""
+
+import base64
+import json
+import logging
+import string
+from collections.abc import Callable, Mapping, Sequence
+from html import escape
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from trainer.charts import bars, heat_map, interval, line_chart, number, share_bar, stacked_area
+from trainer.config import TrainConfig, leaves
+from trainer.errors import InputOutputError
+from trainer.run_files import RunFiles, lookup
+
+REPORT = "report.html"
+_TEMPLATE = Path(__file__).with_name("report.html")
+_MAX_PICTURE = 16 * 2**20
+_CURVES = {"loss": "L, the whole", "unlearn": "L_unlearn", "loc": "L_loc", "pre": "L_pre",
+           "gradient_norm": "Gradient norm", "lr": "Learning rate"}
+_NORMS = {"gradient": "Gradient norm by block", "update": "Update norm by block", "weight": "Weight norm by block",
+          "eraser": "Eraser output by block", "residual": "Residual stream by block"}
+_GIB = 2**30
+logger = logging.getLogger(__name__)
+
+
+def write_report(run: Path, out: Path | None = None) -> Path:
+    """Write RUN/report.html, or `out`, and return its path.
+
+    Raises CheckpointError if `run` is no run directory, InputOutputError if the file cannot be written.
+    """
+    files, out = RunFiles.read(run), out or run / REPORT
+    concept = files.setting("data.concept")
+    builders = (_tiles, _findings, _evaluation, _pictures, _losses, _norms, _time, _memory, _settings)
+    page = string.Template(_TEMPLATE.read_text(encoding="utf-8")).substitute(
+        title=escape(f"Erasing {concept}" if concept else f"Run {run.name}"), subtitle=_subtitle(files),
+        body="\n".join(_built(builder, files) for builder in builders))
+    part = out.with_name(f".{out.name}.part")
+    try:
+        part.write_text(page, encoding="utf-8")
+        part.replace(out)
+    except OSError as e:
+        raise InputOutputError(f"{out} cannot be written ({e.strerror}); choose another --out") from e
+    return out
+
+
+def _built(builder: Callable[[RunFiles], str], files: RunFiles) -> str:
+    """A section, or a note where the run's files are not what they should be: the rest can still be read."""
+    try:
+        return builder(files)
+    except (LookupError, TypeError, ValueError, AttributeError) as e:
+        logger.warning("%s: a part of the report cannot be shown (%s: %s)", files.path, type(e).__name__, e)
+        title = builder.__name__.strip("_").capitalize()
+        return _section(title, _note(f"Cannot be shown: {type(e).__name__}: {e}"))
+
+
+def _section(title: str, *parts: str) -> str:
+    return f"<section><h2>{escape(title)}</h2>{''.join(parts)}</section>"
+
+
+def _note(text: str) -> str:
+    return f'<p class="note">{escape(text)}</p>'
+
+
+def _charts(charts: Sequence[str], otherwise: str) -> str:
+    """Charts beside each other, or a note if there are none."""
+    return f'<div class="grid2">{"".join(f"<div>{c}</div>" for c in charts)}</div>' if charts else _note(otherwise)
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]], *, numbers: Sequence[int] = ()) -> str:
+    """Cells are HTML already."""
+    def cell(tag: str, i: int, content: str) -> str:
+        return f'<{tag}{" class=num" if i in numbers else ""}>{content}</{tag}>'
+
+    lines = ["".join(cell("td", i, c) for i, c in enumerate(row)) for row in rows]
+    return ("<table><tr>" + "".join(cell("th", i, escape(h)) for i, h in enumerate(head)) + "</tr>"
+            + "".join(f"<tr>{line}</tr>" for line in lines) + "</table>")
+
+
+def _subtitle(files: RunFiles) -> str:
+    name = files.setting("model.model") or lookup(files.config, "base_model", "name") or "unknown model"
+    return escape(f"{name} · rank {files.setting('optim.rank') or '?'} · run {files.path.resolve().name}")
+
+
+def _tiles(files: RunFiles) -> str:
+    done, planned = files.num_steps(), files.setting("optim.steps")
+    shown = [("Steps", f"{done} of {planned}" if planned else str(done))]
+    if target := files.evaluation.get("target"):
+        shown.append((f"Videos that show “{files.evaluation.get('concept', 'the concept')}”",
+                      f"{target['before']:.0%} → {target['after']:.0%}"))
+    losses = [r["loss"] for r in files.records if "loss" in r]
+    if losses:
+        shown.append(("Loss, median of the last 20 steps", number(median(losses[-20:]))))
+    seconds = [r["seconds"] for r in files.records[3:] if "seconds" in r]
+    if seconds:
+        shown.append(("Seconds a step, median", f"{median(seconds):.3g}"))
+    if measured := _measured_peak(files):
+        shown.append((f"Peak memory, measured ({measured[0]})", f"{measured[1] / _GIB:.2f} GiB"))
+    if predicted := files.memory.get("predicted", {}).get("peak_bytes"):
+        shown.append(("Peak memory, predicted", f"{predicted / _GIB:.2f} GiB"))
+    return '<div class="tiles">' + "".join(
+        f"<div><span>{escape(label)}</span><b>{escape(value)}</b></div>" for label, value in shown) + "</div>"
+
+
+def _findings(files: RunFiles) -> str:
+    found, checked = files.findings.get("findings", []), files.findings.get("checked", [])
+    if not files.findings:
+        return _section("Findings", _note("This run has no findings.json: nothing was checked."))
+    severe = [f for f in found if f.get("severity") != "expected"]
+    parts = [] if severe else ['<p class="good">● Healthy.</p>']
+    if found:
+        parts.append(_table(("Finding", "Where", "Evidence", "Cause", "Fix"), [
+            (f'<b class="{escape(str(f.get("severity")))}">{escape(str(f.get("code")))}</b><br>'
+             f'{escape(str(f.get("severity")))}', escape(_where(f)), escape(_evidence(f.get("evidence") or {})),
+             escape(str(f.get("cause", ""))), f"<code>{escape(str(f.get('fix', '')))}</code>") for f in found]))
+    if checked:
+        items = "".join(f"<li>{escape(str(c))}</li>" for c in checked)
+        parts.append(f"<details><summary>What was checked ({len(checked)})</summary><ul>{items}</ul></details>")
+    return _section("Findings", *parts)
+
+
+def _where(finding: Mapping[str, Any]) -> str:
+    block = finding.get("block")
+    parts = (finding.get("phase"), f"block {block}" if block is not None else None, finding.get("module"))
+    return ", ".join(str(part) for part in parts if part)
+
+
+def _evidence(evidence: Mapping[str, Any]) -> str:
+    return ", ".join(f"{k.replace('_', ' ')} {number(v) if isinstance(v, float) else v}" for k, v in evidence.items())
+
+
+def _evaluation(files: RunFiles) -> str:
+    result = files.evaluation
+    if "target" not in result:
+        return _section("Is it gone, and is the rest still there?",
+                        _note("Not measured. On the bundled model: python run.py evaluate RUN"))
+    synonyms = result.get("synonyms", {})
+    rows = [(f"<b>{escape(str(result['target'].get('name')))}</b>", "target", result["target"])]
+    if synonyms:
+        rows.append((f"<b>{escape(', '.join(synonyms.get('names', [])))}</b>", "synonyms", synonyms))
+    rows += [(escape(str(r.get("name"))), escape(str(r.get("kind"))), r) for r in result.get("preserved", [])]
+    table = _table(("", "kind", "videos", "before", "after", "95 %", "before ○   after ●   0 to 100 %"), [
+        (name, kind, str(row["num_videos"]), f"{row['before']:.1%}", f"{row['after']:.1%}",
+         "{:.1%} to {:.1%}".format(*row["after_interval"]),
+         interval(row["before"], row["after"], *row["after_interval"]))
+        for name, kind, row in rows], numbers=(2, 3, 4, 5))
+    rest = []
+    if motion := result.get("motion"):
+        rest.append(f"Motion a video: {motion['before']:.1f} pixels before, {motion['after']:.1f} after.")
+    if "preserved_rms" in result.get("distance", {}):
+        rest.append(f"Preserved videos moved by {result['distance']['preserved_rms']:.3f} (RMS of 0..1).")
+    return _section("Is it gone, and is the rest still there?",
+                    _note("Share of videos that show what their prompt says, from the same noise without and with the "
+                          "eraser."), table, _note(" ".join(rest)))
+
+
+def _pictures(files: RunFiles) -> str:
+    ends = dict.fromkeys(files.samples[:1] + files.samples[-1:])
+    chosen = [(f"Sample at step {int(path.stem.removeprefix('step-'))}", path) for path in ends]
+    if (sheet := files.path / "before-after.png").exists():
+        chosen.insert(0, ("Before and after, from the same noise", sheet))
+    figures = [figure for caption, path in chosen if (figure := _figure(caption, path))]
+    return _section("Samples", _charts(figures, "No samples in this run directory."))
+
+
+def _figure(caption: str, path: Path) -> str:
+    try:
+        data = path.read_bytes()
+    except OSError as e:
+        logger.warning("%s: left out of the report (%s)", path, e.strerror)
+        return ""
+    if not data.startswith(b"\x89PNG\r\n\x1a\n") or len(data) > _MAX_PICTURE:
+        logger.warning("%s: left out of the report (no PNG, or over %d MiB)", path, _MAX_PICTURE // 2**20)
+        return ""
+    return (f'<figure><figcaption>{escape(caption)}</figcaption><img alt="{escape(caption)}" '
+            f'src="data:image/png;base64,{base64.b64encode(data).decode()}"></figure>')
+
+
+def _losses(files: RunFiles) -> str:
+    charts = [line_chart(label, points) for key, label in _CURVES.items() if (points := files.series(key))]
+    return _section("Losses", _charts(charts, "No records."))
+
+
+def _norms(files: RunFiles) -> str:
+    maps = []
+    for key, label in _NORMS.items():
+        measured = [(r["step"], r["blocks"][key]) for r in files.records if r.get("blocks", {}).get(key)]
+        if measured:
+            maps.append(heat_map(label, [step for step, _ in measured], [norms for _, norms in measured]))
+    return _section("Norms by block over time", *maps or [_note("No norms by block in the records.")],
+                    _note("First block at the bottom, last at the top. Red is zero, magenta is not finite.") if maps else "")
+
+
+def _time(files: RunFiles) -> str:
+    splits = [r["phase_seconds"] for r in files.records if r.get("phase_seconds")][3:]
+    charts = []
+    if splits:
+        names = dict.fromkeys(name for s in splits for name in s)
+        charts.append(share_bar("Share of a step, without the first three",
+                                {name: sum(s.get(name, 0.0) for s in splits) for name in names}))
+    if points := files.series("seconds"):
+        charts.append(line_chart("Seconds a step", points, unit="s"))
+    return _section("Step time", _charts(charts, "No records."))
+
+
+def _measured_peak(files: RunFiles) -> tuple[str, float] | None:
+    """(what was measured, bytes): on a card what was allocated at most, otherwise the process."""
+    by_phase = files.measured_peaks()
+    if by_phase:
+        return "allocated", max(by_phase.values())
+    for key, label in (("reserved_bytes", "reserved"), ("process_bytes", "process")):
+        if points := files.series("memory", key):
+            return label, max(value for _, value in points)
+    return None
+
+
+def _memory(files: RunFiles) -> str:
+    predicted, parts, charts = files.memory.get("predicted", {}), [], []
+    if timeline := predicted.get("timeline"):
+        parts.append(stacked_area("One step by category, predicted",
+                                  [dict(zip(predicted["categories"], values)) for _, values in timeline],
+                                  [phase for phase, _ in timeline]))
+    rows: dict[str, dict[str, float]] = {}
+    for label, peaks in (("predicted", predicted.get("peak_bytes_by_phase", {})),
+                         ("measured", files.measured_peaks())):
+        for phase, value in peaks.items():
+            rows.setdefault(phase, {})[label] = value / _GIB
+    if rows:
+        charts.append(bars("Peak by phase, predicted and measured", rows, unit="GiB"))
+    for key, label in (("allocated_bytes", "Allocated"), ("reserved_bytes", "Reserved"),
+                       ("device_used_bytes", "Whole device"), ("process_bytes", "Host memory of the process")):
+        if points := files.series("memory", key):
+            charts.append(line_chart(f"{label}, measured", [(x, y / _GIB) for x, y in points], unit="GiB", zero=True))
+    parts.append(_charts(charts, "Nothing was measured."))
+    if not predicted:
+        parts.append(_note("No prediction is stored with this run."))
+    return _section("Memory", *parts)
+
+
+def _settings(files: RunFiles) -> str:
+    config, origins = files.config.get("config", {}), files.config.get("origins", {})
+    if not config:
+        return _section("Settings", _note("config.json is missing or damaged."))
+    defaults = leaves(TrainConfig())
+    rows = []
+    for section, values in config.items():
+        for name, value in values.items() if isinstance(values, dict) else ():
+            path = f"{section}.{name}"
+            origin = origins.get(path, "default")
+            known = path in defaults and json.dumps(value) == json.dumps(defaults[path], default=str)
+            rows.append(f'<tr{"" if known else " class=set"}><td><code>{escape(path)}</code></td>'
+                        f"<td><code>{escape(json.dumps(value, ensure_ascii=False))}</code></td>"
+                        f"<td>{escape(str(origin))}</td></tr>")
+    facts = {k: v for k, v in files.config.items() if k not in ("config", "origins")}
+    return _section("Settings", "<table><tr><th>setting</th><th>value</th><th>from</th></tr>", *rows, "</table>",
+                    _note("Bold: not the default."),
+                    f"<details><summary>Facts about the run</summary><pre><code>"
+                    f"{escape(json.dumps(facts, indent=2, ensure_ascii=False))}</code></pre></details>")

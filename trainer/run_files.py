@@ -1,0 +1,85 @@
+"""What a run directory holds, read with patience: parts that are missing or damaged are empty.
+
+config.json           settings, where each came from, the base model
+metrics.jsonl         losses, norms, step time, memory, one record a step
+findings.json         {"findings": [...], "checked": [...]}
+evaluation.json       before and after, with intervals; before-after.png beside it
+samples/step-*.png    pictures on the way
+memory.json           {"predicted": {"peak_bytes", "peak_bytes_by_phase": {phase: bytes}, "categories": [name, ...],
+                      "timeline": [[phase, [bytes of each category]], ...]}}: one step, in order
+"""
+
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from trainer.errors import CheckpointError
+from trainer.metrics import METRICS, read_metrics
+
+MEMORY = "memory.json"
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class RunFiles:
+    """What is there of a run."""
+
+    path: Path
+    config: dict[str, Any] = field(default_factory=dict)
+    records: list[dict[str, Any]] = field(default_factory=list)
+    findings: dict[str, Any] = field(default_factory=dict)
+    evaluation: dict[str, Any] = field(default_factory=dict)
+    memory: dict[str, Any] = field(default_factory=dict)
+    samples: list[Path] = field(default_factory=list)
+
+    @classmethod
+    def read(cls, run: Path) -> "RunFiles":
+        """Raises CheckpointError if `run` holds neither settings nor metrics."""
+        if not (run / "config.json").exists() and not (run / METRICS).exists():
+            raise CheckpointError(f"{run}: not a run directory (neither config.json nor {METRICS} is in it)")
+        return cls(run, _json(run / "config.json"), read_metrics(run), _json(run / "findings.json"),
+                   _json(run / "evaluation.json"), _json(run / MEMORY),
+                   sorted((run / "samples").glob("step-[0-9]*[0-9].png")))
+
+    def setting(self, path: str) -> Any:
+        """A setting by dotted path, or None."""
+        return lookup(self.config, "config", *path.split("."))
+
+    def num_steps(self) -> int:
+        """Finished steps."""
+        return self.records[-1].get("step", -1) + 1 if self.records else 0
+
+    def series(self, *keys: str) -> list[tuple[float, float]]:
+        """(step, value) of a number that records hold, possibly inside of dicts."""
+        found = ((record.get("step"), lookup(record, *keys)) for record in self.records)
+        return [(step, float(value)) for step, value in found if step is not None and isinstance(value, int | float)]
+
+    def measured_peaks(self) -> dict[str, float]:
+        """Bytes by phase, the highest of all steps."""
+        peaks: dict[str, float] = {}
+        for record in self.records:
+            for phase, value in (record.get("peak_bytes_by_phase") or {}).items():
+                peaks[phase] = max(value, peaks.get(phase, 0.0))
+        return peaks
+
+
+def lookup(value: Any, *keys: str) -> Any:
+    """What nested dicts hold under keys, or None."""
+    for key in keys:
+        value = value.get(key) if isinstance(value, Mapping) else None
+    return value
+
+
+def _json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; empty if there is none."""
+    if not path.exists():
+        return {}
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError) as e:
+        logger.warning("%s: left out of the report (%s)", path, e)
+        return {}
+    return content if isinstance(content, dict) else {}
