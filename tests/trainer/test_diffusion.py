@@ -1,0 +1,95 @@
+"""Sampling is diffusers' own loop, whatever the guidance mode."""
+
+import pytest
+import torch
+from diffusers import CogVideoXDDIMScheduler, CogVideoXDPMScheduler
+
+from trainer.diffusion import Sampler, sample
+from trainer.shapes.pretrain import SCHEDULER
+
+SHAPE = (2, 3, 4, 4, 4)
+TEXT, EMPTY = torch.ones(2, 6, 8), torch.zeros(2, 6, 8)
+
+
+class Predict:
+    """A cheap stand-in for a transformer that depends on all its inputs and counts its rows."""
+
+    def __init__(self):
+        self.rows = []
+
+    def __call__(self, latents, timestep, text):
+        self.rows.append(len(latents))
+        return torch.tanh(latents * (1 + timestep.view(-1, 1, 1, 1, 1) / 1000)) + text.mean((1, 2)).view(-1, 1, 1, 1, 1)
+
+
+def _dice():
+    return [torch.Generator().manual_seed(s) for s in (5, 6)]
+
+
+def _expected(kind, scale):
+    scheduler, predict, dice = kind(**SCHEDULER), Predict(), _dice()
+    scheduler.set_timesteps(4)
+    x, old = torch.randn(SHAPE, generator=torch.Generator().manual_seed(1)), None
+    for i, t in enumerate(scheduler.timesteps):
+        c, u = predict(x, t.expand(2), TEXT), predict(x, t.expand(2), EMPTY)
+        v = u + scale * (c - u)
+        if kind is CogVideoXDDIMScheduler:
+            x = scheduler.step(v, t, x, return_dict=False)[0]
+        else:
+            x, old = scheduler.step(v, old, t, scheduler.timesteps[i - 1] if i else None, x, generator=dice,
+                                    return_dict=False)
+    return x
+
+
+def _ours(kind, scale, mode, **more):
+    predict = Predict()
+    noise = torch.randn(SHAPE, generator=torch.Generator().manual_seed(1))
+    empty = None if scale == 1.0 else EMPTY
+    return sample(predict, kind(**SCHEDULER), noise, TEXT, empty, num_steps=4, guidance_scale=scale, guidance=mode,
+                  generator=_dice(), **more), predict.rows
+
+
+@pytest.mark.parametrize("kind", [CogVideoXDDIMScheduler, CogVideoXDPMScheduler])
+@pytest.mark.parametrize("scale, mode, rows", [(4.0, "batched", [4] * 4), (4.0, "sequential", [2] * 8),
+                                               (1.0, "batched", [2] * 4), (1.0, "sequential", [2] * 4)])
+def test_sampling_equals_a_hand_written_loop(kind, scale, mode, rows):
+    latents, seen = _ours(kind, scale, mode)
+    torch.testing.assert_close(latents, _expected(kind, scale), rtol=0, atol=1e-6)
+    assert seen == rows
+
+
+def test_check_runs_before_every_step_and_may_stop():
+    class Stop(Exception):
+        pass
+
+    seen = []
+
+    def check(index):
+        seen.append(index)
+        if index == 2:
+            raise Stop
+
+    with pytest.raises(Stop):
+        _ours(CogVideoXDDIMScheduler, 1.0, "batched", check=check)
+    assert seen == [0, 1, 2]
+
+
+def test_dpm_forgets_the_former_sample():
+    """The second use of a sampler must not begin with the first one's estimate."""
+    noise, v = torch.randn(SHAPE), torch.randn(SHAPE)
+    results = []
+    sampler = Sampler(CogVideoXDPMScheduler(**SCHEDULER), 4)
+    for _ in range(2):
+        x = noise
+        for index in range(4):
+            x = sampler.step(v, index, x, _dice())
+        results.append(x)
+    assert torch.equal(*results)
+
+
+def test_latents_keep_their_dtype():
+    sampler = Sampler(CogVideoXDPMScheduler(**SCHEDULER), 4)
+    x = torch.randn(SHAPE).bfloat16()
+    for index in range(4):
+        x = sampler.step(torch.randn(SHAPE), index, x, _dice())
+        assert x.dtype == torch.bfloat16
