@@ -7,7 +7,7 @@ import dataclasses
 import itertools
 import json
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -142,6 +142,10 @@ def _adapter(subject: Subject, block: int) -> nn.Module:
     return subject.assembly.erasers.adapters[block]
 
 
+def _filled(parameter: nn.Parameter, value: float) -> None:
+    parameter.data.fill_(value)
+
+
 def _changed_output(module: nn.Module, change: Callable[[torch.Tensor], torch.Tensor], stack: ExitStack) -> None:
     forward = module.forward
     stack.enter_context(patch.object(module, "forward", lambda *args: change(forward(*args))))
@@ -157,7 +161,7 @@ def wipe_attention(block: int) -> Inject:
 
 
 def wipe_feed_forward(block: int) -> Inject:
-    return lambda subject, stack: subject.assembly.blocks[block].ff.net[2].weight.data.zero_() and None
+    return lambda subject, stack: _filled(subject.assembly.blocks[block].ff.net[2].weight, 0.0)
 
 
 def half_adapters(subject: Subject, stack: ExitStack) -> Subject:
@@ -289,7 +293,7 @@ def bad_flow(block: int, value: float) -> Inject:
 
 
 def dead_gelu(block: int) -> Inject:
-    return lambda subject, stack: _adapter(subject, block).down.bias.data.fill_(-100.0) and None
+    return lambda subject, stack: _filled(_adapter(subject, block).down.bias, -100.0)
 
 
 def underflow(subject: Subject, stack: ExitStack) -> Subject:
@@ -320,7 +324,7 @@ def swallow(block: int) -> Inject:
 
 
 def run_away(block: int) -> Inject:
-    return lambda subject, stack: _adapter(subject, block).up.weight.data.fill_(3e38) and None
+    return lambda subject, stack: _filled(_adapter(subject, block).up.weight, 3e38)
 
 
 def no_optimizer_step(subject: Subject, stack: ExitStack) -> None:
@@ -341,7 +345,10 @@ def closed_gate(block: int) -> Inject:
 
 
 def freeze(block: int) -> Inject:
-    return lambda subject, stack: _adapter(subject, block).requires_grad_(False) and None
+    def inject(subject, stack):
+        _adapter(subject, block).requires_grad_(False)
+
+    return inject
 
 
 # Damage to files, before anything is loaded: a function of the settings.
@@ -384,8 +391,9 @@ HALF = dict(memory__dtype="float16", model__force_dtype=True)
 DELTA = dict(loss__alpha=0.0, loss__beta=0.0)
 
 
-def _each(name: str, code: str, make: Callable[[int], Inject], **more: Any) -> Iterator[Fault]:
-    return (Fault(name=f"{name}, block {k}", code=code, block=k, inject=make(k), **more) for k in range(NUM_BLOCKS))
+def _each(name: str, code: str, make: Callable[[int], Inject], blocks: Iterable[int] = range(NUM_BLOCKS),
+          **more: Any) -> Iterator[Fault]:
+    return (Fault(name=f"{name}, block {k}", code=code, block=k, inject=make(k), **more) for k in blocks)
 
 
 FAULTS: tuple[Fault, ...] = (
@@ -417,7 +425,8 @@ FAULTS: tuple[Fault, ...] = (
     *_each("NaN in one weight", "non-finite-weight", nan_in_weight, at=(0, 2)),
     *_each("NaN in one gradient", "non-finite-gradient", nan_in_gradient, at=(0, 2)),
     *_each("NaN in one gradient, fp16 with a scaler", "non-finite-gradient", nan_in_gradient, pipeline="fp16"),
-    *_each("infinite flow back out of attention", "non-finite-gradient", lambda k: bad_flow(k, float("inf")), at=(0, 2)),
+    *_each("infinite flow back out of attention", "non-finite-gradient", lambda k: bad_flow(k, float("inf")), (1, 2),
+           at=(0, 2)),  # nothing that flows back beyond block 0 reaches an eraser
     *_each("NaN in the student alone", "non-finite-activation", nan_in_student, at=(0, 2)),
     *_each("loss swallowed to 0", "swallowed-loss", swallow, at=(0, 2)),
     *_each("dead GELU", "dead-gelu", dead_gelu, at=(0, 2)),

@@ -80,7 +80,7 @@ CODES: dict[str, Code] = {
                                     "latents = scheduler.step(velocity, t, latents).prev_sample after every teacher prediction"),
     "nothing-to-learn": Code("warning", "the teacher predicts the same with the concept as without: the target is what the model does already",
                              "use prompts that name the concept, safe prompts that differ from them, and --eta above 0"),
-    "non-finite-target": Code("fatal", "the teacher's predictions are finite and the target made of them is not", "--eta 5"),
+    "non-finite-target": Code("fatal", "the teacher's predictions are finite, and the target made of them leaves float32's range, itself or squared", "--eta 5"),
     "swallowed-loss": Code("fatal", "the loss is exactly 0 though prediction and target differ: something replaced a NaN",
                            "remove nan_to_num and the like between the prediction and the loss; never replace a NaN"),
     "non-finite-loss": Code("fatal", "predictions are finite and the loss is not", "--dtype float32; compute the loss in float32"),

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from trainer.errors import InputOutputError
 from trainer.findings import Bill, Finding, finding
-from trainer.inspection import Fingerprint, Subject
+from trainer.inspection import Fingerprint, Subject, adapter_findings
 from trainer.preflight import Preflight
 from trainer.tracing import in_backward, scale_collapsed, trace
 
@@ -84,8 +84,9 @@ class Health:
         Raises Unhealthy if the step before was not sound; this one is then not applied either.
         """
         self.flush()
+        self._check_parameters(step)
         parameters = self.erasers.parameters()
-        gradients = torch._foreach_norm([self._zero if p.grad is None else p.grad for p in parameters])
+        gradients = torch._foreach_norm([p.grad for p in parameters])
         total = torch.linalg.vector_norm(torch.stack(gradients))
         head = torch.stack([*terms.values(), total, self._teacher, self._student])
         if self.subject.config.optim.clip:
@@ -140,6 +141,18 @@ class Health:
         self._write()
         self.bill.raise_if_fatal("after training")
 
+    def _check_parameters(self, step: int) -> None:
+        """What the host knows without the device: who owns which parameter, and whether a gradient came at all."""
+        found = list(adapter_findings(self.subject))
+        without = [name for name, p in self.erasers.named_parameters() if p.grad is None]
+        if without and not found:
+            found = [finding("detached-eraser", "backward", block=int(without[0].split(".")[0]), step=step,
+                             module=self.subject.adapter_name(without[0]), num_parameters=len(without))]
+        if found:
+            self.bill = self.bill.with_findings(found)
+            self._write()
+            self.bill.raise_if_fatal(f"step {step} (no weight was changed)")
+
     def _may_skip(self, record: dict[str, Any]) -> bool:
         """Whether only the loss scale was too high, and not too often."""
         predictions = record["prediction_norms"].values()
@@ -160,8 +173,8 @@ class Health:
             code = "non-finite-gradient" if math.isfinite(record["loss"]) and blocks else "non-finite-loss"
             return finding(code, "training", block=blocks[-1] if blocks else None, loss=record["loss"],
                            gradient_norm=record["gradient_norm"], second_pass="finite")
-        if record["loss"] == 0:
-            return finding("swallowed-loss", found.phase, block=found.block, module=found.module, loss=0.0,
+        if record["unlearn"] == 0:
+            return finding("swallowed-loss", found.phase, block=found.block, module=found.module, unlearn=0.0,
                            behind_it=found.code)
         return found
 

@@ -6,7 +6,7 @@ would only repeat it.
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -22,7 +22,6 @@ from trainer.tracing import in_backward, scale_collapsed, trace
 TRIAL_LR = 1e-2  # large enough that a step shows in a 16-bit output
 LARGEST_LR_SHARE = 0.5  # of the weights' root mean square
 LARGEST_PUSH, LARGEST_ETA = 30.0, 50.0  # ‖target - v‖ / ‖v‖; published η are 5 and 7
-UNDERFLOW_FACTOR = 1024.0
 
 CHECKED = (
     "frozen weights: finite, none constant or zero; checksum kept",
@@ -44,6 +43,7 @@ class _Watch:
     def __init__(self, subject: Subject):
         self.subject, self.erasers = subject, subject.assembly.erasers
         self.spread: dict[int, Tensor] = {}  # teacher: largest range over tokens of any channel of the attention output
+        self.output: dict[int, Tensor] = {}  # student: largest |output| of the eraser
         self.alive: dict[int, Tensor] = {}  # student: largest |GELU output| of the eraser
         self.calls: Counter[tuple[str, int]] = Counter()
         self.attention_calls: Counter[tuple[str, int]] = Counter()
@@ -106,8 +106,10 @@ class _Watch:
 
     def _after_adapter(self, index: int):
         def after(adapter: nn.Module, args: tuple, output: Tensor) -> None:
-            if self._phase() == "student" and torch.is_grad_enabled() and not output.requires_grad:
-                self.detached.append(index)
+            if self._phase() == "student":
+                self.output[index] = output.detach().abs().max()
+                if torch.is_grad_enabled() and not output.requires_grad:
+                    self.detached.append(index)
 
         return after
 
@@ -217,13 +219,14 @@ class Preflight:
         """Are predictions, loss and gradients finite and what they should be?"""
         if self.failure:  # that no check could explain
             raise self.failure
-        sample, loss = self.sample, self.terms.get("loss", math.nan)
+        sample, loss = self.sample, self.terms["loss"]
         own = (self.on - sample.target).square().mean().item()
         finite = _finite([self.off, self.on, sample.target, torch.tensor(list(self.terms.values()))])
-        if loss == 0 and own != 0:
-            cause = None if finite else trace(self.subject, 0)
+        acting = [i for i, size in self.watch.output.items() if size > 0]
+        if self.terms["unlearn"] == 0 and own != 0:
+            cause = trace(self.subject, 0)
             yield finding("swallowed-loss", "student", block=cause and cause.block, module=cause and cause.module,
-                          loss=loss, own_computation=own)
+                          unlearn=0.0, own_computation=own, behind_it=cause and cause.code)
         elif not finite or not _finite(self.gradients.values()):
             found = trace(self.subject, 0, scale=self.scale)
             if self.scale < 1 and (found is None or scale_collapsed(found)):
@@ -232,7 +235,8 @@ class Preflight:
         elif own == 0:
             yield finding("nothing-to-learn", "teacher", loss=loss, eta=self.subject.config.loss.eta)
         elif not torch.equal(self.on, self.off):
-            yield finding("untrained-eraser-acts", "student", difference=(self.on - self.off).abs().max().item())
+            yield from _first("untrained-eraser-acts", "student", acting or [None],
+                              difference=(self.on - self.off).abs().max().item())
 
     def _gradients(self) -> Iterator[Finding]:
         """Do gradients reach every eraser?"""
@@ -242,18 +246,29 @@ class Preflight:
         yield from _first("dead-gelu", "student", [i for i in dead if self.watch.alive[i] < 1e-6],
                           largest_unit=self.watch.alive[dead[0]].item() if dead else 0.0)
         zero = [i for i in blocks if norms[f"{i}.up.bias"] == 0 == norms[f"{i}.up.weight"]]
-        own = (self.on - self.sample.target).square().mean().item()
-        if self.subject.assembly.dtype == torch.float16 and own > 0 and (zero or not self.subject.scaler.is_enabled()):
-            larger = self._backward(self.scale * UNDERFLOW_FACTOR)
-            before, after = (float(torch.stack([g.float().norm() for g in gs]).norm()) for gs in (self.gradients.values(), larger.values()))
-            if torch.isfinite(torch.tensor(after)) and before < after / 2:
-                yield finding("gradient-underflow", "backward", block=zero[-1] if zero else None, loss_scale=self.scale,
-                              gradient_norm=before, with_1024_times_the_scale=after)
+        learning = not torch.equal(self.on, self.sample.target)
+        if self.subject.assembly.dtype == torch.float16 and learning and (zero or not self.subject.scaler.is_enabled()):
+            found = self._underflow(zero)
+            if found:
+                yield found
                 return
-        if own > 0:
+        if learning:
             yield from _first("zero-gradient", "backward", zero, of_blocks=len(blocks))
-        if all(norms[f"{i}.down.weight"] == 0 for i in blocks):
+        if not zero and all(norms[f"{i}.down.weight"] == 0 for i in blocks):
             yield finding("zero-down-gradient", "backward", up_gradient_norm=norms["0.up.weight"], down_gradient_norm=0.0)
+
+    def _underflow(self, zero: list[int]) -> Finding | None:
+        """An experiment: does a larger loss scale bring gradients back?"""
+        before = best = _norm(self.gradients.values())
+        factor = 1.0
+        for exponent in (10, 20, 30):
+            norm = _norm(self._backward(self.scale * 2.0 ** exponent).values())
+            if math.isfinite(norm) and norm > best:
+                best, factor = norm, 2.0 ** exponent
+        if before >= best / 2:
+            return None
+        return finding("gradient-underflow", "backward", block=zero[-1] if len(zero) < len(self.erasers.adapters) and zero else None,
+                       loss_scale=self.scale, gradient_norm=before, larger_by=factor, gradient_norm_then=best)
 
     def _trial(self) -> Iterator[Finding]:
         """One optimizer step, taken back afterwards: do weights move, and does the output follow?"""
@@ -285,11 +300,15 @@ class Preflight:
             yield finding("no-op-adapter", "student", output_difference=0.0)
 
 
-def _first(code: str, phase: str, blocks: Sequence[int], **evidence: Any) -> Iterator[Finding]:
+def _first(code: str, phase: str, blocks: Sequence[int | None], **evidence: Any) -> Iterator[Finding]:
     """One finding for all blocks concerned, at the first."""
     if blocks:
-        yield finding(code, phase, block=blocks[0], module=f"transformer_blocks.{blocks[0]}.attn1.adapter",
-                      num_blocks=len(blocks), **evidence)
+        module = None if blocks[0] is None else f"transformer_blocks.{blocks[0]}.attn1.adapter"
+        yield finding(code, phase, block=blocks[0], module=module, num_blocks=len(blocks), **evidence)
+
+
+def _norm(gradients: Iterable[Tensor | None]) -> float:
+    return math.hypot(*values([g.norm() for g in gradients if g is not None]))
 
 
 def _finite(tensors) -> bool:
