@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from memory.offload import place
 from trainer.errors import UsageError
 
 
@@ -85,7 +86,8 @@ class Erasers:
                 self.adapters.append(AdapterEraser(attention.to_v.weight.shape[-1], rank))
         self._handles = []
         for index, (attention, adapter) in enumerate(zip(self.attentions, self.adapters)):
-            attention.adapter = adapter.to(device)
+            place(adapter, device)
+            attention.adapter = adapter
             self._handles.append(attention.register_forward_hook(self._hook(index)))
 
     def _hook(self, index: int):

@@ -48,10 +48,10 @@ class CogVideoX:
         self.spatial_ratio = 2 ** (len(levels) - 1)
         self.temporal_ratio = int(self._vae_config.get("temporal_compression_ratio", 4))
 
-    def _build_transformer(self) -> nn.Module:
+    def _build_transformer(self, **changes: Any) -> nn.Module:
         from diffusers import CogVideoXTransformer3DModel
 
-        return CogVideoXTransformer3DModel.from_config(self._config)
+        return CogVideoXTransformer3DModel.from_config(self._config | changes)
 
     def identity(self) -> dict[str, str]:
         text = json.dumps({k: v for k, v in sorted(self._meta.config.items()) if not k.startswith("_")}, default=str)
@@ -99,9 +99,19 @@ class CogVideoX:
             randomise(model, seed=self.seed, dtype=dtype, device=device)
         else:
             assign(model, self.directory / "transformer", dtype=dtype, device=device)
-        if "pos_embedding" in model.patch_embed._non_persistent_buffers_set:  # sin-cos is computed, not stored
-            self._set_positions(model, model.patch_embed.sample_height, model.patch_embed.sample_width,
-                                model.patch_embed.sample_frames, dtype, device)
+        return self._with_positions(model, dtype, device)
+
+    def fake_transformer(self, *, dtype: torch.dtype, num_blocks: int | None = None) -> nn.Module:
+        """The transformer without data, for use under FakeTensorMode; `num_blocks`: a shorter one."""
+        with torch.device("meta"):
+            model = self._build_transformer(num_layers=num_blocks or self.num_blocks)
+        return self._with_positions(randomise(model, seed=0, dtype=dtype), dtype, "cpu")
+
+    def _with_positions(self, model: nn.Module, dtype: torch.dtype, device: torch.device | str) -> nn.Module:
+        """Sin-cos positions are computed, not stored: a model built on meta lacks them."""
+        embed = model.patch_embed
+        if "pos_embedding" in embed._non_persistent_buffers_set:
+            self._set_positions(model, embed.sample_height, embed.sample_width, embed.sample_frames, dtype, device)
         return model
 
     def _set_positions(self, model: nn.Module, height: int, width: int, frames: int, dtype: torch.dtype,
