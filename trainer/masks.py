@@ -16,6 +16,8 @@ from trainer.backbones.cogvideox import CogVideoX
 from trainer.errors import UsageError
 from trainer.prompts import PromptSet
 
+_CHUNK_BYTES = 16 * 2**20
+
 
 def attention_with_lse(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """softmax(q kᵀ / sqrt(d)) v and the log-sum-exp of each row, q k v (B, A, S, d) -> (B, A, S, d), (B, A, S) fp32.
@@ -73,14 +75,16 @@ def concept_map(q: Tensor, k: Tensor, lse: Tensor, columns: Sequence[Tensor]) ->
     """Attention that each video token pays to the concept's columns: mean over heads, sum over columns.
 
     q (B, A, N, d) video queries, k (B, A, L, d) text keys, lse (B, A, N), columns B times (K,) int64 -> (B, N) fp32.
-    Holds K columns of one sample and one head at a time.
+    Holds K columns of one sample and a few heads at a time.
     """
-    result = torch.zeros(q.shape[0], q.shape[2], dtype=torch.float32, device=q.device)
+    num_heads, num_tokens, width = q.shape[1:]
+    step = max(1, _CHUNK_BYTES // (4 * num_tokens * width))  # heads whose fp32 queries are held at a time
+    result = torch.zeros(q.shape[0], num_tokens, dtype=torch.float32, device=q.device)
     for b in range(q.shape[0]):
-        picked = k[b].index_select(1, columns[b]).float()  # (A, K, d)
-        for a in range(q.shape[1]):
-            scores = q[b, a].float() @ picked[a].T * q.shape[-1] ** -0.5  # (N, K)
-            result[b] += (scores - lse[b, a].float().unsqueeze(-1)).exp().sum(-1)
+        picked = k[b].index_select(1, columns[b]).float().mT  # (A, d, K)
+        for heads in (slice(a, a + step) for a in range(0, num_heads, step)):
+            scores = q[b, heads].float() @ picked[heads] * width ** -0.5  # (step, N, K)
+            result[b] += (scores - lse[b, heads].float().unsqueeze(-1)).exp().sum((0, 2))
     return result / q.shape[1]
 
 
