@@ -3,6 +3,7 @@
     python -m bench.erasure                  all variants, into bench/results/erasure.json
     python -m bench.erasure --only eta-3     some of them; the others are kept from the file
 
+The picture assets/erasure.png shows the final samples of a few variants side by side.
 Answers the claims *erase* and *preserve*. Every variant differs from the default run of `run.py` in what it names.
 """
 
@@ -45,10 +46,15 @@ class Erasure:
     """Videos a row of each evaluation."""
     out: Path = RESULTS
     """Directory of the result."""
+    assets: Path = RESULTS.parent.parent / "assets"
+    """Directory of the picture."""
 
 
-def measure(name: str, num_videos: int) -> dict[str, Any]:
-    """Train one variant in a temporary directory and evaluate it."""
+PICTURED = ("two-steps", "unlearn-noise", "unlearn-trajectory", "all-trajectory")
+
+
+def measure(name: str, num_videos: int, pictures: Path) -> dict[str, Any]:
+    """Train one variant in a temporary directory and evaluate it; its final samples go to `pictures`/NAME.png."""
     directory = Path(tempfile.mkdtemp())
     try:
         config = replaced(TrainConfig(), SHAPES | VARIANTS[name] | {"output.out": directory / "run"})
@@ -56,6 +62,8 @@ def measure(name: str, num_videos: int) -> dict[str, Any]:
         run_dir = train(config, {})
         trained = time.monotonic()
         result = evaluate(EvaluateConfig(run=run_dir, num_videos=num_videos))
+        if name in PICTURED:
+            shutil.copyfile(max((run_dir / "samples").glob("step-*.png")), pictures / f"{name}.png")
         return {"settings": VARIANTS[name], "train_seconds": trained - started, "evaluation": result}
     finally:
         shutil.rmtree(directory)
@@ -74,14 +82,32 @@ def summary(evaluation: dict[str, Any]) -> dict[str, float]:
     }
 
 
+def side_by_side(pictures: Path, path: Path) -> None:
+    """One PNG of the pictured variants' samples, each under its name."""
+    from PIL import Image, ImageDraw
+
+    sheets = [(name, Image.open(pictures / f"{name}.png")) for name in PICTURED]
+    whole = Image.new("RGB", (sum(s.width for _, s in sheets), 20 + max(s.height for _, s in sheets)), "white")
+    left = 0
+    for name, sheet in sheets:
+        ImageDraw.Draw(whole).text((left + 4, 4), name, fill="black")
+        whole.paste(sheet, (left, 20))
+        left += sheet.width
+    path.parent.mkdir(exist_ok=True)
+    whole.save(path)
+
+
 def main(config: Erasure) -> None:
-    path = config.out / "erasure.json"
+    path, pictures = config.out / "erasure.json", Path(tempfile.mkdtemp())
     variants = json.loads(path.read_text())["variants"] if path.exists() else {}
     for name in config.only or VARIANTS:
-        variants[name] = measure(name, config.num_videos)
+        variants[name] = measure(name, config.num_videos, pictures)
         write_result("erasure", {"variants": {n: variants[n] for n in VARIANTS if n in variants}}, config.out)
         row = summary(variants[name]["evaluation"])
         print(name, "  ".join(f"{k} {v:.3f}" for k, v in row.items()), flush=True)
+    if set(PICTURED) <= {p.stem for p in pictures.iterdir()}:
+        side_by_side(pictures, config.assets / "erasure.png")
+    shutil.rmtree(pictures)
     print(path)
 
 
