@@ -12,6 +12,7 @@ needs them at once. Host memory comes from an arena that is filled in the first 
 
 import functools
 import inspect
+import sys
 import weakref
 from collections.abc import Iterable, Sequence
 
@@ -126,7 +127,7 @@ class _Parked:
 
     def __del__(self):
         # The graph is gone, perhaps without a backward: a load under way must not outlive its memory.
-        if hasattr(self, "buffer"):
+        if hasattr(self, "buffer") and not sys.is_finalizing():
             self._arrive()
             self.parking.arena.give_back(self.buffer)
 
@@ -150,6 +151,7 @@ class _Group:
         while previous is not None and not previous.alive():
             previous = previous._previous()  # a block that parked nothing is not in the way
         self._previous = weakref.ref(previous) if previous is not None else lambda: None
+        self._has_sent = False
         self._parked: list[weakref.ref[_Parked]] = []
         self._by_tensor: dict[tuple, weakref.ref[_Parked]] = {}
 
@@ -177,9 +179,10 @@ class _Group:
         return [parked for reference in self._parked if (parked := reference()) is not None]
 
     def send_for_previous(self) -> None:
-        previous = self._previous()
-        if previous is not None:
-            for parked in previous.alive():
+        if not self._has_sent:
+            self._has_sent = True
+            previous = self._previous()
+            for parked in previous.alive() if previous is not None else ():
                 parked.load()
 
 
@@ -253,7 +256,8 @@ def _parking_forward(handle: ActivationOffload, is_last: bool, pick, inner):
         wanted = pick(args, kwargs)
 
         def packer(tensor):
-            if not wanted(tensor):
+            # Some kernels keep their random state in CPU tensors.
+            if tensor.device != handle.device or not wanted(tensor):
                 return None
             return _Staying(group, tensor) if is_last else group.park(handle, tensor)
 

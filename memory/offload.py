@@ -18,6 +18,7 @@ On the CPU the same code runs with plain copies: slots are real buffers, differe
 
 import dataclasses
 import functools
+import sys
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -102,9 +103,9 @@ class _Ring:
     """The slots, and which block is in which."""
 
     def __init__(self, num_blocks: int, device: torch.device):
-        self.num_blocks, self.lane = num_blocks, Lane(device)
         self.masters: dict[int, _Master] = {}
         self.slots: list[_Slot] = []
+        self.num_blocks, self.lane = num_blocks, Lane(device)
         self.num_loads = self.num_late_loads = self.bytes_loaded = 0
 
     def allocate(self, num_slots: int) -> None:
@@ -112,7 +113,14 @@ class _Ring:
         self.slots = [_Slot(size, self.lane) for _ in range(min(num_slots, len(self.masters)))]
 
     def clear(self) -> None:
+        # A load ahead of use may be under way, and must not write into memory that is something else by then.
+        for slot in self.slots:
+            self.lane.join(slot.loaded)
         self.masters, self.slots = {}, []
+
+    def __del__(self):
+        if not sys.is_finalizing():
+            self.clear()
 
     def acquire(self, index: int, way: str) -> _Slot | None:
         """Get block `index` onto the device for the compute stream, and send for the blocks that come next.

@@ -148,6 +148,19 @@ def test_a_tensor_changed_in_place_between_two_saves_is_two_tensors():
     assert handle.bytes_stored == 2 * 16
 
 
+def test_tensors_of_another_device_stay():
+    class Multiply(nn.Module):
+        def forward(self, hidden, weight):
+            return (hidden * 1) * weight
+
+    blocks = [Multiply(), nn.Identity()]
+    handle = offload_activations(blocks, device="cpu", boundaries=False, kept=True, min_bytes=0)
+    blocks[0](torch.ones(4, device="meta"), torch.ones(4, device="meta", requires_grad=True))
+    assert handle.bytes_stored == 0
+    blocks[0](torch.ones(4), torch.ones(4, requires_grad=True))
+    assert handle.bytes_stored == 16
+
+
 def test_layout_survives_the_trip():
     """Attention's output lies transposed in memory, and the reshape after it is a view only in that layout."""
     saved = torch.arange(24.0).view(2, 3, 4).transpose(1, 2)

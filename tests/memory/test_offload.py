@@ -146,6 +146,18 @@ def test_undo_frees_the_masters():
     assert len({parameter.untyped_storage().data_ptr() for parameter in blocks.parameters()}) == 12
 
 
+def test_a_load_under_way_is_waited_for_before_its_slot_is_freed(monkeypatch):
+    blocks = make_blocks()
+    handle = offload_blocks(blocks, device="cpu")
+    ring, joined = handle._ring, []
+    monkeypatch.setattr(ring.lane, "join", joined.append)
+    for slot in ring.slots:
+        slot.loaded = object()
+    expected = [slot.loaded for slot in ring.slots]
+    handle.undo()
+    assert joined == expected
+
+
 def test_undo_between_forward_and_backward_is_told():
     blocks = make_blocks()
     handle = offload_blocks(blocks, device="cpu")
