@@ -10,6 +10,7 @@ import tyro
 from trainer import config as settings
 from trainer.config import EvaluateConfig, GenerateConfig, TrainConfig
 from trainer.errors import UsageError
+from trainer.projection_config import ForgetConfig, read_forget_config
 
 _FLAT = (tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes)
 
@@ -50,10 +51,19 @@ class ReportCommand:
     """The file to write; RUN/report.html by default."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class ForgetCommand:
+    """Forget a class in the linear layer after a frozen encoder: CLIP's text_projection, or Qwen3-VL's merger."""
+
+    resume: Path | None = None
+    """Go on with the run in this directory, with its settings."""
+    settings: ForgetConfig = field(default_factory=ForgetConfig)
+
+
 def main(argv: Sequence[str]) -> None:
     """Run one command line; raises what goes wrong."""
     commands: dict[str, Callable[[Sequence[str]], None]] = {
-        "train": _train, "generate": _generate, "evaluate": _evaluate, "report": _report, "export": _export}
+        "train": _train, "generate": _generate, "evaluate": _evaluate, "report": _report, "export": _export, "forget": _forget}
     if argv and not argv[0].startswith("-"):
         if argv[0] not in commands:
             raise UsageError(f"there is no command {argv[0]!r}; {', '.join(commands)} are (without one, run.py trains)")
@@ -97,9 +107,13 @@ def resolve(argv: Sequence[str]) -> tuple[TrainConfig, dict[str, str], Path | No
         origins |= dict.fromkeys(values, origin)
     command = _parse(TrainCommand, argv, "", TrainCommand(settings=base))
     final = command.settings
-    given = {word[2:].split("=", 1)[0].removeprefix("no-").replace("-", "_") for word in argv if word.startswith("--")}
-    origins |= {path: "flag" for path in origins if path.split(".")[1] in given}
+    origins |= {path: "flag" for path in origins if path.split(".")[1] in _given(argv)}
     return final, origins, command.resume
+
+
+def _given(argv: Sequence[str]) -> set[str]:
+    """The settings that flags name."""
+    return {word[2:].split("=", 1)[0].removeprefix("no-").replace("-", "_") for word in argv if word.startswith("--")}
 
 
 def _train(argv: Sequence[str]) -> None:
@@ -147,6 +161,20 @@ def _export(argv: Sequence[str]) -> None:
     eraser = load_eraser(command.eraser)
     save_released(command.out, eraser.state, eraser.rank)
     print(command.out)
+
+
+def _forget(argv: Sequence[str]) -> None:
+    resume = _early(argv, "--resume")
+    base = read_forget_config(Path(resume)) if resume else ForgetConfig()
+    command = _parse(ForgetCommand, argv, "forget", ForgetCommand(settings=base))
+    origins = {path: "flag" if path.split(".")[-1] in _given(argv) else f"run {resume}" if resume else "default"
+               for path in settings.leaves(command.settings)}
+    from trainer.projection import forget
+    from trainer.projection_evaluate import EVALUATION, print_forgetting
+
+    run_dir, result = forget(command.settings, origins, resume=command.resume)
+    print_forgetting(result)
+    print(f"lora: {run_dir / 'adapter_model.safetensors'}\nevaluation: {run_dir / EVALUATION}\nrun: {run_dir}")
 
 
 def _positional(argv: Sequence[str], flag: str) -> list[str]:

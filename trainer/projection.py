@@ -1,0 +1,196 @@
+"""Forgetting in a projection: a LoRA on the one linear layer after a frozen encoder, trained on precomputed inputs."""
+
+import logging
+import math
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from memory.optimizers import make_optimizer
+from trainer.assemble import resolve_device
+from trainer.checkpoint import Checkpoint, Saver, latest_checkpoint
+from trainer.config import TrainConfig, as_json, replaced
+from trainer.errors import CheckpointError, Interrupted
+from trainer.findings import Bill, finding
+from trainer.lock import RunLock
+from trainer.lora import Lora, save_lora, save_merged
+from trainer.metrics import MetricsLog
+from trainer.monitor import Monitor, read_process
+from trainer.optimizer_state import export_optimizer, import_optimizer
+from trainer.projection_config import ForgetConfig
+from trainer.projection_encoders import fingerprint
+from trainer.projection_evaluate import evaluate_forgetting
+from trainer.projection_problem import Problem, make_problem, prepare
+from trainer.run_directory import make_run_directory, write_config
+from trainer.signals import StopFlag
+
+logger = logging.getLogger(__name__)
+
+
+class Run:
+    """The moving parts of a run: layer after layer, attempt after attempt, step after step."""
+
+    def __init__(self, problems: Mapping[str, Problem], config: ForgetConfig):
+        self.problems, self.config = list(problems.values()), config
+        self.step = self.layer = self.attempt = self.attempt_step = 0
+        self.best_loss = math.inf
+        self.done: dict[str, tuple[Tensor, Tensor]] = {}  # (A, B), the best of each finished layer
+        self.attempts: list[dict[str, Any]] = []
+        self._begin()
+
+    @property
+    def finished(self) -> bool:
+        return self.layer == len(self.problems)
+
+    @property
+    def lambda_forget(self) -> float:
+        return self.config.lambda_forget + 0.05 * self.attempt
+
+    def _begin(self) -> None:
+        """A fresh LoRA for the current layer and attempt."""
+        self.attempt_step, self.best_loss = 0, math.inf
+        if self.finished:
+            return
+        self.problem = self.problems[self.layer]
+        self.lora = Lora(self.problem.layer, rank=self.config.rank, alpha=self.config.alpha, seed=self.config.seed,
+                         index=self.attempt)
+        self.best = (self.lora.A.detach().clone(), self.lora.B.detach().clone())
+        self.optimizer = make_optimizer(self.lora.parameters(), kind=self.config.memory.optimizer, lr=self.config.lr)
+
+    def advance(self) -> dict[str, Any]:
+        """One full-batch step; returns its record. Raises Unhealthy before anything that is not finite is applied."""
+        terms = self.problem.terms(self.lora.update(), self.lambda_forget, self.config)
+        terms["loss"].backward()
+        gradients = torch.nn.utils.get_total_norm([p.grad for p in self.lora.parameters()])
+        values = torch.stack([*(t.detach() for t in terms.values()), gradients]).tolist()
+        record = {"step": self.step, **dict(zip([*terms, "gradient_norm"], values)), "lr": self.config.lr,
+                  "layer": self.problem.layer.name, "attempt": self.attempt, "lambda_forget": self.lambda_forget}
+        for code, value in (("non-finite-loss", values[0]), ("non-finite-gradient", values[-1])):
+            if not math.isfinite(value):
+                Bill(findings=(finding(code, "training", module=self.problem.layer.name, loss=values[0]),)).raise_if_fatal(
+                    f"step {self.step} (no weight was changed)")
+        if record["loss"] < self.best_loss:  # the loss of the weights as they are now, before they move on
+            self.best_loss = record["loss"]
+            self.best = (self.lora.A.detach().clone(), self.lora.B.detach().clone())
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step, self.attempt_step = self.step + 1, self.attempt_step + 1
+        if self.attempt_step == self.config.steps:
+            self._judge()
+        return record
+
+    def _judge(self) -> None:
+        """Accept the attempt's best weights if the forgotten class came near enough to its target; else try again."""
+        A, B = self.best
+        before, after = self.problem.distance().item(), self.problem.distance(self.lora.scale * (B @ A)).item()
+        fall = 1 - after / before if before > 0 else 0.0
+        accepted = fall >= self.config.acceptance
+        self.attempts.append({"layer": self.problem.layer.name, "lambda_forget": self.lambda_forget, "loss": self.best_loss,
+                              "distance_before": before, "distance_after": after, "fall": fall, "accepted": accepted})
+        if not accepted and self.attempt + 1 < self.config.max_attempts:
+            self.attempt += 1
+        else:
+            if not accepted:
+                logger.warning("%s: the distance to the target fell by %.0f %%, not by %.0f %%, in %d attempts; the last is "
+                               "kept. A higher --lambda-forget or --rank would help", self.problem.layer.name, 100 * fall,
+                               100 * self.config.acceptance, self.config.max_attempts)
+            self.done[self.problem.layer.name] = self.best
+            self.layer, self.attempt = self.layer + 1, 0
+        self._begin()
+
+    def updates(self) -> dict[str, Tensor]:
+        """The finished layers' updates (E, D), on the host."""
+        return {name: (self.config.alpha / self.config.rank * (B @ A)).cpu() for name, (A, B) in self.done.items()}
+
+    def export(self) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+        """(tensors by file, JSON state) for a checkpoint."""
+        tensors = {"done": {f"{name}.{letter}": t for name, pair in self.done.items() for letter, t in zip("AB", pair)}}
+        state = {key: getattr(self, key) for key in ("step", "layer", "attempt", "attempt_step", "attempts")}
+        if not self.finished:
+            moments, state["optimizer_state"] = export_optimizer(self.optimizer, dict(self.lora.named_parameters()))
+            tensors |= {"adapter": dict(self.lora.state_dict()), "best": dict(zip("AB", self.best)), "optimizer": moments}
+            state["best_loss"] = self.best_loss if self.attempt_step else None
+        return tensors, state
+
+    def restore(self, checkpoint: Checkpoint, device: torch.device) -> None:
+        """Become what the checkpoint holds."""
+        for key in ("step", "layer", "attempt"):
+            setattr(self, key, checkpoint.state[key])
+        self.attempts = list(checkpoint.state["attempts"])
+        done = {name: t.to(device) for name, t in checkpoint.tensors("done").items()}
+        self.done = {p.layer.name: (done[f"{p.layer.name}.A"], done[f"{p.layer.name}.B"]) for p in self.problems[:self.layer]}
+        self._begin()
+        if not self.finished:
+            self.attempt_step = checkpoint.state["attempt_step"]
+            self.lora.load_state_dict(checkpoint.tensors("adapter"))
+            best = checkpoint.tensors("best")
+            self.best = (best["A"].to(device), best["B"].to(device))
+            self.best_loss = math.inf if checkpoint.state["best_loss"] is None else checkpoint.state["best_loss"]
+            import_optimizer(self.optimizer, dict(self.lora.named_parameters()), checkpoint.tensors("optimizer"),
+                             checkpoint.state["optimizer_state"])
+
+
+def forget(config: ForgetConfig, origins: Mapping[str, str], *,
+           resume: Path | None = None) -> tuple[Path, dict[str, Any]]:
+    """Forget as configured, measure, and return the run directory and the evaluation.
+
+    Raises UsageError for input that cannot work, NonFinite before any weight is touched, Interrupted after saving.
+    """
+    device, started = resolve_device(config.device), time.monotonic()
+    case = prepare(config, device)
+    problems = {name: make_problem(case, name, config, device) for name in case.layers}
+    run, identity = Run(problems, config), fingerprint(case.tower.directory)
+    run_dir = resume or make_run_directory(replaced(TrainConfig(), {"output.out": config.out, "data.concept": case.forget}))
+    monitor = Monitor(config.steps * len(problems), mode=config.monitor, title=case.forget)
+    with RunLock(run_dir), StopFlag() as stop, monitor:
+        if resume:
+            _restore(run, run_dir, identity, config, device)
+        write_config(run_dir, config, origins, command="forget", first_step=run.step, base_model=identity)
+        log, saver = MetricsLog(run_dir, first_step=run.step), Saver(run_dir, last_step=run.step if resume else None)
+        monitor.done = run.step
+        while not run.finished and not stop:
+            at = time.perf_counter()
+            record = run.advance()
+            record["seconds"] = time.perf_counter() - at
+            if record["step"] % 100 == 0:
+                record["memory"] = read_process()
+            log.write(record)
+            monitor.num_steps = config.steps * (len(problems) + sum(not a["accepted"] for a in run.attempts))
+            monitor.step(record)
+            if run.step % config.save_every == 0:
+                tensors, state = run.export()
+                saver.save(run.step, tensors=tensors, state=state | {"base_model": identity, "config": as_json(config)})
+        monitor.close()
+        log.close()
+        tensors, state = run.export()
+        saver.save(run.step, tensors=tensors, state=state | {"base_model": identity, "config": as_json(config)}, final=True)
+        if stop:
+            raise Interrupted(f"stopped at step {run.step} and saved; go on with forget --resume {run_dir}", stop.signal_number)
+        save_lora(run_dir, run.done, alpha=config.alpha, base_model=str(config.model))
+        if config.merge:
+            save_merged(run_dir, case.layers, run.updates(), case.dtype)
+        result = evaluate_forgetting(run_dir, config, case, problems, run.updates(), attempts=run.attempts, device=device,
+                                     seconds=time.monotonic() - started)
+    return run_dir, result
+
+
+# What may differ between two halves of a run: where it runs, how it is watched and saved, how much is measured.
+_FREE = ("out", "device", "monitor", "save_every", "merge", "batch_size", "memory", "question", "num_answers", "images", "model")
+
+
+def _restore(run: Run, run_dir: Path, identity: str, config: ForgetConfig, device: torch.device) -> None:
+    checkpoint = latest_checkpoint(run_dir)
+    if checkpoint is None:
+        raise CheckpointError(f"--resume {run_dir}: there is no checkpoint; start again with another --out")
+    if checkpoint.state.get("base_model") != identity:
+        raise CheckpointError(f"--resume {run_dir}: the model is not the one that the run began with; give that one back")
+    saved = checkpoint.state["config"]
+    for name, value in as_json(config).items():
+        if name not in _FREE and saved.get(name) != value:
+            raise CheckpointError(f"cannot resume: {name} is {saved.get(name)!r} in the checkpoint and {value!r} now; "
+                                  "a resumed run keeps what it trains on")
+    run.restore(checkpoint, device)

@@ -1,0 +1,120 @@
+"""Settings of `run.py forget`. Imports no torch, so that `--help` answers at once."""
+
+import json
+import typing
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Literal
+
+from memory.plan import MemoryPlan
+from trainer.errors import CheckpointError, UsageError
+
+
+@dataclass(frozen=True, kw_only=True)
+class ForgetConfig:
+    """Forget a class in the linear layer that follows a frozen encoder: CLIP's text_projection, Qwen3-VL's merger."""
+
+    encoder: Literal["clip", "qwen3-vl"] = "clip"
+    """clip: the text side, from names. qwen3-vl: the image side, from pictures."""
+    model: str = "shapes"
+    """The frozen encoder: shapes (bundled), or a directory in transformers' layout."""
+    forget: str | None = None
+    """The class to forget. The bundled encoders know a colour and a shape: red circle, by default."""
+    preserve: tuple[str, ...] = ()
+    """Classes to keep, by name (clip). The bundled encoder keeps all others by default."""
+    preserve_file: Path | None = None
+    """The same from a text file, one a line (clip)."""
+    images: Path | None = None
+    """Pictures to measure zero-shot accuracy on, one folder a class (clip)."""
+    forget_images: Path | None = None
+    """A folder of pictures of the class to forget (qwen3-vl)."""
+    preserve_images: Path | None = None
+    """Pictures to keep, one folder a class (qwen3-vl)."""
+    question: str = "What is this?"
+    """What the language model is asked about each picture when its answers are measured (qwen3-vl)."""
+    num_answers: int = 32
+    """Pictures a class that the language model is asked about; 0 asks about none (qwen3-vl)."""
+    num_images: int = 64
+    """Pictures a class, of the bundled world, for training and as many others for measuring."""
+    target: Literal["auto", "empty", "random", "mean"] = "auto"
+    """Where the class goes: the normalised embedding of the empty string (clip only), one random direction at the
+    scale of real outputs, or the mean of what is kept. auto: empty for clip, random for qwen3-vl."""
+    mergers: Literal["main", "all"] = "all"
+    """Which mergers are edited: the main one, or those of DeepStack too (qwen3-vl)."""
+    rank: int = 5
+    """Rank of the LoRA."""
+    alpha: float = 5.0
+    """LoRA scale times rank: the update is alpha / rank * B A."""
+    steps: int = 2000
+    """Full-batch steps of an attempt."""
+    lr: float = 0.01
+    """Adam's learning rate."""
+    lambda_forget: float = 1.3
+    """λ_f: weight of the distance between the class and its target, in the first attempt."""
+    lambda_preserve: float = 0.4
+    """λ_p: weight of the distance between old and new outputs of what is kept."""
+    lambda_weight: float = 1.0
+    """λ_w: weight of the update's size."""
+    acceptance: float = 0.7
+    """The share by which the distance of the forgotten class to its target must fall; otherwise λ_f rises by 0.05 and
+    training starts anew."""
+    max_attempts: int = 10
+    """Attempts; when none is accepted the last one is kept and said to be short."""
+    seed: int = 0
+    """Seed of the LoRA's weights, the random target and the bundled world's pictures."""
+    merge: bool = False
+    """Also write the edited layers themselves, merged.safetensors."""
+    batch_size: int = 32
+    """Texts or pictures an encoder pass."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1 …; auto takes the card if there is one."""
+    out: Path | None = None
+    """Run directory; runs/<class>-<number> by default."""
+    save_every: int = 500
+    """Steps between checkpoints."""
+    monitor: Literal["auto", "plain", "off"] = "auto"
+    """auto: a live view on a terminal, plain lines elsewhere. plain: lines. off: nothing. All on stderr."""
+    memory: MemoryPlan = field(default_factory=MemoryPlan)
+
+    def __post_init__(self):
+        for name in ("rank", "steps", "max_attempts", "num_images", "batch_size", "save_every"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be 1 or more")
+        if self.num_answers < 0:
+            raise UsageError(f"--num-answers {self.num_answers}: must be 0 or more")
+        for name in ("lr", "alpha"):
+            if not getattr(self, name) > 0:
+                raise UsageError(f"--{name} {getattr(self, name)}: must be above 0")
+        for name in ("lambda_forget", "lambda_preserve", "lambda_weight"):
+            if not getattr(self, name) >= 0:
+                raise UsageError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be 0 or more")
+        if not 0 <= self.acceptance < 1:
+            raise UsageError(f"--acceptance {self.acceptance}: from 0 to below 1")
+        self._check_side()
+
+    def _check_side(self) -> None:
+        theirs = {"clip": ("forget_images", "preserve_images"), "qwen3-vl": ("preserve", "preserve_file", "images")}
+        for name in theirs[self.encoder]:
+            if getattr(self, name):
+                raise UsageError(f"--{name.replace('_', '-')} is not for --encoder {self.encoder}")
+        if self.encoder == "qwen3-vl" and self.target == "empty":
+            raise UsageError("--target empty: an image has no empty string; random and mean would work")
+
+
+def read_forget_config(run_dir: Path) -> ForgetConfig:
+    """The settings of a run of this command. Raises CheckpointError if it is none."""
+    try:
+        values = json.loads((run_dir / "config.json").read_text())["config"]
+        hints, found = typing.get_type_hints(ForgetConfig), {}
+        for f in fields(ForgetConfig):
+            value = values[f.name]
+            if f.name == "memory":
+                value = MemoryPlan(**value)
+            elif value is not None and Path in typing.get_args(hints[f.name]):
+                value = Path(value)
+            elif isinstance(value, list):
+                value = tuple(value)
+            found[f.name] = value
+        return ForgetConfig(**found)
+    except (OSError, KeyError, TypeError, ValueError) as e:
+        raise CheckpointError(f"{run_dir}: not a run of `forget` (config.json: {e!r})") from e

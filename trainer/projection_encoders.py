@@ -1,0 +1,214 @@
+"""The frozen encoders, as the method sees them: something to run, and the linear layer that comes last in it.
+
+CLIP (modeling_clip.py): `text_projection` (D → E, no bias) takes `final_layer_norm` at the end-of-text token;
+`visual_projection` takes `post_layernorm` at the class token. Qwen3-VL: see projection_qwen.py.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from trainer.backbones.weights import open_shard, shards
+from trainer.errors import CheckpointError, UsageError
+from trainer.lora import Layer
+from trainer.projection_examples import open_picture
+from trainer.projection_qwen import DEEPSTACK_MERGER, MAIN_MERGER
+
+BUNDLED = Path(__file__).parent / "shapes" / "encoders"
+_TYPES = {"clip": ("clip", "clip_text_model"), "qwen3-vl": ("qwen3_vl",)}
+
+
+class Tower(Protocol):
+    """A part of a model that turns contents into the inputs of linear layers."""
+
+    directory: Path
+    layer_names: tuple[str, ...]
+    """Names in the model's files; the first is the main one."""
+
+    def load(self) -> nn.Module:
+        """The part, frozen, on the host, in its stored dtype."""
+
+    def blocks(self, part: nn.Module) -> Sequence[nn.Module]:
+        """Its transformer blocks, in order."""
+
+    def layer(self, part: nn.Module, name: str) -> nn.Module:
+        """One of the linear layers."""
+
+    def run(self, part: nn.Module, contents: Sequence[Any], device: torch.device) -> list[int]:
+        """One forward pass; how many rows of the layers' inputs belong to each of the contents."""
+
+
+def locate(encoder: str, model: str) -> Path:
+    """The directory of an encoder, its type checked. Raises UsageError."""
+    directory = BUNDLED / encoder if model == "shapes" else Path(model).expanduser()
+    try:
+        found = json.loads((directory / "config.json").read_text())["model_type"]
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise UsageError(f"--model {model}: no model in transformers' layout there (config.json: {e}); name its "
+                         "directory, or shapes") from e
+    if found not in _TYPES[encoder]:
+        fitting = next((e for e, types in _TYPES.items() if found in types), None)
+        advice = f"use --encoder {fitting}" if fitting else f"--encoder {encoder} takes {' or '.join(_TYPES[encoder])}"
+        raise UsageError(f"--model {model}: a model of type {found!r}, not one for --encoder {encoder}; {advice}")
+    return directory
+
+
+@dataclass(frozen=True)
+class ClipText:
+    """CLIP's text tower; contents are texts."""
+
+    directory: Path
+    layer_names: tuple[str, ...] = ("text_projection",)
+
+    def load(self) -> nn.Module:
+        from transformers import CLIPTextModelWithProjection
+
+        return load_part(CLIPTextModelWithProjection, self.directory)
+
+    def blocks(self, part: nn.Module) -> Sequence[nn.Module]:
+        return part.text_model.encoder.layers
+
+    def layer(self, part: nn.Module, name: str) -> nn.Module:
+        return part.get_submodule(name)
+
+    def run(self, part: nn.Module, contents: Sequence[str], device: torch.device) -> list[int]:
+        from transformers import AutoTokenizer
+
+        tokens = AutoTokenizer.from_pretrained(self.directory)(
+            list(contents), padding=True, truncation=True, max_length=part.config.max_position_embeddings, return_tensors="pt")
+        part(input_ids=tokens.input_ids.to(device), attention_mask=tokens.attention_mask.to(device))
+        return [1] * len(contents)
+
+
+@dataclass(frozen=True)
+class ClipVision:
+    """CLIP's image tower, for measuring; contents are pictures."""
+
+    directory: Path
+    layer_names: tuple[str, ...] = ("visual_projection",)
+
+    def load(self) -> nn.Module:
+        from transformers import CLIPVisionModelWithProjection
+
+        return load_part(CLIPVisionModelWithProjection, self.directory)
+
+    def blocks(self, part: nn.Module) -> Sequence[nn.Module]:
+        return part.vision_model.encoder.layers
+
+    def layer(self, part: nn.Module, name: str) -> nn.Module:
+        return part.get_submodule(name)
+
+    def run(self, part: nn.Module, contents: Sequence[Any], device: torch.device) -> list[int]:
+        from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+        processor = CLIPImageProcessorPil.from_pretrained(self.directory)
+        pixels = processor(images=[open_picture(c) for c in contents], return_tensors="pt").pixel_values
+        part(pixel_values=pixels.to(device, part.dtype))
+        return [1] * len(contents)
+
+
+@dataclass(frozen=True)
+class QwenVision:
+    """Qwen3-VL's vision tower with its mergers; contents are pictures. A picture has one row for each merged token."""
+
+    directory: Path
+    layer_names: tuple[str, ...]
+
+    @classmethod
+    def of(cls, directory: Path, mergers: str) -> "QwenVision":
+        """`mergers`: "main" or "all"."""
+        vision = json.loads((directory / "config.json").read_text())["vision_config"]
+        count = len(vision["deepstack_visual_indexes"]) if mergers == "all" else 0
+        return cls(directory, (MAIN_MERGER, *(DEEPSTACK_MERGER.format(i) for i in range(count))))
+
+    def load(self) -> nn.Module:
+        from transformers import AutoConfig
+        from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLVisionModel
+
+        return load_part(Qwen3VLVisionModel, self.directory, config=AutoConfig.from_pretrained(self.directory).vision_config,
+                         key_mapping={r"^model\.visual\.": ""})
+
+    def blocks(self, part: nn.Module) -> Sequence[nn.Module]:
+        return part.blocks
+
+    def layer(self, part: nn.Module, name: str) -> nn.Module:
+        return part.get_submodule(name.removeprefix("model.visual."))
+
+    def run(self, part: nn.Module, contents: Sequence[Any], device: torch.device) -> list[int]:
+        inputs = self.preprocess(contents)
+        part(inputs["pixel_values"].to(device, part.dtype), grid_thw=inputs["image_grid_thw"].to(device))
+        return [int(n) // part.spatial_merge_unit for n in inputs["image_grid_thw"].prod(-1)]
+
+    def preprocess(self, contents: Sequence[Any]) -> dict[str, torch.Tensor]:
+        """`pixel_values` (patches of all pictures, values of a patch) and `image_grid_thw` (B, 3)."""
+        from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+        processor = Qwen2VLImageProcessorPil.from_pretrained(self.directory)
+        return dict(processor(images=[open_picture(c) for c in contents], return_tensors="pt"))
+
+
+def load_part(kind: type, directory: Path, **how: Any) -> nn.Module:
+    """A model's part from the directory of the whole, frozen. Raises CheckpointError where a weight is missing or damaged."""
+    from safetensors import SafetensorError
+
+    try:
+        with _quiet():
+            part, report = kind.from_pretrained(directory, dtype="auto", local_files_only=True, output_loading_info=True, **how)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as e:
+        raise CheckpointError(f"{directory}: {kind.__name__} cannot be loaded ({str(e).splitlines()[0]}); copy the model again") from e
+    for what in ("missing_keys", "mismatched_keys"):
+        if report[what]:
+            raise CheckpointError(f"{directory}: {what.replace('_', ' ')} for {kind.__name__}: {sorted(report[what])[0]}; "
+                                  "copy the model again")
+    return part.requires_grad_(False).eval()
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' progress bars and its table of weights that belong to the model's other parts."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def read_layer(directory: Path, name: str) -> tuple[Layer, torch.dtype]:
+    """A linear layer straight from the files, in float32, and the dtype that it is stored in."""
+    where = shards(directory)
+    if f"{name}.weight" not in where:
+        raise CheckpointError(f"{directory} has no {name}.weight; is it the whole model?")
+    tensors = {}
+    for leaf in ("weight", "bias"):
+        if f"{name}.{leaf}" in where:
+            with open_shard(where[f"{name}.{leaf}"]) as f:
+                tensors[leaf] = f.get_tensor(f"{name}.{leaf}")
+    bias = tensors.get("bias")
+    return Layer(name, tensors["weight"].float(), None if bias is None else bias.float()), tensors["weight"].dtype
+
+
+def fingerprint(directory: Path) -> str:
+    """Identifies a model's files by content: of large ones, 64 samples."""
+    digest = hashlib.sha256()
+    for file in sorted(f for f in directory.iterdir() if f.suffix in (".json", ".safetensors", ".txt")):
+        size = file.stat().st_size
+        digest.update(f"{file.name} {size}\0".encode())
+        with file.open("rb") as f:
+            count = min(64, -(-size // 65536))
+            for i in range(count):
+                f.seek(max(0, size - 65536) * i // max(1, count - 1))
+                digest.update(f.read(65536))
+    return digest.hexdigest()

@@ -1,0 +1,227 @@
+"""Is the class gone from the projection's outputs, and are the others where they were?
+
+CLIP: zero-shot accuracy on pictures, each assigned to the class whose text embedding has the highest cosine; without
+pictures, each text is assigned to the class whose original embedding is nearest. Qwen3-VL: each picture is assigned to
+the class whose mean in the original merger space is nearest; and the language model is asked.
+Chance is one over the number of classes.
+
+Legend: N examples, D input width, E output width.
+"""
+
+import contextlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from trainer.errors import InputOutputError
+from trainer.evaluate import EVALUATION, wilson
+from trainer.nullspace import null_space_update
+from trainer.projection_config import ForgetConfig
+from trainer.projection_encoders import ClipVision, QwenVision, load_part, read_layer
+from trainer.projection_examples import Example, images
+from trainer.projection_features import features
+from trainer.projection_problem import Case, Problem
+from trainer.projection_qwen import MAIN_MERGER, answers, deepstack_cut, edited
+from trainer.shapes import world
+
+Assigned = list[tuple[str, str]]  # (the example's class, the class that it is assigned to)
+
+
+def evaluate_forgetting(run_dir: Path, config: ForgetConfig, case: Case, problems: Mapping[str, Problem],
+                        updates: Mapping[str, Tensor], *, attempts: Sequence[Mapping[str, Any]], device: torch.device,
+                        seconds: float) -> dict[str, Any]:
+    """Measure before and after, and the closed-form baseline beside it; write RUN/evaluation.json and return it."""
+    closed = {name: null_space_update(p.forget.cpu(), p.preserve.cpu(), (p.target - p.layer(p.forget)).cpu(), rank=config.rank)
+              for name, p in problems.items()}
+    assign = _zero_shot(config, case, device) if config.encoder == "clip" else _nearest(case, "test")
+    found = {when: assign(edit) for when, edit in (("before", {}), ("after", updates), ("baseline", closed))}
+    result = {"concept": case.forget, "encoder": config.encoder, "measure": _MEASURES[config.encoder],
+              "chance": 1 / (1 + len(case.kept)), **_rows(case, found), "synonyms": None, "distance": {}}
+    unseen = assign.unseen if config.encoder == "clip" else None
+    if unseen:
+        words = [w for kind in world.ATTRIBUTES.values() for name, ws in kind.items() if name in case.forget.split() for w in ws[1:]]
+        result["synonyms"] = {"names": words if config.model == "shapes" else [], **_rate(unseen({}), unseen(updates))}
+        result["baseline"]["synonyms"] = _rate(unseen({}), unseen(closed))["after"]
+    for name, problem in problems.items():
+        for label, edit in (("after", updates), ("baseline", closed)):
+            old, change = problem.distance().item(), edit[name].to(problem.forget)
+            result["distance"].setdefault(name, {})[label] = {
+                "forget_fall": 1 - problem.distance(change).item() / old,
+                "preserved_rms": (problem.preserve @ change.t()).square().mean().sqrt().item()}
+    result |= {"attempts": list(attempts), "accepted": all(a["accepted"] for a in _last(attempts)), "seconds": seconds,
+               "num_images": config.num_images, "seeds": [config.seed, config.seed]}
+    if config.encoder == "qwen3-vl" and config.num_answers:
+        result["leak"] = leak(config, case, updates, closed, device)
+    try:
+        part = run_dir / f".{EVALUATION}.part"
+        part.write_text(json.dumps(result, indent=2) + "\n")
+        part.replace(run_dir / EVALUATION)
+    except OSError as e:
+        raise InputOutputError(f"{run_dir / EVALUATION} cannot be written ({e.strerror})") from e
+    return result
+
+
+_MEASURES = {"clip": "zero-shot", "qwen3-vl": "nearest class in merger space"}
+
+
+class _zero_shot:
+    """CLIP: pictures against class embeddings; or, where there are no pictures, unseen texts against original classes."""
+
+    def __init__(self, config: ForgetConfig, case: Case, device: torch.device):
+        self.case, self.pictures = case, images(config, case.forget, case.kept)
+        self.embeddings = None
+        if self.pictures:
+            tower = ClipVision(case.tower.directory)
+            seen = features(tower, self.pictures, plan=config.memory, device=device, batch_size=config.batch_size)
+            (name,) = tower.layer_names
+            self.embeddings = F.normalize(read_layer(tower.directory, name)[0](seen[name]), dim=1)  # (N, E)
+
+    def __call__(self, updates: Mapping[str, Tensor]) -> Assigned:
+        if self.embeddings is None:
+            return _nearest(self.case, "test")(updates)
+        return self._assign(self._classes(updates, "train"), self.pictures, self.embeddings)
+
+    def unseen(self, updates: Mapping[str, Tensor]) -> Assigned:
+        """The forgotten class alone, named as training never named it: other words, other wordings."""
+        if self.embeddings is None:
+            return []
+        vectors = self._classes(updates, "train")
+        vectors[0] = self._class(self.case.forget, updates, ("test", "synonyms"))
+        ours = [i for i, e in enumerate(self.pictures) if e.name == self.case.forget]
+        return self._assign(vectors, [self.pictures[i] for i in ours], self.embeddings[ours])
+
+    def _classes(self, updates: Mapping[str, Tensor], split: str) -> Tensor:
+        return torch.stack([self._class(name, updates, (split,)) for name in (self.case.forget, *self.case.kept)])
+
+    def _class(self, name: str, updates: Mapping[str, Tensor], splits: Sequence[str]) -> Tensor:
+        """The mean of a class' normalised text embeddings (E,), normalised."""
+        (layer,) = self.case.layers.values()
+        rows = [i for i, e in enumerate(self.case.examples) if e.name == name and e.split in splits]
+        texts = layer(self.case.inputs[layer.name][rows], updates.get(layer.name))
+        return F.normalize(F.normalize(texts, dim=1).mean(0), dim=0)
+
+    def _assign(self, vectors: Tensor, pictures: Sequence[Example], embeddings: Tensor) -> Assigned:
+        names = (self.case.forget, *self.case.kept)
+        return [(e.name, names[i]) for e, i in zip(pictures, (embeddings @ vectors.t()).argmax(1).tolist())]
+
+
+class _nearest:
+    """The class whose mean original output is nearest to an example's new output; training examples make the means."""
+
+    def __init__(self, case: Case, split: str):
+        self.case, self.names = case, (case.forget, *case.kept)
+        self.layer = next(iter(case.layers.values()))
+        inputs = case.inputs[self.layer.name]
+        self.means = torch.stack([self.layer(inputs[[i for i, e in enumerate(case.examples) if (e.name, e.split) == (n, "train")]]).mean(0)
+                                  for n in self.names])  # (classes, E)
+        self.members = [i for i, e in enumerate(case.examples) if e.split == split]
+
+    def __call__(self, updates: Mapping[str, Tensor]) -> Assigned:
+        outputs = self.layer(self.case.inputs[self.layer.name][self.members], updates.get(self.layer.name))
+        chosen = torch.cdist(outputs, self.means).argmin(1).tolist()
+        return [(self.case.examples[i].name, self.names[c]) for i, c in zip(self.members, chosen)]
+
+
+@torch.no_grad()
+def leak(config: ForgetConfig, case: Case, updates: Mapping[str, Tensor], closed: Mapping[str, Tensor],
+         device: torch.device) -> list[dict[str, Any]]:
+    """What the language model still says of the forgotten class: with mergers edited, and with DeepStack cut."""
+    from transformers import AutoTokenizer, Qwen3VLForConditionalGeneration
+
+    tower = QwenVision.of(case.tower.directory, config.mergers)
+    asked = [e for name in (case.forget, *case.kept)
+             for e in [e for e in case.examples if (e.name, e.split) == (name, "test")][:config.num_answers]]
+    inputs = [tower.preprocess([e.content]) for e in asked]
+    model = load_part(Qwen3VLForConditionalGeneration, case.tower.directory).to(device)
+    tokenizer = AutoTokenizer.from_pretrained(case.tower.directory)
+    main = {MAIN_MERGER: updates[MAIN_MERGER]}
+    edits = {"none": {}, "main merger": main, "all mergers": updates, "main merger, null space": {MAIN_MERGER: closed[MAIN_MERGER]},
+             "all mergers, null space": closed}
+    table = []
+    for edit, change in edits.items():
+        if edit.startswith("all") and len(change) == 1:
+            continue
+        for cut in (False, True):
+            if cut and edit.startswith("all"):
+                continue  # what DeepStack's mergers say is cut anyway
+            with edited(model, change), deepstack_cut(model) if cut else contextlib.nullcontext():
+                said = answers(model, tokenizer, inputs, config.question, batch_size=config.batch_size)
+            right = [e.name.lower() in text.lower() for e, text in zip(asked, said)]
+            ours = [r for r, e in zip(right, asked) if e.name == case.forget]
+            theirs = [r for r, e in zip(right, asked) if e.name != case.forget]
+            table.append({"edited": edit, "deepstack": "cut" if cut else "whole", **_interval("target", ours),
+                          **_interval("preserved", theirs), "said": _counts(t for t, e in zip(said, asked) if e.name == case.forget)})
+    return table
+
+
+def _counts(texts) -> dict[str, int]:
+    """How often each text came, the five most frequent."""
+    from collections import Counter
+
+    return dict(Counter(texts).most_common(5))
+
+
+def _interval(label: str, hits: Sequence[bool]) -> dict[str, Any]:
+    return {label: sum(hits) / len(hits), f"{label}_interval": wilson(sum(hits), len(hits)), f"num_{label}": len(hits)}
+
+
+def _rows(case: Case, found: Mapping[str, Assigned]) -> dict[str, Any]:
+    """Target and preserved rows, their mean, and the same after the baseline."""
+    def of(name: str, when: str) -> Assigned:
+        return [pair for pair in found[when] if pair[0] == name]
+
+    target = {"name": case.forget, **_rate(of(case.forget, "before"), of(case.forget, "after"))}
+    preserved = [{"name": n, "kind": "class", **_rate(of(n, "before"), of(n, "after"))} for n in case.kept]
+    baseline = [{"name": n, "after": _rate(of(n, "before"), of(n, "baseline"))["after"]} for n in case.kept]
+    return {"target": target, "preserved": preserved,
+            "preserved_mean": {when: sum(r[when] for r in preserved) / len(preserved) for when in ("before", "after")},
+            "baseline": {"method": "null-space projection", "target": _rate([], of(case.forget, "baseline"))["after"],
+                         "preserved": baseline, "preserved_mean": sum(r["after"] for r in baseline) / len(baseline)}}
+
+
+def _rate(before: Assigned, after: Assigned) -> dict[str, Any]:
+    """How often an example is assigned to its own class."""
+    row: dict[str, Any] = {"num_images": len(after)}
+    for when, pairs in (("before", before), ("after", after)):
+        if pairs:
+            hits = sum(name == chosen for name, chosen in pairs)
+            row |= {when: hits / len(pairs), f"{when}_interval": wilson(hits, len(pairs))}
+    return row
+
+
+def _last(attempts: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The last attempt of every layer."""
+    return list({a["layer"]: a for a in attempts}.values())
+
+
+def print_forgetting(result: Mapping[str, Any]) -> None:
+    """The evaluation as tables on stdout."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(width=None if Console().is_terminal else 100)
+    table = Table("", "examples", "before", "after", "95 %", "null space", title_justify="left",
+                  title=f"forgotten: {result['concept']} ({result['measure']}, chance {result['chance']:.1%})")
+    baseline = {r["name"]: r["after"] for r in result["baseline"]["preserved"]}
+    rows = [(result["target"]["name"], result["target"], result["baseline"]["target"])]
+    if result["synonyms"]:
+        rows.append(("other words and wordings", result["synonyms"], result["baseline"]["synonyms"]))
+    rows += [(row["name"], row, baseline[row["name"]]) for row in result["preserved"]]
+    for label, row, other in rows:
+        low, high = row["after_interval"]
+        table.add_row(label, str(row["num_images"]), f"{row['before']:.1%}", f"{row['after']:.1%}", f"{low:.1%} to {high:.1%}",
+                      f"{other:.1%}")
+    mean = result["preserved_mean"]
+    table.add_row("preserved, mean", "", f"{mean['before']:.1%}", f"{mean['after']:.1%}", "", f"{result['baseline']['preserved_mean']:.1%}")
+    console.print(table)
+    if result.get("leak"):
+        table = Table("mergers edited", "DeepStack", "forgotten class named", "preserved named", title="what the language model says",
+                      title_justify="left")
+        for row in result["leak"]:
+            table.add_row(row["edited"], row["deepstack"], f"{row['target']:.1%}", f"{row['preserved']:.1%}")
+        console.print(table)

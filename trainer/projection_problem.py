@@ -1,0 +1,101 @@
+"""What is trained for a layer: inputs, target and loss.
+
+    L = λ_f ‖target − new(F)‖ + λ_p ‖old(P) − new(P)‖ + λ_w ‖s B A‖
+
+F and P are the layer's inputs for what is forgotten and what is kept; all norms are Frobenius norms, neither squared
+nor averaged; s is the LoRA's scale. CLIP and Qwen3-VL differ in encoder, layer and target alone.
+
+Legend: N forgotten rows, M preserved rows, D input width, E output width.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from trainer.errors import UsageError
+from trainer.lora import Layer
+from trainer.projection_config import ForgetConfig
+from trainer.projection_encoders import ClipText, QwenVision, Tower, locate, read_layer
+from trainer.projection_examples import Example, classes, images, texts
+from trainer.projection_features import features
+from trainer.seeding import noise
+
+
+@dataclass(frozen=True)
+class Case:
+    """What a run is about: classes, examples, and the inputs of the layers that are edited."""
+
+    tower: Tower
+    forget: str
+    kept: tuple[str, ...]
+    examples: list[Example]
+    inputs: Mapping[str, Tensor]
+    """By layer name, (examples, D), float32 on the host."""
+    layers: Mapping[str, Layer]
+    dtype: torch.dtype
+    """What the layers are stored in."""
+
+    def rows(self, name: str, split: str, *, forgotten: bool) -> Tensor:
+        """The inputs (N, D) of a layer, of the class to forget or of those to keep."""
+        members = [i for i, e in enumerate(self.examples) if e.split == split and (e.name == self.forget) == forgotten]
+        return self.inputs[name][members]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What is trained for one layer: F (N, D), P (M, D) and the target (E,)."""
+
+    layer: Layer
+    forget: Tensor
+    preserve: Tensor
+    target: Tensor
+
+    def distance(self, update: Tensor | None = None) -> Tensor:
+        """‖target − new(F)‖."""
+        return torch.linalg.vector_norm(self.target - self.layer(self.forget, update))
+
+    def terms(self, update: Tensor, lambda_forget: float, config: ForgetConfig) -> dict[str, Tensor]:
+        """The loss and its three weighted terms, for an update (E, D) that includes the LoRA's scale."""
+        # The difference of new and old outputs is the update applied to the input: no cancellation.
+        found = {"forget": lambda_forget * self.distance(update),
+                 "preserve": config.lambda_preserve * torch.linalg.vector_norm(self.preserve @ update.t()),
+                 "weight": config.lambda_weight * torch.linalg.vector_norm(update)}
+        return {"loss": sum(found.values()), **found}
+
+
+def prepare(config: ForgetConfig, device: torch.device) -> Case:
+    """Read or compute the inputs; the encoder has come and gone when this returns."""
+    directory = locate(config.encoder, config.model)
+    forget, kept = classes(config)
+    if config.encoder == "clip":
+        tower, examples = ClipText(directory), texts(config, forget, kept)
+    else:
+        tower, examples = QwenVision.of(directory, config.mergers), images(config, forget, kept)
+    read = {name: read_layer(directory, name) for name in tower.layer_names}
+    layers = {name: layer for name, (layer, _) in read.items()}
+    for layer in layers.values():
+        if config.rank > min(layer.weight.shape):
+            raise UsageError(f"--rank {config.rank}: {layer.name} is {' x '.join(map(str, layer.weight.shape))}; "
+                             f"at most {min(layer.weight.shape)}")
+    inputs = features(tower, examples, plan=config.memory, device=device, batch_size=config.batch_size)
+    return Case(tower, forget, kept, examples, inputs, layers, next(iter(read.values()))[1])
+
+
+def make_problem(case: Case, name: str, config: ForgetConfig, device: torch.device) -> Problem:
+    """One layer's problem, on the device."""
+    layer = case.layers[name]
+    forget, preserve = (case.rows(name, "train", forgotten=f) for f in (True, False))
+    kind = {"clip": "empty", "qwen3-vl": "random"}[config.encoder] if config.target == "auto" else config.target
+    if kind == "empty":
+        empty = layer(case.inputs[name][[i for i, e in enumerate(case.examples) if e.split == "empty"]])[0]
+        target = empty / torch.linalg.vector_norm(empty)
+    elif kind == "random":
+        # A unit vector would have nothing to do with the outputs: the scale is theirs.
+        outputs = layer(torch.cat([forget, preserve]))
+        direction = noise((outputs.shape[1],), config.seed, f"target/{name}")
+        target = direction / torch.linalg.vector_norm(direction) * torch.linalg.vector_norm(outputs, dim=1).mean()
+    else:
+        target = layer(preserve).mean(0)
+    return Problem(layer.to(device), forget.to(device), preserve.to(device), target.to(device))
