@@ -1,0 +1,516 @@
+"""Run a step on fake tensors and record what lives when: a memory timeline without a card and without weights.
+
+A `Recorder` sees every operator below autograd and notes the birth and the death of every storage. Around it, fake `cpu`
+tensors (fake `cuda` tensors cannot be differentiated without a card) make a step of a model with billions of
+parameters a matter of seconds. Nothing is fitted: the recorded program is the program that runs, as long as
+nothing in it depends on the device. What a tracer cannot see is a named term:
+
+* what attention kernels allocate inside: FlashAttention-2's backward accumulates dQ in float32 (`memory.work`);
+* cuBLAS' workspace and the CUDA context, which are the card's (`memory.cards`).
+
+Every figure is *predicted*. Sizes are the bytes that tensors ask for; rounding is the allocator's (`memory.allocator`).
+
+Fake tensors say nothing about where they will be, so host memory is declared: `adopt(..., place="pinned")` for the
+buffers that streaming and activation offload hand out. All other storages are on the device.
+"""
+
+import contextlib
+import gc
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from memory.allocator import AllocatorStats, replay, round_request
+from memory.work import Work, scratch_bytes, work_of
+
+CATEGORIES = (
+    "weights",
+    "adapters",
+    "gradients",
+    "optimizer",
+    "saved activations",
+    "working set",
+    "transfer buffers",
+    "other",
+)
+PLACES = ("device", "pinned", "host")
+
+FORWARD, BACKWARD, OPTIMIZER = "student forward", "student backward", "optimizer"
+OUTSIDE = "other"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Storage:
+    """One allocation: what it asked for, what it was for, where it is."""
+
+    num_bytes: int
+    category: str
+    place: str
+    block: int | None = None
+    """The block whose frozen weight this is, if any."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Span:
+    """A stretch of the timeline within one phase, and within one visit of one block or between blocks."""
+
+    phase: str
+    start: int
+    """First event."""
+    stop: int
+    """One past the last event."""
+    work: tuple[Work, ...]
+    """What the operators compute and move, in order."""
+    visit: tuple[int, int] | None = None
+    """(traversal, block): the how-manieth walk over the blocks, and which block. None between blocks."""
+    records_graph: bool = False
+    """Whether this visit belongs to a forward with gradient, or its backward: what a block keeps matters here."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trace:
+    """A recorded step, in the order in which things happened.
+
+    `events`: `i` is the birth of storage i, `~i` its death. `standing` storages live before the first event and
+    throughout: weights, adapters, optimizer state, buffers.
+    """
+
+    storages: tuple[Storage, ...]
+    events: tuple[int, ...]
+    spans: tuple[Span, ...]
+    standing: tuple[int, ...]
+    num_blocks: int
+
+    def device_events(self, *, num_steps: int = 1) -> tuple[list[int], list[int]]:
+        """(events, sizes) of the device for `memory.allocator.replay`: the standing storages, then the step."""
+        on_device = [storage.place == "device" for storage in self.storages]
+        step = [event for event in self.events if on_device[event if event >= 0 else ~event]]
+        events = [index for index in self.standing if on_device[index]]
+        return events + step * num_steps, [storage.num_bytes for storage in self.storages]
+
+    def timeline(self, *, place: str = "device", rounded: bool = True) -> Iterator[tuple[str, int, dict[str, int]]]:
+        """(phase, live bytes, live bytes by category) after each birth at `place`, the standing storages first.
+
+        The dict is one and the same throughout, and changes. `rounded`: as the allocator rounds requests.
+        """
+        live = dict.fromkeys(CATEGORIES, 0)
+        size = [round_request(s.num_bytes) if rounded and s.num_bytes else s.num_bytes for s in self.storages]
+        total = 0
+        for index in self.standing:
+            storage = self.storages[index]
+            if storage.place == place:
+                live[storage.category] += size[index]
+                total += size[index]
+        yield "load", total, live
+        for span in self.spans:
+            yield span.phase, total, live  # what a phase finds is part of its peak
+            for event in self.events[span.start : span.stop]:
+                index = event if event >= 0 else ~event
+                storage = self.storages[index]
+                if storage.place != place:
+                    continue
+                change = size[index] if event >= 0 else -size[index]
+                live[storage.category] += change
+                total += change
+                if event >= 0:
+                    yield span.phase, total, live
+
+    def prediction(
+        self,
+        *,
+        capacity_bytes: int | None = None,
+        expandable_segments: bool = False,
+        workspace_bytes: int = 0,
+    ) -> "Prediction":
+        """Peaks by category and phase, and what the caching allocator would reserve for two steps in a row.
+
+        `workspace_bytes` (cuBLAS) are taken from the same allocator before anything else, as "other".
+        Raises: memory.allocator.SimulatedOutOfMemory, when `capacity_bytes` is exceeded.
+        """
+        peak, at_peak, by_phase = -1, {}, {}
+        for phase, total, live in self.timeline():
+            by_phase[phase] = max(by_phase.get(phase, 0), total)
+            if total > peak:
+                peak, at_peak = total, dict(live)
+        workspace = round_request(workspace_bytes) if workspace_bytes else 0
+        at_peak["other"] += workspace
+        events, sizes = self.device_events(num_steps=2)
+        stats = replay(
+            [len(sizes), *events],
+            [*sizes, workspace],
+            capacity_bytes=capacity_bytes,
+            expandable_segments=expandable_segments,
+        )
+        return Prediction(
+            peak_bytes=peak + workspace,
+            by_category=at_peak,
+            by_phase={phase: total + workspace for phase, total in by_phase.items()},
+            allocator=stats,
+            pinned_bytes=self.host_peak("pinned"),
+            host_bytes=self.host_peak("pinned") + self.host_peak("host"),
+        )
+
+    def host_peak(self, place: str) -> int:
+        """Peak bytes of "pinned" (each allocation rounded up to a power of two, as torch's host cache does) or "host"."""
+        total = peak = 0
+        for event in [*self.standing, *self.events]:
+            storage = self.storages[event if event >= 0 else ~event]
+            if storage.place == place:
+                num_bytes = pinned_bytes(storage.num_bytes) if place == "pinned" else storage.num_bytes
+                total += num_bytes if event >= 0 else -num_bytes
+                peak = max(peak, total)
+        return peak
+
+    def standing_bytes(self, category: str, place: str = "device") -> int:
+        """Bytes of the standing storages of one category, as asked for."""
+        storages = [self.storages[index] for index in self.standing]
+        return sum(s.num_bytes for s in storages if (s.category, s.place) == (category, place))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prediction:
+    """What a step will need, predicted. Bytes."""
+
+    peak_bytes: int
+    """Largest sum of live device storages, each rounded to 512 bytes."""
+    by_category: dict[str, int]
+    """At that moment; adds up to `peak_bytes` exactly."""
+    by_phase: dict[str, int]
+    """Largest sum within each phase."""
+    allocator: AllocatorStats
+    """What the caching allocator makes of it: allocated includes what it could not split off."""
+    pinned_bytes: int
+    host_bytes: int
+    """Pinned and plain."""
+
+    @property
+    def reserved_bytes(self) -> int:
+        return self.allocator.peak_reserved_bytes
+
+
+def pinned_bytes(num_bytes: int) -> int:
+    """Bytes that a pinned allocation takes: torch's caching host allocator rounds up to a power of two."""
+    return 1 << (num_bytes - 1).bit_length() if num_bytes else 0
+
+
+@dataclass(kw_only=True)
+class _Record:
+    """A storage while recording; categories are settled at the end."""
+
+    num_bytes: int
+    category: str | None
+    place: str
+    block: int | None
+    born: str
+    standing: bool
+    died: str | None = None
+
+
+@dataclass(kw_only=True)
+class _Mark:
+    """Where a span begins."""
+
+    event: int
+    work: int
+    phase: str
+    visit: tuple[int, int] | None
+    records_graph: bool
+
+
+@dataclass
+class _Traversal:
+    number: int
+    records_graph: bool
+    last_block: int = -1
+    backward: int | None = field(default=None)
+    """Number of the traversal that walks back over this one."""
+
+
+class Recorder(TorchDispatchMode):
+    """Records births and deaths of storages while it is active: `with FakeTensorMode(), Recorder() as recorder`.
+
+    Declare what lives already with `adopt` or `adopt_model`, watch the blocks, run the step inside `phase(...)`
+    contexts, and call `trace()` after leaving. `device` ("cuda" or "cpu") says whose attention kernels to reckon with.
+    Works on real tensors too.
+    """
+
+    def __init__(self, *, device: str = "cuda"):
+        super().__init__()
+        self._device = device
+        self._records: list[_Record] = []
+        self._events: list[int] = []
+        self._work: list[Work] = []
+        self._copies: dict[int, tuple[int, int, int]] = {}  # number of a copy's work -> (to record, from record, bytes)
+        self._live: dict[int, tuple[int, weakref.ref]] = {}  # storage's C++ address -> (record, its weak reference)
+        self._phase = OUTSIDE
+        self._marks = [_Mark(event=0, work=0, phase=OUTSIDE, visit=None, records_graph=False)]
+        self._num_blocks = 0
+        self._num_traversals = 0
+        self._forward: _Traversal | None = None
+        self._hooks: list = []
+
+    # ---- what the caller declares --------------------------------------------------------------------------------
+
+    def adopt(
+        self, tensors: Iterable[torch.Tensor], category: str, *, place: str = "device", block: int | None = None
+    ) -> None:
+        """Declare tensors that live before the step, or settle the category and place of tensors born in it."""
+        if category not in CATEGORIES or place not in PLACES:
+            raise ValueError(f"{category!r} at {place!r}: categories are {CATEGORIES}, places {PLACES}")
+        for tensor in tensors:
+            record = self._records[self._see(tensor, standing=True)]
+            record.category, record.place, record.block = category, place, block
+
+    def adopt_model(self, model: nn.Module, blocks: Sequence[nn.Module] = (), applied=None) -> None:
+        """Declare all of `model`: frozen parameters and buffers as weights, trainable ones as adapters.
+
+        `applied` is the handle of `memory.plan.apply_plan`: its masters are pinned host memory, its ring transfer
+        buffers. Gradients of the trainable parameters are recognised when backward makes them.
+        """
+        if applied is not None:
+            self.adopt(applied.host_buffers, "weights", place="pinned")
+            self.adopt(applied.device_buffers, "transfer buffers")
+        owners = {id(tensor): index for index, block in enumerate(blocks) for tensor in block.parameters()}
+        for tensor in _tensors(model):
+            trainable = tensor.requires_grad
+            if self._find(tensor) is None:
+                block = None if trainable else owners.get(id(tensor))
+                self.adopt([tensor], "adapters" if trainable else "weights", block=block)
+            if trainable:
+                self._hooks.append(tensor.register_post_accumulate_grad_hook(self._settle_gradient))
+
+    def watch(self, blocks: Sequence[nn.Module]) -> None:
+        """Mark the visits of `blocks`, which run in this order, forward and backward."""
+        self._num_blocks = len(blocks)
+        for index, block in enumerate(blocks):
+            self._hooks.append(block.register_forward_pre_hook(self._enter(index)))
+            self._hooks.append(block.register_forward_hook(self._leave(index)))
+
+    @contextlib.contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Name what happens within; of nested names the inner one holds."""
+        outer = self._phase
+        self._phase = name
+        self._mark(None)
+        try:
+            yield
+        finally:
+            self._phase = outer
+            self._mark(None)
+
+    def trace(self) -> Trace:
+        """What was recorded. Call it after leaving the recorder; its hooks are removed.
+
+        Storages that the step made and left behind (optimizer state, host buffers) count as standing: they are there
+        in every later step.
+        """
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+        survivors = {index for index, _ in self._live.values()}
+        standing = [i for i, record in enumerate(self._records) if record.standing or i in survivors]
+        skipped = set(standing) | {~index for index in standing}
+        events, spans, position = [], [], {}
+        for number, event in enumerate(self._events):
+            position[number] = len(events)
+            if event not in skipped:
+                events.append(event)
+        position[len(self._events)] = len(events)
+        for number, (destination, source, num_bytes) in self._copies.items():
+            kind = _link(self._records[destination], self._records[source])
+            if kind is not None:
+                self._work[number] = Work(kind, 0.0, num_bytes)
+        ends = [*self._marks[1:], _Mark(event=len(self._events), work=len(self._work), phase="", visit=None, records_graph=False)]
+        for mark, end in zip(self._marks, ends, strict=True):
+            if mark.event == end.event and mark.work == end.work and mark.visit is None:
+                continue
+            spans.append(
+                Span(
+                    phase=mark.phase,
+                    start=position[mark.event],
+                    stop=position[end.event],
+                    work=tuple(self._work[mark.work : end.work]),
+                    visit=mark.visit,
+                    records_graph=mark.records_graph,
+                )
+            )
+        storages = tuple(
+            Storage(num_bytes=r.num_bytes, category=_category(r), place=r.place, block=r.block) for r in self._records
+        )
+        return Trace(
+            storages=storages,
+            events=tuple(events),
+            spans=tuple(spans),
+            standing=tuple(standing),
+            num_blocks=self._num_blocks,
+        )
+
+    # ---- what happens --------------------------------------------------------------------------------------------
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        outputs = func(*args, **(kwargs or {}))
+        fresh = not _aliases(func)
+        if isinstance(outputs, torch.Tensor):
+            self._see(outputs, standing=not fresh)
+        elif isinstance(outputs, (tuple, list)):
+            for output in outputs:
+                if isinstance(output, torch.Tensor):
+                    self._see(output, standing=not fresh)
+        scratch = scratch_bytes(func, args, self._device)
+        if scratch:
+            self._scratch(scratch)
+        work = work_of(func, args, outputs)
+        if work is not None:
+            if func is torch.ops.aten.copy_.default:
+                ends = (self._see(args[0], standing=True), self._see(args[1], standing=True))
+                self._copies[len(self._work)] = (*ends, args[1].nbytes)
+            self._work.append(work)
+        return outputs
+
+    def _find(self, tensor: torch.Tensor) -> int | None:
+        entry = self._live.get(tensor.untyped_storage()._cdata)
+        return None if entry is None else entry[0]
+
+    def _see(self, tensor: torch.Tensor, *, standing: bool) -> int:
+        """The record of a tensor's storage; a new one if it was not known. A view of an unknown one was there before."""
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        entry = self._live.get(key)
+        if entry is not None:
+            return entry[0]
+        index = len(self._records)
+        self._records.append(
+            _Record(
+                num_bytes=storage.nbytes(),
+                category=None,
+                place="device",
+                block=None,
+                born=self._phase,
+                standing=standing,
+            )
+        )
+        if not standing:
+            self._events.append(index)
+
+        def died(_, key=key, index=index):
+            del self._live[key]
+            self._records[index].died = self._phase
+            self._events.append(~index)
+
+        self._live[key] = (index, weakref.ref(storage, died))
+        return index
+
+    def _scratch(self, num_bytes: int) -> None:
+        index = len(self._records)
+        self._records.append(
+            _Record(
+                num_bytes=num_bytes,
+                category="working set",
+                place="device",
+                block=None,
+                born=self._phase,
+                standing=False,
+                died=self._phase,
+            )
+        )
+        self._events += (index, ~index)
+
+    def _settle_gradient(self, parameter: torch.Tensor) -> None:
+        self._records[self._see(parameter.grad, standing=False)].category = "gradients"
+
+    def _mark(self, visit: tuple[int, int] | None, records_graph: bool = False) -> None:
+        self._marks.append(
+            _Mark(
+                event=len(self._events),
+                work=len(self._work),
+                phase=self._phase,
+                visit=visit,
+                records_graph=records_graph,
+            )
+        )
+
+    def _enter(self, index: int) -> Callable:
+        def hook(module, args):
+            if self._forward is None or index <= self._forward.last_block:
+                self._forward = self._new_traversal(torch.is_grad_enabled())
+            self._forward.last_block = index
+            self._mark((self._forward.number, index), self._forward.records_graph)
+
+        return hook
+
+    def _leave(self, index: int) -> Callable:
+        def hook(module, args, outputs):
+            traversal = self._forward
+            for output in outputs if isinstance(outputs, tuple) else (outputs,):
+                if isinstance(output, torch.Tensor) and output.requires_grad and traversal.records_graph:
+                    output.register_hook(lambda grad: self._enter_backward(traversal, index))
+            if index == self._num_blocks - 1:
+                self._mark(None)
+                self._forward = None
+
+        return hook
+
+    def _enter_backward(self, traversal: _Traversal, index: int) -> None:
+        """The first gradient of a block's outputs is known: backward has reached this block."""
+        if traversal.backward is None:
+            traversal.backward = self._new_traversal(True).number
+        visit = (traversal.backward, index)
+        if self._marks[-1].visit != visit:
+            self._mark(visit, records_graph=True)
+
+    def _new_traversal(self, records_graph: bool) -> _Traversal:
+        self._num_traversals += 1
+        return _Traversal(self._num_traversals - 1, records_graph)
+
+
+@contextlib.contextmanager
+def recording(*, device: str = "cuda") -> Iterator[Recorder]:
+    """A recorder with the garbage collector out of the way, which would make deaths depend on its timing."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        with Recorder(device=device) as recorder:
+            yield recorder
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def _tensors(module: nn.Module) -> list[torch.Tensor]:
+    return [*module.parameters(), *module.buffers()]
+
+
+def _category(record: _Record) -> str:
+    if record.category is not None:
+        return record.category
+    if record.standing:
+        return "other"
+    if record.died is None:
+        return "optimizer" if record.born == OPTIMIZER else "other"
+    if record.born == FORWARD and record.died == BACKWARD:
+        return "saved activations"
+    return "working set"
+
+
+def _link(destination: _Record, source: _Record) -> str | None:
+    """The kind of a copy over the host link, weights told apart since they may stay; None if it does not cross."""
+    if (destination.place == "device") == (source.place == "device"):
+        return None
+    if destination.place != "device":
+        return "to host"
+    return "weights" if source.category == "weights" else "to device"
+
+
+_alias_cache: dict = {}
+
+
+def _aliases(func) -> bool:
+    """Whether an operator's outputs are its inputs or views of them, by its schema."""
+    known = _alias_cache.get(func)
+    if known is None:
+        known = _alias_cache[func] = any(ret.alias_info is not None for ret in func._schema.returns)
+    return known

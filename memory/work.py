@@ -1,0 +1,141 @@
+"""What operators compute and move: a table of our own, filled in the pass that records memory.
+
+torch's FlopCounterMode is not used: it keeps recomputed graphs alive, which quadruples the peak being recorded, and
+it counts nothing for the CPU's flash attention. Time follows by roofline: `memory.timing`.
+"""
+
+from typing import NamedTuple
+
+import torch
+
+aten = torch.ops.aten
+
+
+class Work(NamedTuple):
+    """One operator. Kinds: "matmul" (16 bit), "matmul32" (float32), "attention", "memory", and over the host link
+    "to host", "to device" (activations) and "weights"."""
+
+    kind: str
+    flops: float
+    num_bytes: int
+    """Read and written."""
+
+
+def _elements(tensor: torch.Tensor) -> int:
+    return tensor.numel()
+
+
+def _mm(left, right) -> float:
+    return 2.0 * left.shape[-2] * left.shape[-1] * right.shape[-1]
+
+
+def _bmm(left, right) -> float:
+    return left.shape[0] * _mm(left, right)
+
+
+def _convolution(args, outputs) -> float:
+    return 2.0 * _elements(outputs) * _elements(args[1][0])
+
+
+def _convolution_backward(args, outputs) -> float:
+    grad, weight = args[0], args[2]
+    once = 2.0 * _elements(grad) * _elements(weight[0])
+    return once * sum(output is not None for output in outputs[:2])
+
+
+def _attention(args, outputs) -> float:
+    """4 S_q S_k D a head: q k^T and p v."""
+    query, key = args[0], args[1]
+    return 4.0 * query.shape[0] * query.shape[1] * query.shape[2] * key.shape[2] * query.shape[3]
+
+
+def _attention_backward(args, outputs) -> float:
+    """10 S_q S_k D a head: q k^T again, and four products."""
+    return 2.5 * _attention(args[1:], outputs)
+
+
+_FLOPS = {
+    aten.mm.default: ("matmul", lambda args, outputs: _mm(args[0], args[1])),
+    aten.addmm.default: ("matmul", lambda args, outputs: _mm(args[1], args[2])),
+    aten.bmm.default: ("matmul", lambda args, outputs: _bmm(args[0], args[1])),
+    aten.baddbmm.default: ("matmul", lambda args, outputs: _bmm(args[1], args[2])),
+    aten.linear.default: ("matmul", lambda args, outputs: 2.0 * _elements(args[0]) * args[1].shape[0]),
+    aten.convolution.default: ("matmul", _convolution),
+    aten.convolution_backward.default: ("matmul", _convolution_backward),
+}
+for _name in ("flash_attention", "flash_attention_for_cpu", "efficient_attention", "cudnn_attention"):
+    _FLOPS[getattr(aten, f"_scaled_dot_product_{_name}").default] = ("attention", _attention)
+    _FLOPS[getattr(aten, f"_scaled_dot_product_{_name}_backward").default] = ("attention", _attention_backward)
+
+_FLASH_BACKWARD = (
+    aten._scaled_dot_product_flash_attention_backward.default,
+    aten._scaled_dot_product_flash_attention_for_cpu_backward.default,
+)
+
+
+# Operators that only make an uninitialised tensor or an alias.
+_IDLE = {aten.empty.memory_format, aten.empty_strided.default, aten.empty_like.default, aten.detach.default}
+_views: dict = {}
+
+
+def work_of(func, args, outputs) -> Work | None:
+    """The work of one operator, or None if it does none (views, empty tensors)."""
+    entry = _FLOPS.get(func)
+    if entry is None:
+        if func in _IDLE or _is_view(func):
+            return None
+        return Work("memory", 0.0, _bytes(args) + _bytes(outputs))
+    kind, count = entry
+    first = args[0]
+    if kind == "matmul" and first.dtype == torch.float32:
+        kind = "matmul32"
+    return Work(kind, count(args, outputs), _bytes(args) + _bytes(outputs))
+
+
+def _is_view(func) -> bool:
+    known = _views.get(func)
+    if known is None:
+        returns = func._schema.returns
+        known = bool(returns) and all(r.alias_info is not None and not r.alias_info.is_write for r in returns)
+        _views[func] = known
+    return known
+
+
+def _bytes(values) -> int:
+    if isinstance(values, torch.Tensor):
+        return values.numel() * values.element_size()
+    if isinstance(values, (tuple, list)):
+        return sum(_bytes(value) for value in values)
+    return 0
+
+
+def scratch_bytes(func, args, device: str) -> int:
+    """Bytes that a kernel takes inside, freed before it returns: no tracer sees them. `device`: "cuda" or "cpu"."""
+    if device == "cuda":
+        in_16_bit = func in _FLASH_BACKWARD and args[1].dtype in (torch.float16, torch.bfloat16)
+        return flash_backward_scratch_bytes(args[1].shape) if in_16_bit else 0
+    if func is aten._scaled_dot_product_flash_attention_for_cpu.default:
+        return _cpu_flash_scratch_bytes(args[0], args[1], backward=False)
+    if func is aten._scaled_dot_product_flash_attention_for_cpu_backward.default:
+        return _cpu_flash_scratch_bytes(args[1], args[2], backward=True)
+    return 0
+
+
+def flash_backward_scratch_bytes(query_shape) -> int:
+    """What FlashAttention-2's backward takes inside: dQ in float32, and one float32 a row (softmax_d).
+
+    `query_shape` is (B, H, S, D). Rows round up to 128, D to 32. The deterministic mode takes several times as
+    much and is not meant here. Source: `mha_bwd` in flash_attn's flash_api.cpp.
+    """
+    batch, heads, rows, width = query_shape
+    rows, width = -(-rows // 128) * 128, -(-width // 32) * 32
+    return batch * heads * rows * (width + 1) * 4
+
+
+def _cpu_flash_scratch_bytes(query: torch.Tensor, key: torch.Tensor, *, backward: bool) -> int:
+    """Tiles of the CPU's flash attention in float32, one set a thread. Source: ATen/native/cpu/FlashAttentionKernel.cpp."""
+    rows, width = query.shape[2], query.shape[3]
+    tile_rows = min(rows, 256 if rows >= 768 else 64 if rows >= 192 else 32)
+    tile = tile_rows * min(key.shape[2], 512)
+    per_thread = 2 * tile if backward else tile + tile_rows * (2 + width)
+    return 4 * per_thread * torch.get_num_threads()

@@ -1,0 +1,321 @@
+"""Recorded traces against the allocator's own account of a real run, and spliced traces against full ones."""
+
+import random
+
+import pytest
+import torch
+from tiny_transformer import BOUNDARY_NAMES, _make
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from memory.plan import MemoryPlan, apply_plan, resolve_keeps
+from memory.simulate import BACKWARD, CATEGORIES, FORWARD, OPTIMIZER, pinned_bytes, recording
+from memory.splice import Recipe, SpliceError
+from memory.work import flash_backward_scratch_bytes
+
+MIB = 1 << 20
+
+
+class Block(nn.Module):
+    """Attention and feed-forward with an adapter, wide enough for the scratch of CPU kernels to be small beside it."""
+
+    def __init__(self, width, heads):
+        super().__init__()
+        self.heads = heads
+        self.norm, self.mix = nn.LayerNorm(width), nn.Linear(width, 3 * width)
+        self.ff = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+        self.requires_grad_(False)
+        self.adapter = nn.Linear(width, width)
+
+    def forward(self, hidden):
+        query, key, value = (
+            part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in self.mix(self.norm(hidden)).chunk(3, dim=-1)
+        )  # (B, heads, N, width)
+        mixed = nn.functional.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
+        hidden = hidden + mixed + self.adapter(mixed)
+        return hidden + self.ff(hidden)
+
+
+class Stack(nn.Module):
+    def __init__(self, num_blocks=4, width=64):
+        super().__init__()
+        self.blocks = nn.ModuleList(Block(width, 2) for _ in range(num_blocks))
+
+    def forward(self, hidden):
+        for block in self.blocks:
+            hidden = block(hidden)
+        return hidden
+
+
+class Small:
+    """A stack and its inputs, with the face of the tiny transformer."""
+
+    def __init__(self, num_blocks):
+        self.model = Stack(num_blocks)
+        self.blocks = self.model.blocks
+        self.feed_forwards = [block.ff for block in self.blocks]
+        self.adapters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        self.embeds = torch.randn(2, 128, 64)
+        self.predict = self.model
+
+
+def tiny_trace(plan, num_blocks=8, kind="stack"):
+    """A step under `plan` on fake tensors: of a stack of small blocks, or of the tiny transformer ("sincos", "rope")."""
+    with FakeTensorMode():
+        tiny = Small(num_blocks) if kind == "stack" else _make(rotary=kind == "rope", num_blocks=num_blocks)
+        applied = apply_plan(tiny.model, tiny.blocks, plan, device="cpu", feed_forwards=tiny.feed_forwards,
+                             boundary_names=("hidden",) if kind == "stack" else BOUNDARY_NAMES)  # fmt: skip
+        return recorded_step(tiny, applied)
+
+
+def recorded_step(tiny, applied=None):
+    optimizer = torch.optim.AdamW(tiny.adapters, fused=True)
+    with recording() as recorder:
+        recorder.adopt_model(tiny.model, tiny.blocks, applied)
+        recorder.watch(tiny.blocks)
+        with recorder.phase("teacher"), torch.no_grad():
+            target = tiny.predict(tiny.embeds[:1])
+        with recorder.phase(FORWARD):
+            loss = (tiny.predict(tiny.embeds[1:]) - target).square().mean()
+            del target
+        with recorder.phase(BACKWARD):
+            loss.backward()
+        with recorder.phase(OPTIMIZER):
+            optimizer.step()
+            optimizer.zero_grad()
+        if applied is not None and applied.activations:
+            recorder.adopt(applied.activations.host_buffers, "saved activations", place="pinned")
+    return recorder.trace()
+
+
+def test_categories_add_up_to_the_total_throughout():
+    trace = tiny_trace(MemoryPlan(resident_blocks=3, num_keep_attention=2))
+    for place in ("device", "pinned"):
+        for _, total, live in trace.timeline(place=place):
+            assert sum(live.values()) == total >= 0 and min(live.values()) >= 0
+    prediction = trace.prediction(workspace_bytes=8 * MIB)
+    assert sum(prediction.by_category.values()) == prediction.peak_bytes == max(prediction.by_phase.values())
+    assert set(prediction.by_category) == set(CATEGORIES)
+    assert prediction.reserved_bytes >= prediction.allocator.peak_allocated_bytes >= prediction.peak_bytes
+
+
+def test_categories_are_what_their_names_say():
+    with FakeTensorMode():
+        tiny = _make(rotary=False, num_blocks=5)
+        trace = recorded_step(tiny)
+        adapters = sum(parameter.nbytes for parameter in tiny.adapters)
+        weights = sum(p.nbytes for p in tiny.model.parameters() if not p.requires_grad)
+    assert trace.standing_bytes("adapters") == adapters
+    assert trace.standing_bytes("weights") == weights + sum(b.nbytes for b in tiny.model.buffers())
+    assert 2 * adapters <= trace.standing_bytes("optimizer") < 2.1 * adapters  # two moments and the step counts
+    gradients = [trace.storages[e].num_bytes for e in trace.events if e >= 0 and trace.storages[e].category == "gradients"]
+    assert sum(gradients) == adapters
+    saved = sum(s.num_bytes for s in trace.storages if s.category == "saved activations")
+    assert saved > 5 * 20 * tiny.latents[0, 0, 0].numel() * 4  # nothing is checkpointed: many tensors a block
+
+
+def test_every_event_is_paired_and_spans_cover_the_step():
+    trace = tiny_trace(MemoryPlan(checkpoint="none"), 5, "rope")
+    births = [event for event in trace.events if event >= 0]
+    assert sorted(births) == sorted(~event for event in trace.events if event < 0)
+    assert len(set(births)) == len(births)
+    assert [span.start for span in trace.spans[1:]] == [span.stop for span in trace.spans[:-1]]
+    assert trace.spans[0].start == 0 and trace.spans[-1].stop == len(trace.events)
+    walks = {}
+    for span in trace.spans:
+        if span.visit:
+            walks.setdefault(span.visit[0], []).append(span.visit[1])
+    assert walks == {0: [0, 1, 2, 3, 4], 1: [0, 1, 2, 3, 4], 2: [4, 3, 2, 1, 0]}
+
+
+def profiled_peak(step):
+    """Peak bytes over the start, as the CPU allocator reports them to the profiler: not by our own hooks."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        step()
+    events = [
+        (event.start_ns(), event.nbytes())
+        for event in profile.profiler.kineto_results.events()
+        if event.name() == "[memory]"
+    ]
+    total = peak = 0
+    for _, num_bytes in sorted(events, key=lambda pair: pair[0]):
+        total += num_bytes
+        peak = max(peak, total)
+    return peak
+
+
+PLANS = [
+    MemoryPlan(checkpoint="none"),
+    MemoryPlan(),
+    MemoryPlan(checkpoint="every:2"),
+    MemoryPlan(num_keep_attention=2),
+    MemoryPlan(num_keep_attention=1, num_keep_everything=2),
+    MemoryPlan(resident_blocks=0),
+    MemoryPlan(resident_blocks=1, num_keep_attention=4),
+    MemoryPlan(boundaries="host"),
+    MemoryPlan(resident_blocks=0, boundaries="host", feed_forward_chunks=4),
+    MemoryPlan(num_keep_everything=2, kept="host"),
+    MemoryPlan(feed_forward_chunks=4),
+]
+
+
+@pytest.mark.parametrize("plan", PLANS, ids=lambda plan: ",".join(f"{k}={v}" for k, v in changed(plan).items()) or "default")
+def test_predicted_peak_is_the_allocators_within_one_percent(plan):
+    def run(profiling):
+        torch.manual_seed(0)
+        model = Stack()
+        hidden = torch.randn(1, 1000, 64)
+        applied = apply_plan(model, model.blocks, plan, device="cpu", boundary_names=("hidden",),
+                             feed_forwards=[block.ff for block in model.blocks])  # fmt: skip
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=True)
+
+        def step():
+            loss = model(hidden).square().mean()
+            loss.backward()
+            del loss
+            optimizer.step()
+            optimizer.zero_grad()
+
+        step()  # the first step makes what stands: optimizer state, host slabs
+        if profiling:
+            return profiled_peak(step)
+        with recording(device="cpu") as recorder:
+            recorder.adopt_model(model, model.blocks, applied)
+            step()
+        levels = {place: recorder.trace().timeline(place=place, rounded=False) for place in ("device", "pinned")}
+        first = next(levels["device"])[1]
+        assert len({level for _, level, _ in levels["pinned"]}) == 1  # host buffers stand; all that moves is on the device
+        return max(level for _, level, _ in levels["device"]) - first
+
+    with FakeTensorMode():
+        predicted = run(profiling=False)
+    assert predicted == pytest.approx(run(profiling=True), rel=0.01)
+
+
+def changed(plan):
+    default = MemoryPlan()
+    return {name: value for name, value in vars(plan).items() if value != getattr(default, name)}
+
+
+def test_flash_backward_scratch_of_published_shapes():
+    for heads, mib in ((30, 130), (48, 209)):  # 2b and 5b at 49 frames
+        assert flash_backward_scratch_bytes((1, heads, 17776, 64)) / MIB == pytest.approx(mib * 65 / 64, abs=1)
+
+
+def test_attention_work_and_scratch_are_counted():
+    def run(dtype, device):
+        with FakeTensorMode(), recording(device=device) as recorder:
+            query, key, value = (torch.empty(1, 2, 256, 64, dtype=dtype, requires_grad=True) for _ in range(3))
+            nn.functional.scaled_dot_product_attention(query, key, value).sum().backward()
+        return recorder.trace()
+
+    trace = run(torch.bfloat16, "cuda")
+    flops = [work.flops for span in trace.spans for work in span.work if work.kind == "attention"]
+    assert flops == [4 * 256 * 256 * 64 * 2, 10 * 256 * 256 * 64 * 2]
+    scratch = 2 * 256 * 65 * 4
+    assert sum(s.num_bytes == scratch for s in trace.storages) == 1
+    assert all(s.num_bytes != scratch for s in run(torch.bfloat16, "cpu").storages)
+    assert all(s.num_bytes != scratch for s in run(torch.float32, "cuda").storages)
+
+
+@pytest.mark.parametrize("num_bytes, taken", [(0, 0), (1, 1), (4096, 4096), (107 * MIB, 128 * MIB), (252 * MIB, 256 * MIB)])
+def test_pinned_memory_rounds_up_to_powers_of_two(num_bytes, taken):
+    assert pinned_bytes(num_bytes) == taken
+
+
+def test_a_view_of_an_undeclared_tensor_is_no_birth():
+    with FakeTensorMode():
+        before = torch.empty(1000)
+        with recording() as recorder:
+            before.view(10, 100).add_(1)
+    trace = recorder.trace()
+    assert trace.events == () and trace.standing_bytes("other") == 4000
+
+
+def test_wrong_declarations_are_refused():
+    with recording() as recorder, pytest.raises(ValueError, match="categories are"):
+        recorder.adopt([torch.empty(1)], "wieghts")
+
+
+# ---- splicing ----------------------------------------------------------------------------------------------------------
+
+
+def events_by_position(trace):
+    """Births by size, category and place; deaths by the number of the birth."""
+    number, found = {}, []
+    for event in trace.events:
+        if event >= 0:
+            number[event] = len(number)
+            storage = trace.storages[event]
+            found.append((storage.num_bytes, storage.category, storage.place))
+        else:
+            found.append(~number[~event])
+    return found
+
+
+def standing_storages(trace):
+    return sorted((s.num_bytes, s.category, s.place) for s in (trace.storages[index] for index in trace.standing))
+
+
+def keeping(num_attention, num_everything, **fields):
+    return MemoryPlan(num_keep_attention=num_attention, num_keep_everything=num_everything, **fields)
+
+
+def learn(recipe, layouts, kind, **fields):
+    for num_blocks, num_attention, num_everything in layouts:
+        plan = keeping(num_attention, num_everything, **fields)
+        recipe.learn(tiny_trace(plan, num_blocks, kind), resolve_keeps(plan, num_blocks))
+
+
+def assert_splice_is_exact(recipe, plan, num_blocks, kind):
+    keeps = resolve_keeps(plan, num_blocks)
+    full = tiny_trace(plan, num_blocks, kind)
+    spliced = recipe.splice(keeps, num_resident=plan.resident_blocks)
+    assert events_by_position(spliced) == events_by_position(full)
+    assert standing_storages(spliced) == standing_storages(full)
+    assert [span.visit for span in spliced.spans] == [span.visit for span in full.spans]
+    assert spliced.prediction().peak_bytes == full.prediction().peak_bytes
+    level = next(iter(spliced.timeline()))[1]
+    assert recipe.peak_bytes(keeps) == max(total for _, total, _ in spliced.timeline()) - level
+
+
+CASES = [(0, 0, None), (8, 0, 0), (1, 7, 5), (3, 2, 1), (0, 3, 8)]
+
+
+@pytest.mark.parametrize("fields", [{}, {"feed_forward_chunks": 2}], ids=str)
+def test_spliced_and_full_traces_are_the_same(fields):
+    recipe = Recipe(tiny_trace(MemoryPlan(**fields)), ["inputs"] * 8)
+    learn(recipe, [(5, 5, 0), (5, 0, 5)], "stack", **fields)
+    for num_attention, num_everything, num_resident in CASES:
+        plan = keeping(num_attention, num_everything, resident_blocks=num_resident, **fields)
+        assert_splice_is_exact(recipe, plan, 8, "stack")
+
+
+@pytest.mark.parametrize("kind", ["sincos", "rope"])
+def test_spliced_and_full_traces_of_the_real_transformer_are_the_same(kind):
+    recipe = Recipe(tiny_trace(MemoryPlan(), 7, kind), ["inputs"] * 7)
+    learn(recipe, [(5, 5, 0), (5, 0, 5)], kind)
+    assert_splice_is_exact(recipe, keeping(2, 2, resident_blocks=3), 7, kind)
+
+
+def test_spliced_and_full_traces_are_the_same_with_boundaries_on_the_host():
+    fields = {"boundaries": "host"}
+    recipe = Recipe(tiny_trace(MemoryPlan(**fields)), ["inputs"] * 8)
+    learn(recipe, [(5, 5, 0), (8, 4, 0)], "stack", **fields)
+    for num_attention, num_resident in [(0, 0), (8, None), (1, 3), (4, 0), (7, 7)]:
+        assert_splice_is_exact(recipe, keeping(num_attention, 0, resident_blocks=num_resident, **fields), 8, "stack")
+
+
+def test_a_variant_takes_what_lies_between_visits_from_the_base():
+    base = Recipe(tiny_trace(MemoryPlan()), ["inputs"] * 8)
+    short, variant = (tiny_trace(plan, 5) for plan in (MemoryPlan(), MemoryPlan(feed_forward_chunks=2)))
+    recipe = base.with_visits_of(short, variant, ["inputs"] * 5)
+    assert_splice_is_exact(recipe, MemoryPlan(feed_forward_chunks=2, resident_blocks=2), 8, "stack")
+
+
+def test_splicing_refuses_what_it_has_not_seen():
+    recipe = Recipe(tiny_trace(MemoryPlan(), 5), ["inputs"] * 5)
+    with pytest.raises(SpliceError, match="block 4 of 5 keeping attention were not recorded"):
+        recipe.splice(["inputs"] * 4 + ["attention"])
+    with pytest.raises(SpliceError, match="trace this plan in full"):
+        recipe.splice(["everything"] * 5)
