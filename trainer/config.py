@@ -198,6 +198,7 @@ class GenerateConfig:
             raise UsageError(f"--num-steps {self.num_steps}: must be 1 or more")
         if self.eraser is None and not self.no_eraser:
             raise UsageError("--eraser is missing; name a run directory, or say --no-eraser")
+        _check_guidance(self.guidance_scale, self.memory)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -222,6 +223,13 @@ class EvaluateConfig:
     def __post_init__(self):
         _at_least("num-videos", self.num_videos, 1)
         _at_least("num-steps", self.num_steps, 1)
+        _check_guidance(self.guidance_scale, self.memory)
+
+
+def _check_guidance(scale: float, memory: MemoryPlan) -> None:
+    if memory.guidance == "none" and scale != 1.0:
+        raise UsageError(f"--guidance none leaves --guidance-scale {scale} without effect; use --guidance sequential, "
+                         "or --guidance-scale 1")
 
 
 def _at_least(flag: str, value: float, least: float) -> None:

@@ -2,6 +2,7 @@
 
 import csv
 import hashlib
+import logging
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,6 +15,8 @@ from torch import Tensor
 
 from trainer.config import DataConfig
 from trainer.errors import UsageError
+
+logger = logging.getLogger(__name__)
 
 _TEMPLATES = ("{}", "a video of {}", "a scene with {}", "{} in motion", "a close shot of {}")
 
@@ -48,25 +51,25 @@ def _world(concept: str, pairs: list[tuple[str, str]] | None, concepts: list[str
     """The shapes world's captions of a concept, and of what shares its kind."""
     from trainer.shapes import world
 
+    names = ", ".join(name for kind in world.ATTRIBUTES.values() for name in kind)
     try:
-        others = world.preserved_concepts(concept)
+        others, erased = world.preserved_concepts(concept), world.kind_of(concept)[1]
         pairs = pairs or world.erasure_pairs(concept)
     except KeyError:
         if pairs is None:
-            words = ", ".join(name for kind in world.ATTRIBUTES.values() for name in kind)
-            raise UsageError(f"--concept {concept}: the bundled model does not know it; it knows {words}. "
+            raise UsageError(f"--concept {concept}: the bundled model does not know it; it knows {names}. "
                              "Another concept needs --prompts FILE") from None
-        others = []
-    if not concepts:
-        concepts = others
+        others, erased = [], concept
     preserved = []
-    for name in concepts:
+    for name in concepts or others:
         if " " in name:
             preserved.append(name)
-        elif name not in {word for kind in world.ATTRIBUTES.values() for word in kind}:
-            raise UsageError(f"--preserve {name}: the bundled model does not know it; name one of {', '.join(others)}")
-        else:
-            preserved += [prompt for prompt, _ in world.erasure_pairs(name)]
+            continue
+        try:
+            # A circle may be red: what shows the concept itself is not to be kept.
+            preserved += [prompt for prompt, _ in world.erasure_pairs(name) if erased not in prompt.split()]
+        except KeyError:
+            raise UsageError(f"--preserve {name}: the bundled model does not know it; name one of {names}") from None
     return pairs, preserved
 
 
@@ -88,12 +91,13 @@ def _pairs(path: Path) -> list[tuple[str, str]]:
         return [(line, "") for line in lines]
     with path.open(newline="", encoding="utf-8-sig") as f:
         reader = csv.DictReader(f)
-        if "prompt" not in (reader.fieldnames or ()):
-            raise UsageError(f"--prompts {path}: needs a column named prompt, has {', '.join(reader.fieldnames or ())}")
         try:
-            rows = [((row["prompt"] or "").strip(), (row.get("safe") or "").strip()) for row in reader]
+            columns = reader.fieldnames or ()
+            rows = [((row.get("prompt") or "").strip(), (row.get("safe") or "").strip()) for row in reader]
         except csv.Error as e:
             raise UsageError(f"--prompts {path}: not a CSV file ({e})") from e
+    if "prompt" not in columns:
+        raise UsageError(f"--prompts {path}: needs a column named prompt, has {', '.join(columns)}")
     rows = [row for row in rows if row[0]]
     if not rows:
         raise UsageError(f"--prompts {path}: no row has a prompt")
@@ -132,19 +136,27 @@ def embed(backbone, prompts: Sequence[str], *, dtype: torch.dtype, device: torch
     rows = {} if encoder is None else {p: t for p in prompts if (t := _cached(files[p])) is not None}
     missing = [p for p in prompts if p not in rows]
     if missing:
-        for prompt, row in zip(missing, backbone.encode_prompts(missing, dtype=dtype, device=device)):
-            rows[prompt] = row
-            if encoder is not None:
-                cache.mkdir(parents=True, exist_ok=True)
-                part = files[prompt].with_suffix(f".{os.getpid()}.part")
-                save_file({"embedding": row.contiguous()}, part)
-                part.replace(files[prompt])
+        rows |= zip(missing, backbone.encode_prompts(missing, dtype=dtype, device=device))
+        if encoder is not None:
+            _store({files[p]: rows[p] for p in missing})
     table = torch.stack([rows[p] for p in prompts])  # (n, L, D)
     return Embeddings(table, prompts)
 
 
 def _key(encoder: str | None, length: int, dtype: torch.dtype, prompt: str) -> str:
     return hashlib.sha256(f"{encoder}\0{length}\0{dtype}\0{prompt}".encode()).hexdigest()[:32]
+
+
+def _store(rows: dict[Path, Tensor]) -> None:
+    """Write cache files, each whole or not at all. Where that fails, a later run computes them again."""
+    try:
+        for file, row in rows.items():
+            file.parent.mkdir(parents=True, exist_ok=True)
+            part = file.with_suffix(f".{os.getpid()}.part")
+            save_file({"embedding": row.contiguous()}, part)
+            part.replace(file)
+    except (OSError, SafetensorError) as e:
+        logger.warning("text embeddings are not cached: %s; XDG_CACHE_HOME names another place", e)
 
 
 def _cached(file: Path) -> Tensor | None:

@@ -1,0 +1,131 @@
+"""`generate` without an eraser is diffusers' own pipeline; with one, it is not."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import FRAMES, SIDE
+from test_erasers import shake
+
+from memory.plan import MemoryPlan
+from trainer import generate as module
+from trainer.assemble import named_scheduler
+from trainer.config import GenerateConfig, ModelConfig
+from trainer.eraser_files import save_eraser
+from trainer.erasers import Erasers
+from trainer.errors import CheckpointError, UsageError
+
+PROMPT, SEED, NUM_STEPS = "a red circle moving left", 11, 3
+
+
+def _config(directory, out, **more) -> GenerateConfig:
+    model = ModelConfig(model=str(directory), frames=FRAMES, height=SIDE, width=SIDE, device="cpu")
+    return GenerateConfig(**dict(prompt=(PROMPT,), out=out, no_eraser=True, seed=SEED, num_steps=NUM_STEPS, model=model) | more)
+
+
+@pytest.fixture
+def written(monkeypatch):
+    """Videos (3, T, H, W) by file name, caught on their way to mp4."""
+    videos = {}
+    monkeypatch.setattr(module, "write_mp4", lambda path, video, *, fps: videos.update({path.name: video}))
+    return videos
+
+
+def _stock(backbone, scheduler: str, scale: float, **more) -> torch.Tensor:
+    from diffusers import CogVideoXPipeline
+
+    pipeline = CogVideoXPipeline.from_pretrained(backbone.directory)
+    pipeline.scheduler = named_scheduler(backbone, scheduler)
+    pipeline.set_progress_bar_config(disable=True)
+    video = pipeline(PROMPT, num_frames=FRAMES, height=SIDE, width=SIDE, num_inference_steps=NUM_STEPS,
+                     guidance_scale=scale, max_sequence_length=backbone.text_length, output_type="np",
+                     generator=torch.Generator().manual_seed(SEED), **more).frames[0]
+    return torch.from_numpy(np.asarray(video)).permute(3, 0, 1, 2)
+
+
+@pytest.mark.parametrize("scheduler", ["ddim", "dpm"])
+@pytest.mark.parametrize("guidance, scale", [("batched", 6.0), ("sequential", 6.0), ("batched", 1.0)])
+def test_without_eraser_equals_the_stock_pipeline(backbone, written, tmp_path, scheduler, guidance, scale):
+    module.generate(_config(backbone.directory, tmp_path / "x.mp4", scheduler=scheduler, guidance_scale=scale,
+                            memory=MemoryPlan(guidance=guidance)))
+    difference = (written["x.mp4"] - _stock(backbone, scheduler, scale)).abs().max()
+    assert difference <= 1e-5
+
+
+def test_guidance_none_equals_the_stock_pipeline_without_guidance(sincos, written, tmp_path):
+    module.generate(_config(sincos.directory, tmp_path / "x.mp4", guidance_scale=1.0, memory=MemoryPlan(guidance="none")))
+    assert (written["x.mp4"] - _stock(sincos, "model", 1.0)).abs().max() <= 1e-5
+
+
+def test_guidance_none_with_a_scale_is_refused(sincos, tmp_path):
+    """A scale that would silently have no effect."""
+    with pytest.raises(UsageError, match="--guidance none.*--guidance-scale 1"):
+        _config(sincos.directory, tmp_path / "x.mp4", guidance_scale=6.0, memory=MemoryPlan(guidance="none"))
+
+
+@pytest.mark.parametrize("plan", [MemoryPlan(resident_blocks=0), MemoryPlan(resident_blocks=1, feed_forward_chunks=3)],
+                         ids=["streamed", "half-streamed-chunked"])
+def test_memory_plan_changes_nothing_in_generation(sincos, written, tmp_path, plan):
+    for name, chosen in (("plain.mp4", MemoryPlan()), ("planned.mp4", plan)):
+        module.generate(_config(sincos.directory, tmp_path / name, memory=chosen))
+    torch.testing.assert_close(written["planned.mp4"], written["plain.mp4"], rtol=0, atol=1e-5)
+
+
+@pytest.fixture
+def eraser(sincos, tmp_path):
+    erasers = Erasers(sincos.blocks(sincos.load_transformer(dtype=torch.float32)), 4)
+    shake(erasers)
+    save_eraser(tmp_path / "eraser", erasers, base_model=sincos.identity(), training={"data": {"concept": "red"}})
+    return tmp_path / "eraser"
+
+
+@pytest.mark.parametrize("plan", [MemoryPlan(), MemoryPlan(resident_blocks=0)], ids=["plain", "streamed"])
+def test_eraser_changes_the_video_and_compare_shows_both(sincos, written, eraser, tmp_path, plan):
+    paths = module.generate(_config(sincos.directory, tmp_path / "x.mp4", no_eraser=False, eraser=eraser, compare=True,
+                                    memory=plan))
+    module.generate(_config(sincos.directory, tmp_path / "plain.mp4"))
+    assert (written["x.mp4"] - written["plain.mp4"]).abs().max() > 1e-3
+    assert [p.name for p in paths] == ["x.mp4", "x-compare.png"] and paths[1].stat().st_size > 500
+
+
+def test_eraser_brings_its_own_base_model(eraser, written, tmp_path, monkeypatch):
+    model = ModelConfig(frames=FRAMES, height=SIDE, width=SIDE, device="cpu")
+    monkeypatch.setattr("trainer.backbones.cogvideox.BUNDLED", tmp_path / "not-there")
+    module.generate(_config("shapes", tmp_path / "x.mp4", no_eraser=False, eraser=eraser, model=model))
+    assert "x.mp4" in written
+
+
+def test_eraser_of_another_model_is_refused_before_anything_is_written(eraser, pipelines, written, tmp_path):
+    with pytest.raises(CheckpointError, match="not for"):
+        module.generate(_config(pipelines["5b"], tmp_path / "x.mp4", no_eraser=False, eraser=eraser))
+    assert not written
+
+
+def test_several_prompts_make_numbered_videos_each_of_its_own_seed(sincos, written, tmp_path):
+    other = "a blue square moving up"
+    paths = module.generate(_config(sincos.directory, tmp_path / "x.mp4", prompt=(other, PROMPT), seed=SEED - 1))
+    assert [p.name for p in paths] == ["x-0.mp4", "x-1.mp4"]
+    module.generate(_config(sincos.directory, tmp_path / "alone.mp4"))
+    torch.testing.assert_close(written["x-1.mp4"], written["alone.mp4"], rtol=0, atol=1e-6)
+
+
+def test_latents_do_not_depend_on_the_batch_size(backbone):
+    shape = backbone.latent_shape(FRAMES, SIDE, SIDE)
+    predict = backbone.predictor(backbone.load_transformer(dtype=torch.float32), shape)
+    from trainer.prompts import Embeddings
+
+    texts = ["", "a red circle", "a blue square", "a green ball"]
+    embeddings = Embeddings(backbone.encode_prompts(texts, dtype=torch.float32), texts)
+    made = [module.generate_latents(predict, backbone.scheduler(), embeddings, texts[1:], [1, 2, 3], shape, num_steps=3,
+                                    guidance_scale=4.0, batch_size=size) for size in (1, 2, 3)]
+    torch.testing.assert_close(made[1], made[0], rtol=0, atol=1e-4)
+    torch.testing.assert_close(made[2], made[0], rtol=0, atol=1e-4)
+
+
+def test_png_is_a_contact_sheet(sincos, tmp_path):
+    from PIL import Image
+
+    [path] = module.generate(_config(sincos.directory, tmp_path / "deep" / "x.png"))
+    with Image.open(path) as sheet:
+        assert sheet.size[0] > 400
+
+

@@ -1,0 +1,176 @@
+"""Prompts from files, words and the world; embeddings computed once."""
+
+import os
+
+import pytest
+import torch
+
+from trainer.config import DataConfig
+from trainer.errors import UsageError
+from trainer.prompts import Embeddings, collect, embed
+from trainer.shapes import world
+
+
+def _file(tmp_path, name: str, content: str | bytes):
+    path = tmp_path / name
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    return path
+
+
+def test_text_file_one_prompt_a_line(tmp_path):
+    path = _file(tmp_path, "p.txt", "\ufeff a red circle \n\n\n the red ball\r\n")
+    found = collect(DataConfig(concept="red", prompts=path, preserve=("a blue one",)), bundled=False)
+    assert found.prompts == ("a red circle", "the red ball") and found.safe == ("", "")
+    assert found.preserved == ("a blue one",)
+
+
+def test_csv_with_a_safe_column(tmp_path):
+    path = _file(tmp_path, "p.csv", '\ufeffid,safe,prompt\n1,"a circle, moving","a red circle, moving"\n2,,red box\n3,x,\n')
+    found = collect(DataConfig(concept="red", prompts=path), bundled=False)
+    assert found.prompts == ("a red circle, moving", "red box") and found.safe == ("a circle, moving", "")
+
+
+def test_csv_with_prompts_alone(tmp_path):
+    found = collect(DataConfig(prompts=_file(tmp_path, "p.CSV", "prompt\na\nb\n")), bundled=False)
+    assert found.prompts == ("a", "b") and found.safe == ("", "")
+
+
+@pytest.mark.parametrize("name, content, message", [
+    ("p.txt", "", "holds no prompt; write one a line"),
+    ("p.txt", " \n\n", "holds no prompt"),
+    ("p.csv", "prompt,safe\n", "no row has a prompt"),
+    ("p.csv", "prompt,safe\n,x\n", "no row has a prompt"),
+    ("p.csv", "text\nred\n", "needs a column named prompt, has text"),
+    ("p.txt", b"\xff\xfe\x00r", "cannot be read"),
+    ("p.csv", "prompt\n" + "x" * 200_000 + "\n", "not a CSV file"),
+    ("p.csv", "x" * 200_000 + "\n", "not a CSV file"),
+])
+def test_unusable_prompt_files(tmp_path, name, content, message):
+    with pytest.raises(UsageError, match=f"--prompts .*{message}"):
+        collect(DataConfig(prompts=_file(tmp_path, name, content)), bundled=False)
+
+
+def test_missing_files_name_their_flag(tmp_path):
+    with pytest.raises(UsageError, match="--prompts .*cannot be read"):
+        collect(DataConfig(prompts=tmp_path / "absent.txt"), bundled=False)
+    with pytest.raises(UsageError, match="--preserve-file .*cannot be read"):
+        collect(DataConfig(preserve_file=tmp_path), bundled=False)
+
+
+def test_concept_alone_makes_prompts_by_templates():
+    found = collect(DataConfig(concept="nudity", preserve=("person", "a dressed person")), bundled=False)
+    assert len(found.prompts) >= 4 and all("nudity" in p for p in found.prompts) and set(found.safe) == {""}
+    assert "a dressed person" in found.preserved and "a video of person" in found.preserved
+    assert "a video of a dressed person" not in found.preserved  # a sentence stays as it is
+
+
+def test_preserved_concepts_from_flags_and_file(tmp_path):
+    path = _file(tmp_path, "keep.txt", "a blue square\n")
+    found = collect(DataConfig(preserve=("a green ball",), preserve_file=path), bundled=False)
+    assert found.preserved == ("a green ball", "a blue square")
+
+
+def test_bundled_model_takes_the_worlds_captions_and_keeps_the_siblings():
+    found = collect(DataConfig(concept="red"), bundled=True)
+    assert list(zip(found.prompts, found.safe)) == world.erasure_pairs("red")
+    siblings = [p for c in ("green", "blue", "yellow", "purple") for p, _ in world.erasure_pairs(c)]
+    assert list(found.preserved) == siblings
+
+
+def test_bundled_model_with_chosen_preserved_concepts_and_synonyms():
+    """Circles are kept, red ones excepted: those are to be erased."""
+    found = collect(DataConfig(concept="crimson", preserve=("circle", "azure", "a small dog")), bundled=True)
+    circles = [p for p, _ in world.erasure_pairs("circle") if "red" not in p.split()]
+    assert len(circles) == 4 * 4 * 4
+    assert list(found.preserved) == circles + [p for p, _ in world.erasure_pairs("blue")] + ["a small dog"]
+
+
+def test_bundled_model_does_not_know_every_word(tmp_path):
+    with pytest.raises(UsageError, match="--concept giraffe: the bundled model does not know it; it knows red, .*--prompts FILE"):
+        collect(DataConfig(concept="giraffe"), bundled=True)
+    with pytest.raises(UsageError, match="--preserve giraffe.*does not know it; .*blue"):
+        collect(DataConfig(concept="red", preserve=("giraffe",)), bundled=True)
+    path = _file(tmp_path, "p.txt", "a giraffe\n")
+    with pytest.raises(UsageError, match="--preserve dog.*name one of .*red"):
+        collect(DataConfig(concept="giraffe", prompts=path, preserve=("dog",)), bundled=True)
+    found = collect(DataConfig(concept="giraffe", prompts=path), bundled=True)
+    assert found.prompts == ("a giraffe",) and found.preserved == ()
+
+
+class _Counting:
+    """A backbone that counts how many prompts it encodes."""
+
+    text_length = 5
+
+    def __init__(self, fingerprint="weights"):
+        self.encoded, self.fingerprint = [], fingerprint
+
+    def text_encoder_fingerprint(self):
+        return self.fingerprint
+
+    def encode_prompts(self, prompts, *, dtype, device):
+        self.encoded += prompts
+        return torch.stack([torch.full((5, 3), float(len(p))) for p in prompts]).to(dtype)
+
+
+def _embed(backbone, prompts, cache, dtype=torch.float32) -> Embeddings:
+    return embed(backbone, prompts, dtype=dtype, device="cpu", cache=cache)
+
+
+def test_embeddings_are_looked_up_by_prompt_and_computed_once(tmp_path):
+    backbone = _Counting()
+    found = _embed(backbone, ["b", "", "aaa", "b"], tmp_path)
+    assert sorted(backbone.encoded) == ["", "aaa", "b"]
+    assert found(["aaa", "b", "aaa"])[:, 0, 0].tolist() == [3, 1, 3] and found.table.shape == (3, 5, 3)
+    again = _Counting()
+    assert _embed(again, ["b", "cc"], tmp_path)(["b", "cc"])[:, 0, 0].tolist() == [1, 2]
+    assert again.encoded == ["cc"]
+
+
+def test_cache_is_keyed_by_encoder_and_dtype(tmp_path):
+    _embed(_Counting(), ["a"], tmp_path)
+    for backbone, dtype in ((_Counting("other weights"), torch.float32), (_Counting(), torch.bfloat16)):
+        assert _embed(backbone, ["a"], tmp_path, dtype).table.dtype == dtype
+        assert backbone.encoded == ["a"]
+
+
+def test_random_weights_are_not_cached(tmp_path):
+    _embed(_Counting(None), ["a"], tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("damage", [lambda f: f.write_bytes(b""), lambda f: f.write_bytes(f.read_bytes()[:-4]),
+                                    lambda f: f.write_bytes(b"\0" * 100)])
+def test_damaged_cache_files_are_written_anew(tmp_path, damage):
+    _embed(_Counting(), ["a"], tmp_path)
+    [file] = tmp_path.iterdir()
+    damage(file)
+    backbone = _Counting()
+    assert _embed(backbone, ["a"], tmp_path)(["a"]).sum() == 15 and backbone.encoded == ["a"]
+    again = _Counting()
+    _embed(again, ["a"], tmp_path)
+    assert again.encoded == []
+
+
+def test_cache_file_of_another_content_is_written_anew(tmp_path):
+    from safetensors.torch import save_file
+
+    _embed(_Counting(), ["a"], tmp_path)
+    [file] = tmp_path.iterdir()
+    save_file({"other": torch.ones(1)}, file)
+    assert _embed(_Counting(), ["a"], tmp_path)(["a"]).sum() == 15
+
+
+def test_cache_that_cannot_be_written_is_a_warning(tmp_path, caplog):
+    """A read-only home must not cost the run: the embeddings are there, only not for the next one."""
+    (tmp_path / "file").write_text("")
+    found = _embed(_Counting(), ["a", "bb"], tmp_path / "file" / "cache")
+    assert found(["bb"]).sum() == 30
+    assert len(caplog.records) == 1 and "XDG_CACHE_HOME" in caplog.text
+
+
+def test_real_embeddings_from_the_cache_equal_fresh_ones_bitwise(sincos, tmp_path):
+    prompts = ["a red circle", "", "the ball is crimson"]
+    fresh = embed(sincos, prompts, dtype=torch.float32, device="cpu", cache=tmp_path)
+    cached = embed(sincos, prompts, dtype=torch.float32, device="cpu", cache=tmp_path)
+    assert torch.equal(fresh.table, cached.table) and len(os.listdir(tmp_path)) == 3
