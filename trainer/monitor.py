@@ -20,7 +20,7 @@ from trainer.signals import StopFlag
 
 Mode = Literal["auto", "plain", "off"]
 NUM_WARM_UP = 3  # first steps of a process, which allocate and choose kernels: no part of the ETA
-_NUM_KEPT = 2048  # records that the view can look back on
+_NUM_KEPT = 600  # records that the view can look back on
 logger = logging.getLogger(__name__)
 
 
@@ -30,7 +30,7 @@ class Monitor:
     def __init__(self, num_steps: int, *, mode: Mode = "auto", title: str = "train",
                  facts: Mapping[str, float | None] | None = None, stopping: Callable[[], bool] = bool,
                  read_memory: Callable[[], Mapping[str, Any]] | None = None, stream: TextIO | None = None,
-                 interval: float = 10.0, refresh: float = 0.5):
+                 interval: float = 10.0, refresh: float = 1.0):
         """`facts`: `budget_bytes` and `predicted_peak_bytes`, where known. `stopping`: whether a signal came.
         `read_memory`: measured values of now, see `read_process`. `interval`: seconds between plain lines, at least;
         `refresh`: between pictures of the live view."""

@@ -179,7 +179,8 @@ def _figure(caption: str, path: Path) -> str:
 
 
 def _losses(files: RunFiles) -> str:
-    charts = [line_chart(label, points) for key, label in _CURVES.items() if (points := files.series(key))]
+    charts = [line_chart(label, points, smooth=1 if key == "lr" else 20) for key, label in _CURVES.items()
+              if (points := files.series(key))]
     return _section("Losses", _charts(charts, "No records."))
 
 
