@@ -124,7 +124,7 @@ def one_step(subject: Subject, health: Health, step: int) -> None:
         terms = student_backward(subject.assembly.predict, subject.assembly.erasers, sample, subject.config.loss, scale=share)
         totals = {name: totals.get(name, 0.0) + value / accumulation for name, value in terms.items()}
     scaler.unscale_(subject.optimizer)
-    health.apply(step, totals, started=0.0)
+    health.apply(step, totals)
     scaler.update()
     subject.optimizer.zero_grad(set_to_none=True)
 

@@ -27,7 +27,7 @@ from trainer.run_directory import CONFIG
 
 def diagnose_path(path: Path) -> Bill:
     """The bill of a run directory or of an eraser file. Raises CheckpointError for anything else."""
-    if (path / CONFIG).is_file():
+    if any((path / name).is_file() for name in (CONFIG, FINDINGS)):  # a run that the pre-flight stopped has no config
         return diagnose_run(path)
     return diagnose_eraser(path)
 

@@ -8,7 +8,6 @@ Under float16 with a loss scaler an infinite gradient alone only means that the 
 import json
 import logging
 import math
-import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -37,10 +36,10 @@ class Health:
     eraser's output and the residual stream that it is added to (root of the sum of squares over the batch).
     """
 
-    def __init__(self, subject: Subject, *, run_dir: Path | None = None,
-                 sinks: Sequence[Callable[[dict[str, Any]], None]] = ()):
-        """`sinks` are called with the record of every step, one step late."""
-        self.subject, self.run_dir, self.sinks = subject, run_dir, tuple(sinks)
+    def __init__(self, subject: Subject, *, run_dir: Path | None = None):
+        self.subject, self.run_dir = subject, run_dir
+        self.sinks: Sequence[Callable[[dict[str, Any]], None]] = ()
+        """Called with the record of every step, one step late."""
         self.erasers, self.bill = subject.assembly.erasers, Bill()
         device = subject.assembly.device
         self._zero = torch.zeros((), device=device)
@@ -77,10 +76,14 @@ class Health:
             if found.severity == "warning":
                 logger.warning("%s", found)
 
-    def apply(self, step: int, terms: Mapping[str, Tensor], *, started: float) -> None:
+    def findings(self) -> list[dict[str, Any]]:
+        """What was found so far, as plain values."""
+        return self.bill.as_json()["findings"]
+
+    def apply(self, step: int, terms: Mapping[str, Tensor], **more: Any) -> None:
         """Measure, clip and apply the gradients of `step`, unscaled; a step that is not finite changes no weight.
 
-        `terms`: detached scalars, L as "loss". `started`: perf_counter() at the step's begin.
+        `terms`: detached scalars, L as "loss". `more` goes into the record as it is.
         Raises Unhealthy if the step before was not sound; this one is then not applied either.
         """
         self.flush()
@@ -99,8 +102,7 @@ class Health:
         del before
         scale = self.subject.scaler.scale(torch.ones_like(self._zero))
         packed = torch.cat([head, torch.stack([scale, *gradients, *updates, *weights, *self._eraser, *self._residual])])
-        self._pending = _Pending(step, list(terms), self._copy(packed), self.subject.optimizer.param_groups[0]["lr"],
-                                 time.perf_counter() - started)
+        self._pending = _Pending(step, list(terms), self._copy(packed), self.subject.optimizer.param_groups[0]["lr"], more)
         self._forget_step()
 
     def flush(self) -> None:
@@ -243,8 +245,8 @@ def _norm(tensor: Tensor) -> Tensor:
 class _Pending:
     """A step's numbers on their way to the host."""
 
-    def __init__(self, step: int, terms: list[str], copy: tuple[Tensor, Any], lr: float, seconds: float):
-        self.step, self.terms, self.lr, self.seconds = step, terms, lr, seconds
+    def __init__(self, step: int, terms: list[str], copy: tuple[Tensor, Any], lr: float, more: dict[str, Any]):
+        self.step, self.terms, self.lr, self.more = step, terms, lr, more
         self.values, self.event = copy
 
     def read(self, num_blocks: int) -> tuple[dict[str, Any], bool]:
@@ -258,7 +260,7 @@ class _Pending:
         norms = [[math.hypot(*leaf) for leaf in kind] for kind in leaves]
         norms += [[next(rest) for _ in range(num_blocks)] for _ in range(2)]
         record = {"step": self.step, **dict(zip(self.terms, head)), "gradient_norm": head[-3], "lr": self.lr,
-                  "seconds": self.seconds, "prediction_norms": {"teacher": head[-2], "student": head[-1]},
+                  **self.more, "prediction_norms": {"teacher": head[-2], "student": head[-1]},
                   "loss_scale": scale, "blocks": dict(zip(BLOCK_NORMS, norms))}
         bias_only = [i for i, (_, _, weight, bias) in enumerate(leaves[0]) if weight == 0 < bias]
         if bias_only:

@@ -19,7 +19,9 @@ from trainer.checkpoint import Saver, latest_checkpoint
 from trainer.clock import PhaseClock
 from trainer.config import TrainConfig
 from trainer.eraser_files import save_eraser
-from trainer.errors import CheckpointError, Interrupted, NonFinite, UsageError
+from trainer.errors import CheckpointError, Interrupted, UsageError
+from trainer.health import Health
+from trainer.inspection import Subject
 from trainer.lock import RunLock
 from trainer.latents import make_latents
 from trainer.losses import Samples, Teacher, student_backward
@@ -38,7 +40,7 @@ logger = logging.getLogger(__name__)
 def train(config: TrainConfig, origins: Mapping[str, str], *, resume: Path | None = None) -> Path:
     """Train erasers as configured and return the run directory.
 
-    Raises NonFinite before any weight is touched, and Interrupted after saving when a signal came.
+    Raises Unhealthy before a step that is not sound touches a weight, and Interrupted after saving when a signal came.
     """
     # What is asked for, checked as far as it can be before anything is loaded or written.
     if config.memory.guidance == "none":
@@ -77,7 +79,10 @@ def train(config: TrainConfig, origins: Mapping[str, str], *, resume: Path | Non
     # The run directory, and where an earlier half of the run stopped.
     run_dir, clock = resume or make_run_directory(config), PhaseClock(device)
     student = clock.around(predict, during="student", after="backward")
-    with RunLock(run_dir), StopFlag() as stop, watch(config, stop) as monitor, assembly:
+    health = Health(Subject(config=config, native_dtype=backbone.native_dtype, assembly=assembly, teacher=samples.teacher,
+                            optimizer=optimizer, scaler=state.scaler), run_dir=run_dir)
+    with RunLock(run_dir), StopFlag() as stop, watch(config, stop) as monitor, assembly, health:
+        health.before_training()  # one step, looked at from all sides and taken back
         if resume:
             checkpoint = latest_checkpoint(run_dir)
             if checkpoint is None:
@@ -86,7 +91,7 @@ def train(config: TrainConfig, origins: Mapping[str, str], *, resume: Path | Non
         write_config(run_dir, config, origins, base_model=backbone.identity(), first_step=state.step)
         saver = Saver(run_dir, last_step=state.step if resume else None)
         log = MetricsLog(run_dir, first_step=state.step, tensorboard=config.output.tensorboard)
-        monitor.done = state.step
+        monitor.done, monitor.findings, health.sinks = state.step, health.findings, (log.write, monitor.step)
         if state.step == 0 and config.output.sample_every:
             sampling.run(run_dir, 0, assembly, embeddings, stop)
 
@@ -106,29 +111,18 @@ def train(config: TrainConfig, origins: Mapping[str, str], *, resume: Path | Non
             clock.phase("optimizer")
             scaler.unscale_(optimizer)
 
-            # A non-finite number must not reach a weight. Under fp16 an infinite gradient only means that the loss
-            # scale was too high: GradScaler skips the step and halves it.
-            norm = torch.nn.utils.get_total_norm([p.grad for p in erasers.parameters()])
-            record = {"step": state.step, **{name: value.item() for name, value in totals.items()},
-                      "gradient_norm": norm.item(), "lr": optimizer.param_groups[0]["lr"]}
-            finite = torch.isfinite(torch.tensor([record["loss"], record["gradient_norm"]])).tolist()
-            if not finite[0] or not (finite[1] or scaler.is_enabled()):
-                log.write(record)
-                what = "gradient norm" if finite[0] else "loss"
-                raise NonFinite(f"step {state.step}: the {what} is not finite; no weight was changed")
-            if config.optim.clip and finite[1]:
-                torch.nn.utils.clip_grads_with_norm_(erasers.parameters(), config.optim.clip, norm)
-            scaler.step(optimizer)
+            # Measured, clipped, and applied only if it is finite; the record goes to the log and the monitor a step
+            # later, so that no step waits for the device.
+            health.apply(state.step, totals, seconds=time.perf_counter() - started, phase_seconds=clock.read(),
+                         memory=read_process())
             scaler.update()
             optimizer.zero_grad(set_to_none=True)
             clock.end_step()
             state.step += 1
 
-            # Numbers, then safety, then pictures.
-            seconds = time.perf_counter() - started
-            log.write(record := record | {"seconds": seconds, "phase_seconds": clock.read(), "memory": read_process()})
-            monitor.step(record)
+            # Safety, then pictures.
             if state.step % config.output.save_every == 0:
+                health.flush()  # nothing unsound is saved
                 tensors, description = state.export()
                 saver.save(state.step, tensors=tensors, state=description)
             every = config.output.sample_every
@@ -136,6 +130,7 @@ def train(config: TrainConfig, origins: Mapping[str, str], *, resume: Path | Non
                 sampling.run(run_dir, state.step, assembly, embeddings, stop)
 
         # The end, or an interruption: saved either way.
+        health.flush()
         monitor.close()
         log.close()
         tensors, description = state.export()
@@ -143,5 +138,6 @@ def train(config: TrainConfig, origins: Mapping[str, str], *, resume: Path | Non
         save_eraser(run_dir, erasers, base_model=backbone.identity(), training=description["config"])
         if stop:
             raise Interrupted(f"stopped at step {state.step} and saved; go on with --resume {run_dir}", stop.signal_number)
+        health.after_training()  # the frozen weights are what they were
         sampling.run(run_dir, state.step, assembly, embeddings, stop)
     return run_dir
