@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 
 class Monitor:
-    """Context manager around the loop; `step(record)` after every step. No method raises."""
+    """Context manager around the loop; `step(record)` after every step. Trouble in here is a warning."""
 
     def __init__(self, num_steps: int, *, mode: Mode = "auto", title: str = "train",
                  facts: Mapping[str, float | None] | None = None, stopping: Callable[[], bool] = bool,
@@ -43,8 +43,9 @@ class Monitor:
         self._num_seen, self._started, self._warm, self._latest = 0, time.monotonic(), None, None
         self._said_step, self._said = None, float("-inf")
         self._ended = threading.Event()
-        live = mode == "auto" and self.stream.isatty() and os.environ.get("TERM") != "dumb"
-        self._ways = {"off": []}.get(mode, [self._live, self._plain] if live else [self._plain])
+        self._ways = [] if mode == "off" or self.stream is None else [self._plain]  # None: stderr was closed
+        if self._ways and mode == "auto" and self.stream.isatty() and os.environ.get("TERM") != "dumb":
+            self._ways.insert(0, self._live)
         self._thread = threading.Thread(target=self._run, name="monitor", daemon=True)
 
     def __enter__(self) -> "Monitor":

@@ -151,6 +151,13 @@ def test_off_is_silent():
     assert stream.getvalue() == ""
 
 
+def test_without_stderr_it_is_silent(monkeypatch):
+    monkeypatch.setattr("sys.stderr", None)  # as in a process started with 2>&-
+    with Monitor(1) as monitor:
+        monitor.step(record(0))
+    assert monitor.done == 1
+
+
 def test_the_eta_leaves_warm_up_out(monkeypatch):
     now = [0.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
