@@ -1,5 +1,6 @@
 """The command line: commands, and how settings are put together. Heavy imports wait until a command runs."""
 
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +20,7 @@ _FLAT = (tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes)
 class TrainCommand:
     """Train concept erasers on a frozen text-to-video transformer.
 
-    Settings: defaults < profile < TOML file < flags. Other commands: generate, evaluate, report, export; each has a --help.
+    Settings: defaults < profile < TOML file < flags. Other commands: generate, evaluate, report, diagnose, export; each has a --help.
     """
 
     profile: str = "auto"
@@ -39,6 +40,20 @@ class ExportCommand:
     """A run directory or an eraser file."""
     out: Path
     """The directory to write into."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiagnoseCommand:
+    """Say what is wrong, with evidence, cause and fix: with a run, with an eraser, or with settings.
+
+    Without a target, all settings of training are understood, as in `diagnose --model DIR --dtype float16`: one step of
+    such a run is examined before any training. Exit status 4 if a finding is fatal.
+    """
+
+    target: Path | None = None
+    """A run directory or an eraser file."""
+    json: bool = False
+    """Print JSON in place of a table."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +78,8 @@ class ForgetCommand:
 def main(argv: Sequence[str]) -> None:
     """Run one command line; raises what goes wrong."""
     commands: dict[str, Callable[[Sequence[str]], None]] = {
-        "train": _train, "generate": _generate, "evaluate": _evaluate, "report": _report, "export": _export, "forget": _forget}
+        "train": _train, "generate": _generate, "evaluate": _evaluate, "report": _report, "export": _export, "forget": _forget,
+        "diagnose": _diagnose}
     if argv and not argv[0].startswith("-"):
         if argv[0] not in commands:
             raise UsageError(f"there is no command {argv[0]!r}; {', '.join(commands)} are (without one, run.py trains)")
@@ -175,6 +191,22 @@ def _forget(argv: Sequence[str]) -> None:
     run_dir, result = forget(command.settings, origins, resume=command.resume)
     print_forgetting(result)
     print(f"lora: {run_dir / 'adapter_model.safetensors'}\nevaluation: {run_dir / EVALUATION}\nrun: {run_dir}")
+
+
+def _diagnose(argv: Sequence[str]) -> None:
+    argv = _positional(argv, "--target")
+    if {"--target", "--help", "-h"} & {word.split("=", 1)[0] for word in argv}:
+        command = _parse(DiagnoseCommand, argv, "diagnose")
+        config = None
+    else:
+        command = DiagnoseCommand(json="--json" in argv)
+        config = resolve([word for word in argv if word != "--json"])[0]
+    from trainer.diagnose import diagnose_path, diagnose_settings
+    from trainer.findings import print_bill
+
+    bill = diagnose_path(command.target) if config is None else diagnose_settings(config)
+    print_bill(bill, sys.stdout, as_json=command.json)
+    bill.raise_if_fatal("diagnosis")
 
 
 def _positional(argv: Sequence[str], flag: str) -> list[str]:
