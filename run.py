@@ -8,6 +8,7 @@ import sys
 
 def main() -> int:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr)
+    logging.getLogger("bitsandbytes.backends").setLevel(logging.ERROR)  # it warns of kernels that are not used here
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     from memory.plan import PlanError
     from trainer.cli import main as run
@@ -22,6 +23,17 @@ def main() -> int:
     except PlanError as e:
         print(f"error: {e}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except Exception as e:
+        # torch is imported by then if the error is its own, and must not be imported for --help
+        out_of_memory = (MemoryError, *([sys.modules["torch"].OutOfMemoryError] if "torch" in sys.modules else []))
+        if not isinstance(e, out_of_memory):
+            raise
+        print(f"error: out of memory ({str(e).splitlines()[0] if str(e) else 'on the host'}); fewer --frames, a smaller "
+              "--batch-size, --boundaries host or --resident-blocks 0 need less", file=sys.stderr)
+        return 3
 
 
 if __name__ == "__main__":

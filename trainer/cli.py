@@ -1,6 +1,7 @@
 """The command line: commands, and how settings are put together. Heavy imports wait until a command runs."""
 
 import sys
+import difflib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -89,7 +90,14 @@ def main(argv: Sequence[str]) -> None:
 
 
 def _parse(kind: type, argv: Sequence[str], command: str, default: Any = None) -> Any:
-    return tyro.cli(kind, args=list(argv), prog=f"run.py {command}".strip(), default=default, config=_FLAT)
+    parsed, unknown = tyro.cli(kind, args=list(argv), prog=f"run.py {command}".strip(), default=default, config=_FLAT,
+                               return_unknown_args=True)
+    if unknown:
+        options = ["--" + path.split(".")[-1].replace("_", "-") for path in settings.leaves(parsed)]
+        near = difflib.get_close_matches(unknown[0].split("=")[0], options, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"{' '.join(['run.py', command]).strip()} --help lists them all"
+        raise UsageError(f"there is no option {unknown[0]}; {hint}")
+    return parsed
 
 
 def _early(argv: Sequence[str], flag: str) -> str | None:
@@ -104,7 +112,11 @@ def _early(argv: Sequence[str], flag: str) -> str | None:
 
 def resolve(argv: Sequence[str]) -> tuple[TrainConfig, dict[str, str], Path | None]:
     """Settings of a training command, where each came from, and the run to resume."""
-    resume, toml = _early(argv, "--resume"), _early(argv, "--config")
+    resume, toml, profile = _early(argv, "--resume"), _early(argv, "--config"), _early(argv, "--profile")
+    if profile:
+        _check_profile(profile)
+    if resume and toml:
+        raise UsageError("--config beside --resume: a resumed run keeps its settings; give what may change as flags")
     layers: list[tuple[str, dict[str, Any]]] = []
     if resume:
         from trainer.run_directory import read_config
@@ -125,6 +137,15 @@ def resolve(argv: Sequence[str]) -> tuple[TrainConfig, dict[str, str], Path | No
     final = command.settings
     origins |= {path: "flag" for path in origins if path.split(".")[1] in _given(argv)}
     return final, origins, command.resume
+
+
+def _check_profile(profile: str) -> None:
+    from memory.cards import CardUnreadable, UnknownCard, lookup
+
+    try:
+        lookup(profile)
+    except (UnknownCard, CardUnreadable) as e:
+        raise UsageError(f"--profile {profile}: {e}") from e
 
 
 def _given(argv: Sequence[str]) -> set[str]:
