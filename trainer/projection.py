@@ -174,7 +174,7 @@ def forget(config: ForgetConfig, origins: Mapping[str, str], *,
         if config.merge:
             save_merged(run_dir, case.layers, run.updates(), case.dtype)
         result = evaluate_forgetting(run_dir, config, case, problems, run.updates(), attempts=run.attempts, device=device,
-                                     seconds=time.monotonic() - started)
+                                     started=started)
     return run_dir, result
 
 

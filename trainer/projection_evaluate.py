@@ -10,6 +10,8 @@ Legend: N examples, D input width, E output width.
 
 import contextlib
 import json
+import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,9 +24,7 @@ from trainer.errors import InputOutputError
 from trainer.evaluate import EVALUATION, wilson
 from trainer.nullspace import null_space_update
 from trainer.projection_config import ForgetConfig
-from trainer.projection_encoders import ClipVision, QwenVision, load_part, read_layer
-from trainer.projection_examples import Example, images
-from trainer.projection_features import features
+from trainer.projection_encoders import QwenVision, load_part
 from trainer.projection_problem import Case, Problem
 from trainer.projection_qwen import MAIN_MERGER, answers, deepstack_cut, edited
 from trainer.shapes import world
@@ -34,29 +34,35 @@ Assigned = list[tuple[str, str]]  # (the example's class, the class that it is a
 
 def evaluate_forgetting(run_dir: Path, config: ForgetConfig, case: Case, problems: Mapping[str, Problem],
                         updates: Mapping[str, Tensor], *, attempts: Sequence[Mapping[str, Any]], device: torch.device,
-                        seconds: float) -> dict[str, Any]:
-    """Measure before and after, and the closed-form baseline beside it; write RUN/evaluation.json and return it."""
+                        started: float) -> dict[str, Any]:
+    """Measure before and after, and the closed-form baseline beside it; write RUN/evaluation.json and return it.
+
+    `started`: time.monotonic() when the run began, for its seconds.
+    """
     closed = {name: null_space_update(p.forget.cpu(), p.preserve.cpu(), (p.target - p.layer(p.forget)).cpu(), rank=config.rank)
               for name, p in problems.items()}
-    assign = _zero_shot(config, case, device) if config.encoder == "clip" else _nearest(case, "test")
+    assign = _Nearest(case) if case.embeddings is None else _ZeroShot(case)
     found = {when: assign(edit) for when, edit in (("before", {}), ("after", updates), ("baseline", closed))}
-    result = {"concept": case.forget, "encoder": config.encoder, "measure": _MEASURES[config.encoder],
-              "chance": 1 / (1 + len(case.kept)), **_rows(case, found), "synonyms": None, "distance": {}}
-    unseen = assign.unseen if config.encoder == "clip" else None
-    if unseen:
+    measure = "zero-shot" if case.embeddings is not None else f"nearest class in {_SPACES[config.encoder]} space"
+    result = {"concept": case.forget, "encoder": config.encoder, "measure": measure, "chance": 1 / (1 + len(case.kept)),
+              **_rows(case, found), "synonyms": None, "distance": {}}
+    if case.embeddings is not None:
+        before, after, other = (assign.unseen(edit) for edit in ({}, updates, closed))
         words = [w for kind in world.ATTRIBUTES.values() for name, ws in kind.items() if name in case.forget.split() for w in ws[1:]]
-        result["synonyms"] = {"names": words if config.model == "shapes" else [], **_rate(unseen({}), unseen(updates))}
-        result["baseline"]["synonyms"] = _rate(unseen({}), unseen(closed))["after"]
+        result["synonyms"] = {"names": words if config.model == "shapes" else [], **_rate(before, after)}
+        result["baseline"]["synonyms"] = _rate(before, other)["after"]
     for name, problem in problems.items():
         for label, edit in (("after", updates), ("baseline", closed)):
             old, change = problem.distance().item(), edit[name].to(problem.forget)
             result["distance"].setdefault(name, {})[label] = {
                 "forget_fall": 1 - problem.distance(change).item() / old,
                 "preserved_rms": (problem.preserve @ change.t()).square().mean().sqrt().item()}
-    result |= {"attempts": list(attempts), "accepted": all(a["accepted"] for a in _last(attempts)), "seconds": seconds,
-               "num_images": config.num_images, "seeds": [config.seed, config.seed]}
+    result |= {"attempts": list(attempts), "accepted": all(a["accepted"] for a in _last(attempts)),
+               "num_images": sum(row["num_images"] for row in (result["target"], *result["preserved"])),
+               "seeds": [config.seed, config.seed]}
     if config.encoder == "qwen3-vl" and config.num_answers:
         result["leak"] = leak(config, case, updates, closed, device)
+    result["seconds"] = time.monotonic() - started
     try:
         part = run_dir / f".{EVALUATION}.part"
         part.write_text(json.dumps(result, indent=2) + "\n")
@@ -66,34 +72,23 @@ def evaluate_forgetting(run_dir: Path, config: ForgetConfig, case: Case, problem
     return result
 
 
-_MEASURES = {"clip": "zero-shot", "qwen3-vl": "nearest class in merger space"}
+_SPACES = {"clip": "text", "qwen3-vl": "merger"}
 
 
-class _zero_shot:
-    """CLIP: pictures against class embeddings; or, where there are no pictures, unseen texts against original classes."""
+class _ZeroShot:
+    """CLIP: each picture goes to the class whose text embedding has the highest cosine."""
 
-    def __init__(self, config: ForgetConfig, case: Case, device: torch.device):
-        self.case, self.pictures = case, images(config, case.forget, case.kept)
-        self.embeddings = None
-        if self.pictures:
-            tower = ClipVision(case.tower.directory)
-            seen = features(tower, self.pictures, plan=config.memory, device=device, batch_size=config.batch_size)
-            (name,) = tower.layer_names
-            self.embeddings = F.normalize(read_layer(tower.directory, name)[0](seen[name]), dim=1)  # (N, E)
+    def __init__(self, case: Case):
+        self.case = case
 
     def __call__(self, updates: Mapping[str, Tensor]) -> Assigned:
-        if self.embeddings is None:
-            return _nearest(self.case, "test")(updates)
-        return self._assign(self._classes(updates, "train"), self.pictures, self.embeddings)
+        return self._assign(self._classes(updates, "train"), range(len(self.case.pictures)))
 
     def unseen(self, updates: Mapping[str, Tensor]) -> Assigned:
         """The forgotten class alone, named as training never named it: other words, other wordings."""
-        if self.embeddings is None:
-            return []
         vectors = self._classes(updates, "train")
         vectors[0] = self._class(self.case.forget, updates, ("test", "synonyms"))
-        ours = [i for i, e in enumerate(self.pictures) if e.name == self.case.forget]
-        return self._assign(vectors, [self.pictures[i] for i in ours], self.embeddings[ours])
+        return self._assign(vectors, [i for i, e in enumerate(self.case.pictures) if e.name == self.case.forget])
 
     def _classes(self, updates: Mapping[str, Tensor], split: str) -> Tensor:
         return torch.stack([self._class(name, updates, (split,)) for name in (self.case.forget, *self.case.kept)])
@@ -105,21 +100,21 @@ class _zero_shot:
         texts = layer(self.case.inputs[layer.name][rows], updates.get(layer.name))
         return F.normalize(F.normalize(texts, dim=1).mean(0), dim=0)
 
-    def _assign(self, vectors: Tensor, pictures: Sequence[Example], embeddings: Tensor) -> Assigned:
-        names = (self.case.forget, *self.case.kept)
-        return [(e.name, names[i]) for e, i in zip(pictures, (embeddings @ vectors.t()).argmax(1).tolist())]
+    def _assign(self, vectors: Tensor, members: Sequence[int]) -> Assigned:
+        names, chosen = (self.case.forget, *self.case.kept), (self.case.embeddings[list(members)] @ vectors.t()).argmax(1)
+        return [(self.case.pictures[i].name, names[c]) for i, c in zip(members, chosen.tolist())]
 
 
-class _nearest:
-    """The class whose mean original output is nearest to an example's new output; training examples make the means."""
+class _Nearest:
+    """Each example for measuring goes to the class whose mean original output is nearest to its new output; examples for training make the means."""
 
-    def __init__(self, case: Case, split: str):
+    def __init__(self, case: Case):
         self.case, self.names = case, (case.forget, *case.kept)
         self.layer = next(iter(case.layers.values()))
         inputs = case.inputs[self.layer.name]
         self.means = torch.stack([self.layer(inputs[[i for i, e in enumerate(case.examples) if (e.name, e.split) == (n, "train")]]).mean(0)
                                   for n in self.names])  # (classes, E)
-        self.members = [i for i, e in enumerate(case.examples) if e.split == split]
+        self.members = [i for i, e in enumerate(case.examples) if e.split == "test"]
 
     def __call__(self, updates: Mapping[str, Tensor]) -> Assigned:
         outputs = self.layer(self.case.inputs[self.layer.name][self.members], updates.get(self.layer.name))
@@ -161,8 +156,6 @@ def leak(config: ForgetConfig, case: Case, updates: Mapping[str, Tensor], closed
 
 def _counts(texts) -> dict[str, int]:
     """How often each text came, the five most frequent."""
-    from collections import Counter
-
     return dict(Counter(texts).most_common(5))
 
 

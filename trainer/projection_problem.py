@@ -10,6 +10,7 @@ Legend: N forgotten rows, M preserved rows, D input width, E output width.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ from torch import Tensor
 from trainer.errors import UsageError
 from trainer.lora import Layer
 from trainer.projection_config import ForgetConfig
-from trainer.projection_encoders import ClipText, QwenVision, Tower, locate, read_layer
+from trainer.projection_encoders import ClipText, ClipVision, QwenVision, Tower, locate, read_layer
 from trainer.projection_examples import Example, classes, images, texts
 from trainer.projection_features import features
 from trainer.seeding import noise
@@ -36,6 +37,10 @@ class Case:
     layers: Mapping[str, Layer]
     dtype: torch.dtype
     """What the layers are stored in."""
+    pictures: list[Example]
+    """What CLIP's zero-shot accuracy is measured on; may be empty."""
+    embeddings: Tensor | None
+    """Of those pictures, (pictures, E), normalised."""
 
     def rows(self, name: str, split: str, *, forgotten: bool) -> Tensor:
         """The inputs (N, D) of a layer, of the class to forget or of those to keep."""
@@ -80,7 +85,19 @@ def prepare(config: ForgetConfig, device: torch.device) -> Case:
             raise UsageError(f"--rank {config.rank}: {layer.name} is {' x '.join(map(str, layer.weight.shape))}; "
                              f"at most {min(layer.weight.shape)}")
     inputs = features(tower, examples, plan=config.memory, device=device, batch_size=config.batch_size)
-    return Case(tower, forget, kept, examples, inputs, layers, next(iter(read.values()))[1])
+    pictures, embeddings = _measured_pictures(config, directory, forget, kept, device)
+    return Case(tower, forget, kept, examples, inputs, layers, next(iter(read.values()))[1], pictures, embeddings)
+
+
+def _measured_pictures(config: ForgetConfig, directory: Path, forget: str, kept: tuple[str, ...],
+                       device: torch.device) -> tuple[list[Example], Tensor | None]:
+    pictures = images(config, forget, kept) if config.encoder == "clip" else []
+    if not pictures:
+        return [], None
+    tower = ClipVision(directory)
+    (name,) = tower.layer_names
+    seen = features(tower, pictures, plan=config.memory, device=device, batch_size=config.batch_size)[name]
+    return pictures, torch.nn.functional.normalize(read_layer(directory, name)[0](seen), dim=1)
 
 
 def make_problem(case: Case, name: str, config: ForgetConfig, device: torch.device) -> Problem:

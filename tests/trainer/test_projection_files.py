@@ -1,0 +1,74 @@
+"""PEFT's layout, the merged layer, and the closed-form baseline."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from projection_models import problem
+from trainer.errors import CheckpointError
+from trainer.lora import Lora, load_updates, save_lora, save_merged
+from trainer.nullspace import null_space_update
+
+
+@pytest.fixture
+def pair() -> tuple[torch.Tensor, torch.Tensor]:
+    chance = torch.Generator().manual_seed(0)
+    return torch.randn(3, 24, generator=chance), torch.randn(12, 3, generator=chance)
+
+
+def test_names_and_shapes_are_those_of_peft(tmp_path, pair):
+    save_lora(tmp_path, {"model.visual.merger.linear_fc2": pair}, alpha=6.0, base_model="somewhere")
+    tensors, config = load_file(tmp_path / "adapter_model.safetensors"), json.loads((tmp_path / "adapter_config.json").read_text())
+    stem = "base_model.model.model.visual.merger.linear_fc2"
+    assert {n: tuple(t.shape) for n, t in tensors.items()} == {f"{stem}.lora_A.weight": (3, 24), f"{stem}.lora_B.weight": (12, 3)}
+    assert config["peft_type"] == "LORA" and config["r"] == 3 and config["lora_alpha"] == 6.0
+    assert config["target_modules"] == ["model.visual.merger.linear_fc2"]
+    assert not (config["fan_in_fan_out"] or config["use_rslora"] or config["use_dora"])
+
+
+def test_an_update_reads_back_with_its_scale(tmp_path, pair):
+    save_lora(tmp_path, {"head": pair}, alpha=6.0, base_model="somewhere")
+    assert torch.allclose(load_updates(tmp_path)["head"], 2 * pair[1] @ pair[0])
+
+
+def test_a_damaged_file_is_refused(tmp_path, pair):
+    save_lora(tmp_path, {"head": pair}, alpha=6.0, base_model="somewhere")
+    path = tmp_path / "adapter_model.safetensors"
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(CheckpointError):
+        load_updates(tmp_path)
+
+
+def test_the_merged_layer_has_the_update_and_the_models_dtype(tmp_path):
+    p = problem()
+    lora = Lora(p.layer, rank=3, alpha=3.0, seed=0)
+    with torch.no_grad():
+        lora.B.fill_(0.1)
+    update = lora.update().detach()
+    merged = load_file(save_merged(tmp_path, {"head": p.layer}, {"head": update}, torch.bfloat16))
+    assert torch.equal(merged["head.weight"], (p.layer.weight + update).bfloat16())
+    assert torch.equal(merged["head.bias"], p.layer.bias.bfloat16())
+
+
+def test_rank_beyond_the_layer_is_refused():
+    with pytest.raises(ValueError, match="rank 13 is more than head's 12"):
+        Lora(problem().layer, rank=13, alpha=1.0, seed=0)
+
+
+@pytest.mark.parametrize("rank", [1, 3, 8])
+def test_null_space_projection_reaches_the_target_and_leaves_what_is_kept(rank):
+    p = problem()
+    forget, residual = p.forget[:6], p.target - p.layer(p.forget[:6])  # six rows in six free directions: solvable exactly
+    update = null_space_update(forget, p.preserve, residual, rank=rank, energy=1.0)
+    assert torch.linalg.matrix_rank(update, rtol=1e-5) <= rank
+    assert (p.preserve @ update.T).abs().max() < 1e-5
+    missed = (p.layer(forget, update) - p.target).norm()
+    assert missed < 1e-3 if rank >= 6 else 0.01 < missed < residual.norm()
+
+
+def test_null_space_projection_changes_nothing_where_nothing_is_free():
+    p = problem(separable=False)  # 40 preserved rows span all 24 directions
+    update = null_space_update(p.forget, p.preserve, p.target - p.layer(p.forget), rank=5, energy=1.0)
+    assert update.abs().max() == 0

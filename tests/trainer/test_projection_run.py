@@ -1,0 +1,216 @@
+"""`run.py forget` from its command line: what it leaves, going on, and wrong input."""
+
+import json
+import shutil
+import signal
+
+import pytest
+import torch
+from PIL import Image
+from projection_models import save_encoder
+from safetensors.torch import load_file
+
+from trainer import projection
+from trainer.cli import main
+from trainer.errors import CheckpointError, Interrupted, TrainerError, UsageError
+from trainer.metrics import read_metrics
+from trainer.shapes.pictures import picture
+
+FAST = ["--steps", "6", "--max-attempts", "1", "--save-every", "2", "--monitor", "off", "--device", "cpu"]
+
+
+@pytest.fixture(scope="module")
+def encoders(tmp_path_factory):
+    root = tmp_path_factory.mktemp("encoders")
+    return {name: save_encoder(root / name, name) for name in ("clip", "qwen3-vl")}
+
+
+@pytest.fixture
+def folders(tmp_path):
+    """Five pictures each of a class to forget and of two to keep."""
+    for where, names in (("forget", ["red circle"]), ("keep", ["blue square", "green triangle"])):
+        for name in names:
+            folder = tmp_path / where / (name if where == "keep" else "")
+            folder.mkdir(parents=True)
+            for i in range(5):
+                picture(name, 0, "folder", i).save(folder / f"{i}.png")
+    return tmp_path
+
+
+def clip(encoders, out, *more: str) -> list[str]:
+    return ["forget", "--encoder", "clip", "--model", str(encoders["clip"]), "--forget", "cat", "--preserve", "dog", "car",
+            "--out", str(out), *FAST, *more]
+
+
+def qwen(encoders, folders, *more: str) -> list[str]:
+    return ["forget", "--encoder", "qwen3-vl", "--model", str(encoders["qwen3-vl"]), "--forget-images", str(folders / "forget"),
+            "--preserve-images", str(folders / "keep"), "--out", str(folders / "run"), *FAST, *more]
+
+
+def test_clip_run_leaves_a_lora_a_merged_layer_and_an_evaluation(encoders, tmp_path, capsys):
+    run = tmp_path / "run"
+    main(clip(encoders, run, "--merge", "--target", "mean"))
+    result = json.loads((run / "evaluation.json").read_text())
+    assert {"concept", "target", "synonyms", "preserved", "distance", "num_images", "seeds"} <= set(result)
+    assert result["concept"] == result["target"]["name"] == "cat" and result["chance"] == pytest.approx(1 / 3)
+    assert [row["name"] for row in result["preserved"]] == ["dog", "car"]
+    for row in (result["target"], *result["preserved"]):
+        assert row["num_images"] == 2 and row["after_interval"][0] <= row["after"] <= row["after_interval"][1]
+    assert 0 <= result["baseline"]["target"] <= 1
+    tensors = load_file(run / "adapter_model.safetensors")
+    update = tensors["base_model.model.text_projection.lora_B.weight"] @ tensors["base_model.model.text_projection.lora_A.weight"]
+    stored = load_file(encoders["clip"] / "model.safetensors")["text_projection.weight"]
+    assert torch.allclose(load_file(run / "merged.safetensors")["text_projection.weight"], stored + update, atol=1e-6)
+    assert [r["step"] for r in read_metrics(run)] == list(range(6))
+    out = capsys.readouterr().out
+    assert f"run: {run}" in out and "cat" in out
+
+
+def test_clip_is_measured_on_pictures_where_there_are_some(encoders, tmp_path):
+    for name in ("cat", "dog", "car"):
+        (tmp_path / "shown" / name).mkdir(parents=True)
+        for i in range(3):
+            picture("red circle", 0, name, i).save(tmp_path / "shown" / name / f"{i}.png")
+    main(clip(encoders, tmp_path / "run", "--images", str(tmp_path / "shown")))
+    result = json.loads((tmp_path / "run" / "evaluation.json").read_text())
+    assert result["target"]["num_images"] == 3 and result["synonyms"]["num_images"] == 3
+
+
+def test_qwen_run_edits_every_merger_and_measures_the_leak(encoders, folders):
+    main(qwen(encoders, folders))
+    result = json.loads((folders / "run" / "evaluation.json").read_text())
+    assert result["target"]["num_images"] == 1 and result["concept"] == "forget"
+    layers = ["merger", "deepstack_merger_list.0", "deepstack_merger_list.1"]
+    assert set(result["distance"]) == {f"model.visual.{name}.linear_fc2" for name in layers}
+    assert len(load_file(folders / "run" / "adapter_model.safetensors")) == 6
+    assert [(row["edited"], row["deepstack"]) for row in result["leak"]] == [
+        ("none", "whole"), ("none", "cut"), ("main merger", "whole"), ("main merger", "cut"), ("all mergers", "whole"),
+        ("main merger, null space", "whole"), ("main merger, null space", "cut"), ("all mergers, null space", "whole")]
+    assert all(row["num_target"] == 1 and row["num_preserved"] == 2 for row in result["leak"])
+
+
+def test_main_merger_alone(encoders, folders):
+    main(qwen(encoders, folders, "--mergers", "main", "--num-answers", "0", "--forget", "disc"))
+    result = json.loads((folders / "run" / "evaluation.json").read_text())
+    assert list(result["distance"]) == ["model.visual.merger.linear_fc2"] and "leak" not in result
+    assert result["concept"] == "disc"
+
+
+class _StopAfter:
+    """In place of StopFlag: asks to stop when it was looked at a number of times."""
+
+    signal_number = signal.SIGTERM
+
+    def __init__(self, count: int):
+        self.left = count
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def __bool__(self) -> bool:
+        self.left -= 1
+        return self.left < 0
+
+
+def test_an_interrupted_run_goes_on_to_the_same_end(encoders, tmp_path, monkeypatch):
+    main(clip(encoders, tmp_path / "whole"))
+    with monkeypatch.context() as patch:
+        patch.setattr(projection, "StopFlag", lambda: _StopAfter(3))
+        with pytest.raises(Interrupted, match="stopped at step 3") as caught:
+            main(clip(encoders, tmp_path / "half"))
+    assert caught.value.exit_code == 143 and not (tmp_path / "half" / "evaluation.json").exists()
+    main(["forget", "--resume", str(tmp_path / "half")])
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        assert (tmp_path / "half" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    lost = ("seconds", "memory")
+    records = [[{k: v for k, v in r.items() if k not in lost} for r in read_metrics(tmp_path / name)] for name in ("half", "whole")]
+    assert records[0] == records[1]
+
+
+def test_a_resumed_run_keeps_what_it_trains_on(encoders, tmp_path):
+    main(clip(encoders, tmp_path / "run"))
+    with pytest.raises(CheckpointError, match="cannot resume: lr is 0.01 in the checkpoint and 0.5 now"):
+        main(["forget", "--resume", str(tmp_path / "run"), "--lr", "0.5"])
+    with pytest.raises(CheckpointError, match="not a run of `forget`"):
+        main(["forget", "--resume", str(tmp_path / "absent")])
+    with pytest.raises(CheckpointError, match="holds a run already"):
+        main(clip(encoders, tmp_path / "run"))
+
+
+def test_another_model_is_not_resumed(encoders, tmp_path):
+    model = shutil.copytree(encoders["clip"], tmp_path / "model")
+    main(clip({"clip": model}, tmp_path / "run"))
+    shutil.copytree(encoders["qwen3-vl"], tmp_path / "other")
+    (model / "tokenizer_config.json").write_text((model / "tokenizer_config.json").read_text() + "\n")
+    with pytest.raises(CheckpointError, match="not the one that the run began with"):
+        main(["forget", "--resume", str(tmp_path / "run")])
+
+
+def _empty(folders):
+    shutil.rmtree(folders / "forget")
+    (folders / "forget").mkdir()
+
+
+def _broken(folders):
+    path = folders / "keep" / "blue square" / "1.png"
+    path.write_bytes(path.read_bytes()[:80])
+
+
+def _text(folders):
+    (folders / "forget" / "2.png").write_text("not a picture")
+
+
+def _lonely(folders):
+    for i in range(1, 5):
+        (folders / "forget" / f"{i}.png").unlink()
+
+
+def _same(folders):
+    shutil.copytree(folders / "forget", folders / "keep" / "forget")
+
+
+def _absent(folders):
+    shutil.rmtree(folders / "keep")
+
+
+@pytest.mark.parametrize(("damage", "message"), [
+    (_empty, "--forget-images .*: has no pictures"), (_broken, "blue square/1.png: not a picture that can be read"),
+    (_text, "forget/2.png: not a picture"), (_lonely, "the class 'forget' has one picture; at least two"),
+    (_same, "has a folder 'forget', the class to forget"), (_absent, "--preserve-images .*: cannot be read")])
+def test_wrong_pictures_are_one_clear_line(encoders, folders, damage, message):
+    damage(folders)
+    with pytest.raises(UsageError, match=message) as caught:
+        main(qwen(encoders, folders))
+    assert caught.value.exit_code == 2 and "\n" not in str(caught.value)
+    assert not (folders / "run" / "config.json").exists()
+
+
+@pytest.mark.parametrize(("words", "message"), [
+    (["--forget", "red pentagon"], "does not know it; it knows red circle"),
+    (["--preserve", "pink circle"], "--preserve pink circle: the bundled encoder does not know it"),
+    (["--forget", "red circle", "--preserve", "red circle"], "among the classes to preserve"),
+    (["--encoder", "qwen3-vl", "--target", "empty"], "an image has no empty string"),
+    (["--encoder", "qwen3-vl", "--preserve", "red circle"], "--preserve is not for --encoder qwen3-vl"),
+    (["--encoder", "clip", "--forget-images", "x"], "--forget-images is not for --encoder clip"),
+    (["--preserve-file", "absent.txt"], "--preserve-file absent.txt: cannot be read"),
+    (["--rank", "0"], "--rank 0: must be 1 or more"), (["--rank", "500"], "--rank 500: text_projection is"),
+    (["--acceptance", "1"], "--acceptance 1.0: from 0 to below 1"), (["--model", "absent"], "no model in transformers' layout")])
+def test_wrong_settings_are_one_clear_line(encoders, tmp_path, monkeypatch, words, message):
+    from trainer import projection_encoders
+
+    monkeypatch.setattr(projection_encoders, "BUNDLED", encoders["clip"].parent)
+    with pytest.raises(TrainerError, match=message) as caught:
+        main(["forget", *words, "--out", str(tmp_path / "run"), *FAST])
+    assert caught.value.exit_code == 2
+
+
+def test_a_class_without_a_folder_of_pictures_is_said(encoders, tmp_path):
+    for name in ("dog", "car"):
+        (tmp_path / "shown" / name).mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / "shown" / name / "0.png")
+    with pytest.raises(UsageError, match="has no folder 'cat'; it has car, dog"):
+        main(clip(encoders, tmp_path / "run", "--images", str(tmp_path / "shown")))
+    assert not (tmp_path / "run").exists()
