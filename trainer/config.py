@@ -6,6 +6,7 @@ Imports no torch, so that `--help` answers at once.
 import dataclasses
 import difflib
 import json
+import math
 import tomllib
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
@@ -63,6 +64,7 @@ class DataConfig:
         _at_least("trajectory-steps", self.trajectory_steps, 1)
         _at_least("batch-size", self.batch_size, 1)
         _at_least("pool", self.pool, 0)
+        _at_least("trajectory-guidance", self.trajectory_guidance, 0)
         if self.latents == "trajectory" and self.pool % self.trajectory_steps:
             raise UsageError(f"--pool {self.pool}: with trajectory latents, a multiple of --trajectory-steps "
                              f"({self.trajectory_steps})")
@@ -86,6 +88,8 @@ class LossConfig:
     def __post_init__(self):
         for name in ("eta", "alpha", "beta"):
             _at_least(name, getattr(self, name), 0)
+        for block in self.mask_blocks:
+            _at_least("mask-blocks", block, 0)
         if not 0 <= self.mask_threshold <= 1:
             raise UsageError(f"--mask-threshold {self.mask_threshold}: between 0 and 1")
 
@@ -117,7 +121,8 @@ class OptimConfig:
         _at_least("accumulation", self.accumulation, 1)
         _at_least("warmup", self.warmup, 0)
         _at_least("clip", self.clip, 0)
-        if not self.lr > 0:
+        _at_least("weight-decay", self.weight_decay, 0)
+        if not 0 < self.lr < math.inf:
             raise UsageError(f"--lr {self.lr}: must be above 0; 1e-4 is the published choice")
 
 
@@ -233,7 +238,7 @@ def _check_guidance(scale: float, memory: MemoryPlan) -> None:
 
 
 def _at_least(flag: str, value: float, least: float) -> None:
-    if not value >= least:
+    if not least <= value < math.inf:
         raise UsageError(f"--{flag} {value}: must be {least} or more")
 
 
@@ -307,7 +312,8 @@ def _typed(value: Any, dotted: str, path: Path) -> Any:
                 return tuple(value)
         if type(value) is option:
             return value
-    wanted = " or ".join(str(getattr(o, "__name__", o)) for o in options)
+    wanted = " or ".join(", ".join(map(repr, typing.get_args(o))) if typing.get_origin(o) is Literal else
+                         str(o if typing.get_args(o) else o.__name__) for o in options)
     raise UsageError(f"--config {path}: {dotted} = {value!r} is not {wanted}")
 
 

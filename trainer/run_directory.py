@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.config import TrainConfig, as_json, from_json
-from trainer.errors import CheckpointError, InputOutputError
+from trainer.errors import CheckpointError, InputOutputError, UsageError
 
 CONFIG = "config.json"
 
@@ -47,5 +47,5 @@ def read_config(run_dir: Path) -> tuple[TrainConfig, dict[str, Any]]:
     try:
         content = json.loads((run_dir / CONFIG).read_text())
         return from_json(content["config"]), content
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, UsageError) as e:
         raise CheckpointError(f"{run_dir}: not a run directory ({CONFIG}: {e})") from e

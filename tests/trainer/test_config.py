@@ -1,0 +1,182 @@
+"""Settings: defaults < bundled model < TOML < flags, each with its origin; JSON there and back."""
+
+import dataclasses
+import json
+import typing
+from pathlib import Path
+from typing import Literal
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from memory.plan import PlanError
+from trainer.cli import resolve
+from trainer.config import SHAPES, TrainConfig, as_json, from_json, leaves, read_toml, replaced
+from trainer.errors import CheckpointError, UsageError
+from trainer.run_directory import make_run_directory, read_config, write_config
+
+
+@pytest.fixture
+def toml(tmp_path):
+    def write(text: str) -> Path:
+        (tmp_path / "c.toml").write_text(text)
+        return tmp_path / "c.toml"
+
+    return write
+
+
+def test_bundled_model_has_its_own_defaults():
+    config, origins, resume = resolve([])
+    assert resume is None and config == replaced(TrainConfig(), SHAPES)
+    assert {path for path, origin in origins.items() if origin == "bundled model"} == set(SHAPES)
+    assert set(origins) == set(leaves(config)) and origins["optim.clip"] == "default"
+
+
+@pytest.mark.parametrize("argv", [["--model", "dir/model"], ["--model=dir/model"]])
+def test_another_model_has_the_published_defaults(argv):
+    config, origins, _ = resolve(argv)
+    assert config.optim == TrainConfig().optim and config.optim.rank == 128 and config.optim.lr == 1e-4
+    assert origins["model.model"] == "flag" and "bundled model" not in origins.values()
+
+
+def test_precedence_and_origins(toml):
+    path = toml("[optim]\nrank = 7\nlr = 2e-3\n[data]\npreserve = ['a', 'b']\n[output]\nevaluate = false\n")
+    config, origins, _ = resolve(["--config", str(path), "--lr", "5e-4", "--no-force-dtype", "--batch-size=3"])
+    assert (config.optim.rank, config.optim.lr, config.optim.steps, config.optim.clip) == (7, 5e-4, SHAPES["optim.steps"], 1.0)
+    assert config.data.preserve == ("a", "b") and config.output.evaluate is False and config.data.batch_size == 3
+    assert {p: origins[p] for p in ("optim.rank", "optim.lr", "optim.steps", "optim.clip", "model.force_dtype", "data.batch_size")} == {
+        "optim.rank": f"file {path}", "optim.lr": "flag", "optim.steps": "bundled model", "optim.clip": "default",
+        "model.force_dtype": "flag", "data.batch_size": "flag"}
+
+
+def test_model_named_in_the_file_decides_the_defaults(toml):
+    config, _, _ = resolve(["--config", str(toml("[model]\nmodel = 'dir/model'\n"))])
+    assert config.optim.rank == 128 and config.model.model == "dir/model"
+
+
+def test_resume_takes_the_runs_settings(tmp_path):
+    saved = replaced(TrainConfig(), {"optim.rank": 9, "output.out": tmp_path})
+    write_config(tmp_path, saved, {"optim.rank": "flag"})
+    config, origins, resume = resolve(["--resume", str(tmp_path), "--save-every", "5"])
+    assert resume == tmp_path and config == replaced(saved, {"output.save_every": 5})
+    assert origins["optim.rank"] == f"run {tmp_path}" and origins["output.save_every"] == "flag"
+
+
+def test_config_beside_resume_is_not_ignored(toml, tmp_path):
+    write_config(tmp_path, TrainConfig(), {})
+    with pytest.raises(UsageError, match="--config beside --resume"):
+        resolve(["--resume", str(tmp_path), "--config", str(toml("[optim]\nrank = 3\n"))])
+
+
+@pytest.mark.parametrize("text, near", [
+    ("[optim]\nrnak = 4\n", "optim.rnak; did you mean optim.rank"),
+    ("[optimiser]\nrank = 4\n", "optimiser.rank; did you mean optim.rank"),
+    ("[data]\nprompt = 'x'\n", "data.prompt; did you mean data.prompts"),
+    ("rank = 4\n", "rank; did you mean optim.rank"),
+    ("[memory]\nguidence = 'batched'\n", "memory.guidence; did you mean memory.guidance"),
+])
+def test_unknown_toml_key_suggests_the_nearest(toml, text, near):
+    with pytest.raises(UsageError, match=f"there is no setting {near}"):
+        read_toml(toml(text))
+
+
+@pytest.mark.parametrize("text, message", [
+    ("[optim]\nrank = '4'\n", "optim.rank = '4' is not int"),
+    ("[optim]\nrank = 4.0\n", "optim.rank = 4.0 is not int"),
+    ("[optim]\nrank = true\n", "optim.rank = True is not int"),
+    ("[optim]\nlr = '1e-4'\n", "optim.lr = '1e-4' is not float"),
+    ("[optim]\nlr = true\n", "optim.lr = True is not float"),
+    ("[output]\nevaluate = 'false'\n", "output.evaluate = 'false' is not bool"),
+    ("[output]\nevaluate = 0\n", "output.evaluate = 0 is not bool"),
+    ("[data]\npreserve = 'blue'\n", "data.preserve = 'blue' is not tuple"),
+    ("[data]\npreserve = ['blue', 3]\n", "data.preserve"),
+    ("[data]\nlatents = 'noisy'\n", "data.latents = 'noisy' is not .*trajectory.*noise"),
+    ("[data]\nprompts = 5\n", "data.prompts = 5 is not Path"),
+    ("[model]\nframes = '9'\n", "model.frames = '9' is not int"),
+    ("[model.model]\nname = 'x'\n", "model.model"),
+    ("[optim\n", "not valid TOML"),
+])
+def test_wrong_toml_values_are_refused(toml, text, message):
+    with pytest.raises(UsageError, match=f"--config .*{message}"):
+        read_toml(toml(text))
+
+
+def test_toml_integers_serve_as_floats_and_none_stays_unset(toml):
+    assert read_toml(toml("[loss]\neta = 7\n[model]\nframes = 9\n[memory]\nresident_blocks = 2\n")) == {
+        "loss.eta": 7.0, "model.frames": 9, "memory.resident_blocks": 2}
+
+
+@pytest.mark.parametrize("values, message", [
+    ({"optim.rank": 0}, "--rank 0: must be 1 or more"), ({"optim.steps": 0}, "--steps 0"),
+    ({"optim.lr": 0.0}, "--lr 0.0: must be above 0"), ({"optim.lr": float("nan")}, "--lr nan"),
+    ({"optim.lr": float("inf")}, "--lr inf"), ({"loss.eta": float("inf")}, "--eta inf"),
+    ({"optim.accumulation": 0}, "--accumulation 0"), ({"loss.eta": -1.0}, "--eta -1.0"),
+    ({"optim.weight_decay": -0.1}, "--weight-decay -0.1"),
+    ({"loss.alpha": float("nan")}, "--alpha nan"), ({"loss.mask_threshold": 1.5}, "--mask-threshold 1.5"),
+    ({"loss.mask_blocks": (-1,)}, "--mask-blocks -1"),
+    ({"data.concept": " "}, "--concept is empty"), ({"data.pool": 7, "data.trajectory_steps": 4}, "--pool 7.*multiple"),
+    ({"data.batch_size": 0}, "--batch-size 0"), ({"output.save_every": 0}, "--save-every 0"),
+    ({"data.trajectory_guidance": float("nan")}, "--trajectory-guidance nan"),
+])
+def test_impossible_values_name_their_flag(values, message):
+    with pytest.raises(UsageError, match=message):
+        replaced(TrainConfig(), values)
+
+
+def _values(hint) -> st.SearchStrategy:
+    """Values of a setting's type; range checks are for the sections to make."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Literal:
+        return st.sampled_from(args)
+    if origin is tuple:
+        return st.lists(_values(args[0]), max_size=3).map(tuple)
+    if args:  # X | None
+        return st.one_of(*(st.none() if a is type(None) else _values(a) for a in args))
+    return {int: st.integers(0, 2**40), float: st.floats(0, 1e6), bool: st.booleans(), str: st.text(max_size=9),
+            Path: st.text("abc/.é ", min_size=1, max_size=9).map(Path)}[hint]
+
+
+@st.composite
+def _configs(draw) -> TrainConfig:
+    config = TrainConfig()
+    for section, kind in typing.get_type_hints(TrainConfig).items():
+        hints = typing.get_type_hints(kind)
+        for f in dataclasses.fields(kind):
+            try:
+                config = replaced(config, {f"{section}.{f.name}": draw(_values(hints[f.name]))})
+            except (UsageError, PlanError):
+                pass
+    return config
+
+
+@settings(max_examples=50, deadline=None, derandomize=True, database=None)
+@given(config=_configs())
+def test_json_there_and_back(config):
+    text = json.dumps(as_json(config))
+    assert from_json(json.loads(text)) == config
+
+
+def test_run_directories_are_numbered_by_concept(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = replaced(TrainConfig(), {"data.concept": "Golf Ball!"})
+    assert make_run_directory(config) == Path("runs/golf-ball-1")
+    (tmp_path / "runs/golf-ball-7").mkdir()
+    assert make_run_directory(config) == Path("runs/golf-ball-8")
+
+
+def test_directory_with_a_run_is_refused(tmp_path):
+    config = replaced(TrainConfig(), {"output.out": tmp_path / "run"})
+    write_config(make_run_directory(config), config, {})
+    with pytest.raises(CheckpointError, match="holds a run already; go on with it by --resume"):
+        make_run_directory(config)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"config": 3}', '{"config": {"optim": {"rnak": 3}}}',
+                                     '{"config": {"optim": {"rank": "4"}}}', '{"config": {"optim": {"rank": 0}}}',
+                                     '{"config": {"nothing": {"rank": 1}}}', '{"config": {"memory": {"checkpoint": "some"}}}'])
+def test_damaged_run_configuration_is_a_checkpoint_error(tmp_path, content):
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(CheckpointError, match="not a run directory") as raised:
+        read_config(tmp_path)
+    assert "\n" not in str(raised.value)
