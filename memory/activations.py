@@ -171,7 +171,6 @@ class _Group:
         return parked
 
     def forget_device_copies(self) -> None:
-        self._by_tensor.clear()
         for parked in self.alive():
             parked.forget_device_copy()
 

@@ -7,9 +7,6 @@ The backbone runs in its storage dtype, and an adapter casts at its own two ends
 import torch
 from torch import nn
 
-MAX_FLOAT16_ACTIVATION = 65504 / 8
-"""Activations above this in a float16 backbone are worth an alert: a factor of 8 to infinity."""
-
 
 class Cast:
     """Handle of `cast_frozen`."""
