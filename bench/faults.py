@@ -6,6 +6,7 @@ The model is a real CogVideoX transformer of three blocks of width 32; the step 
 import dataclasses
 import itertools
 import json
+import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
@@ -79,7 +80,7 @@ class Outcome:
     bill: Bill
     stopped: int | None
     touched: bool
-    """Whether any weight of an eraser had moved when a fault of before the first step was named."""
+    """Whether any weight of an eraser moved after the fault was put in."""
 
     @property
     def named(self) -> tuple[str, int | None]:
@@ -92,27 +93,31 @@ class Outcome:
 def watch(config: TrainConfig, *, inject: Callable[[Subject, ExitStack], Subject | None] | None = None, at: int = 0,
           num_steps: int = 3) -> Outcome:
     """Train for some steps under the watcher; `inject` acts before step `at`, and 0 is before the pre-flight."""
-    subject = prepare(config)
+    subject, before = prepare(config), {}
     with ExitStack() as stack:
         stack.enter_context(subject.assembly)
-        if inject and at == 0:
-            subject = inject(subject, stack) or subject
-        before = subject.assembly.erasers.state_dict()
-        health, step = stack.enter_context(Health(subject)), 0
+
+        def strike() -> None:
+            nonlocal subject, before
+            subject = (inject and inject(subject, stack)) or subject
+            before = subject.assembly.erasers.state_dict()
+
+        if at == 0:
+            strike()
+        health = stack.enter_context(Health(subject))
+        step, stopped = 0, None
         try:
             health.before_training()
             for step in range(num_steps):
-                if inject and at == step > 0:
+                if at == step > 0:
                     health.flush()
-                    inject(subject, stack)
+                    strike()
                 one_step(subject, health, step)
             health.after_training()
-            stopped = None
         except Unhealthy:
             stopped = step
         after = subject.assembly.erasers.state_dict()
-        return Outcome(health.bill, stopped, any(not torch.equal(after[n], t, ) for n, t in before.items()
-                                                 if not t.isnan().any()))
+        return Outcome(health.bill, stopped, any(not torch.equal(after[name], t) for name, t in before.items()))
 
 
 def one_step(subject: Subject, health: Health, step: int) -> None:
@@ -387,6 +392,15 @@ class Fault:
     """Before which steps it may strike."""
 
 
+def run_fault(fault: Fault, at: int, pipeline: Path) -> Outcome:
+    """Train with one fault on a pipeline that it may damage, in a cache of its own."""
+    config = settings(pipeline, **fault.settings)
+    with patch.dict(os.environ, XDG_CACHE_HOME=str(pipeline / "cache")):
+        if fault.damage:
+            fault.damage(config)
+        return watch(config, inject=fault.inject, at=at, num_steps=at + 2)
+
+
 HALF = dict(memory__dtype="float16", model__force_dtype=True)
 DELTA = dict(loss__alpha=0.0, loss__beta=0.0)
 
@@ -418,7 +432,7 @@ FAULTS: tuple[Fault, ...] = (
           settings={"memory__checkpoint": "none"}),
     *_each("checkpointing silently off", "checkpointing-off", checkpointing_off),
     Fault(name="trajectory not advanced", code="trajectory-not-advanced", inject=stuck_trajectory),
-    Fault(name="sampler gives infinity", code="non-finite-latents", inject=diverging_sampler, at=(0, 2)),
+    Fault(name="sampler gives infinity", code="non-finite-latents", inject=diverging_sampler, at=(2,)),
     Fault(name="NaN in the embedding cache", code="non-finite-embedding", damage=damaged_cache),
     Fault(name="NaN in the embeddings", code="non-finite-embedding", inject=nan_in_embedding, at=(0, 2)),
     Fault(name="NaN in one weight file", code="non-finite-weight", block=1, damage=damaged_weight_file),

@@ -181,17 +181,20 @@ def print_bill(bill: Bill, file: TextIO, *, as_json: bool = False) -> None:
         return
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     console = Console(file=file)
     if bill.findings:
-        table = Table("finding", "where", "evidence", "cause", "fix", show_lines=True)
+        table = Table("finding", "evidence", "cause and fix", show_lines=True)
+        table.columns[0].no_wrap = True
         for f in bill.findings:
-            where = "\n".join(str(w) for w in (f.phase, f.block is not None and f"block {f.block}", f.module) if w)
-            table.add_row(f"{f.code}\n({f.severity})", where, evidence_text(f.evidence), f.cause, f.fix)
+            where = f.phase if f.block is None else f"{f.phase}, block {f.block}"
+            evidence = "\n".join(filter(None, (f.module, evidence_text(f.evidence))))
+            table.add_row(Text(f"{f.code}\n{f.severity}\n{where}"), Text(evidence), Text(f"{f.cause}\nFix: {f.fix}"))
         console.print(table)
-    console.print("Healthy." if bill.healthy else "Not healthy.", "Checked:")
+    console.print("Healthy." if bill.healthy else "Not healthy.", "Checked:" if bill.checked else "")
     for line in bill.checked:
-        console.print(f"  {line}", markup=False, highlight=False)
+        console.print(f"  {line}", markup=False, highlight=False, soft_wrap=True)
 
 
 def evidence_text(evidence: Mapping[str, Any]) -> str:

@@ -1,0 +1,51 @@
+"""Every fault is named, at its block, within one step; and sound settings raise no alarm."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from bench.faults import FAULTS, Fault, healthy_settings, run_fault, settings, watch
+from trainer.findings import CODES
+
+NUM_HEALTHY, NUM_HEALTHY_SLOW = 52, 150
+NOT_INJECTED = {"frozen-weights-changed", "non-finite-loss", "zero-down-gradient"}  # see tests/trainer
+
+
+def _case(fault: Fault, at: int):
+    # One block of each fault in every run of the tests, all of them in the slow one.
+    elsewhere = fault.name.endswith(("block 0", "block 2"))
+    return pytest.param(fault, at, id=f"{fault.name}, step {at}", marks=[pytest.mark.slow] if elsewhere else [])
+
+
+@pytest.mark.parametrize("fault, at", [_case(fault, at) for fault in FAULTS for at in fault.at])
+def test_a_fault_is_named(fault: Fault, at: int, tiny_pipelines: dict[str, Path], tmp_path: Path) -> None:
+    outcome = run_fault(fault, at, Path(shutil.copytree(tiny_pipelines[fault.pipeline], tmp_path / "model")))
+
+    assert outcome.named == (fault.code, fault.block), [str(f) for f in outcome.bill.findings]
+    if outcome.bill.fatal:
+        assert outcome.stopped <= at + 1
+        if fault.code != "non-finite-latents":  # the step that spoils the next latents is itself sound
+            assert not outcome.touched
+    assert all(f.evidence for f in outcome.bill.findings)
+
+
+def test_every_code_is_put_to_the_test() -> None:
+    assert {fault.code for fault in FAULTS} | NOT_INJECTED == set(CODES)
+
+
+def _healthy(first: int, last: int):
+    return [pytest.param(*case, id=f"{i}-{case[0]}") for i, case in enumerate(healthy_settings(last)) if i >= first]
+
+
+@pytest.mark.parametrize("kind, changes", _healthy(0, NUM_HEALTHY))
+def test_no_false_alarm(kind: str, changes: dict, tiny_pipelines: dict[str, Path]) -> None:
+    outcome = watch(settings(tiny_pipelines[kind], **changes), num_steps=2)
+    assert (outcome.named[0], outcome.stopped, outcome.touched) == ("healthy", None, True), outcome.bill.findings
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind, changes", _healthy(NUM_HEALTHY, NUM_HEALTHY_SLOW))
+def test_no_false_alarm_over_more_steps(kind: str, changes: dict, tiny_pipelines: dict[str, Path]) -> None:
+    outcome = watch(settings(tiny_pipelines[kind], **changes), num_steps=8)
+    assert (outcome.named[0], outcome.stopped) == ("healthy", None), outcome.bill.findings
