@@ -1,7 +1,8 @@
 """The command line: commands, and how settings are put together. Heavy imports wait until a command runs."""
 
-import sys
 import difflib
+import json
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,9 +10,10 @@ from typing import Any
 
 import tyro
 
+from memory.cards import Card, CardUnreadable, UnknownCard, lookup
 from trainer import config as settings
 from trainer.config import EvaluateConfig, GenerateConfig, TrainConfig
-from trainer.errors import UsageError
+from trainer.errors import DoesNotFit, UsageError
 from trainer.projection_config import ForgetConfig, read_forget_config
 
 _FLAT = (tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes)
@@ -21,7 +23,8 @@ _FLAT = (tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes)
 class TrainCommand:
     """Train concept erasers on a frozen text-to-video transformer.
 
-    Settings: defaults < profile < TOML file < flags. Other commands: generate, evaluate, report, diagnose, export; each has a --help.
+    Settings: defaults < profile < TOML file < flags. Other commands: plan, generate, evaluate, report,
+    diagnose, export, forget; each has a --help.
     """
 
     profile: str = "auto"
@@ -68,6 +71,24 @@ class ReportCommand:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PlanCommand:
+    """Say what a run will need on a card and which settings are fastest there, without the card and without weights.
+
+    Takes all settings of training; those given as flags are honoured and predicted as given. Exit status 3 if nothing fits.
+    """
+
+    profile: str = "auto"
+    """A card (4090), a size (24gb), or auto for the card that is present, or the CPU."""
+    config: Path | None = None
+    """A TOML file with settings."""
+    json: bool = False
+    """Print JSON in place of tables."""
+    explain: bool = False
+    """Also say what limits the step, and which figures of the card are assumed."""
+    settings: TrainConfig = field(default_factory=TrainConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
 class ForgetCommand:
     """Forget a class in the linear layer after a frozen encoder: CLIP's text_projection, or Qwen3-VL's merger."""
 
@@ -80,7 +101,7 @@ def main(argv: Sequence[str]) -> None:
     """Run one command line; raises what goes wrong."""
     commands: dict[str, Callable[[Sequence[str]], None]] = {
         "train": _train, "generate": _generate, "evaluate": _evaluate, "report": _report, "export": _export, "forget": _forget,
-        "diagnose": _diagnose}
+        "diagnose": _diagnose, "plan": _plan}
     if argv and not argv[0].startswith("-"):
         if argv[0] not in commands:
             raise UsageError(f"there is no command {argv[0]!r}; {', '.join(commands)} are (without one, run.py trains)")
@@ -110,11 +131,11 @@ def _early(argv: Sequence[str], flag: str) -> str | None:
     return None
 
 
-def resolve(argv: Sequence[str]) -> tuple[TrainConfig, dict[str, str], Path | None]:
-    """Settings of a training command, where each came from, and the run to resume."""
+def resolve(argv: Sequence[str], kind: type = TrainCommand) -> tuple[Any, dict[str, str]]:
+    """A command (TrainCommand, PlanCommand) with its settings, and where each setting came from."""
     resume, toml, profile = _early(argv, "--resume"), _early(argv, "--config"), _early(argv, "--profile")
     if profile:
-        _check_profile(profile)
+        _card(profile)
     if resume and toml:
         raise UsageError("--config beside --resume: a resumed run keeps its settings; give what may change as flags")
     layers: list[tuple[str, dict[str, Any]]] = []
@@ -133,19 +154,9 @@ def resolve(argv: Sequence[str]) -> tuple[TrainConfig, dict[str, str], Path | No
     for origin, values in layers:
         base = settings.replaced(base, values)
         origins |= dict.fromkeys(values, origin)
-    command = _parse(TrainCommand, argv, "", TrainCommand(settings=base))
-    final = command.settings
+    command = _parse(kind, argv, "plan" if kind is PlanCommand else "", kind(settings=base))
     origins |= {path: "flag" for path in origins if path.split(".")[1] in _given(argv)}
-    return final, origins, command.resume
-
-
-def _check_profile(profile: str) -> None:
-    from memory.cards import CardUnreadable, UnknownCard, lookup
-
-    try:
-        lookup(profile)
-    except (UnknownCard, CardUnreadable) as e:
-        raise UsageError(f"--profile {profile}: {e}") from e
+    return command, origins
 
 
 def _given(argv: Sequence[str]) -> set[str]:
@@ -153,15 +164,47 @@ def _given(argv: Sequence[str]) -> set[str]:
     return {word[2:].split("=", 1)[0].removeprefix("no-").replace("-", "_") for word in argv if word.startswith("--")}
 
 
+def _card(profile: str) -> Card:
+    try:
+        return lookup(profile)
+    except (UnknownCard, CardUnreadable) as e:
+        raise UsageError(f"--profile {profile}: {e}") from e
+
+
+def _fixed(origins: dict[str, str]) -> list[str]:
+    """Fields of the memory plan that somebody chose: the planner leaves them."""
+    return [path.removeprefix("memory.") for path, origin in origins.items()
+            if path.startswith("memory.") and origin != "default"]
+
+
 def _train(argv: Sequence[str]) -> None:
-    config, origins, resume = resolve(argv)
+    command, origins = resolve(argv)
+    config, card = command.settings, _card(command.profile)
+    if "profile" in _given(argv) or not (card.is_cpu or command.resume):
+        from trainer.planning import planned
+
+        config, chosen = planned(config, card, _fixed(origins))
+        origins |= {f"memory.{name}": f"profile {card.name}" for name in chosen}
     from trainer.loop import train
 
-    run_dir = train(config, origins, resume=resume)
+    run_dir = train(config, origins, resume=command.resume)
     if config.model.model == "shapes" and config.output.evaluate:
         _measure(EvaluateConfig(run=run_dir, model=config.model, memory=config.memory))
     print(f"eraser: {run_dir / 'eraser.safetensors'}")
     print(f"run: {run_dir}")
+
+
+def _plan(argv: Sequence[str]) -> None:
+    command, origins = resolve(argv, PlanCommand)
+    from trainer import planning
+
+    found = planning.forecast(command.settings, _card(command.profile), _fixed(origins))
+    if command.json:
+        print(json.dumps(planning.as_json(found, origins), indent=2))
+    else:
+        planning.print_forecast(found, origins, explain=command.explain)
+    if found.result.best is None:
+        raise DoesNotFit(planning.verdict(found))
 
 
 def _measure(config: EvaluateConfig) -> None:
@@ -221,7 +264,7 @@ def _diagnose(argv: Sequence[str]) -> None:
         config = None
     else:
         command = DiagnoseCommand(json="--json" in argv)
-        config = resolve([word for word in argv if word != "--json"])[0]
+        config = resolve([word for word in argv if word != "--json"])[0].settings
     from trainer.diagnose import diagnose_path, diagnose_settings
     from trainer.findings import print_bill
 

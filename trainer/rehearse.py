@@ -12,13 +12,12 @@ from dataclasses import replace
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from memory.optimizers import make_optimizer
-from memory.plan import MemoryPlan, apply_plan, resolve_keeps
-from memory.simulate import BACKWARD, FORWARD, OPTIMIZER, Trace, recording
+from memory.optimizers import BLOCK_NUMEL_8BIT, MIN_8BIT_NUMEL, make_optimizer
+from memory.plan import MemoryPlan, apply_plan
+from memory.simulate import BACKWARD, FORWARD, OPTIMIZER, Storage, Trace, recording
 from trainer.assemble import resolve_dtype, video_size
 from trainer.backbones import Predict
 from trainer.backbones.cogvideox import CogVideoX
-from trainer.backbones.weights import randomise
 from trainer.config import TrainConfig
 from trainer.erasers import Erasers
 from trainer.latents import make_latents
@@ -28,20 +27,17 @@ from trainer.prompts import Embeddings, PromptSet
 _PROMPTS = PromptSet("concept", ("concept",), ("safe",), ("preserved",))
 
 
-def rehearse(backbone: CogVideoX, config: TrainConfig, plan: MemoryPlan, *, num_blocks: int | None = None,
-             num_steps: int = 2) -> tuple[Trace, tuple[str, ...]]:
-    """The trace of one training step under `plan`, and what each block keeps.
+def rehearse(backbone: CogVideoX, config: TrainConfig, plan: MemoryPlan, *, num_blocks: int | None = None) -> Trace:
+    """The trace of one training step under `plan`. `num_blocks`: with fewer blocks; all are alike.
 
-    `num_blocks`: rehearse with fewer blocks (blocks are alike). The last of `num_steps` is recorded: gradients, optimizer
-    state and host buffers then exist, as in every later step.
+    State that the optimizer makes in a first step, and buffers that activations are parked in, count as standing: they
+    are there in every later step. 8-bit optimizers need real tensors: their state is that of AdamW with its size set right.
     """
     device = torch.device("cpu")
     dtype = resolve_dtype(backbone, plan, insist=True)
     shape = (config.data.batch_size, *backbone.latent_shape(*video_size(backbone, config.model)))
-    config = replace(config, memory=plan)
-    schedulers = [backbone.scheduler(), backbone.scheduler()]
-    latents = make_latents(config, schedulers[0], shape, "target", device)
-    preserved = make_latents(config, schedulers[1], shape, "preserved", device) if config.loss.beta > 0 else None
+    latents = make_latents(config, backbone.scheduler(), shape, "target", device)
+    preserved = make_latents(config, backbone.scheduler(), shape, "preserved", device) if config.loss.beta > 0 else None
     with FakeTensorMode(allow_non_fake_inputs=True):
         transformer = backbone.fake_transformer(dtype=dtype, num_blocks=num_blocks)
         blocks = backbone.blocks(transformer)
@@ -52,31 +48,52 @@ def rehearse(backbone: CogVideoX, config: TrainConfig, plan: MemoryPlan, *, num_
         names = [*_PROMPTS.prompts, *_PROMPTS.safe, *_PROMPTS.preserved, ""]
         embeddings = Embeddings(torch.empty(len(names), backbone.text_length, backbone.text_width, dtype=dtype), names)
         columns = {"concept": torch.zeros(1, dtype=torch.int64)} if config.loss.alpha > 0 else None
-        masked = [blocks[i] for i in config.loss.mask_blocks] if config.loss.mask_blocks and not num_blocks else list(blocks)
+        masked = [blocks[i] for i in config.loss.mask_blocks if i < len(blocks)] or list(blocks)
         teacher = Teacher(predict, erasers, masked, loss=config.loss, prompts=_PROMPTS, embeddings=embeddings,
                           columns=columns, latents=latents, preserved_latents=preserved, seed=0,
                           guidance=plan.guidance, trajectory_guidance=config.data.trajectory_guidance)
         optimizer = make_optimizer(erasers.parameters(), kind="adamw", lr=config.optim.lr)
-        for step in range(num_steps - 1):
-            _step(teacher, predict, erasers, optimizer, config, step, lambda name: None)
+        extra = [backbone.fake_transformer(dtype=dtype)] * (plan.backbone_copies - 1)
+        extra += [backbone.fake_text_encoder(dtype=dtype)] * plan.text_encoder_resident
         with recording() as recorder, ExitStack() as stack:
             recorder.adopt_model(transformer, blocks, applied)
             recorder.adopt([embeddings.table], "other")
-            recorder.adopt([t for state in optimizer.state.values() for t in state.values()], "optimizer")
+            recorder.adopt([p for model in extra for p in model.parameters()], "weights")
             recorder.watch(blocks)
 
             def phase(name: str) -> None:
                 stack.close()
                 stack.enter_context(recorder.phase(name))
 
-            _step(teacher, predict, erasers, optimizer, config, num_steps - 1, phase)
+            _step(teacher, predict, erasers, optimizer, config, phase)
+            recorder.adopt(applied.host_buffers, "saved activations", place="pinned")
         trace = recorder.trace()
         applied.undo()
-    return trace, resolve_keeps(plan, len(blocks))
+    return trace if plan.optimizer == "adamw" else _with_8bit_state(trace)
+
+
+def peak_beyond(adopt: list[torch.nn.Module], run: Callable[[], object]) -> int:
+    """Device bytes that `run` needs at its peak, the parameters of `adopt` excepted. Call it under FakeTensorMode."""
+    with recording() as recorder:
+        recorder.adopt([t for model in adopt for t in (*model.parameters(), *model.buffers())], "weights")
+        run()
+    trace = recorder.trace()
+    return trace.prediction().peak_bytes - sum(trace.storages[i].num_bytes for i in trace.standing)
+
+
+def _with_8bit_state(trace: Trace) -> Trace:
+    """AdamW's moments as bitsandbytes holds them: one byte an element and a float32 maximum every 256."""
+    def smaller(storage: Storage) -> Storage:
+        numel = storage.num_bytes // 4
+        if storage.category != "optimizer" or numel < MIN_8BIT_NUMEL:
+            return storage
+        return replace(storage, num_bytes=numel + 4 * -(-numel // BLOCK_NUMEL_8BIT))
+
+    return replace(trace, storages=tuple(map(smaller, trace.storages)))
 
 
 def _step(teacher: Teacher, predict: Predict, erasers: Erasers, optimizer: torch.optim.Optimizer, config: TrainConfig,
-          step: int, phase: Callable[[str], None]) -> None:
+          phase: Callable[[str], None]) -> None:
     """One optimizer step as in `trainer.loop`; `phase(name)` is called where a phase begins."""
     def student(*args: torch.Tensor) -> torch.Tensor:
         phase(FORWARD)
@@ -85,7 +102,7 @@ def _step(teacher: Teacher, predict: Predict, erasers: Erasers, optimizer: torch
         return velocity
 
     phase("teacher")
-    sample = teacher.sample(step)
+    sample = teacher.sample(0)
     student_backward(student, erasers, sample, config.loss)
     phase(OPTIMIZER)
     norm = torch.nn.utils.get_total_norm([p.grad for p in erasers.parameters()])

@@ -27,22 +27,25 @@ def toml(tmp_path):
 
 
 def test_bundled_model_has_its_own_defaults():
-    config, origins, resume = resolve([])
-    assert resume is None and config == replaced(TrainConfig(), SHAPES)
+    command, origins = resolve([])
+    config = command.settings
+    assert command.resume is None and config == replaced(TrainConfig(), SHAPES)
     assert {path for path, origin in origins.items() if origin == "bundled model"} == set(SHAPES)
     assert set(origins) == set(leaves(config)) and origins["optim.clip"] == "default"
 
 
 @pytest.mark.parametrize("argv", [["--model", "dir/model"], ["--model=dir/model"]])
 def test_another_model_has_the_published_defaults(argv):
-    config, origins, _ = resolve(argv)
+    command, origins = resolve(argv)
+    config = command.settings
     assert config.optim == TrainConfig().optim and config.optim.rank == 128 and config.optim.lr == 1e-4
     assert origins["model.model"] == "flag" and "bundled model" not in origins.values()
 
 
 def test_precedence_and_origins(toml):
     path = toml("[optim]\nrank = 7\nlr = 2e-3\n[data]\npreserve = ['a', 'b']\n[output]\nevaluate = false\n")
-    config, origins, _ = resolve(["--config", str(path), "--lr", "5e-4", "--no-force-dtype", "--batch-size=3"])
+    command, origins = resolve(["--config", str(path), "--lr", "5e-4", "--no-force-dtype", "--batch-size=3"])
+    config = command.settings
     assert (config.optim.rank, config.optim.lr, config.optim.steps, config.optim.clip) == (7, 5e-4, SHAPES["optim.steps"], 1.0)
     assert config.data.preserve == ("a", "b") and config.output.evaluate is False and config.data.batch_size == 3
     assert {p: origins[p] for p in ("optim.rank", "optim.lr", "optim.steps", "optim.clip", "model.force_dtype", "data.batch_size")} == {
@@ -51,15 +54,16 @@ def test_precedence_and_origins(toml):
 
 
 def test_model_named_in_the_file_decides_the_defaults(toml):
-    config, _, _ = resolve(["--config", str(toml("[model]\nmodel = 'dir/model'\n"))])
+    config = resolve(["--config", str(toml("[model]\nmodel = 'dir/model'\n"))])[0].settings
     assert config.optim.rank == 128 and config.model.model == "dir/model"
 
 
 def test_resume_takes_the_runs_settings(tmp_path):
     saved = replaced(TrainConfig(), {"optim.rank": 9, "output.out": tmp_path})
     write_config(tmp_path, saved, {"optim.rank": "flag"})
-    config, origins, resume = resolve(["--resume", str(tmp_path), "--save-every", "5"])
-    assert resume == tmp_path and config == replaced(saved, {"output.save_every": 5})
+    command, origins = resolve(["--resume", str(tmp_path), "--save-every", "5"])
+    config = command.settings
+    assert command.resume == tmp_path and config == replaced(saved, {"output.save_every": 5})
     assert origins["optim.rank"] == f"run {tmp_path}" and origins["output.save_every"] == "flag"
 
 

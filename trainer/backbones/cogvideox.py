@@ -95,10 +95,7 @@ class CogVideoX:
     def load_transformer(self, *, dtype: torch.dtype, device: torch.device | str = "cpu") -> nn.Module:
         with torch.device("meta"):
             model = self._build_transformer()
-        if self.directory is None:
-            randomise(model, seed=self.seed, dtype=dtype, device=device)
-        else:
-            assign(model, self.directory / "transformer", dtype=dtype, device=device)
+        self._weighted(model, "transformer", dtype, device)
         return self._with_positions(model, dtype, device)
 
     def fake_transformer(self, *, dtype: torch.dtype, num_blocks: int | None = None) -> nn.Module:
@@ -212,6 +209,13 @@ class CogVideoX:
 
     def load_text_encoder(self, *, dtype: torch.dtype, device: torch.device | str = "cpu") -> nn.Module:
         """The frozen T5 encoder."""
+        return self._weighted(self._build_text_encoder(), "text_encoder", dtype, device)
+
+    def fake_text_encoder(self, *, dtype: torch.dtype) -> nn.Module:
+        """The T5 encoder without data, for use under FakeTensorMode."""
+        return randomise(self._build_text_encoder(), seed=0, dtype=dtype)
+
+    def _build_text_encoder(self) -> nn.Module:
         from transformers import T5Config, T5EncoderModel
 
         if self.directory is None:
@@ -219,20 +223,26 @@ class CogVideoX:
         else:
             config = T5Config.from_pretrained(self.directory / "text_encoder")
         with torch.device("meta"):
-            model = T5EncoderModel(config)
-        if self.directory is None:
-            return randomise(model, seed=self.seed, dtype=dtype, device=device)
-        return assign(model, self.directory / "text_encoder", dtype=dtype, device=device)
+            return T5EncoderModel(config)
 
     def load_vae(self, *, dtype: torch.dtype, device: torch.device | str = "cpu") -> nn.Module:
         """The frozen autoencoder."""
+        return self._weighted(self._build_vae(), "vae", dtype, device)
+
+    def fake_vae(self, *, dtype: torch.dtype) -> nn.Module:
+        """The autoencoder without data, for use under FakeTensorMode."""
+        return randomise(self._build_vae(), seed=0, dtype=dtype)
+
+    def _build_vae(self) -> nn.Module:
         from diffusers import AutoencoderKLCogVideoX
 
         with torch.device("meta"):
-            model = AutoencoderKLCogVideoX.from_config(self._vae_config)
+            return AutoencoderKLCogVideoX.from_config(self._vae_config)
+
+    def _weighted(self, model: nn.Module, component: str, dtype: torch.dtype, device: torch.device | str) -> nn.Module:
         if self.directory is None:
             return randomise(model, seed=self.seed, dtype=dtype, device=device)
-        return assign(model, self.directory / "vae", dtype=dtype, device=device)
+        return assign(model, self.directory / component, dtype=dtype, device=device)
 
     def decoder(self, num_frames: int, *, dtype: torch.dtype, device: torch.device | str = "cpu",
                 tiling: bool = False) -> Decode:

@@ -1,0 +1,222 @@
+"""What a run needs on a card: the run's own phases as a workload for `memory.search`. Everything here is predicted."""
+
+import json
+import shlex
+from collections.abc import Collection
+from dataclasses import asdict, dataclass, fields, replace
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from memory.cards import GIB, Card, card_names, lookup
+from memory.offload import offload_blocks
+from memory.plan import MemoryPlan
+from memory.search import SEARCHED, Assessment, PhaseNeed, SearchResult, Workload, search
+from trainer.assemble import open_backbone, resolve_dtype, video_size
+from trainer.backbones.cogvideox import CogVideoX
+from trainer.config import TrainConfig
+from trainer.errors import DoesNotFit, UsageError
+from trainer.rehearse import peak_beyond, rehearse
+
+_PROMPT_BATCH = 16
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What a search said for a card."""
+
+    card: Card
+    config: TrainConfig
+    backbone: CogVideoX
+    result: SearchResult
+
+    @property
+    def chosen(self) -> Assessment:
+        """The fastest plan that fits, or, if none does, the one that needs least."""
+        return self.result.best or self.result.smallest
+
+
+def forecast(config: TrainConfig, card: Card, fixed: Collection[str] = ()) -> Forecast:
+    """Search for the fastest plan of a run on `card`; fields of the memory plan named in `fixed` stay as configured.
+
+    Raises UsageError for settings that cannot be, on this card or at all.
+    """
+    backbone = open_backbone(config.model)
+    backbone.latent_shape(*video_size(backbone, config.model))
+    dtype = resolve_dtype(backbone, config.memory, insist=config.model.force_dtype)
+    name = str(dtype).removeprefix("torch.")
+    if not card.supports(name):
+        raise UsageError(f"--profile {card.name}: {card.label} has no {name}; use --dtype float32"
+                         + (" or --dtype float16 --force-dtype" if card.fp16 else ""))
+    workload = Workload(
+        model=config.model.model, num_blocks=backbone.num_blocks,
+        trace=lambda plan, num_blocks: rehearse(backbone, config, plan, num_blocks=num_blocks),
+        phases=lambda plan: _phases(backbone, config, replace(plan, **dict.fromkeys(("resident_blocks",)))))
+    searched = [name for name in SEARCHED if name in fixed]
+    return Forecast(card, config, backbone, search(workload, card, base=config.memory, fixed=searched, tf32=False))
+
+
+def planned(config: TrainConfig, card: Card, fixed: Collection[str]) -> tuple[TrainConfig, list[str]]:
+    """The config with the planner's memory settings, and which settings it chose. Raises DoesNotFit."""
+    found = forecast(config, card, fixed)
+    if found.result.best is None:
+        raise DoesNotFit(verdict(found))
+    chosen = [name for name in SEARCHED if name not in fixed]
+    return replace(config, memory=found.result.best.plan), chosen
+
+
+@lru_cache(maxsize=64)
+def _phases(backbone: CogVideoX, config: TrainConfig, plan: MemoryPlan) -> tuple[PhaseNeed, ...]:
+    """Prompt encoding, sampling, decoding and saving, each from the very modules on fake tensors."""
+    frames, height, width = video_size(backbone, config.model)
+    shape = backbone.latent_shape(frames, height, width)
+    dtype = resolve_dtype(backbone, plan, insist=True)
+    guided = config.output.guidance_scale != 1.0 and plan.guidance == "batched"
+    return (
+        PhaseNeed(name="encode prompts", device_bytes=_encoding_bytes(backbone, dtype), with_backbone=False,
+                  host_bytes=_text_encoder_bytes(backbone, dtype)),
+        PhaseNeed(name="sample", device_bytes=_sampling_bytes(backbone, dtype, shape, 1 + guided), with_backbone=True),
+        PhaseNeed(name="decode", device_bytes=_decoding_bytes(backbone, dtype, frames, shape), with_backbone=True),
+        PhaseNeed(name="save", device_bytes=0, with_backbone=True,
+                  host_bytes=3 * 4 * backbone.num_blocks * (2 * backbone.width * config.optim.rank)),
+    )
+
+
+@lru_cache(maxsize=8)
+def _text_encoder_bytes(backbone: CogVideoX, dtype: torch.dtype) -> int:
+    with FakeTensorMode():
+        return sum(p.nbytes for p in backbone.fake_text_encoder(dtype=dtype).parameters())
+
+
+@lru_cache(maxsize=8)
+def _encoding_bytes(backbone: CogVideoX, dtype: torch.dtype) -> int:
+    """A batch of prompts through the text encoder, its blocks streaming through two buffers."""
+    with FakeTensorMode(), torch.no_grad():
+        encoder = backbone.fake_text_encoder(dtype=dtype)
+        offload = offload_blocks(encoder.encoder.block, device="cpu")
+        ids = torch.zeros(_PROMPT_BATCH, backbone.text_length, dtype=torch.int64)
+        beyond = peak_beyond([encoder], lambda: encoder(ids))
+        streamed = {id(p) for p in encoder.encoder.block.parameters()}
+        standing = sum(p.nbytes for p in encoder.parameters() if id(p) not in streamed)
+        return beyond + standing + sum(b.nbytes for b in offload.device_buffers)
+
+
+@lru_cache(maxsize=8)
+def _sampling_bytes(backbone: CogVideoX, dtype: torch.dtype, shape: tuple[int, ...], batch: int) -> int:
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        transformer = backbone.fake_transformer(dtype=dtype, num_blocks=3)
+        predict = backbone.predictor(transformer, shape)
+        text = torch.empty(batch, backbone.text_length, backbone.text_width, dtype=dtype)
+        return peak_beyond([transformer], lambda: predict(torch.empty(batch, *shape), torch.zeros(batch), text))
+
+
+@lru_cache(maxsize=8)
+def _decoding_bytes(backbone: CogVideoX, dtype: torch.dtype, frames: int, shape: tuple[int, ...]) -> int:
+    """The autoencoder and one video through it, in tiles as on a card."""
+    with FakeTensorMode(), torch.no_grad():
+        vae = backbone.fake_vae(dtype=dtype)
+        vae.enable_tiling()
+        num_frames, channels, height, width = shape
+        latents = torch.empty(1, channels, (frames - 1) // backbone.temporal_ratio + 1, height, width, dtype=dtype)
+        return peak_beyond([vae], lambda: vae.decode(latents)) + sum(p.nbytes for p in vae.parameters())
+
+
+def verdict(found: Forecast) -> str:
+    """One sentence: whether it fits, and what would."""
+    c, a = found.card, found.chosen
+    if found.result.best:
+        return (f"{found.config.model.model} fits {c.label}: predicted {a.needed_bytes / GIB:.2f} GiB of "
+                f"{c.usable_bytes / GIB:.2f} GiB usable, {a.time.seconds:.2f} s a step ({a.time.bottleneck})")
+    return (f"{found.config.model.model} does not fit {c.label}: the smallest plan {a.reason}; "
+            f"the smallest listed card that would do: {smallest_card(found)}")
+
+
+def smallest_card(found: Forecast) -> str:
+    """The listed card with least memory whose usable bytes hold the plan that needs least."""
+    cards = [card for card in map(lookup, card_names()) if card.usable_bytes * 0.97 >= found.result.smallest.needed_bytes]
+    return min(cards, key=lambda card: card.capacity_bytes).name if cards else "none"
+
+
+def command(config: TrainConfig, plan: MemoryPlan, origins: dict[str, str]) -> str:
+    """A command line that runs with exactly this plan."""
+    words = ["python", "run.py"]
+    default = MemoryPlan()
+    for path, origin in origins.items():
+        if origin == "flag" and not path.startswith("memory."):
+            section, name = path.split(".")
+            words += _flag(name, getattr(getattr(config, section), name))
+    for f in fields(MemoryPlan):
+        if getattr(plan, f.name) != getattr(default, f.name):
+            words += _flag(f.name, getattr(plan, f.name))
+    return shlex.join(words)
+
+
+def _flag(name: str, value: Any) -> list[str]:
+    flag = name.replace("_", "-")
+    if isinstance(value, bool):
+        return [f"--{flag}" if value else f"--no-{flag}"]
+    if isinstance(value, tuple):
+        return [f"--{flag}", *map(str, value)]
+    return [f"--{flag}", str(value)]
+
+
+def as_json(found: Forecast, origins: dict[str, str]) -> dict[str, Any]:
+    """The forecast as plain data; sizes in bytes, all predicted."""
+    return {
+        "model": found.config.model.model, "card": found.card.name, "capacity_bytes": found.card.capacity_bytes,
+        "fits": found.result.best is not None, "verdict": verdict(found),
+        "num_candidates": found.result.num_candidates, **_described(found.chosen),
+        "alternatives": [_described(miss) | {"reason": miss.reason} for miss in found.result.near_misses],
+        "command": command(found.config, found.chosen.plan, origins),
+    }
+
+
+def _described(a: Assessment) -> dict[str, Any]:
+    return {
+        "settings": asdict(a.plan),
+        "predicted": {"peak_bytes": max(a.by_phase.values()), "reserved_bytes": a.prediction.reserved_bytes,
+                      "needed_bytes": a.needed_bytes, "host_bytes": a.host_bytes,
+                      "by_category": a.prediction.by_category, "by_phase": a.by_phase},
+        "step_seconds": a.time.seconds, "step_seconds_by_bound": a.time.by_bound,
+    }
+
+
+def print_forecast(found: Forecast, origins: dict[str, str], *, explain: bool) -> None:
+    """The forecast on stdout, for people."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console, a = Console(), found.chosen
+    console.print(f"[bold]{verdict(found)}[/bold]\n(all figures predicted; {found.result.num_candidates} candidates)",
+                  highlight=False)
+    settings = Table("setting", "value", "origin", title="settings", title_justify="left")
+    for f in fields(MemoryPlan):
+        value, path = getattr(a.plan, f.name), f"memory.{f.name}"
+        planned = f.name in SEARCHED and origins.get(path) in ("default", None)
+        settings.add_row(f.name, str(value), "planned" if planned else origins.get(path, "default"))
+    console.print(settings)
+    for title, rows in (("GiB by category at the step's peak", a.prediction.by_category), ("GiB by phase", a.by_phase)):
+        table = Table("", "GiB", title=title, title_justify="left")
+        for name, num_bytes in rows.items():
+            table.add_row(name, f"{num_bytes / GIB:.3f}")
+        console.print(table)
+    console.print(f"reserved {a.prediction.reserved_bytes / GIB:.2f} GiB, context {found.card.context_bytes / GIB:.2f} GiB, "
+                  f"host {a.host_bytes / GIB:.2f} GiB", highlight=False)
+    if found.result.near_misses:
+        table = Table("faster plans that do not fit", "s a step", "why", title_justify="left")
+        for miss in found.result.near_misses:
+            table.add_row(_difference(miss.plan, a.plan), f"{miss.time.seconds:.2f}", miss.reason)
+        console.print(table)
+    if explain:
+        console.print("seconds by what limits them: " + json.dumps({k: round(v, 3) for k, v in a.time.by_bound.items()}))
+        console.print(f"assumed of {found.card.label}, not measured: {', '.join(found.card.assumed)}\n"
+                      f"rates: {found.card.source}", highlight=False)
+    console.print(command(found.config, a.plan, origins), soft_wrap=True, highlight=False)
+
+
+def _difference(plan: MemoryPlan, other: MemoryPlan) -> str:
+    """What one plan sets otherwise than another."""
+    return ", ".join(f"{f.name} {getattr(plan, f.name)}" for f in fields(MemoryPlan)
+                     if getattr(plan, f.name) != getattr(other, f.name)) or "the same"
