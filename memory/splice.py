@@ -179,8 +179,8 @@ class Recipe:
             level += cell.net_bytes
         return peak
 
-    def standing(self, num_resident: int | None, num_buffers: int, keeps: Sequence[str]) -> list[Storage]:
-        """The storages that live throughout, in the order in which a plan makes them."""
+    def standing(self, num_resident: int | None, num_buffers: int) -> list[Storage]:
+        """The storages that live throughout, in the order in which a plan makes them; host slabs for activations excepted."""
         resident = resident_indices(self.num_blocks, num_resident)
         flats = [sum(-(-s.num_bytes // ALIGNMENT) * ALIGNMENT for s in weights) for weights in self.block_weights]
         storages: list[Storage] = []
@@ -192,7 +192,6 @@ class Recipe:
         streamed = [flats[block] for block in range(self.num_blocks) if block not in resident]
         slot = Storage(num_bytes=max(streamed, default=0), category="transfer buffers", place="device")
         storages += [slot] * min(num_buffers, len(streamed))
-        storages += [Storage(num_bytes=n, category="saved activations", place="pinned") for n in self.slabs(keeps)]
         for index in self.base.standing:
             storage = self.base.storages[index]
             if storage.block is None and storage.place == "device" and storage.category != "transfer buffers":
@@ -223,7 +222,8 @@ class Recipe:
 
     def splice(self, keeps: Sequence[str], *, num_resident: int | None = None, num_buffers: int = 2) -> Trace:
         """The trace of the step when the blocks keep `keeps` and `num_resident` of them stay on the device (None: all)."""
-        standing = self.standing(num_resident, num_buffers, keeps)
+        slabs = [Storage(num_bytes=n, category="saved activations", place="pinned") for n in self.slabs(keeps)]
+        standing = slabs + self.standing(num_resident, num_buffers)
         storages, events, spans = list(standing), [], []
         first: dict[tuple, tuple[int, Cell]] = {}  # span -> storage number of its first birth, and its cell
         number = 0

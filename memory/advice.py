@@ -1,0 +1,120 @@
+"""After running out of memory: the next cheaper plan, and how to ask for it.
+
+Importable without torch. Each step saves device memory and costs some time; they come in the order of what they
+cost. A step that would change nothing, or that contradicts the plan, is passed over.
+"""
+
+import dataclasses
+import shlex
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+from memory.plan import MemoryPlan, PlanError, resolve_keeps
+
+
+@dataclass(frozen=True, kw_only=True)
+class Advice:
+    """One step down."""
+
+    plan: MemoryPlan
+    """The cheaper plan."""
+    change: dict[str, object]
+    """The fields that differ, with their new values."""
+    why: str
+    """What it does, in words."""
+    needed_bytes: int | None
+    """Predicted need of the new plan, context included; None if nobody could predict it."""
+
+    def command(self, command: Sequence[str]) -> str:
+        """`command` (a program and its arguments) with the changed settings appended or replaced, ready to paste."""
+        arguments = list(command)
+        for name, value in self.change.items():
+            flag = flag_of(name)
+            while flag in arguments:
+                at = arguments.index(flag)
+                del arguments[at : at + 2]
+            arguments = [argument for argument in arguments if not argument.startswith(f"{flag}=")]
+            arguments += [flag, str(value)]
+        return shlex.join(arguments)
+
+
+def flag_of(name: str) -> str:
+    """The option that sets a field of the plan."""
+    return f"--memory.{name.replace('_', '-')}"
+
+
+def next_cheaper(
+    plan: MemoryPlan,
+    num_blocks: int,
+    *,
+    needed_bytes: Callable[[MemoryPlan], int] | None = None,
+    limit_bytes: int | None = None,
+) -> Advice | None:
+    """The least costly step that needs less of the device than `plan`, or None when there is no step left.
+
+    `needed_bytes` predicts what a plan needs; with `limit_bytes` steps are taken until the prediction is within it (or
+    none is left), and without a predictor the first step is the answer.
+    """
+    before = needed_bytes(plan) if needed_bytes else None
+    best: Advice | None = None
+    current, why = plan, []
+    while True:
+        for cheaper, reason in _steps(current, num_blocks):
+            needed = needed_bytes(cheaper) if needed_bytes else None
+            if needed is None or needed < before:
+                break
+        else:
+            return best
+        current, before = cheaper, needed
+        why.append(reason)
+        best = Advice(plan=current, change=_difference(plan, current), why="; ".join(why), needed_bytes=needed)
+        if needed is None or limit_bytes is None or needed <= limit_bytes:
+            return best
+
+
+def _difference(old: MemoryPlan, new: MemoryPlan) -> dict[str, object]:
+    values = dataclasses.asdict(new)
+    return {name: value for name, value in values.items() if value != getattr(old, name)}
+
+
+def _steps(plan: MemoryPlan, num_blocks: int) -> Iterator[tuple[MemoryPlan, str]]:
+    """Valid plans one step below `plan`, the one that costs least time first."""
+    for change, why in _changes(plan, num_blocks):
+        try:
+            cheaper = dataclasses.replace(plan, **change)
+            resolve_keeps(cheaper, num_blocks)
+        except PlanError:  # this step contradicts another setting of the plan
+            continue
+        if cheaper != plan:
+            yield cheaper, why
+
+
+def _changes(plan: MemoryPlan, num_blocks: int) -> Iterator[tuple[dict, str]]:
+    if plan.backbone_copies == 2:
+        yield {"backbone_copies": 1}, "one backbone serves as teacher and student"
+    if plan.text_encoder_resident:
+        yield {"text_encoder_resident": False}, "prompts are encoded before training, and the encoder leaves"
+    if plan.guidance == "batched":
+        yield {"guidance": "sequential"}, "conditional and unconditional passes run one after the other"
+    if plan.checkpoint != "all":
+        yield {"checkpoint": "all", "kept": "device"}, "every block is recomputed in backward"
+    if plan.num_keep_everything:
+        fewer = plan.num_keep_everything // 2
+        kept = plan.num_keep_attention + plan.num_keep_everything - fewer
+        yield (
+            {"num_keep_everything": fewer, "num_keep_attention": kept, "kept": "device"},
+            f"{plan.num_keep_everything - fewer} blocks more are recomputed, all but their attention",
+        )
+    resident = num_blocks if plan.resident_blocks is None else plan.resident_blocks
+    if resident > 0:
+        yield {"resident_blocks": resident // 2}, f"{resident - resident // 2} blocks more stream from host memory"
+    if plan.boundaries == "device":
+        yield {"boundaries": "host"}, "the inputs of blocks wait in host memory between forward and backward"
+    if plan.num_keep_attention:
+        fewer = plan.num_keep_attention // 2
+        yield {"num_keep_attention": fewer, "kept": "device"}, "fewer blocks keep their attention output"
+    if plan.feed_forward_chunks < 8:
+        chunks = max(4, plan.feed_forward_chunks * 2)
+        yield {"feed_forward_chunks": chunks}, f"feed-forwards run in {chunks} chunks of tokens"
+    if plan.optimizer == "adamw":
+        yield {"optimizer": "adamw8bit"}, "optimizer state in 8 bit: a changed optimizer, and little saved"

@@ -1,0 +1,101 @@
+"""How long a step takes, predicted: a roofline over the recorded work, and transfers beside it.
+
+An operator takes the longer of computing and moving its bytes, at the fractions of the card's rates that large kernels
+reach (`memory.cards`, assumed). Weights and activations that cross the host link do so beside the computation: each walk over
+the blocks takes the longer of the two. Good for ranking plans; not a promise.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from memory.cards import Card
+from memory.work import Work
+
+BOUNDS = ("matrix products", "attention", "memory traffic", "host link", "overhead")
+_BOUND_OF = {"matmul": "matrix products", "matmul32": "matrix products", "attention": "attention"}
+
+STREAMING_OVERHEAD = 0.002
+"""Share of a walk's time lost when all blocks stream: events and slots that are not ideally filled (assumed)."""
+PARKING_OVERHEAD = 0.002
+"""The same for activations on the host (assumed)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepTime:
+    """Predicted seconds of one optimizer step."""
+
+    by_bound: dict[str, float]
+    """Seconds by what limits them."""
+
+    @property
+    def seconds(self) -> float:
+        return sum(self.by_bound.values())
+
+    @property
+    def bottleneck(self) -> str:
+        return max(self.by_bound, key=self.by_bound.get)
+
+
+@dataclass(frozen=True)
+class Load:
+    """What one stretch of a step asks of a card."""
+
+    compute: dict[str, float]
+    """Seconds by bound, without transfers."""
+    to_device: int
+    """Activation bytes over the host link."""
+    to_host: int
+
+
+def load_of(work: Iterable[Work], card: Card, *, tf32: bool = True) -> Load:
+    """The seconds and transfers of some operators on `card`. `tf32`: float32 products run in TF32 where there is bf16."""
+    compute = dict.fromkeys(BOUNDS, 0.0)
+    to_device = to_host = 0
+    matmul = card.tensor_rate * card.matmul_fraction
+    rates = {
+        "matmul": matmul,
+        "matmul32": matmul / 2 if tf32 and card.bf16 else card.fp32_rate * card.matmul_fraction,
+        "attention": card.tensor_rate * card.attention_fraction,
+    }
+    bandwidth = card.memory_bandwidth * card.memory_fraction
+    for kind, flops, num_bytes in work:
+        if kind == "to device":
+            to_device += num_bytes
+        elif kind == "to host":
+            to_host += num_bytes
+        elif kind != "weights":  # streamed weights are counted by the plan, which says how many stream
+            moving = num_bytes / bandwidth
+            computing = flops / rates[kind] if flops else 0.0
+            compute["memory traffic" if moving >= computing else _BOUND_OF[kind]] += max(moving, computing)
+    return Load(compute, to_device, to_host)
+
+
+def add_loads(loads: Iterable[Load]) -> Load:
+    """The sum of stretches."""
+    compute = dict.fromkeys(BOUNDS, 0.0)
+    to_device = to_host = 0
+    for load in loads:
+        for bound, seconds in load.compute.items():
+            compute[bound] += seconds
+        to_device += load.to_device
+        to_host += load.to_host
+    return Load(compute, to_device, to_host)
+
+
+def step_time(between: Load, walks: Iterable[tuple[Load, int]], card: Card, *, streamed_share: float) -> StepTime:
+    """The time of a step: what lies between walks, and each walk with the weight bytes that stream during it."""
+    total = dict(between.compute)
+    link = card.host_link_bandwidth
+    # Activations stored outside any walk find nothing to hide behind.
+    total["host link"] += (between.to_device + between.to_host) / link
+    for load, weight_bytes in walks:
+        computing = sum(load.compute.values())
+        for bound, seconds in load.compute.items():
+            total[bound] += seconds
+        moving = max(weight_bytes + load.to_device, load.to_host) / link
+        total["host link"] += max(0.0, moving - computing)
+        if weight_bytes:
+            total["overhead"] += computing * STREAMING_OVERHEAD * streamed_share
+        if load.to_device or load.to_host:
+            total["overhead"] += computing * PARKING_OVERHEAD
+    return StepTime(by_bound=total)

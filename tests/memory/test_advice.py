@@ -1,0 +1,74 @@
+"""One step down after another, each valid, until nothing is left."""
+
+import subprocess
+import sys
+
+import pytest
+
+from memory.advice import flag_of, next_cheaper
+from memory.plan import MemoryPlan, resolve_keeps
+
+LAVISH = MemoryPlan(
+    backbone_copies=2, text_encoder_resident=True, guidance="batched", checkpoint="none", resident_blocks=None
+)
+
+
+def test_steps_lead_from_lavish_to_frugal_and_end():
+    plan, seen = LAVISH, []
+    while (advice := next_cheaper(plan, 30)) is not None:
+        assert advice.plan not in seen and len(seen) < 40
+        assert advice.change == {name: value for name, value in vars(advice.plan).items() if value != getattr(plan, name)}
+        assert advice.why and advice.needed_bytes is None
+        resolve_keeps(advice.plan, 30)
+        plan = advice.plan
+        seen.append(plan)
+    assert plan == MemoryPlan(
+        resident_blocks=0, boundaries="host", feed_forward_chunks=8, guidance="sequential", optimizer="adamw8bit"
+    )
+
+
+def test_the_waste_goes_first():
+    assert next_cheaper(LAVISH, 30).change == {"backbone_copies": 1}
+    assert next_cheaper(MemoryPlan(), 30).change == {"resident_blocks": 15}
+
+
+def test_kept_activations_on_the_host_are_given_up_with_what_was_kept():
+    advice = next_cheaper(MemoryPlan(num_keep_everything=1, kept="host"), 5)
+    assert advice.plan.kept == "device" and advice.plan.num_keep_everything == 0
+
+
+def test_steps_that_save_nothing_are_passed_over():
+    def needed(plan):  # only the boundaries matter
+        return 5 if plan.boundaries == "device" else 4
+
+    advice = next_cheaper(MemoryPlan(), 30, needed_bytes=needed)
+    assert advice.change == {"boundaries": "host"} and advice.needed_bytes == 4
+    assert next_cheaper(advice.plan, 30, needed_bytes=needed) is None
+
+
+def test_steps_are_taken_until_the_prediction_is_within_the_limit():
+    def needed(plan):
+        return 30 if plan.resident_blocks is None else plan.resident_blocks
+
+    advice = next_cheaper(MemoryPlan(), 30, needed_bytes=needed, limit_bytes=5)
+    assert advice.plan.resident_blocks == 3 and advice.needed_bytes == 3
+    assert advice.why.count("stream") == 3
+
+
+@pytest.mark.parametrize(
+    "command, expected",
+    [
+        (["run.py", "--seed", "1"], "run.py --seed 1 --memory.boundaries host"),
+        (["run.py", "--memory.boundaries", "device", "--out", "my run"], "run.py --out 'my run' --memory.boundaries host"),
+        (["run.py", "--memory.boundaries=device"], "run.py --memory.boundaries host"),
+    ],
+)
+def test_the_command_can_be_pasted(command, expected):
+    advice = next_cheaper(MemoryPlan(resident_blocks=0), 30)
+    assert advice.command(command) == expected
+    assert flag_of("num_keep_attention") == "--memory.num-keep-attention"
+
+
+def test_advice_does_not_import_torch():
+    program = "import sys, memory.advice; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0

@@ -1,0 +1,96 @@
+"""Readings without a card, and the bookkeeping of peaks with one that is made up."""
+
+import pytest
+import torch
+
+from memory.meter import Meter, peak_resident_bytes, resident_bytes
+
+
+def test_without_a_card_only_the_host_is_read():
+    reading = Meter().read()
+    assert reading.allocated_bytes is reading.reserved_bytes is reading.device_used_bytes is None
+    assert 1 << 20 < reading.host_bytes <= 1.01 * peak_resident_bytes()  # the kernel keeps the two apart, in batches
+
+
+def test_resident_memory_grows_with_what_is_touched():
+    before = resident_bytes()
+    held = torch.ones(64 << 20, dtype=torch.uint8)
+    assert resident_bytes() - before > 48 << 20
+    del held
+
+
+def test_phases_are_recorded_even_when_they_fail():
+    meter = Meter()
+    with meter.phase("load"):
+        pass
+    with pytest.raises(KeyError), meter.phase("step"):
+        raise KeyError
+    with meter.phase("step"):
+        pass
+    assert list(meter.peaks) == ["load", "step"]
+    assert meter.peaks["step"].num_visits == 2 and meter.peaks["step"].host_bytes > 0
+    assert meter.peaks["step"].allocated_bytes is None
+
+
+class MadeUpCard:
+    """torch.cuda's counters, driven by the test."""
+
+    def __init__(self, monkeypatch):
+        self.now = self.peak = 0
+        self.lost = False
+        for name, function in {
+            "memory_allocated": lambda device: self.now,
+            "memory_reserved": lambda device: 2 * self.now,
+            "max_memory_allocated": lambda device: self.peak,
+            "max_memory_reserved": lambda device: 2 * self.peak,
+            "reset_peak_memory_stats": self.reset,
+            "mem_get_info": self.info,
+        }.items():
+            monkeypatch.setattr(torch.cuda, name, function)
+
+    def hold(self, num_bytes):
+        self.now = num_bytes
+        self.peak = max(self.peak, num_bytes)
+
+    def reset(self, device):
+        self.peak = self.now
+
+    def info(self, device):
+        if self.lost:
+            raise RuntimeError("device lost")
+        return 100 - self.now, 100
+
+
+def test_peaks_belong_to_the_phase_they_happened_in(monkeypatch):
+    card, meter = MadeUpCard(monkeypatch), Meter("cuda")
+    card.hold(50)
+    card.hold(10)
+    with meter.phase("step"):
+        card.hold(20)
+        with meter.phase("backward"):
+            card.hold(40)
+            card.hold(5)
+        card.hold(7)
+    with meter.phase("save"):
+        pass
+    peaks = {name: (peak.allocated_bytes, peak.reserved_bytes) for name, peak in meter.peaks.items()}
+    assert peaks == {"backward": (40, 80), "step": (40, 80), "save": (7, 14)}
+    assert meter.read().device_used_bytes == 7
+
+
+def test_a_lost_card_does_not_end_the_run(monkeypatch):
+    card, meter = MadeUpCard(monkeypatch), Meter("cuda")
+    card.lost = True
+    assert meter.read().device_used_bytes is None
+
+
+@pytest.mark.gpu
+def test_a_real_card_is_read():
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA card")
+    meter = Meter("cuda")
+    with meter.phase("step"):
+        held = torch.ones(64 << 20, dtype=torch.uint8, device="cuda")
+    assert meter.peaks["step"].reserved_bytes >= meter.peaks["step"].allocated_bytes >= held.nbytes
+    reading = meter.read()
+    assert reading.device_total_bytes >= reading.device_used_bytes >= reading.reserved_bytes >= reading.allocated_bytes
