@@ -24,6 +24,7 @@ from trainer.optimizer_state import export_optimizer, import_optimizer
 from trainer.projection_config import ForgetConfig
 from trainer.projection_encoders import fingerprint
 from trainer.projection_evaluate import evaluate_forgetting
+from trainer.projection_memory import predict_step
 from trainer.projection_problem import Problem, make_problem, prepare
 from trainer.run_directory import make_run_directory, write_config
 from trainer.signals import StopFlag
@@ -145,11 +146,14 @@ def forget(config: ForgetConfig, origins: Mapping[str, str], *,
     problems = {name: make_problem(case, name, config, device) for name in case.layers}
     run, identity = Run(problems, config), fingerprint(case.tower.directory)
     run_dir = resume or make_run_directory(replaced(TrainConfig(), {"output.out": config.out, "data.concept": case.forget}))
-    monitor = Monitor(config.steps * len(problems), mode=config.monitor, title=case.forget)
+    predicted = max(max(predict_step(problem, config).values()) for problem in problems.values())
+    monitor = Monitor(config.steps * len(problems), mode=config.monitor, title=case.forget,
+                      facts={"predicted_peak_bytes": predicted})
     with RunLock(run_dir), StopFlag() as stop, monitor:
         if resume:
             _restore(run, run_dir, identity, config, device)
-        write_config(run_dir, config, origins, command="forget", first_step=run.step, base_model=identity)
+        write_config(run_dir, config, origins, command="forget", first_step=run.step, base_model=identity,
+                     predicted_step_bytes=predicted)
         log, saver = MetricsLog(run_dir, first_step=run.step), Saver(run_dir, last_step=run.step if resume else None)
         monitor.done = run.step
         while not run.finished and not stop:

@@ -139,3 +139,26 @@ def test_a_nan_is_met_before_any_weight_moves():
         run.advance()
     assert caught.value.exit_code == 4
     assert all(torch.equal(before[name], t) for name, t in run.lora.state_dict().items())
+
+
+def test_the_predicted_step_is_the_real_one():
+    """The simulator's live bytes, against a recording of the same step on real tensors."""
+    from memory.simulate import recording
+    from trainer.projection_memory import predict_step
+
+    p, config = problem(), settings()
+    predicted = predict_step(p, config)
+    lora = Lora(p.layer, rank=3, alpha=3.0, seed=0)
+    with recording(device="cpu") as recorder:
+        recorder.adopt([p.layer.weight, p.layer.bias, p.forget, p.preserve, p.target], "weights")
+        recorder.adopt_model(lora)
+        with recorder.phase("forward"):
+            loss = p.terms(lora.update(), 1.3, config)["loss"]
+        with recorder.phase("backward"):
+            loss.backward()
+        del loss
+    measured = recorder.trace().prediction().by_phase
+    moments = predicted["load"] - measured["load"]
+    assert moments >= 2 * 4 * sum(t.numel() for t in lora.parameters())  # Adam's state stands beside
+    for phase in ("forward", "backward"):
+        assert predicted[phase] - moments == measured[phase]

@@ -43,9 +43,9 @@ class PretrainEncoders:
     """Which encoders to train."""
     seed: int = 0
     """Seed of weights, pictures and captions."""
-    clip_steps: int = 1500
+    clip_steps: int = 500
     """Steps of the CLIP model, batch 64."""
-    qwen_steps: int = 1500
+    qwen_steps: int = 1000
     """Steps of the Qwen3-VL, batch 32."""
     num_pictures: int = 300
     """Pictures a class, drawn and preprocessed once."""
@@ -182,7 +182,7 @@ def train_qwen(config: PretrainEncoders, out: Path) -> None:
     names, pixels = _pool(config, processor, lambda inputs, count: inputs["pixel_values"].unflatten(0, (count, -1)))
     grid = torch.tensor([[1, world.SIZE // 4, world.SIZE // 4]])
     asked = conversation(tokenizer, QUESTION, num_image_tokens=pixels.shape[1] // 4)
-    fit = _Fit(model, config.qwen_steps, lr=2e-3)
+    fit = _Fit(model, config.qwen_steps, lr=1e-3)
     for step in range(config.qwen_steps):
         chosen = [chance.randrange(len(names)) for _ in range(32)]
         answers = tokenizer([answer(names[i]) + "<|im_end|>" for i in chosen], padding=True, padding_side="right",
