@@ -5,7 +5,7 @@ Imports no torch: the README's table is generated from CODES.
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal, NamedTuple, TextIO
 
@@ -160,10 +160,12 @@ class Bill:
     def fatal(self) -> list[Finding]:
         return [f for f in self.findings if f.severity == "fatal"]
 
-    def with_findings(self, findings: Sequence[Finding]) -> "Bill":
+    def with_findings(self, findings: Iterable[Finding]) -> "Bill":
         """This bill and more findings; one of a code and a block that is there already is left out."""
-        known = {(f.code, f.block) for f in self.findings}
-        return replace(self, findings=(*self.findings, *(f for f in findings if (f.code, f.block) not in known)))
+        kept = {(f.code, f.block): f for f in self.findings}
+        for f in findings:
+            kept.setdefault((f.code, f.block), f)
+        return replace(self, findings=tuple(kept.values()))
 
     def raise_if_fatal(self, where: str) -> None:
         """Raises Unhealthy with the first fatal finding."""

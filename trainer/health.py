@@ -167,7 +167,7 @@ class Health:
         found = None
         for k in range(optim.accumulation):
             index = record["step"] * optim.accumulation + k
-            found = found or trace(self.subject, index % data.pool if data.pool else index, scale=scale)
+            found = found or trace(self.subject, index % data.pool if data.pool else index, scale=scale, loss=record["loss"])
         if self._skips and (found is None or scale_collapsed(found)):
             return finding("loss-scale-collapse", "backward", loss_scale=scale, num_skipped_steps=self._skips)
         if found is None:  # what happened does not happen again: say what was measured

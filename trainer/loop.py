@@ -8,6 +8,7 @@ does, nothing is lost.
 import logging
 import time
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -81,7 +82,7 @@ def train(config: TrainConfig, origins: Mapping[str, str], *, resume: Path | Non
     student = clock.around(predict, during="student", after="backward")
     health = Health(Subject(config=config, native_dtype=backbone.native_dtype, assembly=assembly, teacher=samples.teacher,
                             optimizer=optimizer, scaler=state.scaler), run_dir=run_dir)
-    with RunLock(run_dir), StopFlag() as stop, watch(config, stop) as monitor, assembly, health:
+    with RunLock(run_dir), StopFlag() as stop, watch(config, stop) as monitor, ExitStack() as files, assembly, health:
         health.before_training()  # one step, looked at from all sides and taken back
         if resume:
             checkpoint = latest_checkpoint(run_dir)
@@ -91,6 +92,7 @@ def train(config: TrainConfig, origins: Mapping[str, str], *, resume: Path | Non
         write_config(run_dir, config, origins, base_model=backbone.identity(), first_step=state.step)
         saver = Saver(run_dir, last_step=state.step if resume else None)
         log = MetricsLog(run_dir, first_step=state.step, tensorboard=config.output.tensorboard)
+        files.callback(log.close)
         monitor.done, monitor.findings, health.sinks = state.step, health.findings, (log.write, monitor.step)
         if state.step == 0 and config.output.sample_every:
             sampling.run(run_dir, 0, assembly, embeddings, stop)
@@ -132,7 +134,6 @@ def train(config: TrainConfig, origins: Mapping[str, str], *, resume: Path | Non
         # The end, or an interruption: saved either way.
         health.flush()
         monitor.close()
-        log.close()
         tensors, description = state.export()
         saver.save(state.step, tensors=tensors, state=description, final=True)
         save_eraser(run_dir, erasers, base_model=backbone.identity(), training=description["config"])

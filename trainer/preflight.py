@@ -199,7 +199,8 @@ class Preflight:
             yield finding("reentrant-checkpointing" if watch.grad_outside else "no-grad-student", "student",
                           block=watch.no_grad_blocks[0] if watch.grad_outside else None, num_blocks=len(set(watch.no_grad_blocks)))
             return
-        yield from _first("student-without-erasers", "student", [i for i in blocks if not watch.calls["student", i]],
+        yield from _first("student-without-erasers", "student", [i for i in blocks if not watch.calls["student", i]
+                          and (watch.attention_calls["student", i] or not self.failure)],
                           enabled=watch.switch.get(("student", 0)))
         yield from _first("switched-before-recompute", "recompute", sorted(
             (i for i in blocks if watch.switch.get(("recompute", i), True) != watch.switch.get(("student", i), True)), reverse=True))
@@ -228,7 +229,7 @@ class Preflight:
             yield finding("swallowed-loss", "student", block=cause and cause.block, module=cause and cause.module,
                           unlearn=0.0, own_computation=own, behind_it=cause and cause.code)
         elif not finite or not _finite(self.gradients.values()):
-            found = trace(self.subject, 0, scale=self.scale)
+            found = trace(self.subject, 0, scale=self.scale, loss=loss)
             if self.scale < 1 and (found is None or scale_collapsed(found)):
                 found = finding("loss-scale-collapse", "backward", loss=loss, loss_scale=self.scale)
             yield found or finding("non-finite-loss", "student", loss=loss, second_pass="finite")

@@ -3,6 +3,7 @@
 Every check waits for the device; nothing here runs in a healthy step.
 """
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -31,10 +32,11 @@ class _Hit(Exception):
         self.found = found
 
 
-def trace(subject: Subject, index: int, *, scale: float = 1.0) -> Finding | None:
+def trace(subject: Subject, index: int, *, scale: float = 1.0, loss: float = 0.0) -> Finding | None:
     """Run student pass `index` again, its teacher included; None if everything in it is finite.
 
     The trajectory is walked again from its start, so nothing had to be kept for this. `scale` multiplies the loss.
+    `loss` is what was measured: if it was not finite, it comes before any gradient.
     """
     known = non_finite_weight(subject) or non_finite_embedding(subject)
     if known:
@@ -51,6 +53,8 @@ def trace(subject: Subject, index: int, *, scale: float = 1.0) -> Finding | None
             terms = student_backward(subject.assembly.predict, erasers, sample, subject.config.loss, scale=scale)
         return _bad_gradient(subject) or _bad_term(terms)
     except _Hit as hit:
+        if hit.found.phase == "backward" and not math.isfinite(loss):
+            return finding("non-finite-loss", "student", loss=loss)
         return hit.found
     finally:
         _clear_gradients(erasers)

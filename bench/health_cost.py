@@ -1,0 +1,68 @@
+"""What the watcher's reductions cost beside one block of CogVideoX-2b at real size.
+
+    python -m bench.health_cost      at 4,276 tokens (9 frames of 480x720), into bench/results/health-cost.json
+"""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from diffusers.models.transformers.cogvideox_transformer_3d import CogVideoXBlock
+
+from bench.provenance import write_result
+from trainer.erasers import Erasers
+
+WIDTH, NUM_TEXT_TOKENS, RANK = 1920, 226, 128
+
+
+def measure(*, num_tokens: int = 4276, device: str = "cuda" if torch.cuda.is_available() else "cpu") -> dict[str, Any]:
+    """Seconds of forward and backward of one block with its eraser, of all reductions for it, and their share.
+
+    `num_tokens` counts text and video. Reductions: norms of gradient, weight and update with the copy that the update
+    needs, and norms of the eraser's output and the residual stream.
+    """
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    torch.manual_seed(0)
+    block = CogVideoXBlock(dim=WIDTH, num_attention_heads=30, attention_head_dim=64, time_embed_dim=512).to(device, dtype)
+    block.requires_grad_(False)
+    erasers = Erasers([block], RANK)
+    parameters = erasers.parameters()
+    text = torch.randn(1, NUM_TEXT_TOKENS, WIDTH, device=device, dtype=dtype)
+    video = torch.randn(1, num_tokens - NUM_TEXT_TOKENS, WIDTH, device=device, dtype=dtype)
+    embedding = torch.randn(1, 512, device=device, dtype=dtype)
+
+    def step() -> None:
+        h, _ = block(video, text, embedding)
+        h.square().mean().backward()
+
+    def reductions() -> None:
+        torch._foreach_norm([p.grad for p in parameters])
+        before = torch._foreach_clone([p.detach() for p in parameters])
+        torch._foreach_sub_(before, [p.detach() for p in parameters])
+        torch._foreach_norm(before)
+        torch._foreach_norm([p.detach() for p in parameters])
+        for activation in (video, video):  # the eraser's output has the shape of the residual stream
+            torch.linalg.vector_norm(activation, dtype=torch.float32)
+
+    seconds, cost = _best(step, device, 3), _best(reductions, device, 10)
+    return {"num_tokens": num_tokens, "device": device, "dtype": str(dtype), "block_seconds": seconds,
+            "reduction_seconds": cost, "share": cost / seconds}
+
+
+def _best(work: Callable[[], None], device: str, repeats: int) -> float:
+    """Seconds of the fastest of some calls: what else the machine does cannot make one faster."""
+    best = float("inf")
+    for _ in range(repeats + 1):
+        started = time.perf_counter()
+        work()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - started)
+    return best
+
+
+if __name__ == "__main__":
+    result = measure()
+    print(f"{result['reduction_seconds'] * 1e3:.1f} ms beside {result['block_seconds']:.2f} s: {result['share']:.3%}")
+    print(write_result("health-cost", result).name)

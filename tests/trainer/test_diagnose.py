@@ -1,0 +1,163 @@
+"""Findings as data: codes, the pre-flight's bill, and `diagnose` from a run, a file and settings."""
+
+import io
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from trainer.cli import main
+from trainer.config import TrainConfig
+from trainer.diagnose import diagnose_eraser, diagnose_path, diagnose_run, diagnose_settings, prepare
+from trainer.eraser_files import WEIGHTS, load_eraser, save_eraser, save_released
+from trainer.errors import CheckpointError
+from trainer.findings import CODES, Bill, Unhealthy, codes_as_markdown, finding, from_json, print_bill
+from trainer.health import FINDINGS
+from trainer.loop import train
+from trainer.metrics import METRICS, read_metrics
+from trainer.preflight import CHECKED, Preflight
+
+Make = Callable[..., TrainConfig]
+KEYS = {"code", "severity", "phase", "block", "module", "evidence", "cause", "fix"}
+
+
+def test_codes_are_kebab_case_and_say_cause_and_fix() -> None:
+    for code, known in CODES.items():
+        assert re.fullmatch(r"[a-z]+(-[a-z]+)+", code), code
+        assert known.severity in ("fatal", "warning", "expected") and known.cause and known.fix
+    assert codes_as_markdown().count("\n") == len(CODES) + 2
+
+
+def test_findings_import_no_torch() -> None:
+    code = "import sys, trainer.findings; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2]).returncode == 0
+
+
+def test_a_finding_goes_through_json_and_back() -> None:
+    found = finding("dead-gelu", "student", block=2, module="x", largest=float("nan"), count=3)
+    plain = json.loads(json.dumps(found.as_json(), allow_nan=False))
+    assert set(plain) == KEYS and plain["evidence"] == {"largest": "nan", "count": 3}
+    assert from_json(plain) == replace(found, evidence=plain["evidence"])
+
+
+def test_a_bill_is_healthy_with_expected_findings_only() -> None:
+    expected = Bill(findings=(finding("zero-down-gradient", "backward"),))
+    warned = expected.with_findings([finding("no-op-adapter", "student")])
+    fatal = warned.with_findings([finding("dead-gelu", "student", block=1), finding("dead-gelu", "student", block=1)])
+    assert expected.healthy and not warned.healthy and not warned.fatal
+    assert [f.code for f in fatal.findings] == ["zero-down-gradient", "no-op-adapter", "dead-gelu"]
+    with pytest.raises(Unhealthy, match="here: dead-gelu .student, block 1.*Fix: ") as raised:
+        fatal.raise_if_fatal("here")
+    assert raised.value.exit_code == 4 and len(raised.value.findings) == 3
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_a_bill_is_shown(as_json: bool) -> None:
+    bill, out = Bill(findings=(finding("wiped-attention", "weights", block=1, value=0.0),), checked=("this",)), io.StringIO()
+    print_bill(bill, out, as_json=as_json)
+    if as_json:
+        shown = json.loads(out.getvalue())
+        assert set(shown) == {"healthy", "findings", "checked"} and not shown["healthy"]
+        assert set(shown["findings"][0]) == KEYS
+    else:
+        assert "wiped-attention" in out.getvalue() and "Not healthy" in out.getvalue() and "block 1" in out.getvalue()
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw8bit"])
+def test_the_preflight_leaves_no_trace(optimizer: str, tiny_config: Make) -> None:
+    subject = prepare(tiny_config(memory__optimizer=optimizer))
+    weights, random = subject.assembly.erasers.state_dict(), torch.get_rng_state()
+    rates = [group["lr"] for group in subject.optimizer.param_groups]
+    bill = Preflight(subject).run()
+    assert bill.healthy and bill.checked == CHECKED
+    assert all(torch.equal(t, weights[n]) for n, t in subject.assembly.erasers.state_dict().items())
+    assert all(p.grad is None and p.requires_grad for p in subject.assembly.erasers.parameters())
+    assert not subject.optimizer.state and [g["lr"] for g in subject.optimizer.param_groups] == rates
+    assert subject.teacher.latents.state_dict() == {} and torch.equal(torch.get_rng_state(), random)
+
+
+def test_a_failure_that_no_check_explains_is_not_hidden(tiny_config: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*args, **kwargs):
+        raise RuntimeError("something else")
+
+    monkeypatch.setattr("trainer.preflight.student_backward", broken)
+    with pytest.raises(RuntimeError, match="something else"):
+        diagnose_settings(tiny_config())
+
+
+def test_diagnose_looks_at_the_very_step_that_training_takes(tiny_config: Make) -> None:
+    config = tiny_config(optim__steps=1)
+    subject = prepare(config)
+    preflight = Preflight(subject)
+    preflight.run()
+    record = read_metrics(train(config, {}))[0]
+    assert preflight.terms == {name: record[name] for name in preflight.terms}
+
+
+@pytest.fixture
+def run_dir(tiny_config: Make) -> Path:
+    return train(tiny_config(optim__steps=2), {})
+
+
+def test_a_sound_run_and_its_eraser_are_healthy(run_dir: Path) -> None:
+    bill = diagnose_path(run_dir)
+    assert bill.healthy and any("2 steps" in line for line in bill.checked) and any("eraser" in line for line in bill.checked)
+    assert diagnose_path(run_dir / WEIGHTS).healthy
+
+
+def test_what_a_run_found_and_measured_is_told_again(run_dir: Path) -> None:
+    (run_dir / FINDINGS).write_text(json.dumps(Bill(findings=(finding("dead-gelu", "student", block=1),)).as_json()))
+    records = read_metrics(run_dir)
+    records[1]["blocks"]["gradient"] = [0.5, float("nan")]
+    (run_dir / METRICS).write_text("".join(json.dumps(r) + "\n" for r in records))
+    assert [(f.code, f.block) for f in diagnose_run(run_dir).findings] == [("dead-gelu", 1), ("non-finite-gradient", 1)]
+    records[1]["loss"] = float("inf")
+    (run_dir / METRICS).write_text("".join(json.dumps(r) + "\n" for r in records))
+    assert diagnose_run(run_dir).findings[1].code == "non-finite-loss"
+    (run_dir / FINDINGS).write_text("{}")
+    with pytest.raises(CheckpointError, match="findings.json"):
+        diagnose_run(run_dir)
+
+
+@pytest.mark.parametrize("spoil, code, block", [
+    (lambda name, t: t.fill_(float("nan")) if name == "1.down.bias" else t, "non-finite-weight", 1),
+    (lambda name, t: torch.zeros_like(t) if name.startswith("1.up") else t, "no-op-adapter", 1),
+    (lambda name, t: t.half(), "half-precision-adapters", 0),
+], ids=["NaN", "zero", "half"])
+def test_a_spoilt_eraser_file_is_named(spoil: Callable, code: str, block: int, run_dir: Path) -> None:
+    file = run_dir / WEIGHTS
+    save_file({name: spoil(name, t) for name, t in load_file(file).items()}, file)
+    assert [(f.code, f.block) for f in diagnose_eraser(file).findings] == [(code, block)]
+
+
+def test_an_untrained_eraser_in_the_released_layout(tiny_config: Make, tmp_path: Path) -> None:
+    erasers = prepare(tiny_config()).assembly.erasers
+    save_released(tmp_path / "released", erasers.state_dict(), erasers.rank)
+    assert [f.code for f in diagnose_path(tmp_path / "released").findings] == ["no-op-adapter"]
+
+
+def test_the_command_prints_json_and_fails_with_the_finding(tiny_config: Make, capsys: pytest.CaptureFixture) -> None:
+    model = tiny_config().model.model
+    flags = ["--model", model, "--prompts", str(tiny_config().data.prompts), "--beta", "0", "--rank", "4", "--device", "cpu"]
+    main(["diagnose", "--json", *flags])
+    assert json.loads(capsys.readouterr().out)["healthy"]
+    main(["diagnose", *flags, "--lr", "5"])
+    assert "learning-rate-too-high" in capsys.readouterr().out
+    with pytest.raises(Unhealthy, match="non-finite-target"):
+        main(["diagnose", "--json", *flags, "--eta", "3e38"])
+    shown = json.loads(capsys.readouterr().out)
+    assert not shown["healthy"] and shown["findings"][0]["code"] == "non-finite-target"
+
+
+def test_the_command_on_a_file(run_dir: Path, capsys: pytest.CaptureFixture) -> None:
+    main(["diagnose", str(run_dir / WEIGHTS), "--json"])
+    assert json.loads(capsys.readouterr().out)["healthy"]
+    with pytest.raises(CheckpointError, match="no eraser there"):
+        main(["diagnose", str(run_dir / "nowhere")])

@@ -1,0 +1,259 @@
+"""The watcher: what it measures, that an unsound step changes nothing, and that it costs nothing."""
+
+import json
+import math
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from bench.faults import nan_in_gradient, one_step
+from trainer.checkpoint import latest_checkpoint
+from trainer.config import TrainConfig
+from trainer.diagnose import prepare
+from trainer.findings import Unhealthy
+from trainer.health import BLOCK_NORMS, FINDINGS, MAX_SKIPS, Health, Judge
+from trainer.loop import train
+from trainer.losses import student_backward
+from trainer.metrics import read_metrics
+from trainer.state import learning_rate
+
+Make = Callable[..., TrainConfig]
+
+
+class Waits(TorchDispatchMode):
+    """Counts what makes the host wait for the device."""
+
+    def __init__(self):
+        super().__init__()
+        self.num = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.num += func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.is_nonzero.default,
+                             torch.ops.aten.nonzero.default, torch.ops.aten.equal.default)
+        return func(*args, **(kwargs or {}))
+
+
+def _records(config: TrainConfig, num_steps: int) -> tuple[list[dict], Health]:
+    subject, records = prepare(config), []
+    with subject.assembly, Health(subject) as health:
+        health.sinks = (records.append,)
+        for step in range(num_steps):
+            one_step(subject, health, step)
+        health.flush()
+    return records, health
+
+
+def test_norms_are_those_of_the_definition(tiny_config: Make) -> None:
+    config = tiny_config(optim__clip=0.0)
+    records, _ = _records(config, 2)
+    subject = prepare(config)
+    erasers, before = subject.assembly.erasers, None
+    for step in range(2):
+        student_backward(subject.assembly.predict, erasers, subject.teacher.sample(step), config.loss)
+        expected = [math.hypot(*(p.grad.norm().item() for p in a.parameters())) for a in erasers.adapters]
+        assert records[step]["blocks"]["gradient"] == pytest.approx(expected, rel=1e-5)
+        assert records[step]["gradient_norm"] == pytest.approx(math.hypot(*expected), rel=1e-5)
+        before = [[p.detach().clone() for p in a.parameters()] for a in erasers.adapters]
+        subject.optimizer.step()
+        subject.optimizer.zero_grad()
+        moved = [math.hypot(*((p - b).norm().item() for p, b in zip(a.parameters(), old)))
+                 for a, old in zip(erasers.adapters, before)]
+        assert records[step]["blocks"]["update"] == pytest.approx(moved, rel=1e-5)
+    assert records[0]["blocks"]["eraser"] == [0.0, 0.0] and min(records[1]["blocks"]["eraser"]) > 0
+    assert all(set(r["blocks"]) == set(BLOCK_NORMS) and min(r["blocks"]["residual"]) > 0 for r in records)
+
+
+def test_activation_norms_are_those_of_the_student(tiny_config: Make) -> None:
+    config, seen = tiny_config(loss__beta=0.0, memory__checkpoint="none"), {}
+    subject = prepare(config)
+    with subject.assembly, Health(subject) as health:
+        health.sinks = (lambda record: seen.update(record),)
+        for p in subject.assembly.erasers.parameters():
+            p.data += 0.01
+        sample, inputs, outputs = subject.teacher.sample(0), [], []
+        handles = [subject.assembly.blocks[1].register_forward_pre_hook(
+                       lambda m, a, k: inputs.append(k["hidden_states"].norm().item()), with_kwargs=True),
+                   subject.assembly.erasers.adapters[1].register_forward_hook(lambda m, a, o: outputs.append(o.norm().item()))]
+        terms = student_backward(subject.assembly.predict, subject.assembly.erasers, sample, config.loss)
+        health.apply(0, terms)
+        with torch.no_grad(), subject.assembly.erasers.switched(True):  # as sampling does: not part of a step
+            subject.assembly.predict(sample.latents * 100, sample.timestep, sample.text)
+        health.flush()
+        for handle in handles:
+            handle.remove()
+    assert seen["blocks"]["residual"][1] == pytest.approx(inputs[0])
+    assert seen["blocks"]["eraser"][1] == pytest.approx(outputs[0])
+    assert health._student == 0
+
+
+def test_the_watcher_changes_no_number(tiny_config: Make) -> None:
+    config = tiny_config(optim__clip=1e-4)
+    plain = prepare(config)
+    for step in range(3):
+        student_backward(plain.assembly.predict, plain.assembly.erasers, plain.teacher.sample(step), config.loss)
+        torch.nn.utils.clip_grad_norm_(plain.assembly.erasers.parameters(), 1e-4)
+        plain.optimizer.step()
+        plain.optimizer.zero_grad()
+    watched = prepare(config)
+    with watched.assembly, Health(watched) as health:
+        health.before_training()
+        for step in range(3):
+            one_step(watched, health, step)
+        health.after_training()
+    ours, theirs = watched.assembly.erasers.state_dict(), plain.assembly.erasers.state_dict()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw8bit"])
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_an_unsound_step_is_not_applied(optimizer: str, what: str, tiny_config: Make) -> None:
+    subject = prepare(tiny_config(memory__optimizer=optimizer))
+    with subject.assembly, Health(subject) as health, ExitStack() as stack:
+        one_step(subject, health, 0)
+        before = subject.assembly.erasers.state_dict()
+        moments = {k: v.clone() for s in subject.optimizer.state.values() for k, v in s.items() if k == "exp_avg"}
+        terms = student_backward(subject.assembly.predict, subject.assembly.erasers, subject.teacher.sample(1),
+                                 subject.config.loss)
+        if what == "gradient":
+            nan_in_gradient(1)(subject, stack)
+            subject.assembly.erasers.adapters[1].up.weight.grad[0, 0] = float("inf")
+        else:
+            terms["loss"] = terms["loss"] * float("nan")
+        health.apply(1, terms)
+        subject.optimizer.zero_grad()
+        terms = student_backward(subject.assembly.predict, subject.assembly.erasers, subject.teacher.sample(2),
+                                 subject.config.loss)
+        with pytest.raises(Unhealthy, match="step 1 .no weight was changed") as raised:
+            health.apply(2, terms)  # sound or not, it is not applied either
+        after = subject.assembly.erasers.state_dict()
+        assert all(torch.equal(after[name], before[name]) for name in before)
+        now = {k: v for s in subject.optimizer.state.values() for k, v in s.items() if k == "exp_avg"}
+        assert all(torch.equal(now[k], moments[k]) for k in moments)
+    code = {"gradient": "non-finite-gradient", "loss": "non-finite-loss"}[what]
+    assert [f.code for f in raised.value.findings] == [code] and raised.value.exit_code == 4
+
+
+def _half(tiny_config: Make):
+    subject = prepare(tiny_config(memory__dtype="float16"))
+    subject.scaler.scale(torch.ones(()))  # the scale exists from here on
+    return subject
+
+
+def test_an_infinite_gradient_under_a_loss_scaler_halves_the_scale(tiny_config: Make) -> None:
+    subject, records = _half(tiny_config), []
+    with subject.assembly, Health(subject) as health:
+        health.sinks = (records.append,)
+        one_step(subject, health, 0)
+        before, scale = subject.assembly.erasers.state_dict(), subject.scaler.get_scale()
+        hook = subject.assembly.erasers.adapters[0].up.weight.register_hook(lambda g: g * float("inf"))
+        one_step(subject, health, 1)
+        hook.remove()
+        after = subject.assembly.erasers.state_dict()
+        assert all(torch.equal(after[name], before[name]) for name in before)
+        assert subject.scaler.get_scale() == scale / 2
+        one_step(subject, health, 2)
+        health.flush()
+    assert [r["skipped"] for r in records] == [False, True, False]
+    assert [r["loss_scale"] for r in records] == [scale, scale, scale / 2]
+    assert health.bill.healthy
+
+
+@pytest.mark.parametrize("growth, limit", [(1.0, MAX_SKIPS), (0.5, 18)], ids=["skips in a row", "scale below 1"])
+def test_a_collapsing_loss_scale_is_a_finding(growth: float, limit: int, tiny_config: Make) -> None:
+    subject = _half(tiny_config)
+    subject.scaler.set_backoff_factor(growth if growth < 1 else 0.999)
+    for adapter in subject.assembly.erasers.adapters:  # the flow, not the parameter: float16 cannot hold it at any scale
+        adapter.register_forward_hook(lambda m, a, o: o.register_hook(lambda g: g * float("inf")) and None if o.requires_grad else None)
+    with subject.assembly, Health(subject) as health, pytest.raises(Unhealthy) as raised:
+        for step in range(MAX_SKIPS + 2):
+            one_step(subject, health, step)
+    assert raised.value.findings[0].code == "loss-scale-collapse"
+    assert raised.value.findings[0].evidence["num_skipped_steps"] == limit
+
+
+def test_no_step_waits(tiny_config: Make) -> None:
+    """Neither the watcher nor the step around it; without the watcher the numbers would be read at once."""
+    subject = prepare(tiny_config())
+    with subject.assembly, Health(subject) as health:
+        health.before_training()
+        one_step(subject, health, 0)
+        terms = student_backward(subject.assembly.predict, subject.assembly.erasers, subject.teacher.sample(1),
+                                 subject.config.loss)
+        with Waits() as apply:
+            health.apply(1, terms)
+        subject.optimizer.zero_grad()
+        sample = subject.teacher.sample(2)
+        with Waits() as watched:
+            student_backward(subject.assembly.predict, subject.assembly.erasers, sample, subject.config.loss)
+    with Waits() as plain:
+        student_backward(subject.assembly.predict, subject.assembly.erasers, sample, subject.config.loss)
+    assert apply.num == 0 and watched.num == plain.num
+    with Waits() as control:
+        terms["loss"].item()
+    assert control.num == 1
+
+
+def test_hooks_go_with_the_watcher(tiny_config: Make) -> None:
+    subject = prepare(tiny_config())
+    hooks = [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in subject.assembly.transformer.modules()]
+    with Health(subject) as health:
+        health.before_training()
+    assert [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in subject.assembly.transformer.modules()] == hooks
+
+
+def test_a_changed_frozen_weight_is_found_at_the_end(tiny_config: Make) -> None:
+    subject = prepare(tiny_config())
+    with subject.assembly, Health(subject) as health:
+        health.before_training()
+        one_step(subject, health, 0)
+        weight = subject.assembly.blocks[1].attn1.to_q.weight.data
+        weight.view(torch.int32)[3, 5] += 1  # one bit
+        with pytest.raises(Unhealthy) as raised:
+            health.after_training()
+    found = raised.value.findings[-1]
+    assert (found.code, found.module) == ("frozen-weights-changed", "transformer_blocks.1.attn1.to_q.weight")
+
+
+def test_a_run_writes_its_bill_and_its_records(tiny_config: Make) -> None:
+    run_dir = train(tiny_config(), {})
+    bill = json.loads((run_dir / FINDINGS).read_text())
+    assert bill["healthy"] and [f["code"] for f in bill["findings"]] == ["zero-down-gradient"] and len(bill["checked"]) == 10
+    records = read_metrics(run_dir)
+    assert [r["step"] for r in records] == list(range(6))
+    assert [r["lr"] for r in records] == [learning_rate(step, tiny_config()) for step in range(6)]
+
+
+def test_a_run_that_stops_keeps_its_last_checkpoint_and_says_why(tiny_config: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    import trainer.losses as losses
+
+    mse, calls = losses.F.mse_loss, iter(range(10**6))
+    first = 2 + 2 * 4  # the pre-flight's two terms, then two a step
+    monkeypatch.setattr(losses.F, "mse_loss", lambda a, b: mse(a, b) * (float("nan") if next(calls) >= first else 1.0))
+    with pytest.raises(Unhealthy, match="step 4 .no weight was changed.: non-finite-loss"):
+        train(tiny_config(), {})
+    run_dir = tiny_config().output.out
+    assert latest_checkpoint(run_dir).state["step"] == 3
+    assert math.isnan(read_metrics(run_dir)[-1]["loss"]) and not (run_dir / "eraser.safetensors").exists()
+    assert json.loads((run_dir / FINDINGS).read_text())["findings"][-1]["code"] == "non-finite-loss"
+
+
+def test_judge_explains_the_first_update_and_warns_later() -> None:
+    sound = {"step": 0, "loss": 1.0, "lr": 1e-3, "blocks": {"gradient": [1.0, 1.0], "update": [0.1, 0.1], "eraser": [0.0, 0.0]}}
+    judge = Judge()
+    assert judge.see(sound) == []  # `up` is zero before the first update
+    assert [f.code for f in judge.see(sound)] == ["no-op-adapter"]
+    stuck = sound | {"blocks": sound["blocks"] | {"update": [0.0, 0.0]}}
+    assert [f.code for f in Judge().see(stuck)] == ["weights-never-move"]
+    assert Judge().see(stuck | {"skipped": True}) == []
+
+
+@pytest.mark.slow
+def test_cost_on_a_block_of_real_size() -> None:
+    """One block of CogVideoX-2b, 9 frames of 480x720: the reductions against forward and backward."""
+    from bench.health_cost import measure
+
+    assert measure(num_tokens=4276)["share"] < 0.005
