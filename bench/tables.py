@@ -78,7 +78,35 @@ def erasure() -> str:
     return markdown(header, rows) + _source(result)
 
 
-TABLES: dict[str, Callable[[], str]] = {"main": main_run, "pretrained": pretrained, "erasure": erasure}
+def projection() -> str:
+    """One row a run of forgetting in a projection; the null-space projection's figures in brackets."""
+    result, rows = load("projection"), []
+    for name, run in result["runs"].items():
+        encoder, forgotten, target = name.split("/")
+        e, b = run["evaluation"], run["evaluation"]["baseline"]
+        other = {r["name"]: r["after"] for r in b["preserved"]}
+        worst, theirs = (max(r["before"] - after(r) for r in e["preserved"]) for after in (
+            lambda r: r["after"], lambda r: other[r["name"]]))
+        words = f"{_percent(e['synonyms']['after'])} ({_percent(b['synonyms'])})" if e["synonyms"] else ""
+        rows.append([encoder, forgotten, target, f"{_percent(e['target']['before'])} → {_percent(e['target']['after'])} ({_percent(b['target'])})",
+                     words, f"{_percent(e['preserved_mean']['before'])} → {_percent(e['preserved_mean']['after'])} ({_percent(b['preserved_mean'])})",
+                     f"{100 * worst:.1f} ({100 * theirs:.1f})", f"{run['seconds']:.0f} s"])
+    header = ["encoder", "forgotten", "target", "its accuracy (null space)", "in other words", "preserved, mean", "largest loss, points", "whole run"]
+    return markdown(header, rows) + _source(result)
+
+
+def leak() -> str:
+    """What the language model of the bundled Qwen3-VL still names, by what was edited."""
+    result = load("projection")
+    runs = [(name.split("/"), r["evaluation"]["leak"]) for name, r in result["runs"].items() if "leak" in r["evaluation"]]
+    rows = [[forgotten, target, row["edited"], row["deepstack"], _percent(row["target"]), _percent(row["preserved"])]
+            for (_, forgotten, target), table in runs[:1] for row in table]
+    header = ["forgotten", "target", "mergers edited", "DeepStack", "forgotten class named", "preserved classes named"]
+    return markdown(header, rows) + _source(result)
+
+
+TABLES: dict[str, Callable[[], str]] = {"main": main_run, "pretrained": pretrained, "erasure": erasure, "projection": projection,
+                                        "leak": leak}
 
 
 def rendered(text: str) -> str:
