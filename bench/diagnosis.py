@@ -1,6 +1,6 @@
 """Which cause is named for which fault: the confusion matrix over faults put in on purpose and sound settings.
 
-    python -m bench.diagnosis        all faults at all blocks and steps, and 120 sound settings, into bench/results/diagnosis.json
+    python -m bench.diagnosis    all faults at all blocks and steps, and 120 sound settings: bench/results/diagnosis.json
 """
 
 import logging

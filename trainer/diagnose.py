@@ -1,4 +1,4 @@
-"""`run.py diagnose`: the same findings from a run directory, from a weights file, or from a pre-flight of given settings."""
+"""`run.py diagnose`: findings from a run directory, from a weights file, or from a pre-flight of given settings."""
 
 import json
 from collections.abc import Sequence
@@ -120,8 +120,8 @@ def prepare(config: TrainConfig) -> Subject:
     latents, preserved = (make_latents(config, backbone.scheduler(), shape, stream, device)
                           for stream in ("target", "preserved"))
     teacher = Teacher(
-        assembly.predict, assembly.erasers, [assembly.blocks[i] for i in config.loss.mask_blocks or range(backbone.num_blocks)],
-        loss=config.loss, prompts=prompts, embeddings=embeddings, columns=columns, latents=latents,
+        assembly.predict, assembly.erasers,
+        [assembly.blocks[i] for i in config.loss.mask_blocks or range(backbone.num_blocks)], loss=config.loss, prompts=prompts, embeddings=embeddings, columns=columns, latents=latents,
         preserved_latents=preserved if config.loss.beta > 0 else None, seed=config.optim.seed,
         guidance=config.memory.guidance, trajectory_guidance=config.data.trajectory_guidance)
     optimizer = make_optimizer(assembly.erasers.parameters(), kind=config.memory.optimizer, lr=config.optim.lr,

@@ -102,7 +102,8 @@ class Health:
         del before
         scale = self.subject.scaler.scale(torch.ones_like(self._zero))
         packed = torch.cat([head, torch.stack([scale, *gradients, *updates, *weights, *self._eraser, *self._residual])])
-        self._pending = _Pending(step, list(terms), self._copy(packed), self.subject.optimizer.param_groups[0]["lr"], more)
+        more = {"lr": self.subject.optimizer.param_groups[0]["lr"], **more}
+        self._pending = _Pending(step, list(terms), self._copy(packed), more)
         self._forget_step()
 
     def flush(self) -> None:
@@ -167,7 +168,8 @@ class Health:
         found = None
         for k in range(optim.accumulation):
             index = record["step"] * optim.accumulation + k
-            found = found or trace(self.subject, index % data.pool if data.pool else index, scale=scale, loss=record["loss"])
+            found = found or trace(self.subject, index % data.pool if data.pool else index, scale=scale,
+                                   loss=record["loss"])
         if self._skips and (found is None or scale_collapsed(found)):
             return finding("loss-scale-collapse", "backward", loss_scale=scale, num_skipped_steps=self._skips)
         if found is None:  # what happened does not happen again: say what was measured
@@ -245,8 +247,8 @@ def _norm(tensor: Tensor) -> Tensor:
 class _Pending:
     """A step's numbers on their way to the host."""
 
-    def __init__(self, step: int, terms: list[str], copy: tuple[Tensor, Any], lr: float, more: dict[str, Any]):
-        self.step, self.terms, self.lr, self.more = step, terms, lr, more
+    def __init__(self, step: int, terms: list[str], copy: tuple[Tensor, Any], more: dict[str, Any]):
+        self.step, self.terms, self.more = step, terms, more
         self.values, self.event = copy
 
     def read(self, num_blocks: int) -> tuple[dict[str, Any], bool]:
@@ -259,7 +261,7 @@ class _Pending:
         leaves = [[[next(rest) for _ in LEAVES] for _ in range(num_blocks)] for _ in range(3)]
         norms = [[math.hypot(*leaf) for leaf in kind] for kind in leaves]
         norms += [[next(rest) for _ in range(num_blocks)] for _ in range(2)]
-        record = {"step": self.step, **dict(zip(self.terms, head)), "gradient_norm": head[-3], "lr": self.lr,
+        record = {"step": self.step, **dict(zip(self.terms, head)), "gradient_norm": head[-3],
                   **self.more, "prediction_norms": {"teacher": head[-2], "student": head[-1]},
                   "loss_scale": scale, "blocks": dict(zip(BLOCK_NORMS, norms))}
         bias_only = [i for i, (_, _, weight, bias) in enumerate(leaves[0]) if weight == 0 < bias]
@@ -282,7 +284,8 @@ class Judge:
         if record["loss"] == 0:
             found.append(finding("nothing-to-learn", "training", **phase, loss=0.0))
         elif gradient == 0:
-            found.append(finding("zero-gradient", "training", **phase, gradient_norm=0.0, num_blocks=len(blocks["gradient"])))
+            found.append(finding("zero-gradient", "training", **phase, gradient_norm=0.0,
+                                 num_blocks=len(blocks["gradient"])))
         else:
             found += [finding("zero-gradient", "training", block=i, **phase, loss=record["loss"])
                       for i, norm in enumerate(blocks["gradient"]) if norm == 0]

@@ -94,7 +94,8 @@ class Fingerprint:
 
 
 def _bits(tensor: Tensor) -> Tensor:
-    return tensor.detach().view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.itemsize]).sum(dtype=torch.int64)
+    integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    return tensor.detach().view(integers[tensor.itemsize]).sum(dtype=torch.int64)
 
 
 def values(scalars: Sequence[Tensor]) -> list[Any]:

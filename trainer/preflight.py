@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trainer.findings import Bill, Finding, finding
-from trainer.inspection import Fingerprint, Subject, adapter_findings, held, non_finite_embedding, non_finite_weight, values
+from trainer.inspection import (Fingerprint, Subject, adapter_findings, held, non_finite_embedding, non_finite_weight,
+                                values)
 from trainer.losses import student_backward
 from trainer.tracing import in_backward, scale_collapsed, trace
 
@@ -171,7 +172,8 @@ class Preflight:
         blind = [i for i, spread in watch.spread.items() if spread == 0]
         if blind:
             name = f"transformer_blocks.{blind[0]}.attn1"
-            yield finding("wiped-attention", "teacher", block=blind[0], module=name, range_over_tokens=0.0, num_blocks=len(blind))
+            yield finding("wiped-attention", "teacher", block=blind[0], module=name, range_over_tokens=0.0,
+                          num_blocks=len(blind))
 
     def _backward(self, scale: float) -> dict[str, Tensor | None]:
         """Gradients by name, unscaled; None where there are none. A failing step is kept for judgement."""
@@ -197,22 +199,26 @@ class Preflight:
         yield from _first("teacher-with-erasers", "teacher", [i for i in blocks if watch.calls["teacher", i]])
         if watch.no_grad_blocks:
             yield finding("reentrant-checkpointing" if watch.grad_outside else "no-grad-student", "student",
-                          block=watch.no_grad_blocks[0] if watch.grad_outside else None, num_blocks=len(set(watch.no_grad_blocks)))
+                          block=watch.no_grad_blocks[0] if watch.grad_outside else None,
+                          num_blocks=len(set(watch.no_grad_blocks)))
             return
         yield from _first("student-without-erasers", "student", [i for i in blocks if not watch.calls["student", i]
                           and (watch.attention_calls["student", i] or not self.failure)],
                           enabled=watch.switch.get(("student", 0)))
-        yield from _first("switched-before-recompute", "recompute", sorted(
-            (i for i in blocks if watch.switch.get(("recompute", i), True) != watch.switch.get(("student", i), True)), reverse=True))
+        turned = [i for i in blocks if ("recompute", i) in watch.switch
+                  and watch.switch["recompute", i] != watch.switch["student", i]]
+        yield from _first("switched-before-recompute", "recompute", turned[::-1])  # backward meets the last one first
         owned = held(self.subject)
-        yield from _first("replaced-parameters", "optimizer", [i for i in watch.used if not owned.issuperset(watch.used[i])])
+        yield from _first("replaced-parameters", "optimizer",
+                          [i for i in watch.used if not owned.issuperset(watch.used[i])])
         cut = watch.detached
         if not cut and (not self.failure or "does not require grad" in str(self.failure)):
             cut = sorted({int(name.split(".")[0]) for name, gradient in self.gradients.items() if gradient is None})
         yield from _first("detached-eraser", "backward", cut)
         applied = self.subject.assembly.applied
-        yield from _first("checkpointing-off", "recompute", [i for i, keep in enumerate(applied.keeps) if keep != "everything"
-                          and not watch.attention_calls["recompute", i] and not self.failure])
+        yield from _first("checkpointing-off", "recompute", [
+            i for i, keep in enumerate(applied.keeps)
+            if keep != "everything" and not watch.attention_calls["recompute", i] and not self.failure])
         if self.stuck:
             yield finding("trajectory-not-advanced", "latents", std=self.sample.latents.std().item(), change=0.0)
 
@@ -241,7 +247,7 @@ class Preflight:
 
     def _gradients(self) -> Iterator[Finding]:
         """Do gradients reach every eraser?"""
-        norms = {name: norm for name, norm in zip(self.gradients, values([g.float().norm() for g in self.gradients.values()]))}
+        norms = dict(zip(self.gradients, values([g.norm() for g in self.gradients.values()])))
         blocks = range(len(self.erasers.adapters))
         dead = [i for i in blocks if norms[f"{i}.up.weight"] == 0 < norms[f"{i}.up.bias"]]
         yield from _first("dead-gelu", "student", [i for i in dead if self.watch.alive[i] < 1e-6],
@@ -256,7 +262,8 @@ class Preflight:
         if learning:
             yield from _first("zero-gradient", "backward", zero, of_blocks=len(blocks))
         if not zero and all(norms[f"{i}.down.weight"] == 0 for i in blocks):
-            yield finding("zero-down-gradient", "backward", up_gradient_norm=norms["0.up.weight"], down_gradient_norm=0.0)
+            yield finding("zero-down-gradient", "backward", up_gradient_norm=norms["0.up.weight"],
+                          down_gradient_norm=0.0)
 
     def _underflow(self, zero: list[int]) -> Finding | None:
         """An experiment: does a larger loss scale bring gradients back?"""
@@ -268,8 +275,8 @@ class Preflight:
                 best, factor = norm, 2.0 ** exponent
         if before >= best / 2:
             return None
-        return finding("gradient-underflow", "backward", block=zero[-1] if len(zero) < len(self.erasers.adapters) and zero else None,
-                       loss_scale=self.scale, gradient_norm=before, larger_by=factor, gradient_norm_then=best)
+        some = 0 < len(zero) < len(self.erasers.adapters)
+        return finding("gradient-underflow", "backward", block=zero[-1] if some else None, loss_scale=self.scale, gradient_norm=before, larger_by=factor, gradient_norm_then=best)
 
     def _trial(self) -> Iterator[Finding]:
         """One optimizer step, taken back afterwards: do weights move, and does the output follow?"""

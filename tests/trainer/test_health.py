@@ -166,8 +166,13 @@ def test_an_infinite_gradient_under_a_loss_scaler_halves_the_scale(tiny_config: 
 def test_a_collapsing_loss_scale_is_a_finding(growth: float, limit: int, tiny_config: Make) -> None:
     subject = _half(tiny_config)
     subject.scaler.set_backoff_factor(growth if growth < 1 else 0.999)
-    for adapter in subject.assembly.erasers.adapters:  # the flow, not the parameter: float16 cannot hold it at any scale
-        adapter.register_forward_hook(lambda m, a, o: o.register_hook(lambda g: g * float("inf")) and None if o.requires_grad else None)
+
+    def overflow(module, args, output) -> None:  # the flow, not the parameter: float16 cannot hold it at any scale
+        if output.requires_grad:
+            output.register_hook(lambda g: g * float("inf"))
+
+    for adapter in subject.assembly.erasers.adapters:
+        adapter.register_forward_hook(overflow)
     with subject.assembly, Health(subject) as health, pytest.raises(Unhealthy) as raised:
         for step in range(MAX_SKIPS + 2):
             one_step(subject, health, step)
