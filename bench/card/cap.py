@@ -1,0 +1,45 @@
+"""Step time of the planner's plan under 24, 48 and 96 GB against plain resident blocks with checkpointing."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from bench.card.forecasts import plans_of, shrunk
+from bench.card.session import Session, goal, rows
+
+BUDGET_S = 75
+SIZES = (24.0, 48.0, 96.0)
+MODELS = (("5b", 49), ("2b", 49))
+WANTED = {24.0: 0.12, 48.0: 0.20, 96.0: 0.22}
+
+
+def _cards(session: Session):
+    return tuple(shrunk(session.card, gib) for gib in SIZES)
+
+
+def prepare(session: Session) -> None:
+    for kind, frames in MODELS:
+        session.forecaster.ask(plans_of, session.cell(kind, frames), _cards(session))
+
+
+def measure(session: Session, out: Path) -> dict[str, Any]:
+    """The part's result."""
+    found, skipped, gains = {}, [], {}
+    todo = []
+    for kind, frames in session.few(MODELS, 1):
+        plain = session.cell(kind, frames)
+        plans = session.forecaster.answer(plans_of, plain, _cards(session))
+        todo.append((f"{kind} {frames}f plain", plain, None))
+        for card, (best, _) in zip(_cards(session), plans):
+            if best is not None:
+                cell = dataclasses.replace(plain, plan=best.plan)
+                todo.append((f"{kind} {frames}f {card.name}", cell, card.available_bytes))
+    for name, cell, cap in session.within_budget(todo, skipped, name=lambda entry: entry[0]):
+        found[name] = session.measure(cell, num_steps=2, cap=cap).as_json() | {"settings": cell.name(), "cap_bytes": cap}
+    for name, cell in found.items():
+        plain = found.get(" ".join(name.split()[:2]) + " plain", {})
+        if not name.endswith("plain") and "step_seconds" in cell and "step_seconds" in plain:
+            gains[name] = 1 - cell["step_seconds"] / plain["step_seconds"]
+    goals = [goal(f"time saved, 5b at 49 frames under {gib:g} GB", gains.get(f"5b 49f {card.name}"), WANTED[gib], at_least=True)
+             for gib, card in zip(SIZES, _cards(session))]
+    return {"cells": found, "time_saved": gains, "skipped": skipped, "goals": goals, "table": rows(found)}

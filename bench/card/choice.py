@@ -1,0 +1,54 @@
+"""The planner's plan against a grid of plans that were all measured: how much time its choice costs."""
+
+import dataclasses
+import itertools
+from pathlib import Path
+from typing import Any
+
+from bench.card.forecasts import plans_of, shrunk
+from bench.card.rig import Cell
+from bench.card.session import Session, goal, rows
+
+BUDGET_S = 75
+SIZES = (6.0, 10.0)
+MODEL = ("2b", 17)
+
+
+def _cards(session: Session):
+    return tuple(shrunk(session.card, gib) for gib in SIZES)
+
+
+def _grid(session: Session) -> list[Cell]:
+    """Resident blocks x what blocks keep x where boundaries wait. Nothing is left out for being unlikely."""
+    keeps = ((0, 0), (15, 0), (30, 0), (15, 15), (0, 15), (0, 30))
+    plans = [dict(resident_blocks=resident, num_keep_attention=attention, num_keep_everything=everything, boundaries=where)
+             for resident, (attention, everything), where in itertools.product((None, 15, 0), keeps, ("device", "host"))
+             if not (where == "host" and everything == 30)]
+    return session.few([session.cell(*MODEL, **plan) for plan in plans], 3)
+
+
+def prepare(session: Session) -> None:
+    session.forecaster.ask(plans_of, session.cell(*MODEL), _cards(session))
+
+
+def measure(session: Session, out: Path) -> dict[str, Any]:
+    """The part's result. The grid runs without a cap; a cell fits a card if what it reserved is available there."""
+    found, skipped, chosen, regrets = {}, [], {}, {}
+    plain = session.cell(*MODEL)
+    num_steps = 1 if session.dry else 2
+    plans = session.forecaster.answer(plans_of, plain, _cards(session))
+    for card, (best, _) in zip(_cards(session), plans):
+        if best is not None:
+            cell = dataclasses.replace(plain, plan=best.plan)
+            chosen[card.name] = session.measure(cell, num_steps=num_steps, cap=card.available_bytes).as_json() | {
+                "settings": cell.name(), "cap_bytes": card.available_bytes, "predicted_step_seconds": best.time.seconds}
+    for cell in session.within_budget(_grid(session), skipped, name=Cell.name):
+        found[cell.name()] = session.measure(cell, num_steps=num_steps).as_json()
+    for card in _cards(session):
+        fitting = [c["step_seconds"] for c in found.values() if c.get("reserved_bytes", card.capacity_bytes) <= card.available_bytes]
+        if fitting and "step_seconds" in chosen.get(card.name, {}):
+            regrets[card.name] = chosen[card.name]["step_seconds"] / min(fitting) - 1
+    return {"chosen": chosen, "grid": found, "regret": regrets, "skipped": skipped,
+            "goals": [goal(f"time lost to the best of the grid under {gib:g} GB", regrets.get(card.name), 0.03)
+                      for gib, card in zip(SIZES, _cards(session))],
+            "table": rows(chosen)}

@@ -1,0 +1,83 @@
+"""What the simulator and the planner say of cells, in worker processes beside the card where there are cores for it."""
+
+import dataclasses
+from collections.abc import Callable
+from concurrent.futures import Future, ProcessPoolExecutor
+from functools import lru_cache
+from multiprocessing import get_context
+from typing import Any
+
+from bench.card.rig import Cell, backbone_of
+from memory.assess import Assessment, Workload
+from memory.cards import GIB, Card, detect, lookup
+from memory.plan import MemoryPlan
+from memory.search import search
+from memory.timeline import Prediction
+from trainer.rehearse import rehearse
+
+
+def card_here(*, dry: bool) -> Card:
+    """The card of this machine as the planner knows it; a dry run plans for a small one."""
+    import torch
+
+    if dry:
+        return lookup("8gb")
+    card = detect()
+    if card.is_cpu:  # no NVML: torch knows the size
+        card = lookup(f"{torch.cuda.get_device_properties().total_memory / GIB:.0f}gb")
+    return card
+
+
+def shrunk(card: Card, gib: float) -> Card:
+    """A card with the rates of `card` and the memory of one of `gib` GiB."""
+    small = lookup(f"{gib:g}gb")
+    return dataclasses.replace(card, name=f"{card.name}-{gib:g}gb", capacity_bytes=small.capacity_bytes,
+                               usable_bytes=small.usable_bytes, used_by_others_bytes=0)
+
+
+def peaks_of(cell: Cell, workspace_bytes: int) -> tuple[Prediction, float]:
+    """The simulator's word on a step of `cell`, and the matrix and attention FLOPs of that step."""
+    trace = rehearse(backbone_of(cell), cell.config(), cell.plan)
+    flops = sum(work.flops for span in trace.spans for work in span.work)
+    return trace.prediction(workspace_bytes=workspace_bytes, expandable_segments=True), flops
+
+
+def plans_of(cell: Cell, cards: tuple[Card, ...]) -> list[tuple[Assessment | None, Assessment]]:
+    """For each card (the fastest plan of the step that fits or None, the one that needs least).
+
+    The step alone: encoding prompts, sampling and decoding are not part of a cell. Traces are shared by the cards.
+    """
+    backbone, config = backbone_of(cell), cell.config()
+
+    @lru_cache(maxsize=None)
+    def trace(plan: MemoryPlan, num_blocks: int):
+        return rehearse(backbone, config, plan, num_blocks=num_blocks)
+
+    workload = Workload(model=cell.model, num_blocks=backbone.num_blocks, trace=trace)
+    found = [search(workload, card, base=cell.plan, tf32=False) for card in cards]
+    return [(result.best, result.smallest) for result in found]
+
+
+class Forecaster:
+    """Runs forecasts ahead of need: `ask` starts one, `answer` waits for it. With no workers, when it is needed."""
+
+    def __init__(self, num_workers: int):
+        # spawn: a process forked after the card was touched cannot be used
+        self._pool = ProcessPoolExecutor(num_workers, mp_context=get_context("spawn")) if num_workers else None
+        self._futures: dict[tuple, Future] = {}
+
+    def ask(self, function: Callable[..., Any], *args: Any) -> None:
+        """Start `function(*args)` unless it was asked for before. Arguments must be hashable."""
+        if self._pool is not None and (function, args) not in self._futures:
+            self._futures[function, args] = self._pool.submit(function, *args)
+
+    def answer(self, function: Callable[..., Any], *args: Any) -> Any:
+        """What `function(*args)` returns."""
+        self.ask(function, *args)
+        if self._pool is None:
+            return function(*args)
+        return self._futures[function, args].result()
+
+    def close(self) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)

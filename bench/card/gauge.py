@@ -1,0 +1,206 @@
+"""What cells are measured with: one face for a card, and for the CPU on which a dry run walks the same code.
+
+On a card, peaks are the caching allocator's own counters, reset where a phase begins, and times are CUDA events. On the CPU
+there is no such counter: the resident bytes of the process stand in for it, so that the same code runs, and a dry
+run's figures mean nothing.
+"""
+
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from memory.meter import resident_bytes
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """What came of a cell: a value, or the first line of why not."""
+
+    value: Any = None
+    out_of_memory: str | None = None
+    failed: str | None = None
+
+    @property
+    def worked(self) -> bool:
+        return self.out_of_memory is None and self.failed is None
+
+    def as_json(self) -> dict[str, Any]:
+        if self.worked:
+            return self.value
+        return {"out_of_memory": self.out_of_memory} if self.out_of_memory else {"failed": self.failed}
+
+
+class Gauge:
+    """Measures on one device. Peaks by phase are between `begin()` and `end()`."""
+
+    def __init__(self, device: torch.device):
+        self.device, self.is_card = device, device.type == "cuda"
+        self._phase: str | None = None
+        self._peaks: dict[str, dict[str, int]] = {}
+
+    # ---- peaks ---------------------------------------------------------------------------------------------------
+
+    def begin(self) -> None:
+        """Forget earlier peaks. What is allocated now belongs to the first phase."""
+        self._peaks, self._phase = {}, None
+        if self.is_card:
+            torch.cuda.reset_peak_memory_stats(self.device)
+
+    def phase(self, name: str | None) -> None:
+        """From here on, peaks are `name`'s. The host does not wait: the allocator's counters live on the host."""
+        allocated, reserved = self._read_peak()
+        if self._phase is not None:
+            peak = self._peaks.setdefault(self._phase, {"allocated_bytes": 0, "reserved_bytes": 0})
+            peak["allocated_bytes"] = max(peak["allocated_bytes"], allocated)
+            peak["reserved_bytes"] = max(peak["reserved_bytes"], reserved)
+        self._phase = name
+
+    def end(self) -> dict[str, dict[str, int]]:
+        """Largest allocated and reserved bytes by phase."""
+        self.phase(None)
+        return self._peaks
+
+    def _read_peak(self) -> tuple[int, int]:
+        if not self.is_card:
+            return resident_bytes(), resident_bytes()
+        peak = torch.cuda.max_memory_allocated(self.device), torch.cuda.max_memory_reserved(self.device)
+        torch.cuda.reset_peak_memory_stats(self.device)
+        return peak
+
+    def counters(self) -> dict[str, int]:
+        """Running counts of the allocator: retries, and requests that went to the driver."""
+        stats = torch.cuda.memory_stats(self.device) if self.is_card else {}
+        return {"num_retries": stats.get("num_alloc_retries", 0), "num_driver_allocations": stats.get("num_device_alloc", 0),
+                "reserved_bytes": stats.get("reserved_bytes.all.current", 0)}
+
+    # ---- order ---------------------------------------------------------------------------------------------------
+
+    def synchronize(self) -> None:
+        if self.is_card:
+            torch.cuda.synchronize(self.device)
+
+    def release(self) -> None:
+        """Give back what nothing refers to any more, and the allocator's cache."""
+        gc.collect()
+        if self.is_card:
+            torch.cuda.synchronize(self.device)
+            torch.cuda.empty_cache()
+
+    def attempt(self, run: Callable[[], Any], *, may_fail: tuple[type[Exception], ...] = ()) -> Attempt:
+        """Run a cell; being out of memory, and the errors of `may_fail` (for peers), are answers.
+
+        Memory is given back outside of the except block: inside, the traceback still holds the cell's tensors.
+        """
+        out_of_memory = (torch.OutOfMemoryError, MemoryError)
+        try:
+            result = Attempt(run())
+        except out_of_memory as e:
+            result = Attempt(out_of_memory=_first_line(e))
+        except may_fail as e:
+            # Pinned memory that the host cannot give is a plain RuntimeError.
+            result = Attempt(failed=f"{type(e).__name__}: {_first_line(e)}")
+        self.release()
+        return result
+
+    @contextmanager
+    def capped(self, num_bytes: int | None) -> Iterator[None]:
+        """Inside, the allocator reserves at most `num_bytes`, as on a smaller card. The context is not in it."""
+        if not self.is_card or num_bytes is None:
+            yield
+            return
+        total = torch.cuda.mem_get_info(self.device)[1]
+        torch.cuda.set_per_process_memory_fraction(min(1.0, num_bytes / total), self.device)
+        try:
+            yield
+        finally:
+            torch.cuda.set_per_process_memory_fraction(1.0, self.device)
+
+    @contextmanager
+    def unsynchronised(self) -> Iterator[None]:
+        """Inside, an operator that makes the host wait raises RuntimeError."""
+        if not self.is_card:
+            yield
+            return
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            yield
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    # ---- time ----------------------------------------------------------------------------------------------------
+
+    def seconds(self, run: Callable[[], object], *, repeats: int) -> float:
+        """Median seconds of `run`, one warm-up excluded."""
+        import statistics
+        import time
+
+        run()
+        if not self.is_card:
+            taken = []
+            for _ in range(repeats):
+                started = time.perf_counter()
+                run()
+                taken.append(time.perf_counter() - started)
+            return statistics.median(taken)
+        marks = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
+        marks[0].record()
+        for mark in marks[1:]:
+            run()
+            mark.record()
+        self.synchronize()
+        return statistics.median(a.elapsed_time(b) for a, b in zip(marks, marks[1:])) / 1000
+
+    def activity(self, run: Callable[[], object]) -> dict[str, float]:
+        """Seconds of copies from and to the host during `run`, and of those the part beside computation.
+
+        By the card's own record (torch.profiler); empty on the CPU.
+        """
+        if not self.is_card:
+            run()
+            return {}
+        from torch.autograd import DeviceType
+        from torch.profiler import ProfilerActivity, profile
+
+        self.synchronize()
+        with profile(activities=[ProfilerActivity.CUDA]) as record:
+            run()
+            self.synchronize()
+        events = [e for e in record.events() if e.device_type == DeviceType.CUDA]
+        kinds = {"to device": "Memcpy HtoD", "to host": "Memcpy DtoH"}
+        spans = {kind: [(e.time_range.start, e.time_range.end) for e in events if e.name.startswith(prefix)]
+                 for kind, prefix in kinds.items()}
+        computing = [(e.time_range.start, e.time_range.end) for e in events if not e.name.startswith(("Memcpy", "Memset"))]
+        found = {"compute_seconds": covered(computing) / 1e6}
+        for kind, copies in spans.items():
+            found[f"{kind} seconds"] = covered(copies) / 1e6
+            found[f"{kind} hidden seconds"] = overlap(copies, computing) / 1e6
+        return found
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).splitlines()[0][:300] if str(error) else type(error).__name__
+
+
+def merged(spans: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Sorted, disjoint intervals that cover the same time."""
+    result: list[tuple[float, float]] = []
+    for start, stop in sorted(spans):
+        if result and start <= result[-1][1]:
+            result[-1] = result[-1][0], max(result[-1][1], stop)
+        else:
+            result.append((start, stop))
+    return result
+
+
+def covered(spans: list[tuple[float, float]]) -> float:
+    """Time that at least one interval covers."""
+    return sum(stop - start for start, stop in merged(spans))
+
+
+def overlap(left: list[tuple[float, float]], right: list[tuple[float, float]]) -> float:
+    """Time that both sets of intervals cover."""
+    return covered(left) + covered(right) - covered([*left, *right])

@@ -1,0 +1,40 @@
+"""The smallest peak at which whole steps with all three losses run, and what they take."""
+
+from pathlib import Path
+from typing import Any
+
+from bench.card.forecasts import peaks_of
+from bench.card.rig import Cell
+from bench.card.session import Session, goal, rows
+
+BUDGET_S = 60
+_SMALLEST = dict(resident_blocks=0, boundaries="host", feed_forward_chunks=8)
+GOALS = {("5b", 49): 3.0, ("2b", 17): 1.1, ("1.5", 81): 7.0}  # GiB allocated
+
+
+def _cells(session: Session) -> dict[tuple[str, int], list[Cell]]:
+    """Candidates by goal: fewer bytes of state first, then the plain optimizer."""
+    return {key: [session.cell(*key, **_SMALLEST, optimizer=optimizer) for optimizer in ("adamw8bit", "adamw")]
+            for key in GOALS}
+
+
+def prepare(session: Session) -> None:
+    for cells in _cells(session).values():
+        session.forecaster.ask(peaks_of, cells[0], session.workspace_bytes)
+
+
+def measure(session: Session, out: Path) -> dict[str, Any]:
+    """The part's result."""
+    found, skipped, goals = {}, [], []
+    todo = [(key, cell) for key, cells in _cells(session).items() for cell in (cells if key != ("1.5", 81) else cells[:1])]
+    for key, cell in session.within_budget(todo, skipped, name=lambda pair: pair[1].name()):
+        found[f"{key[0]} {key[1]}f {cell.plan.optimizer}"] = session.measure(cell, num_steps=1).as_json() | {
+            "settings": cell.name()}
+    predicted = {}
+    for key, cells in _cells(session).items():
+        prediction, _ = session.forecaster.answer(peaks_of, cells[0], session.workspace_bytes)
+        predicted[f"{key[0]} {key[1]}f"] = prediction.allocator.peak_allocated_bytes
+        peaks = [cell["allocated_bytes"] for name, cell in found.items()
+                 if name.startswith(f"{key[0]} {key[1]}f ") and "allocated_bytes" in cell]
+        goals.append(goal(f"GiB allocated, {key[0]} at {key[1]} frames", min(peaks) / 2**30 if peaks else None, GOALS[key]))
+    return {"cells": found, "predicted_allocated_bytes": predicted, "skipped": skipped, "goals": goals, "table": rows(found)}

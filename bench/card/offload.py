@@ -1,0 +1,130 @@
+"""Block offload beside all-resident and beside its peers, in one run: time, peak, bytes, overlap, and equality to the bit."""
+
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench.card import peers
+from bench.card.forecasts import plans_of
+from bench.card.rig import Cell, rigged
+from bench.card.session import Session, goal, rows
+from memory.plan import MemoryPlan
+
+BUDGET_S = 130
+EQUAL_STEPS = 20
+
+
+def _ours(num_blocks: int) -> dict[str, dict[str, Any]]:
+    """Variants of our own, the plain one first."""
+    third = num_blocks // 3
+    return {"all resident": {}, "ring": dict(resident_blocks=0), "ring, boundaries on host": dict(resident_blocks=0, boundaries="host"),
+            "3 buffers": dict(resident_blocks=0, offload_buffers=3), "a third resident": dict(resident_blocks=third),
+            "two thirds resident": dict(resident_blocks=2 * third), "boundaries on host": dict(boundaries="host")}
+
+
+def _peers(session: Session) -> dict[str, dict[str, Any]]:
+    device = session.gauge.device
+    leaf = ("accelerate cpu_offload (diffusers' sequential)", peers.sequential_offload) if find_spec("accelerate") else (
+        "diffusers leaf-level group offload without stream (stands for sequential)", peers.leaf_offload)
+    return {
+        "diffusers group offload, block level, streams": dict(apply=peers.group_offload, around_student=peers.whole_recomputation),
+        "torch save_on_cpu": dict(around_student=peers.save_on_host(device)),
+        leaf[0]: dict(apply=leaf[1], around_student=peers.whole_recomputation),
+    }
+
+
+def _equality(session: Session, kind: str, frames: int, skipped: list[str]) -> dict[str, Any]:
+    """Losses, last gradients and weights after 20 steps of streaming variants against all-resident, bit for bit."""
+    def run(cell: Cell) -> dict[str, torch.Tensor]:
+        with rigged(cell, session.gauge) as rig:
+            gradients: dict[str, torch.Tensor] = {}
+            for _ in range(3 if session.dry else EQUAL_STEPS):
+                # What the optimizer is given at a step; the last one stays.
+                handle = rig.optimizer.register_step_pre_hook(lambda *_: gradients.update(
+                    {f"gradient {n}": p.grad.detach().clone() for n, p in rig.erasers.named_parameters()}))
+                rig.step()
+                handle.remove()
+            return rig.erasers.state_dict() | {n: g.cpu() for n, g in gradients.items()} | {"losses": torch.stack(rig.losses).cpu()}
+
+    plain = session.gauge.attempt(lambda: run(session.cell(kind, frames)))
+    result = {}
+    variants = {"ring, boundaries on host": dict(resident_blocks=0, boundaries="host"), "resident again": {}}
+    for name, fields in variants.items():
+        for _ in session.within_budget([name], skipped, name=lambda n: f"equality of {n}"):
+            other = session.gauge.attempt(lambda fields=fields: run(session.cell(kind, frames, **fields)))
+            if plain.worked and other.worked:
+                differing = [n for n, tensor in plain.value.items() if not torch.equal(tensor, other.value[n])]
+                result[name] = {"equal": not differing, "num_tensors": len(plain.value), "differing": differing[:5]}
+    return result
+
+
+def _activity(session: Session, cell: Cell) -> dict[str, float]:
+    with rigged(cell, session.gauge) as rig:
+        rig.step()
+        return session.gauge.activity(rig.step)
+
+
+def prepare(session: Session) -> None:
+    for kind, frames in (("5b", 17), ("5b", 49)):
+        session.forecaster.ask(plans_of, session.cell(kind, frames), (session.card,))
+
+
+def measure(session: Session, out: Path) -> dict[str, Any]:
+    """The part's result. At 49 frames the variants that the goals name; at 17 all of them."""
+    found, skipped = {}, []
+    num_steps = 1 if session.dry else 2
+    todo: list[tuple[str, Cell, dict[str, Any]]] = []
+    for frames, wanted in ((49, ("all resident", "ring", "ring, boundaries on host")), (17, None)):
+        variants = _ours(42)
+        todo += [(f"{frames}f {name}", session.cell("5b", frames, **variants[name]), {}) for name in wanted or variants]
+    todo += [(f"17f {name}", session.cell("5b", 17), more) for name, more in _peers(session).items()]
+    todo += [(f"49f {name}", session.cell("5b", 49), more) for name, more in list(_peers(session).items())[:2]]
+    if session.dry:
+        todo = [entry for entry in todo if entry[0].startswith("17f")]
+    # The peers' cells last but for one thing: what runs out of time is the least needed.
+    for name, cell, more in session.within_budget(todo, skipped, name=lambda entry: entry[0]):
+        found[name] = session.measure(cell, num_steps=num_steps, num_warm=2, may_fail=peers.PEER_ERRORS if more else (), **more).as_json()
+    equality = _equality(session, "2b", 17, skipped)
+    overlap = {}
+    ring = session.cell("5b", 17, resident_blocks=0, boundaries="host")
+    for name in session.within_budget(["overlap"], skipped):
+        overlap = session.gauge.attempt(lambda: _activity(session, ring), may_fail=(RuntimeError,)).as_json()
+    return {"cells": found, "equality": equality, "overlap": overlap, "skipped": skipped,
+            "goals": _goals(found, equality, overlap), "table": rows(found)}
+
+
+def _added(found: dict[str, Any], name: str) -> float | None:
+    """Time that a variant adds to all-resident, as a share."""
+    base, cell = found.get(name.split()[0] + " all resident", {}), found.get(name, {})
+    if "step_seconds" not in base or "step_seconds" not in cell:
+        return None
+    return cell["step_seconds"] / base["step_seconds"] - 1
+
+
+def _goals(found: dict[str, Any], equality: dict[str, Any], overlap: dict[str, Any]) -> list[dict[str, Any]]:
+    ours = {name: cell for name, cell in found.items() if "ring" in name or "buffers" in name or "resident" in name}
+    steady = [cell["num_retries"] + cell["num_driver_allocations"] + max(0, cell["grown_bytes"])
+              for name, cell in ours.items() if "step_seconds" in cell]
+    sequential = next((name for name in found if "sequential" in name), "")
+    base, least = _added(found, sequential), _added(found, "17f ring")
+    losing = sum(
+        cell["step_seconds"] > peer["step_seconds"] for name, peer in found.items() if name not in ours and "step_seconds" in peer
+        for other, cell in ours.items() if other.startswith(name.split()[0]) and "step_seconds" in cell
+        and cell["allocated_bytes"] <= peer["allocated_bytes"] and "host" not in other)
+    hidden = overlap.get("to device hidden seconds")
+    partial = [a for a in (_added(found, f"17f {name}") for name in ("a third resident", "two thirds resident")) if a is not None]
+    return [
+        goal("time that the ring adds at 49 frames", _added(found, "49f ring"), 0.015),
+        goal("time that the ring with residents adds at 17 frames", min(partial, default=None), 0.03),
+        goal("our variants slower than a peer that holds as much or more", losing, 0),
+        goal("time that sequential offload adds, over ours", base / max(least, 1e-3) if base is not None and least is not None else None,
+             20, at_least=True),
+        goal("variants that differ from all-resident after the steps", sum(not e["equal"] for e in equality.values()), 0),
+        goal("weight bytes a step, over what streams", max(
+            (c["bytes_streamed_a_step"] / c["streamed_bytes"] for c in ours.values() if c.get("streamed_bytes")), default=None), 2),
+        goal("retries, driver allocations and growth after step 2", max(steady, default=None), 0),
+        goal("share of copies to the device beside computation",
+             hidden / overlap["to device seconds"] if hidden and overlap.get("to device seconds") else None, 0.95, at_least=True),
+    ]

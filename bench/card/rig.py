@@ -1,0 +1,200 @@
+"""The trainer's own step, built without files, text encoder or run directory, so that a cell can be measured.
+
+Transformer, erasers, memory plan, teacher, losses, loss scaler and optimizer are the objects of a run, put together as
+`trainer.assemble` and `trainer.loop` do; only the weights and embeddings are random.
+"""
+
+import statistics
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bench.card.gauge import Gauge
+from memory.optimizers import make_optimizer
+from memory.plan import AppliedPlan, MemoryPlan, apply_plan
+from memory.precision import make_scaler
+from memory.simulate import BACKWARD, FORWARD, OPTIMIZER
+from trainer.assemble import Assembly, open_backbone, resolve_dtype, video_size
+from trainer.backbones.cogvideox import CogVideoX
+from trainer.clock import PhaseClock
+from trainer.config import TrainConfig, replaced
+from trainer.erasers import Erasers
+from trainer.health import Health
+from trainer.inspection import Subject
+from trainer.latents import make_latents
+from trainer.losses import Samples, Teacher, student_backward
+from trainer.prompts import Embeddings, PromptSet
+
+PROMPTS = PromptSet("concept", ("concept",), ("safe",), ("preserved",))
+
+Apply = Callable[[nn.Module, nn.ModuleList, MemoryPlan, torch.device], AppliedPlan | None]
+_backbones: dict[str, CogVideoX] = {}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """One configuration to measure."""
+
+    model: str
+    frames: int
+    side: tuple[int, int] | None = None
+    """Height and width in pixels; None: the model's own."""
+    plan: MemoryPlan = field(default_factory=MemoryPlan)
+    rank: int = 128
+    pool: int = 0
+
+    def config(self) -> TrainConfig:
+        """The training run's settings. All three losses are trained."""
+        height, width = self.side or (None, None)
+        values = {"model.model": self.model, "model.weights": "random", "model.frames": self.frames,
+                  "model.height": height, "model.width": width, "optim.rank": self.rank, "memory": self.plan}
+        if self.pool:
+            values |= {"data.pool": self.pool, "data.latents": "noise"}
+        return replaced(TrainConfig(), values)
+
+    def name(self) -> str:
+        """Model, frames, and what differs from the plain plan."""
+        plain, plan = MemoryPlan(), self.plan
+        words = [f"{k}={getattr(plan, k)}" for k in MemoryPlan.__dataclass_fields__ if getattr(plan, k) != getattr(plain, k)]
+        words += [f"rank={self.rank}"] * (self.rank != 128) + [f"pool={self.pool}"] * bool(self.pool)
+        return " ".join([self.model, f"{self.frames}f", *words])
+
+
+def backbone_of(cell: Cell) -> CogVideoX:
+    """The backbone of a cell; its configuration is built once a process."""
+    if cell.model not in _backbones:
+        _backbones[cell.model] = open_backbone(cell.config().model)
+    return _backbones[cell.model]
+
+
+def _apply_plan(transformer: nn.Module, blocks: nn.ModuleList, plan: MemoryPlan, device: torch.device) -> AppliedPlan:
+    return apply_plan(transformer, blocks, plan, device=device, feed_forwards=[block.ff for block in blocks],
+                      boundary_names=("hidden_states", "encoder_hidden_states"))
+
+
+class Rig:
+    """A run that is ready to step. Weights are drawn on the device, where that takes no time; what the plan streams goes to
+    the host from there. Set it up before capping the device."""
+
+    def __init__(self, cell: Cell, gauge: Gauge, *, apply: Apply = _apply_plan, watched: bool = False,
+                 around_student: Callable[[], AbstractContextManager] = nullcontext, seed: int = 0):
+        """`apply`: in place of the memory plan (peers). `watched`: the health checks of a run around every step.
+        `around_student`: a context in which the student's forward pass runs (peers)."""
+        self.cell, self.gauge, config = cell, gauge, cell.config()
+        self.config, device, backbone = config, gauge.device, backbone_of(cell)
+        dtype = resolve_dtype(backbone, config.memory, insist=True)
+        size = video_size(backbone, config.model)
+        shape = (config.data.batch_size, *backbone.latent_shape(*size))
+        transformer = backbone.load_transformer(dtype=dtype, device=device)
+        blocks = backbone.blocks(transformer)
+        self.erasers = Erasers(blocks, config.optim.rank, seed=seed)
+        self.applied = apply(transformer, blocks, config.memory, device)
+        self.predict, self._around_student = backbone.predictor(transformer, shape[1:]), around_student
+        names = sorted({*PROMPTS.prompts, *PROMPTS.safe, *PROMPTS.preserved, ""})
+        table = torch.randn(len(names), backbone.text_length, backbone.text_width,
+                            generator=torch.Generator().manual_seed(seed)).to(device, dtype)
+        latents, preserved = (make_latents(config, backbone.scheduler(), shape, stream, device)
+                              for stream in ("target", "preserved"))
+        teacher = Teacher(self.predict, self.erasers, list(blocks), loss=config.loss, prompts=PROMPTS,
+                          embeddings=Embeddings(table, names), columns={"concept": torch.zeros(1, dtype=torch.int64)},
+                          latents=latents, preserved_latents=preserved, seed=seed, guidance=config.memory.guidance)
+        self.samples = Samples(teacher, config.data.pool, device)
+        self.optimizer = make_optimizer(self.erasers.parameters(), kind=config.memory.optimizer, lr=config.optim.lr)
+        self.scaler, self.clock = make_scaler(dtype, device), PhaseClock(device)
+        self.health: Health | None = None
+        if watched:
+            assembly = Assembly(transformer, blocks, self.predict, self.applied, self.erasers, device, dtype, shape[1:])
+            self.health = Health(Subject(config=config, native_dtype=backbone.native_dtype, assembly=assembly,
+                                         teacher=teacher, optimizer=self.optimizer, scaler=self.scaler))
+        self.transformer, self.blocks = transformer, blocks
+        self.num_steps, self.losses = 0, []
+
+    def step(self) -> None:
+        """One optimizer step, as in `trainer.loop`. The host does not wait."""
+        self._phase("teacher")
+        sample = self.samples(self.num_steps)
+        share = self.scaler.scale(torch.ones((), device=self.gauge.device))
+        terms = student_backward(self._student, self.erasers, sample, self.config.loss, scale=share)
+        del sample
+        self._phase(OPTIMIZER)
+        self.scaler.unscale_(self.optimizer)
+        if self.health is not None:
+            self.health.apply(self.num_steps, terms)
+        else:
+            parameters = self.erasers.parameters()
+            norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
+            torch.nn.utils.clip_grads_with_norm_(parameters, self.config.optim.clip, norm)
+            self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.clock.end_step()
+        self.losses.append(terms["loss"])
+        self.num_steps += 1
+
+    def _phase(self, name: str) -> None:
+        self.clock.phase(name)
+        self.gauge.phase(name)
+
+    def _student(self, *args: Tensor) -> Tensor:
+        self._phase(FORWARD)
+        with self._around_student():
+            velocity = self.predict(*args)
+        self._phase(BACKWARD)
+        return velocity
+
+    def run(self, num_steps: int, *, num_warm: int = 1) -> dict[str, Any]:
+        """Median seconds a step, in all and by phase, and the peaks of the steps after `num_warm` others."""
+        for _ in range(num_warm):
+            self.step()
+        before, counted = self._totals(), self.gauge.counters()
+        self.gauge.begin()
+        taken = []
+        for _ in range(num_steps):
+            self.step()
+            self.gauge.synchronize()  # between steps only, so that each is read
+            taken.append(dict(self.clock.read()))
+        peaks, after = self.gauge.end(), self.gauge.counters()
+        moved = {key: (value - before[key]) // num_steps for key, value in self._totals().items()}
+        return {
+            "step_seconds": statistics.median(sum(step.values()) for step in taken),
+            "seconds_by_phase": {name: statistics.median(step[name] for step in taken) for name in taken[0]},
+            "num_steps": num_steps, "peaks": peaks,
+            "allocated_bytes": max(peak["allocated_bytes"] for peak in peaks.values()),
+            "reserved_bytes": max(peak["reserved_bytes"] for peak in peaks.values()),
+            "num_retries": after["num_retries"] - counted["num_retries"],
+            "num_driver_allocations": after["num_driver_allocations"] - counted["num_driver_allocations"],
+            "grown_bytes": after["reserved_bytes"] - counted["reserved_bytes"],
+            "streamed_bytes": self._streamed_bytes(), "loss": float(self.losses[-1]), **{f"{key}_a_step": value for key, value in moved.items()},
+        }
+
+    def _streamed_bytes(self) -> int:
+        """Weights that do not stay on the device."""
+        offload = self.applied.offload if self.applied is not None else None
+        return sum(master.nbytes for master in offload.host_buffers) if offload else 0
+
+    def _totals(self) -> dict[str, int]:
+        if self.applied is None:
+            return {}
+        return {name: getattr(self.applied, name) for name in ("num_recomputes", "num_loads", "bytes_streamed", "bytes_parked")}
+
+
+@contextmanager
+def rigged(cell: Cell, gauge: Gauge, **more: Any) -> Iterator[Rig]:
+    """A rig, gone and given back at the end. The device is asked for what the cell itself holds only."""
+    rig = Rig(cell, gauge, **more)
+    gauge.release()  # what setting up has left in the cache is no part of the cell
+    try:
+        yield rig
+    finally:
+        # Hooks and forwards refer to each other in circles; without this, nothing goes before the next collection.
+        rig.__dict__.clear()
+
+
+def measured(cell: Cell, gauge: Gauge, *, num_steps: int, num_warm: int = 1, cap: int | None = None, **more: Any) -> dict[str, Any]:
+    """Set a cell up, run it under a cap (bytes the allocator may reserve), and take it down."""
+    with rigged(cell, gauge, **more) as rig, gauge.capped(cap):
+        return rig.run(num_steps, num_warm=num_warm)

@@ -1,0 +1,96 @@
+"""What all parts share: the gauge, the models and sizes, budgets of time, and goals."""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from bench.card.forecasts import Forecaster
+from bench.card.gauge import Attempt, Gauge
+from bench.card.rig import Cell, measured
+from bench.naive import Recipe
+from memory.cards import Card
+from memory.plan import MemoryPlan
+
+_PUBLISHED = {"2b": "cogvideox-2b", "5b": "cogvideox-5b", "1.5": "cogvideox1.5-5b"}
+_TOY = dict(num_attention_heads=2, attention_head_dim=16, num_layers=3, in_channels=4, out_channels=4, time_embed_dim=16,
+            text_embed_dim=16, max_text_seq_length=6, sample_width=4, sample_height=4, sample_frames=9)
+_TOYS = {"2b": {}, "5b": dict(use_rotary_positional_embeddings=True),
+         "1.5": dict(use_rotary_positional_embeddings=True, patch_size_t=2, patch_bias=False)}
+
+
+def register_toys() -> None:
+    """Toy configurations of the three published kinds, under the names toy-2b, toy-5b and toy-1.5."""
+    from trainer.backbones import published
+
+    for kind, changes in _TOYS.items():
+        name, model = f"toy-{kind}", _PUBLISHED[kind]
+        published.TRANSFORMERS[name] = _TOY | changes
+        published.SIZES[name] = (9, 32, 32)
+        published.NATIVE_DTYPES[name] = "bfloat16"
+        published.VAES[name], published.SCHEDULERS[name] = published.VAES[model], published.SCHEDULERS[model]
+
+
+@dataclass
+class Session:
+    """One run of the suite on one device."""
+
+    gauge: Gauge
+    card: Card
+    forecaster: Forecaster
+    dry: bool = False
+    workspace_bytes: int = 0
+    """What the first matrix product took from the caching allocator, measured."""
+    fixed: dict[str, Any] = field(default_factory=dict)
+    """Terms of this card that no simulator knows, measured once a process."""
+    deadline: float = float("inf")
+    """When the part under way has used up its time, by time.monotonic()."""
+
+    def cell(self, kind: str, frames: int, *, rank: int = 128, pool: int = 0, **plan: Any) -> Cell:
+        """A cell of a published model; in a dry run of the toy of that kind, with everything in its scale."""
+        if not self.dry:
+            return Cell(model=_PUBLISHED[kind], frames=frames, rank=rank, pool=pool, plan=MemoryPlan(**plan))
+        scaled = {name: min(value, 3) if name in _COUNTS and value is not None else value for name, value in plan.items()}
+        scaled["num_keep_attention"] = min(scaled.get("num_keep_attention", 0), 3 - scaled.get("num_keep_everything", 0))
+        return Cell(model=f"toy-{kind}", frames=9, rank=4, pool=pool, plan=MemoryPlan(**scaled))
+
+    def recipe(self) -> Recipe:
+        """What the naive recipe leaves on the device; next to nothing in a dry run."""
+        return Recipe(text_encoder_numel=1000, vae_numel=1000) if self.dry else Recipe()
+
+    def few(self, cells: Sequence[Any], count: int) -> list[Any]:
+        """All cells; in a dry run `count` of them, spread evenly, the first among them."""
+        return list(cells) if not self.dry else [cells[i * len(cells) // count] for i in range(min(count, len(cells)))]
+
+    def within_budget(self, cells: Sequence[Any], skipped: list[str], *, name: Callable[[Any], str] = str) -> Iterator[Any]:
+        """The cells until the part's time is used up; the names of the others go to `skipped`."""
+        for cell in cells:
+            if time.monotonic() > self.deadline:
+                skipped.append(name(cell))
+            else:
+                yield cell
+
+    def measure(self, cell: Cell, *, num_steps: int, may_fail: tuple[type[Exception], ...] = (), **more: Any) -> Attempt:
+        """Set up, run and take down one cell; being out of memory is an answer."""
+        return self.gauge.attempt(lambda: measured(cell, self.gauge, num_steps=num_steps, **more), may_fail=may_fail)
+
+
+_COUNTS = ("resident_blocks", "num_keep_attention", "num_keep_everything")
+
+
+def goal(text: str, value: float | None, wanted: float, *, at_least: bool = False) -> dict[str, Any]:
+    """A goal beside what was measured. None: not measured, so neither reached nor missed."""
+    reached = None if value is None else (value >= wanted if at_least else value <= wanted)
+    return {"goal": text, "measured": value, "wanted": ("at least " if at_least else "at most ") + f"{wanted:g}", "reached": reached}
+
+
+def rows(attempts: dict[str, dict[str, Any]]) -> list[list[str]]:
+    """Name, seconds a step, allocated and reserved GiB of measured cells, for the table on the terminal."""
+    found = []
+    for name, cell in attempts.items():
+        if "step_seconds" in cell:
+            found.append([name, f"{cell['step_seconds']:.3f} s", f"{cell['allocated_bytes'] / 2**30:.3f}",
+                          f"{cell['reserved_bytes'] / 2**30:.3f} GiB"])
+        else:
+            found.append([name, "out of memory" if cell.get("out_of_memory") else "failed", "", ""])
+    return found

@@ -1,0 +1,107 @@
+"""How much of the card's measured matrix rate a step reaches, where the time goes, and what changes it."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from bench.card.forecasts import peaks_of, plans_of
+from bench.card.rig import Cell, measured, rigged
+from bench.card.session import Session, goal, rows
+from bench.naive import Naive
+
+BUDGET_S = 90
+
+
+def _matrix_rate(session: Session) -> dict[str, float]:
+    """FLOP/s of a large 16-bit product, and of copies over the host link (pinned, bytes/s)."""
+    gauge, side = session.gauge, 256 if session.dry else 8192
+    x = torch.randn(side, side, device=gauge.device, dtype=torch.bfloat16)
+    y = torch.empty_like(x)
+    seconds = gauge.seconds(lambda: torch.mm(x, x, out=y), repeats=20)
+    host = torch.empty(2**20 if session.dry else 2**28, dtype=torch.uint8, pin_memory=gauge.is_card)
+    there = torch.empty_like(host, device=gauge.device)
+    copied = gauge.seconds(lambda: there.copy_(host, non_blocking=True), repeats=5)
+    back = gauge.seconds(lambda: host.copy_(there, non_blocking=True), repeats=5)
+    return {"side": side, "matrix_flops_per_second": 2 * side**3 / seconds, "to_device_bytes_per_second": host.nbytes / copied,
+            "to_host_bytes_per_second": host.nbytes / back}
+
+
+def _compiled(session: Session, cell: Cell) -> dict[str, Any]:
+    """Feed-forwards and norms of every block compiled, inside the strategies, which go on as they are."""
+    backend = "eager" if session.dry else "inductor"
+    with rigged(cell, session.gauge) as rig:
+        for block in rig.blocks:
+            for part in (block.norm1, block.norm2, block.ff):
+                part.compile(backend=backend)
+        return rig.run(2, num_warm=2)
+
+
+def _with_backend(session: Session, cell: Cell, backend: SDPBackend) -> dict[str, Any]:
+    with sdpa_kernel(backend):
+        return measured(cell, session.gauge, num_steps=2)
+
+
+def _naive(session: Session) -> dict[str, Any]:
+    """The naive recipe on the 2b at 17 frames, without a cap."""
+    gauge = session.gauge
+    naive = Naive(session.cell("2b", 17, dtype="float32").config(), gauge.device, session.recipe(), lambda stage: None)
+    try:
+        naive.step()
+        gauge.begin()
+        gauge.phase("step")
+        seconds = gauge.seconds(naive.step, repeats=1)
+        peak = gauge.end()["step"]
+    finally:
+        naive.__dict__.clear()
+    return {"step_seconds": seconds, **peak}
+
+
+def _variants(session: Session) -> list[tuple[str, Any]]:
+    small, plain = session.cell("2b", 17), session.cell("5b", 49)
+    backends = (SDPBackend.FLASH_ATTENTION, SDPBackend.MATH) if session.dry else (
+        SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION)
+    pooled = session.cell("2b", 17, pool=2)
+
+    def run(cell: Cell, num_warm: int = 1):
+        return lambda: measured(cell, session.gauge, num_steps=2, num_warm=num_warm)
+
+    def filled():
+        best, _ = session.forecaster.answer(plans_of, plain, (session.card,))[0]
+        return measured(dataclasses.replace(plain, plan=best.plan), session.gauge, num_steps=2)
+
+    return [("5b 49f", run(plain)), ("2b 17f", run(small)), ("naive 2b 17f", lambda: _naive(session)),
+            ("2b 17f smallest", run(session.cell("2b", 17, resident_blocks=0, boundaries="host", feed_forward_chunks=8))),
+            ("2b 17f 8-bit Adam", run(session.cell("2b", 17, optimizer="adamw8bit"))),
+            ("2b 17f teacher cached", run(pooled, num_warm=2)), ("5b 49f filling the card", filled),
+            *[(f"2b 17f {backend.name.lower()}", lambda backend=backend: _with_backend(session, small, backend)) for backend in backends],
+            ("2b 17f compiled", lambda: _compiled(session, small))]
+
+
+def prepare(session: Session) -> None:
+    session.forecaster.ask(peaks_of, session.cell("5b", 49), session.workspace_bytes)
+    session.forecaster.ask(plans_of, session.cell("5b", 49), (session.card,))
+
+
+def measure(session: Session, out: Path) -> dict[str, Any]:
+    """The part's result. Variants may fail for want of a kernel or a compiler; that is written down."""
+    rate, found, skipped = _matrix_rate(session), {}, []
+    session.gauge.release()
+    for name, run in session.within_budget(_variants(session), skipped, name=lambda pair: pair[0]):
+        found[name] = session.gauge.attempt(run, may_fail=(RuntimeError, OSError)).as_json()
+    _, flops = session.forecaster.answer(peaks_of, session.cell("5b", 49), session.workspace_bytes)
+    large, small, naive = (found.get(name, {}) for name in ("5b 49f", "2b 17f smallest", "naive 2b 17f"))
+    share = flops / large["step_seconds"] / rate["matrix_flops_per_second"] if "step_seconds" in large else None
+    both = "step_seconds" in small and "step_seconds" in naive
+    return {
+        "rates": rate, "flops_5b_49f": flops, "share_of_matrix_rate": share, "cells": found, "skipped": skipped,
+        "goals": [goal("share of the matrix rate, 5b at 49 frames", share, 0.55, at_least=True),
+                  # by one and the same plan: the smallest
+                  goal("times faster than the naive recipe, 2b at 17 frames",
+                       naive["step_seconds"] / small["step_seconds"] if both else None, 5, at_least=True),
+                  goal("times smaller than the naive recipe, 2b at 17 frames",
+                       naive["allocated_bytes"] / small["allocated_bytes"] if both else None, 10, at_least=True)],
+        "table": rows(found),
+    }
