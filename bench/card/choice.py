@@ -15,7 +15,7 @@ MODEL = ("2b", 17)
 
 
 def _cards(session: Session):
-    return tuple(shrunk(session.card, gib) for gib in SIZES)
+    return tuple(shrunk(session.card, gib) for gib in session.few(SIZES, 1))
 
 
 def _grid(session: Session) -> list[Cell]:

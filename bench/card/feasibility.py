@@ -14,7 +14,7 @@ NUM_STEPS = 3
 
 
 def _cards(session: Session):
-    return tuple(shrunk(session.card, gib) for gib in SIZES)
+    return tuple(shrunk(session.card, gib) for gib in session.few(SIZES, 1))
 
 
 def prepare(session: Session) -> None:
@@ -44,7 +44,7 @@ def measure(session: Session, out: Path) -> dict[str, Any]:
     found, skipped, naive = {}, [], {}
     plain = session.cell("5b", 49)
     plans = session.forecaster.answer(plans_of, plain, _cards(session))
-    todo = session.few(list(zip(_cards(session), plans)), 2)
+    todo = list(zip(_cards(session), plans))
     for card, (best, smallest) in session.within_budget(todo, skipped, name=lambda pair: pair[0].name):
         name = f"5b 49f {card.name}"
         if best is None:
@@ -54,7 +54,7 @@ def measure(session: Session, out: Path) -> dict[str, Any]:
         found[name] = session.measure(cell, num_steps=NUM_STEPS - 1, cap=card.available_bytes).as_json() | {
             "settings": cell.name(), "cap_bytes": card.available_bytes,
             "predicted": {"reserved_bytes": best.prediction.reserved_bytes, "step_seconds": best.time.seconds}}
-    for card in session.within_budget(session.few(_cards(session)[:3], 1), skipped, name=lambda card: f"naive {card.name}"):
+    for card in session.within_budget(_cards(session)[:3], skipped, name=lambda card: f"naive {card.name}"):
         naive[card.name] = _naive(session, card.available_bytes)
     ran = [f"5b 49f {card.name}" for card in _cards(session)[:3] if "step_seconds" in found.get(f"5b 49f {card.name}", {})]
     broken = [entry for entry in found.values() if "out_of_memory" in entry]

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Callable
 from concurrent.futures import Future, ProcessPoolExecutor
-from functools import lru_cache
+from functools import lru_cache, partial
 from multiprocessing import get_context
 from typing import Any
 
@@ -12,7 +12,7 @@ from memory.assess import Assessment, Workload
 from memory.cards import GIB, Card, detect, lookup
 from memory.plan import MemoryPlan
 from memory.search import search
-from memory.timeline import Prediction
+from memory.timeline import Prediction, Trace
 from trainer.rehearse import rehearse
 
 
@@ -37,9 +37,14 @@ def shrunk(card: Card, gib: float) -> Card:
 
 def peaks_of(cell: Cell, workspace_bytes: int) -> tuple[Prediction, float]:
     """The simulator's word on a step of `cell`, and the matrix and attention FLOPs of that step."""
-    trace = rehearse(backbone_of(cell), cell.config(), cell.plan)
+    trace = _trace(cell, cell.plan, backbone_of(cell).num_blocks)
     flops = sum(work.flops for span in trace.spans for work in span.work)
     return trace.prediction(workspace_bytes=workspace_bytes, expandable_segments=True), flops
+
+
+@lru_cache(maxsize=64)
+def _trace(cell: Cell, plan: MemoryPlan, num_blocks: int) -> Trace:
+    return rehearse(backbone_of(cell), cell.config(), plan, num_blocks=num_blocks)
 
 
 def plans_of(cell: Cell, cards: tuple[Card, ...]) -> list[tuple[Assessment | None, Assessment]]:
@@ -47,13 +52,7 @@ def plans_of(cell: Cell, cards: tuple[Card, ...]) -> list[tuple[Assessment | Non
 
     The step alone: encoding prompts, sampling and decoding are not part of a cell. Traces are shared by the cards.
     """
-    backbone, config = backbone_of(cell), cell.config()
-
-    @lru_cache(maxsize=None)
-    def trace(plan: MemoryPlan, num_blocks: int):
-        return rehearse(backbone, config, plan, num_blocks=num_blocks)
-
-    workload = Workload(model=cell.model, num_blocks=backbone.num_blocks, trace=trace)
+    workload = Workload(model=cell.model, num_blocks=backbone_of(cell).num_blocks, trace=partial(_trace, cell))
     found = [search(workload, card, base=cell.plan, tf32=False) for card in cards]
     return [(result.best, result.smallest) for result in found]
 
@@ -74,9 +73,7 @@ class Forecaster:
     def answer(self, function: Callable[..., Any], *args: Any) -> Any:
         """What `function(*args)` returns."""
         self.ask(function, *args)
-        if self._pool is None:
-            return function(*args)
-        return self._futures[function, args].result()
+        return function(*args) if self._pool is None else self._futures[function, args].result()
 
     def close(self) -> None:
         if self._pool is not None:

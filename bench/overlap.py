@@ -1,0 +1,70 @@
+"""On paper: does a block's weight transfer hide behind the block's own computation? Everything here is predicted.
+
+    python -m bench.overlap     into bench/results/overlap.json
+
+A forward pass of one block of width D over S tokens takes 24 S D² FLOPs in its linear layers and 4 S² D in attention; its weights
+cross the host link once. Rates, links and the fractions of them that are reached are those of memory/cards.toml.
+"""
+
+import math
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import memory.cards
+from bench.provenance import write_result
+from memory.cards import Card, card_names, lookup
+
+LINKS = ("pcie3-x16", "pcie4-x16", "pcie5-x16")
+CELLS = (("cogvideox-2b", 17), ("cogvideox-2b", 49), ("cogvideox-5b", 17), ("cogvideox-5b", 49), ("cogvideox1.5-5b", 81))
+
+
+def block_seconds(card: Card, num_tokens: int, width: int) -> float:
+    """Seconds of one block's forward pass on `card`, predicted."""
+    linear, attention = 24.0 * num_tokens * width**2, 4.0 * num_tokens**2 * width
+    return linear / (card.tensor_rate * card.matmul_fraction) + attention / (card.tensor_rate * card.attention_fraction)
+
+
+def hiding_tokens(card: Card, width: int, transfer_seconds: float) -> int:
+    """The fewest tokens whose computation is as long as a transfer: the positive root of a quadratic in S."""
+    a = 4.0 * width / (card.tensor_rate * card.attention_fraction)
+    b = 24.0 * width**2 / (card.tensor_rate * card.matmul_fraction)
+    return math.ceil((math.sqrt(b * b + 4 * a * transfer_seconds) - b) / (2 * a))
+
+
+def link_rates() -> dict[str, float]:
+    """Bytes a second that a pinned copy reaches over each link, assumed."""
+    table = tomllib.loads((Path(memory.cards.__file__).parent / "cards.toml").read_text())
+    return {name: table["links"][name]["effective"] * 1e9 for name in LINKS}
+
+
+def predict() -> dict[str, Any]:
+    """Compute and transfer seconds of a block by model and size, for every listed card and PCIe 3, 4 and 5."""
+    import torch
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    from trainer.backbones.cogvideox import CogVideoX
+
+    rates, cells = link_rates(), {}
+    backbones = {model: CogVideoX(model, weights="random") for model, _ in CELLS}
+    for model, frames in CELLS:
+        backbone = backbones[model]
+        _, height, width = backbone.default_size()
+        num_tokens = backbone.num_tokens(backbone.latent_shape(frames, height, width))
+        with FakeTensorMode():
+            block = backbone.blocks(backbone.fake_transformer(dtype=torch.bfloat16, num_blocks=1))[0]
+            num_bytes = sum(p.nbytes for p in block.parameters())
+        transfer = {link: num_bytes / rate for link, rate in rates.items()}
+        cards = {}
+        for card in map(lookup, card_names()):
+            seconds = block_seconds(card, num_tokens, backbone.width)
+            cards[card.name] = {
+                "compute_seconds": seconds,
+                "compute_over_transfer": {link: seconds / t for link, t in transfer.items()},
+                "hiding_tokens": {link: hiding_tokens(card, backbone.width, t) for link, t in transfer.items()}}
+        cells[f"{model} {frames}"] = {"num_tokens": num_tokens, "block_bytes": num_bytes, "transfer_seconds": transfer, "cards": cards}
+    return {"predicted": True, "cells": cells}
+
+
+if __name__ == "__main__":
+    print(write_result("overlap", predict()))

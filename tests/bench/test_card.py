@@ -1,0 +1,77 @@
+"""The suite for a card, walked through at toy size on the CPU; and what it computes without one."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from bench.card.gauge import covered, overlap
+from bench.card.peaks import thick, thin
+from bench.card.session import goal
+from bench.overlap import block_seconds, hiding_tokens
+from memory.cards import lookup
+from memory.snapshots import replay_snapshot
+
+ROOT = Path(__file__).parent.parent.parent
+PARTS = ("peaks", "offload", "minimum", "speed", "cap", "feasibility", "choice", "health")
+
+
+def _suite(*args: str) -> str:
+    done = subprocess.run([sys.executable, "run.py", "bench", "card", "--dry", *args], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_every_part_walks_through_and_is_not_measured_twice(tmp_path):
+    shown = _suite("--out", str(tmp_path))
+    results = {name: json.loads((tmp_path / "dry" / f"{name}.json").read_text()) for name in PARTS}
+    for name, result in results.items():
+        assert result["dry"] and not result["skipped"] and result["provenance"]["versions"]["torch"]
+        assert result["goals"] and all(g["reached"] is None for g in result["goals"])
+        assert f"{name}: {result['goals'][0]['goal']}" in shown
+    # Nothing failed or ran out of memory along the way.
+    for name in set(PARTS) - {"peaks", "choice"}:
+        for label, cell in results[name]["cells"].items():
+            assert {"failed", "out_of_memory"}.isdisjoint(cell), f"{name} {label}: {cell}"
+    equality = results["offload"]["equality"]
+    assert len(equality) == 2 and all(e["equal"] and e["num_tensors"] > 10 for e in equality.values())
+    assert results["offload"]["cells"]["17f ring"]["bytes_streamed_a_step"] > 0
+    assert results["feasibility"]["naive"] and all(n["ran"] for n in results["feasibility"]["naive"].values())
+
+    before = (tmp_path / "dry" / "health.json").stat().st_mtime_ns
+    assert "health: cost of the checks" in _suite("--out", str(tmp_path), "--only", "health")
+    assert (tmp_path / "dry" / "health.json").stat().st_mtime_ns == before
+
+
+def test_hidden_time_is_the_time_that_both_sets_of_intervals_cover():
+    assert covered([(0, 2), (1, 3), (5, 6)]) == 4
+    assert overlap([(0, 2), (1, 3)], [(2, 4), (2.5, 5)]) == 1
+    assert overlap([(0, 1)], [(1, 2)]) == 0
+
+
+def test_a_thinned_snapshot_replays_as_the_whole_one():
+    def entry(action, addr, size, stream):
+        return {"action": action, "addr": addr, "size": size, "stream": stream, "frames": ["…"] * 50}
+
+    history = [entry("segment_alloc", 10, 2 << 20, 77), entry("alloc", 10, 4096, 77), entry("free_requested", 10, 4096, 77),
+               entry("free_completed", 10, 4096, 77), {"action": "oom", "size": 1, "stream": 77}]
+    thinned = thin({"device_traces": [history]})
+    assert "frames" not in json.dumps(thinned)
+    whole = {"device_traces": [[{"addr": 0} | e for e in history]]}
+    assert replay_snapshot(thick(thinned)) == replay_snapshot(whole)
+
+
+@pytest.mark.parametrize("value, at_least, reached", [(0.02, False, False), (0.01, False, True), (5, True, True), (None, True, None)])
+def test_goal(value, at_least, reached):
+    assert goal("", value, {False: 0.01, True: 5}[at_least], at_least=at_least)["reached"] is reached
+
+
+def test_a_block_that_computes_as_long_as_its_transfer_has_the_hiding_number_of_tokens():
+    card, width, transfer = lookup("4090"), 3072, 0.0106
+    num_tokens = hiding_tokens(card, width, transfer)
+    assert block_seconds(card, num_tokens, width) >= transfer > block_seconds(card, num_tokens - 1, width)
+    # 7.91 TFLOPs forward at 49 frames, at the rates that cards.toml assumes
+    assert block_seconds(card, 17_776, width) == pytest.approx(
+        4.03e12 / (card.tensor_rate * card.matmul_fraction) + 3.88e12 / (card.tensor_rate * card.attention_fraction), rel=2e-3)
