@@ -1,5 +1,6 @@
 """What a run is at one moment: what a checkpoint holds, and what may change between two halves of a run."""
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -33,6 +34,11 @@ class TrainState:
     scaler: torch.amp.GradScaler
     latents: list[Latents]
     step: int = 0
+
+    def __post_init__(self):
+        data = self.config.data
+        self._prompt_files = {name: hashlib.sha256(path.read_bytes()).hexdigest()[:16] for name, path in
+                              (("prompts", data.prompts), ("preserve_file", data.preserve_file)) if path}
 
     def export(self) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
         """(tensors by file, JSON state) for `checkpoint.save_checkpoint`."""
@@ -71,6 +77,10 @@ class TrainState:
                 if saved[section].get(name) != value:
                     raise CheckpointError(f"cannot resume: {section}.{name} is {saved[section].get(name)!r} in the "
                                           f"checkpoint and {value!r} now; a resumed run keeps what it trains on")
+        for name, digest in self._prompt_files.items():
+            if checkpoint.state.get("prompt_files", {}).get(name, digest) != digest:
+                raise CheckpointError(f"cannot resume: what data.{name} names, {ours['data'][name]}, was changed since; "
+                                      "a resumed run keeps what it trains on")
 
     def _described(self) -> dict[str, Any]:
         return {
@@ -78,7 +88,7 @@ class TrainState:
             "adapter": {"type": "adapter", "rank": self.erasers.rank, "width": self.erasers.width,
                         "num_blocks": len(self.erasers.adapters)},
             "optimizer": self.config.memory.optimizer,
-            "config": as_json(self.config),
+            "config": as_json(self.config), "prompt_files": self._prompt_files,
         }
 
 
