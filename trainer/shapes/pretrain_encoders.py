@@ -43,11 +43,11 @@ class PretrainEncoders:
     """Which encoders to train."""
     seed: int = 0
     """Seed of weights, pictures and captions."""
-    clip_steps: int = 500
+    clip_steps: int = 1000
     """Steps of the CLIP model, batch 64."""
     qwen_steps: int = 1000
     """Steps of the Qwen3-VL, batch 32."""
-    num_pictures: int = 300
+    num_pictures: int = 200
     """Pictures a class, drawn and preprocessed once."""
 
 
@@ -79,7 +79,7 @@ def clip_model(tokenizer: CLIPTokenizer) -> CLIPModel:
     ids = dict(bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
     text = dict(vocab_size=len(tokenizer), hidden_size=96, intermediate_size=192, num_hidden_layers=3, num_attention_heads=4,
                 max_position_embeddings=TEXT_LENGTH, projection_dim=64, **ids)
-    vision = dict(image_size=world.SIZE, patch_size=8, hidden_size=96, intermediate_size=192, num_hidden_layers=4,
+    vision = dict(image_size=world.SIZE, patch_size=4, hidden_size=96, intermediate_size=192, num_hidden_layers=3,
                   num_attention_heads=4, projection_dim=64)
     return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=64))
 
