@@ -50,6 +50,8 @@ class Card:
     """Every part at toy size on the CPU: the code runs, the figures mean nothing."""
     out: Path = RESULTS
     """Directory of results; a directory of the card's name is made in it."""
+    stretch: float = 1.0
+    """Times the usual time for every part: what is skipped for lack of time at 1 may run at 3."""
     workers: int | None = None
     """Processes that predict while the card measures; by default half of the cores, at most 6."""
 
@@ -74,14 +76,14 @@ def calibrate(session: Session) -> None:
         "cublas": os.environ["CUBLAS_WORKSPACE_CONFIG"], "note": "context: all that is used and not reserved by this process"}
 
 
-def run_part(name: str, session: Session, out: Path) -> dict[str, Any]:
+def run_part(name: str, session: Session, out: Path, *, stretch: float = 1.0) -> dict[str, Any]:
     """Measure one part within its budget and write its JSON."""
     started, module = time.monotonic(), PARTS[name]
-    session.deadline = float("inf") if session.dry else started + module.BUDGET_S
+    session.deadline = float("inf") if session.dry else started + stretch * module.BUDGET_S
     result = module.measure(session, out)
     if session.dry:  # a figure of a dry run reaches no goal and misses none
         result["goals"] = [g | {"reached": None} for g in result["goals"]]
-    content = {"part": name, "dry": session.dry, "budget_seconds": module.BUDGET_S,
+    content = {"part": name, "dry": session.dry, "budget_seconds": stretch * module.BUDGET_S,
                "seconds": round(time.monotonic() - started, 1), "card": session.card.name, "fixed_terms": session.fixed, **result}
     write_result(name, content, out)
     session.gauge.release()
@@ -126,7 +128,7 @@ def main(config: Card) -> int:
             if hasattr(PARTS[name], "prepare"):
                 PARTS[name].prepare(session)
         for name in missing:
-            results[name] = run_part(name, session, out)
+            results[name] = run_part(name, session, out, stretch=config.stretch)
             print_table(f"{name} ({results[name]['seconds']} s)", results[name]["table"])
             if results[name]["skipped"]:
                 print(f"not measured for lack of time: {len(results[name]['skipped'])}")

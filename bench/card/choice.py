@@ -9,7 +9,7 @@ from bench.card.forecasts import plans_of, shrunk
 from bench.card.rig import Cell
 from bench.card.session import Session, goal, rows
 
-BUDGET_S = 75
+BUDGET_S = 45
 SIZES = (6.0, 10.0)
 MODEL = ("2b", 17)
 

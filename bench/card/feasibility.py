@@ -8,8 +8,8 @@ from bench.card.forecasts import plans_of, shrunk
 from bench.card.session import Session, goal, rows
 from bench.naive import Naive
 
-BUDGET_S = 95
-SIZES = (24.0, 48.0, 96.0, 16.0, 12.0, 8.0)
+BUDGET_S = 65
+SIZES = (24.0, 48.0, 96.0, 8.0, 12.0, 16.0)
 NUM_STEPS = 3
 
 

@@ -10,7 +10,7 @@ from bench.card.session import Session, goal
 from trainer.metrics import MetricsLog
 from trainer.monitor import read_process
 
-BUDGET_S = 30
+BUDGET_S = 20
 
 
 def _step(rig, log: MetricsLog | None) -> None:

@@ -12,7 +12,6 @@ import torch
 from torch import nn
 
 from memory.checkpointing import checkpoint_blocks
-from memory.offload import place
 from memory.plan import MemoryPlan
 
 PEER_ERRORS = (RuntimeError, ValueError, KeyError, ImportError)
@@ -23,12 +22,10 @@ def _checkpointed(blocks: nn.ModuleList) -> None:
     checkpoint_blocks(blocks, ["inputs"] * len(blocks))
 
 
-@contextmanager
-def _without_adapters(transformer: nn.Module, device: torch.device) -> Iterator[None]:
-    """Inside, and after, erasers are on the device and not among the transformer's modules; they are called all the same."""
-    for block in transformer.transformer_blocks:
-        place(block.attn1._modules.pop("adapter"), device)
-    yield
+def _hide_erasers(blocks: nn.ModuleList) -> None:
+    """Take erasers out of the module tree. They stay on the device, and the attention's hook calls them all the same."""
+    for block in blocks:
+        del block.attn1.adapter
 
 
 def group_offload(transformer: nn.Module, blocks: nn.ModuleList, plan: MemoryPlan, device: torch.device) -> None:
@@ -36,9 +33,9 @@ def group_offload(transformer: nn.Module, blocks: nn.ModuleList, plan: MemoryPla
     from diffusers.hooks import apply_group_offloading
 
     streamed = {"use_stream": True, "record_stream": True} if device.type == "cuda" else {}
-    with _without_adapters(transformer, device):
-        apply_group_offloading(transformer, onload_device=device, offload_device=torch.device("cpu"),
-                               offload_type="block_level", num_blocks_per_group=1, **streamed)
+    _hide_erasers(blocks)
+    apply_group_offloading(transformer, onload_device=device, offload_device=torch.device("cpu"),
+                           offload_type="block_level", num_blocks_per_group=1, **streamed)
     _checkpointed(blocks)
 
 
@@ -46,8 +43,8 @@ def sequential_offload(transformer: nn.Module, blocks: nn.ModuleList, plan: Memo
     """Layer by layer, when needed: accelerate's `cpu_offload`, which is what diffusers' sequential offload calls."""
     from accelerate import cpu_offload
 
-    with _without_adapters(transformer, device):
-        cpu_offload(transformer.to("cpu"), execution_device=device)
+    _hide_erasers(blocks)
+    cpu_offload(transformer.to("cpu"), execution_device=device)
     _checkpointed(blocks)
 
 
@@ -58,8 +55,8 @@ def leaf_offload(transformer: nn.Module, blocks: nn.ModuleList, plan: MemoryPlan
     """
     from diffusers.hooks import apply_group_offloading
 
-    with _without_adapters(transformer, device):
-        apply_group_offloading(transformer, onload_device=device, offload_device=torch.device("cpu"), offload_type="leaf_level")
+    _hide_erasers(blocks)
+    apply_group_offloading(transformer, onload_device=device, offload_device=torch.device("cpu"), offload_type="leaf_level")
     _checkpointed(blocks)
 
 

@@ -45,22 +45,23 @@ class Cell:
     """Height and width in pixels; None: the model's own."""
     plan: MemoryPlan = field(default_factory=MemoryPlan)
     rank: int = 128
-    pool: int = 0
+    student_only: bool = False
+    """The teacher's sample is cached and nothing is preserved: a step is one student pass, forward and backward."""
 
     def config(self) -> TrainConfig:
-        """The training run's settings. All three losses are trained."""
+        """The training run's settings. All three losses are trained, unless the student's pass is looked at alone."""
         height, width = self.side or (None, None)
         values = {"model.model": self.model, "model.weights": "random", "model.frames": self.frames,
                   "model.height": height, "model.width": width, "optim.rank": self.rank, "memory": self.plan}
-        if self.pool:
-            values |= {"data.pool": self.pool, "data.latents": "noise"}
+        if self.student_only:
+            values |= {"data.pool": 1, "data.latents": "noise", "loss.beta": 0.0}
         return replaced(TrainConfig(), values)
 
     def name(self) -> str:
         """Model, frames, and what differs from the plain plan."""
         plain, plan = MemoryPlan(), self.plan
         words = [f"{k}={getattr(plan, k)}" for k in MemoryPlan.__dataclass_fields__ if getattr(plan, k) != getattr(plain, k)]
-        words += [f"rank={self.rank}"] * (self.rank != 128) + [f"pool={self.pool}"] * bool(self.pool)
+        words += [f"rank={self.rank}"] * (self.rank != 128) + ["student only"] * self.student_only
         return " ".join([self.model, f"{self.frames}f", *words])
 
 
@@ -92,13 +93,14 @@ class Rig:
         transformer = backbone.load_transformer(dtype=dtype, device=device)
         blocks = backbone.blocks(transformer)
         self.erasers = Erasers(blocks, config.optim.rank, seed=seed)
-        self.applied = apply(transformer, blocks, config.memory, device)
+        # The predictor places its position tables where the weights are: before a peer takes those away.
         self.predict, self._around_student = backbone.predictor(transformer, shape[1:]), around_student
+        self.applied = apply(transformer, blocks, config.memory, device)
         names = sorted({*PROMPTS.prompts, *PROMPTS.safe, *PROMPTS.preserved, ""})
         table = torch.randn(len(names), backbone.text_length, backbone.text_width,
                             generator=torch.Generator().manual_seed(seed)).to(device, dtype)
-        latents, preserved = (make_latents(config, backbone.scheduler(), shape, stream, device)
-                              for stream in ("target", "preserved"))
+        latents = make_latents(config, backbone.scheduler(), shape, "target", device)
+        preserved = make_latents(config, backbone.scheduler(), shape, "preserved", device) if config.loss.beta > 0 else None
         teacher = Teacher(self.predict, self.erasers, list(blocks), loss=config.loss, prompts=PROMPTS,
                           embeddings=Embeddings(table, names), columns={"concept": torch.zeros(1, dtype=torch.int64)},
                           latents=latents, preserved_latents=preserved, seed=seed, guidance=config.memory.guidance)

@@ -46,13 +46,13 @@ class Session:
     deadline: float = float("inf")
     """When the part under way has used up its time, by time.monotonic()."""
 
-    def cell(self, kind: str, frames: int, *, rank: int = 128, pool: int = 0, **plan: Any) -> Cell:
+    def cell(self, kind: str, frames: int, *, rank: int = 128, student_only: bool = False, **plan: Any) -> Cell:
         """A cell of a published model; in a dry run of the toy of that kind, with everything in its scale."""
         if not self.dry:
-            return Cell(model=_PUBLISHED[kind], frames=frames, rank=rank, pool=pool, plan=MemoryPlan(**plan))
+            return Cell(model=_PUBLISHED[kind], frames=frames, rank=rank, student_only=student_only, plan=MemoryPlan(**plan))
         scaled = {name: min(value, 3) if name in _COUNTS and value is not None else value for name, value in plan.items()}
         scaled["num_keep_attention"] = min(scaled.get("num_keep_attention", 0), 3 - scaled.get("num_keep_everything", 0))
-        return Cell(model=f"toy-{kind}", frames=9, rank=4, pool=pool, plan=MemoryPlan(**scaled))
+        return Cell(model=f"toy-{kind}", frames=9, rank=4, student_only=student_only, plan=MemoryPlan(**scaled))
 
     def recipe(self) -> Recipe:
         """What the naive recipe leaves on the device; next to nothing in a dry run."""

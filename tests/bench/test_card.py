@@ -37,7 +37,7 @@ def test_every_part_walks_through_and_is_not_measured_twice(tmp_path):
             assert {"failed", "out_of_memory"}.isdisjoint(cell), f"{name} {label}: {cell}"
     equality = results["offload"]["equality"]
     assert len(equality) == 2 and all(e["equal"] and e["num_tensors"] > 10 for e in equality.values())
-    assert results["offload"]["cells"]["17f ring"]["bytes_streamed_a_step"] > 0
+    assert results["offload"]["cells"]["5b-17f ring"]["bytes_streamed_a_step"] > 0
     assert results["feasibility"]["naive"] and all(n["ran"] for n in results["feasibility"]["naive"].values())
 
     before = (tmp_path / "dry" / "health.json").stat().st_mtime_ns
