@@ -45,7 +45,7 @@ class Sampling:
                     list(range(len(self.prompts))), assembly.latent_shape, num_steps=output.sample_steps, batch_size=1,
                     guidance_scale=output.guidance_scale, guidance=self.config.memory.guidance, check=check)
             decode = self.backbone.decoder(video_size(self.backbone, self.config.model)[0], dtype=assembly.dtype,
-                                           device=assembly.device, tiling=assembly.device.type == "cuda")
+                                           device=assembly.device)
             videos = [decode(one[None])[0] for one in latents]
             contact_sheet(run_dir / "samples" / f"step-{step:06d}.png", list(zip(self.prompts, videos)))
         except _Stopped:
