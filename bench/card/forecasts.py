@@ -9,7 +9,7 @@ from typing import Any
 
 from bench.card.rig import Cell, backbone_of
 from memory.assess import Assessment, Workload
-from memory.cards import GIB, Card, detect, lookup
+from memory.cards import GIB, Card, available_host_bytes, detect, lookup
 from memory.plan import MemoryPlan
 from memory.search import search
 from memory.timeline import Prediction, Trace
@@ -24,7 +24,8 @@ def card_here(*, dry: bool) -> Card:
         return lookup("8gb")
     card = detect()
     if card.is_cpu:  # no NVML: torch knows the size
-        card = lookup(f"{torch.cuda.get_device_properties().total_memory / GIB:.0f}gb")
+        size = lookup(f"{torch.cuda.get_device_properties().total_memory / GIB:.0f}gb")
+        card = dataclasses.replace(size, host_bytes=available_host_bytes())
     return card
 
 

@@ -91,7 +91,7 @@ def measure(session: Session, out: Path) -> dict[str, Any]:
     equality = _equality(session, "2b", 9, skipped)
     for name, cell, more in session.within_budget(_cells(session), skipped, name=lambda entry: entry[0]):
         found[name] = session.measure(cell, num_steps=1 if more or session.dry else 2, num_warm=1 if more else 2,
-                                      may_fail=peers.PEER_ERRORS if more else (), **more).as_json()
+                                      may_fail=peers.PEER_ERRORS, **more).as_json()
     return {"cells": found, "equality": equality, "overlap": overlap, "skipped": skipped,
             "goals": _goals(found, equality, overlap), "table": rows(found)}
 

@@ -97,32 +97,31 @@ def thick(thinned: dict[str, Any]) -> dict[str, Any]:
 
 
 def _snapshots(session: Session, out: Path) -> dict[str, Any]:
-    """Histories of the allocator over a step, as fixtures that need no card, and the simulator's replay of each."""
+    """Histories of the allocator over two steps, as fixtures that need no card, and the simulator's replay of each."""
     if not session.gauge.is_card:
         return {}
-    result = {}
-    host = dict(resident_blocks=0, boundaries="host")
-    for label, cell in (("2b-9f-plain", session.cell("2b", 9, rank=16)), ("2b-9f-host", session.cell("2b", 9, rank=16, **host)),
-                        ("2b-9f-keep-attention", session.cell("2b", 9, rank=16, num_keep_attention=30))):
-        session.gauge.release()
-        # Recording begins with the first allocation: what is older is in neither figure.
-        torch.cuda.memory._record_memory_history("all", context=None, stacks="python", max_entries=1_000_000)
-        try:
-            with rigged(cell, session.gauge) as rig:
-                rig.step()
-                rig.step()
-                history = thin(torch.cuda.memory._snapshot())
-        finally:
-            torch.cuda.memory._record_memory_history(None)
-        session.gauge.release()
-        path = out / f"snapshot-{label}.json.gz"
-        path.write_bytes(gzip.compress(json.dumps(history, separators=(",", ":")).encode(), 9, mtime=0))
-        replayed = replay_snapshot(thick(history))
-        result[label] = {"file": path.name, "settings": cell.name(), "num_events": replayed.num_events,
-                         "num_unmatched": replayed.num_unmatched,
-                         "recorded_peak_reserved_bytes": replayed.recorded_peak_reserved_bytes,
-                         "simulated_peak_reserved_bytes": replayed.simulated.peak_reserved_bytes}
-    return result
+    fields = {"2b-9f-plain": {}, "2b-9f-host": dict(resident_blocks=0, boundaries="host"), "2b-9f-keep-attention": dict(num_keep_attention=30)}
+    chosen = {label: session.cell("2b", 9, rank=16, **plan) for label, plan in fields.items()}
+    return {label: session.gauge.attempt(lambda cell=cell, label=label: _snapshot(session, cell, out / f"snapshot-{label}.json.gz"),
+                                         may_fail=(RuntimeError,)).as_json() for label, cell in chosen.items()}
+
+
+def _snapshot(session: Session, cell: Cell, path: Path) -> dict[str, Any]:
+    session.gauge.release()
+    # Recording begins before the first allocation: what is older is in neither figure.
+    torch.cuda.memory._record_memory_history("all", context=None, stacks="python", max_entries=1_000_000)
+    try:
+        with rigged(cell, session.gauge) as rig:
+            rig.step()
+            rig.step()
+            history = thin(torch.cuda.memory._snapshot())
+    finally:
+        torch.cuda.memory._record_memory_history(None)
+    path.write_bytes(gzip.compress(json.dumps(history, separators=(",", ":")).encode(), 9, mtime=0))
+    replayed = replay_snapshot(thick(history))
+    return {"file": path.name, "settings": cell.name(), "num_events": replayed.num_events, "num_unmatched": replayed.num_unmatched,
+            "recorded_peak_reserved_bytes": replayed.recorded_peak_reserved_bytes,
+            "simulated_peak_reserved_bytes": replayed.simulated.peak_reserved_bytes}
 
 
 def measure(session: Session, out: Path) -> dict[str, Any]:

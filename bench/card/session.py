@@ -70,8 +70,10 @@ class Session:
             else:
                 yield cell
 
-    def measure(self, cell: Cell, *, num_steps: int, may_fail: tuple[type[Exception], ...] = (), **more: Any) -> Attempt:
-        """Set up, run and take down one cell; being out of memory is an answer."""
+    def measure(self, cell: Cell, *, num_steps: int, may_fail: tuple[type[Exception], ...] = (RuntimeError,),
+                **more: Any) -> Attempt:
+        """Set up, run and take down one cell. Being out of memory is an answer, and so is an error: it is shown and written
+        down, and the cells after it run."""
         return self.gauge.attempt(lambda: measured(cell, self.gauge, num_steps=num_steps, **more), may_fail=may_fail)
 
 
