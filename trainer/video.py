@@ -3,6 +3,7 @@
 Legend: B videos, T frames, H W pixels; values in [0, 1].
 """
 
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -32,7 +33,7 @@ def write_mp4(path: Path, video: Tensor, *, fps: int = 8) -> None:
             container.mux(stream.encode())
         part.replace(path)
     except (OSError, av.error.FFmpegError) as e:
-        part.unlink(missing_ok=True)
+        _discard(part)
         raise InputOutputError(f"{path} cannot be written ({e}); choose another --out") from e
 
 
@@ -52,13 +53,19 @@ def contact_sheet(path: Path, rows: list[tuple[str, Tensor]], *, num_frames: int
             picture = Image.fromarray(_bytes(video[:, t]).permute(1, 2, 0).numpy())
             picture = picture.resize((width * factor, height * factor), Image.Resampling.NEAREST)
             sheet.paste(picture, (4 + c * cell[0], r * cell[1] + _CAPTION + 2))
+    part = path.with_name(f".{path.name}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(f".{path.name}.part")
         sheet.save(part, format="PNG")
         part.replace(path)
     except OSError as e:
+        _discard(part)
         raise InputOutputError(f"{path} cannot be written ({e}); choose another --out") from e
+
+
+def _discard(part: Path) -> None:
+    with suppress(OSError):  # where it could not be made it cannot be removed either
+        part.unlink()
 
 
 def _bytes(video: Tensor) -> Tensor:

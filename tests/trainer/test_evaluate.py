@@ -1,0 +1,196 @@
+"""The evaluation counts what the detector sees; on rendered videos every rate is known beforehand."""
+
+import json
+import math
+
+import pytest
+import torch
+from test_erasers import shake
+
+from trainer import evaluate as module
+from trainer.backbones.cogvideox import CogVideoX
+from trainer.config import EvaluateConfig, ModelConfig
+from trainer.eraser_files import save_eraser, save_released
+from trainer.erasers import Erasers
+from trainer.errors import CheckpointError, InputOutputError, UsageError
+from trainer.evaluate import cases, evaluate, print_table, wilson
+from trainer.shapes import world
+
+
+def _words(prompt: str) -> set[str]:
+    return set(prompt.split())
+
+
+@pytest.mark.parametrize("concept", ["red", "circle", "left", "crimson"])
+def test_cases_are_balanced_and_say_what_their_group_promises(concept):
+    attribute, name = world.kind_of(concept)
+    chosen = cases(concept, 64, 5)
+    groups = {g: [c for c in chosen if c.group == g] for g in ("target", "synonyms", "preserved")}
+    assert len(groups["target"]) == len(groups["synonyms"]) == 64
+    assert len(groups["preserved"]) == 64 * (len(world.ATTRIBUTES[attribute]) - 1)
+    training = {p for p, _ in world.erasure_pairs(concept)}
+    synonyms = set(world.ATTRIBUTES[attribute][name][1:])
+    for case in chosen:
+        shown = {world.kind_of(w) for w in case.prompt.split() if any(w in ws for n in world.ATTRIBUTES.values() for ws in n.values())}
+        assert shown == {(k, getattr(case.scene, k)) for k in world.ATTRIBUTES}
+        if case.group == "target":
+            assert case.prompt in training and getattr(case.scene, attribute) == name
+        elif case.group == "synonyms":
+            assert _words(case.prompt) & synonyms and name not in _words(case.prompt)
+        else:
+            assert getattr(case.scene, attribute) != name
+    for kind in world.ATTRIBUTES:  # every value of the other attributes about equally often
+        if kind != attribute:
+            counts = [sum(getattr(c.scene, kind) == v for c in groups["target"]) for v in world.ATTRIBUTES[kind]]
+            assert max(counts) - min(counts) <= len(world.ATTRIBUTES["shape"]) * len(world.ATTRIBUTES["direction"])
+            assert min(counts) > 0
+
+
+def test_cases_prefer_captions_that_pretraining_did_not_see():
+    chosen = cases("red", 64, 0)
+    plain = [c for c in chosen if c.group != "target"]
+    assert sum(world.held_out(c.prompt) for c in plain) > 0.9 * len(plain)
+
+
+def test_cases_are_a_function_of_the_seed():
+    assert cases("red", 10, 1) == cases("red", 10, 1) != cases("red", 10, 2)
+
+
+def test_rows_of_the_table_have_enough_videos():
+    """At least `num_videos` in every row, those of a single colour, shape and direction included."""
+    chosen = cases("red", 64, 0)
+    kept = [c for c in chosen if c.group == "preserved"]
+    for kind, names in world.ATTRIBUTES.items():
+        for name in names:
+            count = sum(getattr(c.scene, kind) == name for c in kept)
+            assert count >= 64 or (kind, name) == ("colour", "red"), (kind, name, count)
+
+
+def test_wilson_interval():
+    assert wilson(0, 64) == pytest.approx((0.0, 0.0566), abs=1e-3)
+    assert wilson(64, 64) == pytest.approx((0.9434, 1.0), abs=1e-3)
+    assert wilson(32, 64) == pytest.approx((0.3807, 0.6193), abs=1e-3)
+    low, high = wilson(1, 10)
+    assert low < 0.1 < high and wilson(0, 10)[0] == 0.0
+
+
+def _rendered(chosen, when: str, *, seed: int) -> torch.Tensor:
+    """What a perfect eraser of red would make: the same, but green where red was asked for."""
+    videos = []
+    for i, case in enumerate(chosen):
+        colour = "green" if when == "after" and case.scene.colour == "red" else case.scene.colour
+        scene = world.Scene(colour, case.scene.shape, case.scene.direction)
+        videos.append(world.render(scene, torch.Generator().manual_seed(seed + i)))
+    return torch.stack(videos)
+
+
+def _table(videos, chosen):
+    found = {when: [world.detect(v) for v in clip] for when, clip in videos.items()}
+    return module._table("red", chosen, found, videos)
+
+
+def test_rates_of_a_perfect_eraser():
+    chosen = cases("red", 12, 0)
+    result = _table({when: _rendered(chosen, when, seed=3) for when in ("before", "after")}, chosen)
+    for group in ("target", "synonyms"):
+        assert (result[group]["before"], result[group]["after"]) == (1.0, 0.0)
+    names = {(row["name"], row["kind"]) for row in result["preserved"]}
+    expected = {(v, k) for k, vs in world.ATTRIBUTES.items() for v in vs} - {("red", "colour")}
+    assert names == expected | {("shape of red prompts", "target-shape"), ("direction of red prompts", "target-direction")}
+    for row in result["preserved"]:
+        assert row["before"] == row["after"] == 1.0
+        assert 0 < row["after_interval"][0] < row["after_interval"][1] == pytest.approx(1.0)
+    assert result["motion"]["before"] == pytest.approx(result["motion"]["after"]) and result["motion"]["before"] > 8
+    assert result["distance"]["preserved_rms"] == 0.0
+
+
+def test_frozen_videos_lose_their_motion_and_their_directions():
+    chosen = cases("red", 12, 0)
+    before = _rendered(chosen, "before", seed=3)
+    result = _table({"before": before, "after": before[:, :, :1].expand_as(before)}, chosen)
+    assert result["motion"]["after"] < 0.1 and result["distance"]["preserved_rms"] > 0.02
+    rows = {row["name"]: row for row in result["preserved"]}
+    assert rows["left"]["after"] == 0.0 and rows["circle"]["after"] == 1.0
+
+
+def test_videos_destroyed_by_the_eraser_show_in_the_rows_of_the_target():
+    chosen = cases("red", 12, 0)
+    before = _rendered(chosen, "before", seed=3)
+    result = _table({"before": before, "after": torch.zeros_like(before)}, chosen)
+    assert result["target"]["after"] == 0.0
+    assert all(row["after"] == 0.0 for row in result["preserved"])
+
+
+@pytest.fixture
+def bundled(pipelines, monkeypatch) -> CogVideoX:
+    """The tiny pipeline in place of the bundled model."""
+    monkeypatch.setattr("trainer.backbones.cogvideox.BUNDLED", pipelines["2b"])
+    return CogVideoX("shapes")
+
+
+@pytest.fixture
+def eraser(bundled, tmp_path):
+    erasers = Erasers(bundled.blocks(bundled.load_transformer(dtype=torch.float32)), 4)
+    shake(erasers)
+    save_eraser(tmp_path / "run", erasers, base_model=bundled.identity(), training={"data": {"concept": "red"}})
+    return tmp_path / "run"
+
+
+def _config(run, **more) -> EvaluateConfig:
+    return EvaluateConfig(**dict(run=run, num_videos=2, num_steps=2, model=ModelConfig(device="cpu")) | more)
+
+
+def test_evaluation_is_written_with_the_agreed_fields(eraser, capsys):
+    result = evaluate(_config(eraser))
+    assert json.loads((eraser / "evaluation.json").read_text()) == json.loads(json.dumps(result))
+    assert {"target", "synonyms", "preserved", "motion", "num_videos", "seeds"} <= result.keys()
+    assert {"name", "before", "after"} <= result["target"].keys() and result["target"]["name"] == "red"
+    assert {"before", "after"} <= result["synonyms"].keys()
+    assert all({"name", "kind", "before", "after"} <= row.keys() for row in result["preserved"])
+    assert result["num_videos"] == 2 and result["seeds"] == [1000, 1000 + 2 * 6 - 1]
+    rates = [row[when] for row in (result["target"], result["synonyms"], *result["preserved"]) for when in ("before", "after")]
+    assert all(0 <= r <= 1 for r in rates) and math.isfinite(result["distance"]["preserved_rms"])
+    assert result["distance"]["preserved_rms"] > 0  # the eraser was really on
+    assert (eraser / "before-after.png").stat().st_size > 1000
+    print_table(result)
+    table = capsys.readouterr().out
+    assert "erased: red" in table and "crimson, scarlet" in table and "motion" in table
+    for row in result["preserved"]:
+        assert row["name"] in table
+
+
+def test_before_is_the_model_without_the_eraser(eraser, bundled, tmp_path):
+    """An eraser that does nothing leaves before and after bitwise the same."""
+    idle = Erasers(bundled.blocks(bundled.load_transformer(dtype=torch.float32)), 4)
+    save_eraser(tmp_path / "idle", idle, base_model=bundled.identity(), training={"data": {"concept": "red"}})
+    assert evaluate(_config(tmp_path / "idle"))["distance"]["preserved_rms"] == 0.0
+
+
+def test_released_file_needs_the_concept(eraser, bundled, tmp_path):
+    from trainer.eraser_files import load_eraser
+
+    save_released(tmp_path / "released", load_eraser(eraser).state, 4)
+    with pytest.raises(UsageError, match="does not say which concept it erases; name it with --concept"):
+        evaluate(_config(tmp_path / "released"))
+    assert evaluate(_config(tmp_path / "released", concept="crimson"))["target"]["name"] == "red"
+
+
+def test_unknown_concept_and_missing_run(eraser, tmp_path):
+    with pytest.raises(UsageError, match="--concept giraffe"):
+        evaluate(_config(eraser, concept="giraffe"))
+    with pytest.raises(CheckpointError, match="no eraser there"):
+        evaluate(_config(tmp_path / "nothing"))
+    assert not (eraser / "evaluation.json").exists()
+
+
+def test_eraser_of_another_model_is_refused(eraser, pipelines, monkeypatch):
+    monkeypatch.setattr("trainer.backbones.cogvideox.BUNDLED", pipelines["5b"])
+    with pytest.raises(CheckpointError, match="made for shapes"):
+        evaluate(_config(eraser))
+    assert not (eraser / "evaluation.json").exists()
+
+
+def test_unwritable_evaluation(eraser):
+    (eraser / "evaluation.json").mkdir()
+    with pytest.raises(InputOutputError, match="evaluation.json cannot be written"):
+        evaluate(_config(eraser))
