@@ -1,6 +1,5 @@
 """Block offload beside all-resident and beside its peers, in one run: time, peak, bytes, overlap, and equality to the bit."""
 
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +23,10 @@ def _ours(num_blocks: int) -> dict[str, dict[str, Any]]:
 
 def _peers(session: Session) -> dict[str, dict[str, Any]]:
     device = session.gauge.device
-    leaf = ("accelerate cpu_offload (diffusers' sequential)", peers.sequential_offload) if find_spec("accelerate") else (
-        "diffusers leaf-level group offload without stream (stands for sequential)", peers.leaf_offload)
     return {
         "diffusers group offload, block level, streams": dict(apply=peers.group_offload, around_student=peers.whole_recomputation),
         "torch save_on_cpu": dict(around_student=peers.save_on_host(device)),
-        leaf[0]: dict(apply=leaf[1], around_student=peers.whole_recomputation),
+        "sequential, layer by layer": dict(apply=peers.leaf_offload, around_student=peers.whole_recomputation),
     }
 
 

@@ -7,6 +7,7 @@ recomputation fetches weights again, and recomputes to the end of a block, or a 
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 
 import torch
 from torch import nn
@@ -29,7 +30,12 @@ def _hide_erasers(blocks: nn.ModuleList) -> None:
 
 
 def group_offload(transformer: nn.Module, blocks: nn.ModuleList, plan: MemoryPlan, device: torch.device) -> None:
-    """diffusers' group offload, a block a group, with streams and `record_stream`: its fastest setting."""
+    """diffusers' group offload, a block a group, with streams and `record_stream`: its fastest setting.
+
+    Raises ImportError without accelerate, whose `send_to_device` it calls.
+    """
+    if find_spec("accelerate") is None:
+        raise ImportError("diffusers' group offload calls accelerate, which is not installed")
     from diffusers.hooks import apply_group_offloading
 
     streamed = {"use_stream": True, "record_stream": True} if device.type == "cuda" else {}
@@ -39,25 +45,23 @@ def group_offload(transformer: nn.Module, blocks: nn.ModuleList, plan: MemoryPla
     _checkpointed(blocks)
 
 
-def sequential_offload(transformer: nn.Module, blocks: nn.ModuleList, plan: MemoryPlan, device: torch.device) -> None:
-    """Layer by layer, when needed: accelerate's `cpu_offload`, which is what diffusers' sequential offload calls."""
-    from accelerate import cpu_offload
-
-    _hide_erasers(blocks)
-    cpu_offload(transformer.to("cpu"), execution_device=device)
-    _checkpointed(blocks)
-
-
 def leaf_offload(transformer: nn.Module, blocks: nn.ModuleList, plan: MemoryPlan, device: torch.device) -> None:
-    """diffusers' group offload by leaf, without streams: stands for sequential offload where accelerate is not installed.
-
-    Unlike accelerate it copies weights back, so it is slower.
-    """
-    from diffusers.hooks import apply_group_offloading
-
+    """Layer by layer, when needed, from pageable host memory, nothing copied back: what accelerate's sequential offload does,
+    which diffusers calls. It stands for it, so that accelerate is not needed."""
     _hide_erasers(blocks)
-    apply_group_offloading(transformer, onload_device=device, offload_device=torch.device("cpu"), offload_type="leaf_level")
+    for module in transformer.modules():
+        own = list(module.parameters(recurse=False))
+        if own:
+            homes = [(parameter, parameter.data.to("cpu")) for parameter in own]
+            module.register_forward_pre_hook(lambda *_, homes=homes: _point(homes, device))
+            module.register_forward_hook(lambda *_, homes=homes: _point(homes, torch.device("cpu")), always_call=True)
+            _point(homes, torch.device("cpu"))
     _checkpointed(blocks)
+
+
+def _point(homes: list[tuple[nn.Parameter, torch.Tensor]], device: torch.device) -> None:
+    for parameter, home in homes:
+        parameter.data = home.to(device)
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -31,9 +32,12 @@ def test_every_part_walks_through_and_is_not_measured_twice(tmp_path):
         assert result["dry"] and not result["skipped"] and result["provenance"]["versions"]["torch"]
         assert result["goals"] and all(g["reached"] is None for g in result["goals"])
         assert f"{name}: {result['goals'][0]['goal']}" in shown
-    # Nothing failed or ran out of memory along the way.
+    # Nothing failed or ran out of memory along the way; diffusers' group offload cannot run without accelerate.
     for name in set(PARTS) - {"peaks", "choice"}:
         for label, cell in results[name]["cells"].items():
+            if "diffusers" in label and find_spec("accelerate") is None:
+                assert "accelerate" in cell["failed"]
+                continue
             assert {"failed", "out_of_memory"}.isdisjoint(cell), f"{name} {label}: {cell}"
     equality = results["offload"]["equality"]
     assert len(equality) == 2 and all(e["equal"] and e["num_tensors"] > 10 for e in equality.values())
