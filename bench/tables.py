@@ -119,8 +119,94 @@ def overlap() -> str:
     return markdown(header, rows) + f"\nPredicted, not measured, by `{result['provenance']['command']}`.\n"
 
 
-TABLES: dict[str, Callable[[], str]] = {"main": main_run, "pretrained": pretrained, "erasure": erasure, "overlap": overlap, "projection": projection,
-                                        "leak": leak}
+GIB = 2**30
+
+
+def _predicted(result: dict[str, Any]) -> str:
+    return f"\nPredicted, not measured, by `{result['provenance']['command']}`, torch {result['provenance']['versions']['torch']}, {result['provenance']['date']}.\n"
+
+
+def _absent(name: str) -> str | None:
+    """What a table says whose result is not there yet."""
+    return None if (RESULTS / f"{name}.json").exists() else f"No result yet: `python -m bench.{name}`.\n"
+
+
+def rank() -> str:
+    """Bytes by rank, dtype and optimizer, and the documents' own figures."""
+    result, rows = load("rank"), []
+    whats = ("fp16_bytes", "train_fp16_bytes", "fp32_bytes", "train_adamw_bytes", "train_adamw8bit_bytes")
+    for model, m in result["models"].items():
+        for rank, costs in m["ranks"].items():
+            document = result["document"].get(rank) if model.startswith("documents") else None
+            says = f"{document['params'] / 1e6:.1f} M, {document['fp16_bytes'] / 1e6:.0f} / {document['train_bytes'] / 1e6:.0f} MB" if document else ""
+            rows.append([f"{model}, {m['num_blocks']} x {m['width']}", rank, f"{costs['params']:,}",
+                         *(f"{costs[what] / 1e6:.1f}" for what in whats), says])
+    header = ["model", "rank", "parameters", "fp16 weights, MB", "fp16 in training", "fp32 weights", "fp32, AdamW", "fp32, 8-bit AdamW",
+              "the document says"]
+    return markdown(header, rows) + f"\nComputed exactly by `{result['provenance']['command']}`; in training: weights, gradients, state.\n"
+
+
+def _feasible(cell: dict[str, Any], needed: int) -> str:
+    seconds = cell["step_seconds"]
+    return f"{needed / GIB:.1f} GiB, {seconds:.{0 if seconds >= 100 else 1}f} s" if cell["fits"] else f"no: {needed / GIB:.1f} GiB"
+
+
+def feasibility() -> str:
+    """Fits or not, peak and step time, by model, frames and card; naive / planned."""
+    if absent := _absent("feasibility"):
+        return absent
+    result, rows = load("feasibility"), []
+    for name, cell in result["cells"].items():
+        model, frames = name.rsplit("-", 1)
+        naive, planned = cell["naive"], cell["planned"]
+        rows.append([f"{model}, {frames} frames, naive", *(_feasible(naive[c], naive[c]["needed_bytes"]) for c in result["cards"])])
+        rows.append([f"{model}, {frames} frames, planned", *(
+            _feasible(planned[c], planned[c]["predicted"]["needed_bytes"]) for c in result["cards"])])
+    return markdown(["", *result["cards"]], rows) + _predicted(result)
+
+
+def strategies() -> str:
+    """Peak of the step and its time under each strategy, and against full checkpointing."""
+    if absent := _absent("strategies"):
+        return absent
+    result = load("strategies")
+    cells = result["cells"]
+    rows = []
+    for name in next(iter(cells.values())):
+        row = [name]
+        for cell in cells.values():
+            here, base = cell.get(name), cell.get("checkpoint all")
+            row.append("" if here is None or base is None else (
+                f"{here['step_peak_bytes'] / GIB:.2f} GiB ({here['step_peak_bytes'] / base['step_peak_bytes'] - 1:+.0%}), "
+                f"{here['step_seconds']:.2f} s ({here['step_seconds'] / base['step_seconds'] - 1:+.1%})"))
+        rows.append(row)
+    return markdown(["strategy (change against checkpoint all)", *cells], rows) + _predicted(result)
+
+
+def story() -> str:
+    """The reproduction log, replayed."""
+    if absent := _absent("story"):
+        return absent
+    result, rows = load("story"), []
+    for name, v in result["variants"].items():
+        cards = [("fits" if c["fits"] else f"breaks in {c['breaks_in'] or 'reserving'}") for c in v["cards"].values()]
+        kinds = [f"{v['by_category'][k] / GIB:.1f}" for k in ("weights", "saved activations", "working set")]
+        rows.append([name, f"{v['peak_bytes'] / GIB:.1f} GiB", *kinds, *cards])
+    cards = list(next(iter(result["variants"].values()))["cards"])
+    return markdown(["2b, 17 frames, fp32", "peak", "weights", "saved activations", "working set", *cards], rows) + _predicted(result)
+
+
+def claims() -> str:
+    """A verdict for every figure of the documents."""
+    result = load("claims")
+    rows = [[f"`{name}`", c["document"], c["claim"], c["verdict"], c["figure"]] for name, c in result["claims"].items()]
+    rule = "| id | document | claim | verdict | figure |\n| --- | --- | --- | --- | --- |\n"
+    return rule + "".join("| " + " | ".join(row) + " |\n" for row in rows)
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "rank": rank, "feasibility": feasibility, "strategies": strategies, "story": story, "claims": claims,
+    "main": main_run, "pretrained": pretrained, "erasure": erasure, "overlap": overlap, "projection": projection, "leak": leak}
 
 
 def rendered(text: str) -> str:

@@ -1,0 +1,54 @@
+"""Which model fits which size of card, with naive settings and with planned ones: peak and step time, predicted.
+
+    python -m bench.feasibility
+"""
+
+from typing import Any
+
+from bench.naive import Recipe
+from bench.provenance import write_result
+from bench.story import rehearse_naive
+from memory.assess import assess_trace, Limits
+from memory.cards import lookup
+from memory.plan import MemoryPlan
+from memory.timing import Load, add_loads, load_of, step_time
+from trainer.config import TrainConfig, replaced
+from trainer.planning import described, forecast, workload
+
+CARDS = ("8gb", "12gb", "16gb", "24gb", "48gb", "96gb", "4090", "h20", "h200")
+CELLS = (("cogvideox-2b", 17), ("cogvideox-2b", 49), ("cogvideox-5b", 17), ("cogvideox-5b", 49),
+         ("cogvideox1.5-5b", 17), ("cogvideox1.5-5b", 81))
+
+
+def settings(model: str, frames: int) -> TrainConfig:
+    """The default run of a published model."""
+    return replaced(TrainConfig(), {"model.model": model, "model.weights": "random", "model.frames": frames})
+
+
+def naive(config: TrainConfig) -> dict[str, Any]:
+    """The naive recipe in float32 on every card."""
+    config = replaced(config, {"memory.dtype": "float32"})
+    trace, run, found = rehearse_naive(config, Recipe()), workload(config), {}
+    for name in CARDS:
+        card = lookup(name)
+        load = add_loads(load_of(span.work, card, tf32=False) for span in trace.spans)
+        time = step_time(Load(load.compute, 0, 0), [], card, streamed_share=0.0)
+        plan = MemoryPlan(dtype="float32", checkpoint="none", backbone_copies=2, text_encoder_resident=True, guidance="batched")
+        a = assess_trace(run, plan, trace, time, Limits(card), True)
+        found[name] = {"fits": a.fits, "reason": a.reason, "needed_bytes": a.needed_bytes, "step_seconds": time.seconds}
+    return found
+
+
+def main() -> None:
+    cells: dict[str, Any] = {}
+    for model, frames in CELLS:
+        config = settings(model, frames)
+        cells[f"{model}-{frames}"] = {"naive": naive(config), "planned": {
+            name: described(forecast(config, lookup(name)).chosen) for name in CARDS}}
+        write_result("feasibility", {"basis": "predicted", "cards": CARDS, "cells": cells})
+        print(model, frames, {n: (p["fits"], round(p["step_seconds"], 1)) for n, p in cells[f"{model}-{frames}"]["planned"].items()},
+              flush=True)
+
+
+if __name__ == "__main__":
+    main()

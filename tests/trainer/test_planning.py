@@ -1,0 +1,70 @@
+"""Forecasts of runs on the tiny pipelines: phases, verdicts, JSON, and what is refused."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from memory.cards import lookup
+from memory.plan import MemoryPlan
+from trainer import planning
+from trainer.backbones.cogvideox import CogVideoX, enable_tiles
+from trainer.config import ModelConfig, TrainConfig
+from trainer.errors import UsageError
+from trainer.rehearse import peak_beyond
+
+
+@pytest.fixture
+def forecast(tiny_config):
+    return planning.forecast(tiny_config(), lookup("4090"))
+
+
+def test_forecast_of_a_tiny_run_fits_and_offloads_nothing(forecast):
+    plan = forecast.result.best.plan
+    assert plan.resident_blocks is None and plan.boundaries == "device" and plan.feed_forward_chunks == 1
+    assert {"load", "teacher", "student forward", "student backward", "optimizer", "encode prompts", "sample", "decode",
+            "save"} <= set(forecast.chosen.by_phase)
+
+
+def test_json_has_the_promised_keys_and_sums(forecast):
+    content = json.loads(json.dumps(planning.as_json(forecast, {})))
+    assert {"model", "card", "capacity_bytes", "fits", "settings", "predicted", "step_seconds", "alternatives"} <= content.keys()
+    predicted = content["predicted"]
+    assert sum(predicted["by_category"].values()) == predicted["step_peak_bytes"]
+    assert predicted["peak_bytes"] == max(predicted["by_phase"].values())
+    assert content["settings"].keys() == MemoryPlan.__dataclass_fields__.keys()
+
+
+def test_settings_given_are_predicted_as_given(tiny_config):
+    config = tiny_config(memory__resident_blocks=1, memory__boundaries="host")
+    found = planning.forecast(config, lookup("4090"), ["resident_blocks", "boundaries"])
+    assert (found.chosen.plan.resident_blocks, found.chosen.plan.boundaries) == (1, "host")
+
+
+def test_a_published_name_without_weights_is_planned_from_its_configuration():
+    config = TrainConfig(model=ModelConfig(model="cogvideox-5b"))
+    assert planning.without_weights(config).model.weights == "random"
+    for model in ("shapes", "/nowhere"):
+        config = TrainConfig(model=ModelConfig(model=model))
+        assert planning.without_weights(config) is config
+
+
+def test_settings_that_cannot_be_are_one_line(tiny_config):
+    for changes, words in (({"memory__guidance": "none"}, "--guidance none"), ({"model__frames": 48}, "--frames 48")):
+        with pytest.raises(UsageError, match=words):
+            planning.forecast(tiny_config(**changes), lookup("4090"))
+    with pytest.raises(UsageError, match="has no bfloat16"):
+        planning.check_card(tiny_config(memory__dtype="bfloat16"), replace(lookup("t4"), bf16=False))
+
+
+def test_one_tile_stands_for_all(pipelines):
+    backbone = CogVideoX(str(pipelines["2b"]))
+    shape = (3, 4, 96, 144)  # three tiles by three, as its tiles are 32 x 48 latents; the last ones are smaller
+    predicted = planning._decoding_bytes(backbone, torch.float32, 9, shape)
+    with FakeTensorMode(), torch.no_grad():
+        vae = backbone.fake_vae(dtype=torch.float32)
+        enable_tiles(vae)
+        actual = peak_beyond([vae], lambda: vae.decode(torch.empty(1, 4, 3, 96, 144))) + sum(p.nbytes for p in vae.parameters())
+    assert actual <= predicted <= 1.1 * actual

@@ -1,0 +1,39 @@
+"""The rehearsed step is the run's: what stands, what is freed, and what 8-bit state weighs."""
+
+from dataclasses import replace
+
+from memory.optimizers import predict_state_bytes
+from memory.plan import MemoryPlan
+from trainer.assemble import open_backbone
+from trainer.rehearse import rehearse
+
+
+def test_what_stands_is_what_a_run_holds(tiny_config):
+    config = tiny_config()
+    backbone = open_backbone(config.model)
+    trace = rehearse(backbone, config, config.memory)
+    params = backbone.num_blocks * (2 * backbone.width * 4 + backbone.width + 4)
+    assert trace.standing_bytes("adapters") == 4 * params
+    numels = (backbone.width * 4, 4, backbone.width * 4, backbone.width) * backbone.num_blocks
+    assert trace.standing_bytes("optimizer") == predict_state_bytes(numels, "adamw")
+    births = [e for e in trace.events if e >= 0]
+    assert sorted(births) == sorted(~e for e in trace.events if e < 0)  # a step frees all that it makes
+    assert {"teacher", "student forward", "student backward", "optimizer"} <= {s.phase for s in trace.spans}
+
+
+def test_a_second_backbone_costs_a_backbone_and_streaming_moves_weights_to_the_host(tiny_config):
+    config = tiny_config()
+    backbone = open_backbone(config.model)
+    weights = rehearse(backbone, config, MemoryPlan()).standing_bytes("weights")
+    twice = rehearse(backbone, config, MemoryPlan(backbone_copies=2)).standing_bytes("weights")
+    streamed = rehearse(backbone, config, MemoryPlan(resident_blocks=0))
+    assert 1.9 * weights <= twice <= 2 * weights
+    assert streamed.standing_bytes("weights") < weights < streamed.standing_bytes("weights") + 1.1 * streamed.standing_bytes(
+        "weights", "pinned")
+
+
+def test_8bit_state_is_smaller(tiny_config):
+    config = tiny_config(optim__rank=256)  # 8-bit states begin at 4,096 elements
+    backbone = open_backbone(config.model)
+    plain, small = (rehearse(backbone, config, replace(config.memory, optimizer=kind)) for kind in ("adamw", "adamw8bit"))
+    assert small.standing_bytes("optimizer") < plain.standing_bytes("optimizer") / 2
