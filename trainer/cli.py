@@ -198,7 +198,7 @@ def _plan(argv: Sequence[str]) -> None:
     command, origins = resolve(argv, PlanCommand)
     from trainer import planning
 
-    found = planning.forecast(command.settings, _card(command.profile), _fixed(origins))
+    found = planning.forecast(planning.without_weights(command.settings), _card(command.profile), _fixed(origins))
     if command.json:
         print(json.dumps(planning.as_json(found, origins), indent=2))
     else:

@@ -2,21 +2,25 @@
 
 import json
 import shlex
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass, fields, replace
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from memory.assess import MARGIN, Assessment, PhaseNeed, Workload, assess
 from memory.cards import GIB, Card, card_names, lookup
 from memory.offload import offload_blocks
 from memory.plan import MemoryPlan
-from memory.search import SEARCHED, Assessment, PhaseNeed, SearchResult, Workload, search
+from memory.search import SEARCHED, SearchResult, search
+from memory.timeline import Trace
 from trainer.assemble import open_backbone, resolve_dtype, video_size
-from trainer.backbones.cogvideox import CogVideoX
-from trainer.config import TrainConfig
+from trainer.backbones import published
+from trainer.backbones.cogvideox import CogVideoX, enable_tiles
+from trainer.config import ModelConfig, TrainConfig
 from trainer.errors import DoesNotFit, UsageError
 from trainer.rehearse import peak_beyond, rehearse
 
@@ -29,8 +33,12 @@ class Forecast:
 
     card: Card
     config: TrainConfig
-    backbone: CogVideoX
     result: SearchResult
+
+    @property
+    def dtype(self) -> str:
+        """The backbone's, by name."""
+        return _dtype_name(self.config)
 
     @property
     def chosen(self) -> Assessment:
@@ -38,24 +46,68 @@ class Forecast:
         return self.result.best or self.result.smallest
 
 
+def without_weights(config: TrainConfig) -> TrainConfig:
+    """A published model that is not here is planned from its published configuration: planning needs no weights."""
+    model = config.model
+    if model.weights == "random" or model.model not in published.TRANSFORMERS or Path(model.model).exists():
+        return config
+    return replace(config, model=replace(model, weights="random"))
+
+
+def workload(config: TrainConfig) -> Workload:
+    """A run as `memory.search` sees it. Traces are remembered: they are the same for every card.
+
+    Raises UsageError for settings that cannot be.
+    """
+    backbone = _opened(config.model)
+    backbone.latent_shape(*video_size(backbone, config.model))
+    resolve_dtype(backbone, config.memory, insist=config.model.force_dtype)
+    if config.memory.guidance == "none":
+        raise UsageError("--guidance none: training needs the anchor's prediction beside the prompt's; "
+                         "use batched or sequential")
+    what = replace(config, memory=MemoryPlan(), output=replace(config.output, out=None))
+    return Workload(
+        model=config.model.model, num_blocks=backbone.num_blocks,
+        trace=lambda plan, num_blocks: _trace(backbone, what, plan, num_blocks),
+        phases=lambda plan: _phases(backbone, config, plan))
+
+
+_opened: Callable[[ModelConfig], CogVideoX] = lru_cache(maxsize=8)(open_backbone)
+
+
+@lru_cache(maxsize=128)
+def _trace(backbone: CogVideoX, config: TrainConfig, plan: MemoryPlan, num_blocks: int) -> Trace:
+    return rehearse(backbone, config, plan, num_blocks=num_blocks)
+
+
+def _dtype_name(config: TrainConfig) -> str:
+    return str(resolve_dtype(_opened(config.model), config.memory, insist=True)).removeprefix("torch.")
+
+
+def check_card(config: TrainConfig, card: Card) -> None:
+    """Raises UsageError where the card does not compute in the run's dtype."""
+    name = _dtype_name(config)
+    if not card.supports(name):
+        raise UsageError(f"--profile {card.name}: {card.label} has no {name}; use --dtype float32"
+                         + (" or --dtype float16 --force-dtype" if card.fp16 else ""))
+
+
 def forecast(config: TrainConfig, card: Card, fixed: Collection[str] = ()) -> Forecast:
     """Search for the fastest plan of a run on `card`; fields of the memory plan named in `fixed` stay as configured.
 
     Raises UsageError for settings that cannot be, on this card or at all.
     """
-    backbone = open_backbone(config.model)
-    backbone.latent_shape(*video_size(backbone, config.model))
-    dtype = resolve_dtype(backbone, config.memory, insist=config.model.force_dtype)
-    name = str(dtype).removeprefix("torch.")
-    if not card.supports(name):
-        raise UsageError(f"--profile {card.name}: {card.label} has no {name}; use --dtype float32"
-                         + (" or --dtype float16 --force-dtype" if card.fp16 else ""))
-    workload = Workload(
-        model=config.model.model, num_blocks=backbone.num_blocks,
-        trace=lambda plan, num_blocks: rehearse(backbone, config, plan, num_blocks=num_blocks),
-        phases=lambda plan: _phases(backbone, config, replace(plan, **dict.fromkeys(("resident_blocks",)))))
-    searched = [name for name in SEARCHED if name in fixed]
-    return Forecast(card, config, backbone, search(workload, card, base=config.memory, fixed=searched, tf32=False))
+    run = workload(config)
+    check_card(config, card)
+    result = search(run, card, base=config.memory, fixed=[name for name in SEARCHED if name in fixed], tf32=False)
+    return Forecast(card, config, result)
+
+
+def forecast_as_given(config: TrainConfig, card: Card) -> Assessment:
+    """What exactly the configured plan needs on `card`."""
+    run = workload(config)
+    check_card(config, card)
+    return assess(run, config.memory, card, tf32=False)
 
 
 def planned(config: TrainConfig, card: Card, fixed: Collection[str]) -> tuple[TrainConfig, list[str]]:
@@ -67,20 +119,19 @@ def planned(config: TrainConfig, card: Card, fixed: Collection[str]) -> tuple[Tr
     return replace(config, memory=found.result.best.plan), chosen
 
 
-@lru_cache(maxsize=64)
 def _phases(backbone: CogVideoX, config: TrainConfig, plan: MemoryPlan) -> tuple[PhaseNeed, ...]:
     """Prompt encoding, sampling, decoding and saving, each from the very modules on fake tensors."""
     frames, height, width = video_size(backbone, config.model)
     shape = backbone.latent_shape(frames, height, width)
     dtype = resolve_dtype(backbone, plan, insist=True)
     guided = config.output.guidance_scale != 1.0 and plan.guidance == "batched"
+    adapter_bytes = 4 * backbone.num_blocks * 2 * backbone.width * config.optim.rank
     return (
         PhaseNeed(name="encode prompts", device_bytes=_encoding_bytes(backbone, dtype), with_backbone=False,
                   host_bytes=_text_encoder_bytes(backbone, dtype)),
         PhaseNeed(name="sample", device_bytes=_sampling_bytes(backbone, dtype, shape, 1 + guided), with_backbone=True),
         PhaseNeed(name="decode", device_bytes=_decoding_bytes(backbone, dtype, frames, shape), with_backbone=True),
-        PhaseNeed(name="save", device_bytes=0, with_backbone=True,
-                  host_bytes=3 * 4 * backbone.num_blocks * (2 * backbone.width * config.optim.rank)),
+        PhaseNeed(name="save", device_bytes=0, with_backbone=True, host_bytes=3 * adapter_bytes),  # with both moments
     )
 
 
@@ -114,13 +165,30 @@ def _sampling_bytes(backbone: CogVideoX, dtype: torch.dtype, shape: tuple[int, .
 
 @lru_cache(maxsize=8)
 def _decoding_bytes(backbone: CogVideoX, dtype: torch.dtype, frames: int, shape: tuple[int, ...]) -> int:
-    """The autoencoder and one video through it, in tiles as on a card."""
+    """The autoencoder and one video through it, in tiles as on a card.
+
+    All tiles are alike, so one is decoded; where the others would be, as much is allocated as that one needed.
+    """
+    ratio, num_frames = backbone.temporal_ratio, (frames - 1) // backbone.temporal_ratio + 1
     with FakeTensorMode(), torch.no_grad():
         vae = backbone.fake_vae(dtype=dtype)
-        vae.enable_tiling()
-        num_frames, channels, height, width = shape
-        latents = torch.empty(1, channels, (frames - 1) // backbone.temporal_ratio + 1, height, width, dtype=dtype)
-        return peak_beyond([vae], lambda: vae.decode(latents)) + sum(p.nbytes for p in vae.parameters())
+        enable_tiles(vae)
+        weights = sum(p.nbytes for p in vae.parameters())
+        latents = torch.empty(1, shape[1], num_frames, *shape[2:], dtype=dtype)  # (B, C, F, H, W)
+        if shape[2] <= vae.tile_latent_min_height and shape[3] <= vae.tile_latent_min_width:
+            return weights + peak_beyond([vae], lambda: vae.decode(latents))
+        tile = latents[..., :vae.tile_latent_min_height, :vae.tile_latent_min_width]
+        # Frames go through in pairs, three first if they are odd; what is carried from one to the next is full by then.
+        tile = tile[:, :, :min(num_frames, 4 + num_frames % 2)]
+        scratch = peak_beyond([vae], lambda: vae.decode(tile))
+
+        def stand_in(tile: torch.Tensor, **_: object) -> tuple[torch.Tensor, None]:
+            torch.empty(scratch, dtype=torch.uint8)
+            made = ratio * tile.shape[2] - (ratio - 1) * (tile.shape[2] % 2)
+            return torch.empty(1, 3, made, *(side * backbone.spatial_ratio for side in tile.shape[3:]), dtype=dtype), None
+
+        vae.decoder.forward = stand_in
+        return weights + peak_beyond([vae], lambda: vae.decode(latents))
 
 
 def verdict(found: Forecast) -> str:
@@ -135,7 +203,10 @@ def verdict(found: Forecast) -> str:
 
 def smallest_card(found: Forecast) -> str:
     """The listed card with least memory whose usable bytes hold the plan that needs least."""
-    cards = [card for card in map(lookup, card_names()) if card.usable_bytes * 0.97 >= found.result.smallest.needed_bytes]
+    cards = []
+    for card in map(lookup, card_names()):
+        if card.usable_bytes * (1 - MARGIN) >= found.result.smallest.needed_bytes and card.supports(found.dtype):
+            cards.append(card)
     return min(cards, key=lambda card: card.capacity_bytes).name if cards else "none"
 
 
@@ -167,18 +238,19 @@ def as_json(found: Forecast, origins: dict[str, str]) -> dict[str, Any]:
     return {
         "model": found.config.model.model, "card": found.card.name, "capacity_bytes": found.card.capacity_bytes,
         "fits": found.result.best is not None, "verdict": verdict(found),
-        "num_candidates": found.result.num_candidates, **_described(found.chosen),
-        "alternatives": [_described(miss) | {"reason": miss.reason} for miss in found.result.near_misses],
+        "num_candidates": found.result.num_candidates, **described(found.chosen),
+        "alternatives": [described(miss) | {"reason": miss.reason} for miss in found.result.near_misses],
         "command": command(found.config, found.chosen.plan, origins),
     }
 
 
-def _described(a: Assessment) -> dict[str, Any]:
+def described(a: Assessment) -> dict[str, Any]:
+    """One plan and what it needs, as plain data."""
     return {
-        "settings": asdict(a.plan),
-        "predicted": {"peak_bytes": max(a.by_phase.values()), "reserved_bytes": a.prediction.reserved_bytes,
-                      "needed_bytes": a.needed_bytes, "host_bytes": a.host_bytes,
-                      "by_category": a.prediction.by_category, "by_phase": a.by_phase},
+        "settings": asdict(a.plan), "fits": a.fits,
+        "predicted": {"peak_bytes": max(a.by_phase.values()), "step_peak_bytes": a.prediction.peak_bytes,
+                      "reserved_bytes": a.prediction.reserved_bytes, "needed_bytes": a.needed_bytes,
+                      "host_bytes": a.host_bytes, "by_category": a.prediction.by_category, "by_phase": a.by_phase},
         "step_seconds": a.time.seconds, "step_seconds_by_bound": a.time.by_bound,
     }
 
