@@ -1,0 +1,205 @@
+"""The command line: help at once, and one clear line and the right exit code for every wrong input."""
+
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import FRAMES, SIDE
+
+import run
+from trainer import cli
+from trainer.errors import UsageError
+
+ROOT = Path(__file__).parents[2]
+
+
+def _python(*argv: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, *argv], cwd=ROOT, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("command", [[], ["generate"], ["evaluate"], ["export"]], ids=lambda c: "".join(c) or "train")
+def test_help_answers_at_once(command):
+    """Processor time, not the clock: other processes may have the machine."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = _python("run.py", *command, "--help")
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert done.returncode == 0 and done.stderr == ""
+    assert "run.py" in done.stdout and "--memory." not in done.stdout
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 0.5
+
+
+def test_help_imports_no_torch():
+    code = ("import sys; from trainer.cli import main\n"
+            "try: main(['--help'])\nexcept SystemExit: pass\n"
+            "bad = {'torch', 'diffusers', 'transformers', 'numpy'} & set(sys.modules); assert not bad, bad")
+    done = _python("-c", code)
+    assert done.returncode == 0, done.stderr
+
+
+def test_every_setting_has_a_help_text(capsys):
+    from trainer.config import TrainConfig, leaves
+
+    with pytest.raises(SystemExit):
+        cli.main(["--help"])
+    shown = capsys.readouterr().out
+    for path in leaves(TrainConfig()):
+        assert "--" + path.split(".")[1].replace("_", "-") in shown, path
+
+
+@pytest.fixture
+def call(monkeypatch, capsys):
+    """Run a command line as `python run.py` would; returns (exit code, stdout, the lines that complain)."""
+    def run_it(*argv) -> tuple[int, str, list[str]]:
+        monkeypatch.setattr(sys, "argv", ["run.py", *map(str, argv)])
+        try:
+            code = run.main()
+        except SystemExit as e:
+            code = e.code
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err.splitlines()
+
+    return run_it
+
+
+@pytest.fixture
+def settings(tiny_config, tmp_path, pipelines) -> list[str]:
+    """Flags of a run of one step on a tiny model."""
+    tiny_config()  # writes prompts.csv
+    return ["--model", str(pipelines["2b"]), "--prompts", str(tmp_path / "prompts.csv"), "--preserve", "a blue circle",
+            "--rank", "4", "--steps", "1", "--trajectory-steps", "2", "--sample-steps", "1", "--device", "cpu",
+            "--out", str(tmp_path / "run")]
+
+
+@pytest.fixture
+def trained(settings, call, tmp_path) -> Path:
+    code, out, _ = call(*settings)
+    assert code == 0 and out.splitlines()[-1] == f"run: {tmp_path / 'run'}"
+    return tmp_path / "run"
+
+
+def _sizes(pipelines) -> list[str]:
+    return ["--model", str(pipelines["2b"]), "--frames", str(FRAMES), "--height", str(SIDE), "--width", str(SIDE),
+            "--device", "cpu", "--num-steps", "1"]
+
+
+def test_train_generate_and_export(trained, call, pipelines, tmp_path):
+    code, out, _ = call("generate", "--eraser", trained, "--prompt", "a red circle", "--out", tmp_path / "x.mp4",
+                        "--compare", *_sizes(pipelines))
+    assert code == 0 and out.split() == [str(tmp_path / "x.mp4"), str(tmp_path / "x-compare.png")]
+    code, out, _ = call("export", trained, "--out", tmp_path / "released")
+    assert code == 0 and (tmp_path / "released" / "eraser_weights.pt").is_file()
+    code, _, _ = call("generate", "--eraser", tmp_path / "released", "--prompt", "a red circle", "--out",
+                      tmp_path / "y.png", *_sizes(pipelines))
+    assert code == 0 and (tmp_path / "y.png").is_file()
+
+
+def test_train_is_also_a_command_and_resume_takes_a_directory(trained, call):
+    code, out, _ = call("train", "--resume", trained, "--steps", "2")
+    assert code == 0 and out.splitlines()[-1] == f"run: {trained}"
+    code, _, lines = call("--resume", trained, "--lr", "0.5")
+    assert code == 5 and "optim.lr" in lines[-1]
+
+
+WRONG = {
+    "unknown concept word": (["--concept", "giraffe"], 2, "'giraffe' is not among the tokens of the prompt"),
+    "empty prompt file": (["--prompts", "{tmp}/empty.txt"], 2, "holds no prompt; write one a line"),
+    "missing prompt file": (["--prompts", "{tmp}/absent.txt"], 2, "cannot be read"),
+    "missing model": (["--model", "{tmp}/absent"], 2, "is not there; name a directory in diffusers' layout"),
+    "rank 0": (["--rank", "0"], 2, "--rank 0: must be 1 or more"),
+    "frames": (["--frames", "12"], 2, "--frames 12: this VAE makes 8k+1 frames; 9 would work"),
+    "height": (["--height", "20"], 2, "--height 20: must be a multiple of 8; 16 would work"),
+    "unknown option": (["--rnak", "4"], 2, "there is no option --rnak; did you mean --rank?"),
+    "unwritable output": (["--out", "{tmp}/empty.txt/run"], 6, "cannot be written"),
+    "unknown device": (["--device", "gpu"], 2, "--device gpu: not a device"),
+    "unknown card": (["--profile", "rtx9999"], 2, "--profile rtx9999: unknown card"),
+    "missing settings file": (["--config", "{tmp}/absent.toml"], 2, "cannot be read"),
+    "contradicting plan": (["--checkpoint", "none", "--boundaries", "host"], 2, "boundaries is host"),
+    "impossible plan": (["--checkpoint", "first:9"], 2, "the model has 2 blocks"),
+    "missing run": (["--resume", "{tmp}/absent"], 5, "not a run directory"),
+}
+
+
+@pytest.mark.parametrize("flags, expected, message", WRONG.values(), ids=WRONG)
+def test_wrong_input_gives_one_clear_line_and_writes_nothing(settings, call, tmp_path, flags, expected, message):
+    (tmp_path / "empty.txt").write_text("\n")
+    present = sorted(tmp_path.rglob("*"))
+    code, out, lines = call(*settings, *(f.format(tmp=tmp_path) for f in flags))
+    text = " ".join(line.strip("│╭╮╰╯─ ") for line in lines)
+    assert code == expected and out == "" and message in text, (code, lines)
+    if text.startswith("error:"):  # the rest is the parser's own box
+        assert len(lines) == 1
+    assert sorted(tmp_path.rglob("*")) == present
+
+
+@pytest.mark.parametrize("damage, message", [
+    (lambda f: f.write_bytes(f.read_bytes()[:200]), "damaged or not safetensors"),
+    (lambda f: f.write_bytes(b""), "damaged or not safetensors"),
+    (lambda f: f.unlink(), "no eraser there"),
+    (lambda f: f.write_bytes(b"not an eraser at all"), "damaged or not safetensors")],
+    ids=["truncated", "empty", "missing", "foreign"])
+@pytest.mark.parametrize("command", ["generate", "evaluate", "export"])
+def test_damaged_eraser_files(sincos, call, pipelines, tmp_path, damage, message, command):
+    from trainer.eraser_files import save_eraser
+    from trainer.erasers import Erasers
+
+    erasers = Erasers(sincos.blocks(sincos.load_transformer(dtype=torch.float32)), 4)
+    damage(save_eraser(tmp_path / "e", erasers, base_model=sincos.identity(), training={}))
+    argv = {"generate": ["generate", "--eraser", tmp_path / "e", "--prompt", "x", "--out", tmp_path / "o.mp4", *_sizes(pipelines)],
+            "evaluate": ["evaluate", tmp_path / "e"], "export": ["export", tmp_path / "e", "--out", tmp_path / "o"]}
+    code, out, lines = call(*argv[command])
+    assert code == 5 and out == "" and len(lines) == 1 and message in lines[0]
+    assert not (tmp_path / "o").exists() and not (tmp_path / "o.mp4").exists()
+
+
+@pytest.mark.parametrize("argv, message", [
+    (["frobnicate"], "there is no command 'frobnicate'; train, generate"),
+    (["generate", "--prompt", "x"], "--eraser is missing"),
+    (["generate", "--prompt", "x", "--no-eraser", "--out", "x.gif"], "ends in .mp4 or .png"),
+    (["generate", "--prompt", "x", "--no-eraser", "--guidance", "none"], "--guidance-scale 1"),
+    (["generate", "--prompt", "x", "--no-eraser", "--num-steps", "0"], "--num-steps 0"),
+    (["generate", "--prompt", "x", "--no-eraser", "--fpss", "3"], "there is no option --fpss; did you mean --fps?"),
+])
+def test_usage_of_other_commands(call, argv, message):
+    code, out, lines = call(*argv)
+    assert code == 2 and out == "" and len(lines) == 1 and message in lines[0]
+
+
+def test_unwritable_video_leaves_nothing(call, pipelines, tmp_path):
+    (tmp_path / "file").write_text("")
+    code, out, lines = call("generate", "--no-eraser", "--prompt", "x", "--out", tmp_path / "file" / "x.mp4", *_sizes(pipelines))
+    assert code == 6 and out == "" and "choose another --out" in lines[-1]
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize("error, code, word", [(torch.OutOfMemoryError("CUDA out of memory. Tried"), 3, "out of memory"),
+                                               (MemoryError(), 3, "out of memory"),
+                                               (KeyboardInterrupt(), 130, "interrupted")])
+def test_exit_codes_of_what_happens_on_the_way(call, monkeypatch, error, code, word):
+    def fail(argv):
+        raise error
+
+    monkeypatch.setattr(cli, "main", fail)
+    found, out, lines = call()
+    assert found == code and out == "" and len(lines) == 1 and word in lines[0]
+
+
+def test_a_bug_is_not_dressed_up(call, monkeypatch):
+    def fail(argv):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(cli, "main", fail)
+    with pytest.raises(ZeroDivisionError):
+        call()
+
+
+def test_origins_name_flags_only_where_they_were_given():
+    _, origins = cli.resolve(["--no-evaluate", "--rank=3", "--resident-blocks", "2"])
+    assert {p for p, o in origins.items() if o == "flag"} == {"output.evaluate", "optim.rank", "memory.resident_blocks"}
+
+
+def test_unknown_option_of_another_command():
+    with pytest.raises(UsageError, match="--help lists them all"):
+        cli.main(["evaluate", "somewhere", "--zzzzzz"])
