@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from memory.plan import PlanError
-from trainer import cli
+from trainer.cli import resolve
 from trainer.config import SHAPES, TrainConfig, as_json, from_json, leaves, read_toml, replaced
 from trainer.errors import CheckpointError, UsageError
 from trainer.run_directory import make_run_directory, read_config, write_config
@@ -24,11 +24,6 @@ def toml(tmp_path):
         return tmp_path / "c.toml"
 
     return write
-
-
-def resolve(argv: list[str]) -> tuple[TrainConfig, dict[str, str], Path | None]:
-    command, origins = cli.resolve(argv)
-    return command.settings, origins, command.resume
 
 
 def test_bundled_model_has_its_own_defaults():
