@@ -2,77 +2,37 @@
 
 A handful of traces (`memory.simulate`) of the run's own step gives recipes (`memory.splice`) for every combination of
 what blocks keep and how many stay on the device. Thousands of candidates are then ranked by predicted time
-(`memory.timing`), and taken in that order: the sum of live bytes rules most out, and the caching allocator's simulator decides on
-*reserved* bytes for those that are left. "Fits" means reserved bytes plus the context plus a margin, in every
-phase of the run, and pinned and plain memory on the host.
+(`memory.timing`), and taken in that order: the sum of live bytes rules most out, and the caching allocator's simulator
+decides on *reserved* bytes for those that are left (`memory.assess`).
 
 Everything is predicted. Guidance, precision and the optimizer change what is computed or are the caller's to choose, so
 they are taken as given.
 """
 
 import dataclasses
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from memory.allocator import round_request
-from memory.cards import GIB, Card
+from memory.assess import MARGIN, Assessment, Limits, Workload, assess_trace, other_phases
+from memory.cards import Card
 from memory.plan import MemoryPlan, PlanError, parse_checkpoint, resolve_keeps
-from memory.simulate import Prediction, Trace, pinned_bytes
 from memory.splice import Recipe, SpliceError
+from memory.timeline import Trace, pinned_bytes
 from memory.timing import Load, StepTime, add_loads, load_of, step_time
 
-SEARCHED = ("resident_blocks", "num_keep_attention", "num_keep_everything", "checkpoint", "boundaries", "feed_forward_chunks")
+SEARCHED = (
+    "resident_blocks",
+    "num_keep_attention",
+    "num_keep_everything",
+    "checkpoint",
+    "boundaries",
+    "feed_forward_chunks",
+)
 """Fields of the plan that the search sets, unless they are fixed."""
 CHUNKS = 4
-MARGIN = 0.03
 MAX_REPLAYS = 30
 _SHORT = 5  # blocks of a short trace: the outer two at either end and one that stands for all between
-_PHASE_FRAGMENTATION = 1.06  # reserved over allocated of phases that are given as a figure (assumed)
-
-
-@dataclass(frozen=True, kw_only=True)
-class PhaseNeed:
-    """A phase of the run other than the step: prompt encoding, sampling, decoding, saving."""
-
-    name: str
-    device_bytes: int
-    """Peak on the device, without the transformer."""
-    with_backbone: bool
-    """Whether the transformer's resident blocks and slots are on the device meanwhile."""
-    host_bytes: int = 0
-    """Peak on the host, without the transformer's masters."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Workload:
-    """What is to be planned for."""
-
-    model: str
-    num_blocks: int
-    trace: Callable[[MemoryPlan, int], Trace]
-    """`trace(plan, num_blocks)`: one step of the model cut to `num_blocks` blocks under `plan`, on fake tensors, with
-    the blocks watched and all that stands declared (`Recorder.adopt_model`). Any dtype conversion already done."""
-    phases: Callable[[MemoryPlan], Sequence[PhaseNeed]] = lambda plan: ()
-    """The other phases of the run under a plan."""
-    host_bytes: int = 3 * GIB
-    """What the process takes of the host besides: interpreter, libraries, CUDA's own (assumed)."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Assessment:
-    """One plan on one card, predicted."""
-
-    plan: MemoryPlan
-    fits: bool
-    reason: str
-    """Empty if it fits; otherwise what is missing and in which phase."""
-    prediction: Prediction
-    by_phase: dict[str, int]
-    """Device bytes of every phase of the run, allocated."""
-    needed_bytes: int
-    """Reserved at the peak of the whole run, and the context: the least a card must have usable, without margin."""
-    host_bytes: int
-    time: StepTime
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,24 +53,11 @@ class SearchResult:
 @dataclass(frozen=True, order=True)
 class _Candidate:
     seconds: float
-    device_bytes: int  # sum of live bytes: reserved is never less
+    device_bytes: int  # sum of live bytes in the step: reserved is never less
+    phases_bytes: int  # reserved in the other phases
     host_bytes: int
     plan: MemoryPlan = field(compare=False)
     variant: "_Variant" = field(compare=False)
-
-
-class Limits:
-    """What a card and a host have to give, and the margin kept free of it."""
-
-    def __init__(self, card: Card, *, margin: float = MARGIN, host_bytes: int | None = None):
-        self.card = card
-        self.reservable_bytes = card.available_bytes - int(margin * card.usable_bytes)
-        self.host_bytes = card.host_bytes if host_bytes is None else host_bytes
-
-    def shortage(self, assessment_bytes: int, host_bytes: int) -> tuple[int, int]:
-        """(device bytes, host bytes) missing."""
-        host = 0 if self.host_bytes is None else host_bytes - self.host_bytes
-        return max(0, assessment_bytes - self.reservable_bytes), max(0, host)
 
 
 class _Variant:
@@ -118,6 +65,7 @@ class _Variant:
 
     def __init__(self, workload: Workload, card: Card, base: MemoryPlan, recipe: Recipe, tf32: bool):
         self.workload, self.card, self.base, self.recipe, self.tf32 = workload, card, base, recipe, tf32
+        self.workspace = round_request(card.cublas_workspace_bytes) if card.cublas_workspace_bytes else 0
         self._loads: dict[int, Load] = {}
         weights = recipe.standing(0, base.offload_buffers)
         self.flats = [s.num_bytes for s in weights if s.place == "pinned" and s.category == "weights"]
@@ -155,17 +103,27 @@ class _Variant:
                 if num_resident not in standing:
                     standing[num_resident] = self._standing_bytes(num_resident)
                 device, host = standing[num_resident]
+                chosen = dataclasses.replace(plan, resident_blocks=num_resident)
+                others = other_phases(
+                    self.workload,
+                    chosen,
+                    standing_bytes=device,
+                    workspace_bytes=self.workspace,
+                    masters_bytes=host + slabs,
+                )
                 yield _Candidate(
                     self.time(loads, num_resident).seconds,
-                    device + gain + round_request(self.card.cublas_workspace_bytes),
-                    host + slabs + self.workload.host_bytes,
-                    dataclasses.replace(plan, resident_blocks=num_resident),
+                    device + gain,
+                    others.reserved_bytes,
+                    max(host + slabs, others.host_bytes) + self.workload.host_bytes,
+                    chosen,
                     self,
                 )
 
     def _standing_bytes(self, num_resident: int | None) -> tuple[int, int]:
         storages = self.recipe.standing(num_resident, self.base.offload_buffers)
-        device = sum(round_request(s.num_bytes) for s in storages if s.place == "device" and s.num_bytes)
+        device = self.workspace
+        device += sum(round_request(s.num_bytes) for s in storages if s.place == "device" and s.num_bytes)
         host = sum(pinned_bytes(s.num_bytes) for s in storages if s.place == "pinned" and s.category == "weights")
         return device, host
 
@@ -173,69 +131,7 @@ class _Variant:
         keeps = resolve_keeps(plan, self.recipe.num_blocks)
         trace = self.recipe.splice(keeps, num_resident=plan.resident_blocks, num_buffers=plan.offload_buffers)
         time = self.time(self.loads(keeps), plan.resident_blocks)
-        return _assess(self.workload, plan, trace, time, limits, expandable_segments)
-
-
-def _assess(
-    workload: Workload, plan: MemoryPlan, trace: Trace, time: StepTime, limits: Limits, expandable_segments: bool
-) -> Assessment:
-    workspace = limits.card.cublas_workspace_bytes
-    prediction = trace.prediction(workspace_bytes=workspace, expandable_segments=expandable_segments)
-    by_phase, reserved, host = dict(prediction.by_phase), prediction.reserved_bytes, prediction.host_bytes
-    masters = prediction.pinned_bytes
-    for need in workload.phases(plan):
-        standing = by_phase["load"] if need.with_backbone else workspace
-        by_phase[need.name] = standing + need.device_bytes
-        reserved = max(reserved, int(by_phase[need.name] * _PHASE_FRAGMENTATION))
-        host = max(host, need.host_bytes + (masters if need.with_backbone else 0))
-    host += workload.host_bytes
-    device_short, host_short = limits.shortage(reserved, host)
-    reason = ""
-    if device_short:
-        reason = f"needs {device_short / GIB:.2f} GiB more on the card in {max(by_phase, key=by_phase.get)}"
-    elif host_short:
-        reason = f"needs {host_short / GIB:.2f} GiB more of host memory"
-    return Assessment(
-        plan=plan,
-        fits=not reason,
-        reason=reason,
-        prediction=prediction,
-        by_phase=by_phase,
-        needed_bytes=reserved + limits.card.context_bytes,
-        host_bytes=host,
-        time=time,
-    )
-
-
-def assess(
-    workload: Workload,
-    plan: MemoryPlan,
-    card: Card,
-    *,
-    margin: float = MARGIN,
-    host_bytes: int | None = None,
-    expandable_segments: bool = True,
-    tf32: bool = True,
-) -> Assessment:
-    """Predict one plan as given, from a full trace of it. Raises PlanError if plan and model do not go together."""
-    limits = Limits(card, margin=margin, host_bytes=host_bytes)
-    resolve_keeps(plan, workload.num_blocks)
-    trace = workload.trace(plan, workload.num_blocks)
-    between, walks, weights = [], {}, {}
-    for span in trace.spans:
-        load = load_of(span.work, card, tf32=tf32)
-        number = None if span.visit is None else span.visit[0]
-        walks.setdefault(number, []).append(load)
-        weights[number] = weights.get(number, 0) + sum(w.num_bytes for w in span.work if w.kind == "weights")
-    between = add_loads(walks.pop(None, []))
-    streamed = 0 if plan.resident_blocks is None else workload.num_blocks - plan.resident_blocks
-    time = step_time(
-        between,
-        [(add_loads(loads), weights[number]) for number, loads in walks.items()],
-        card,
-        streamed_share=streamed / workload.num_blocks,
-    )
-    return _assess(workload, plan, trace, time, limits, expandable_segments)
+        return assess_trace(self.workload, plan, trace, time, limits, expandable_segments)
 
 
 def search(
@@ -271,6 +167,7 @@ class _Search:
         self.expandable_segments, self.tf32 = expandable_segments, tf32
         self.base = dataclasses.replace(base, **free)
         self.num_traces = self.num_replays = self.num_candidates = 0
+        self._assessed: dict[MemoryPlan, Assessment] = {}
 
     def run(self, limits: Limits) -> SearchResult:
         candidates: list[_Candidate] = []
@@ -278,17 +175,17 @@ class _Search:
             found = list(self._candidates_of(variant, limits))
             self.num_candidates += len(found)
             candidates += found
-            best, tried = self._first_that_fits(sorted(candidates), limits)
+            best = self._first_that_fits(sorted(candidates), limits)
             # Later variants save memory and never time. Once no attention is recomputed, what they could still buy is
             # a block or two that keep everything: not worth the traces.
             if best is not None and "inputs" not in resolve_keeps(best.plan, self.workload.num_blocks):
                 break
-        misses = self._near_misses(sorted(candidates), best, tried, limits)
-        smallest = min(candidates, key=lambda c: (c.device_bytes, c.seconds))
+        misses = self._near_misses(sorted(candidates), best, limits)
+        smallest = min(candidates, key=lambda c: (max(c.device_bytes, c.phases_bytes), c.seconds))
         return SearchResult(
             best=best,
             near_misses=tuple(misses),
-            smallest=best if best and best.plan == smallest.plan else self._assess(smallest, limits),
+            smallest=self._assess(smallest, limits),
             num_candidates=self.num_candidates,
             num_replays=self.num_replays,
             num_traces=self.num_traces,
@@ -373,28 +270,30 @@ class _Search:
             yield from plain.candidates([nothing], self._residents())
 
     def _assess(self, candidate: _Candidate, limits: Limits) -> Assessment:
-        self.num_replays += 1
-        return candidate.variant.assess(candidate.plan, limits, self.expandable_segments)
+        if candidate.plan not in self._assessed:
+            self.num_replays += 1
+            found = candidate.variant.assess(candidate.plan, limits, self.expandable_segments)
+            self._assessed[candidate.plan] = found
+        return self._assessed[candidate.plan]
 
-    def _first_that_fits(self, ranked: list[_Candidate], limits: Limits) -> tuple[Assessment | None, list[Assessment]]:
-        """The first of the candidates, ranked by time, that fits; and those that were tried before it."""
+    def _first_that_fits(self, ranked: list[_Candidate], limits: Limits) -> Assessment | None:
+        """The first of the candidates, ranked by time, that fits."""
         excess: dict[int, int] = {}  # by variant: reserved over live bytes, as last seen
-        best, tried = None, []
         for candidate in ranked:
-            # A little of the excess is forgiven, since it varies; out of budget, only room to spare is looked at.
-            share = 0.8 if self.num_replays < MAX_REPLAYS else 1.5
-            expected = candidate.device_bytes + int(share * excess.get(id(candidate.variant), 0))
-            if any(limits.shortage(expected, candidate.host_bytes)):
+            expected = candidate.device_bytes + int(0.8 * excess.get(id(candidate.variant), 0))  # forgiving: it varies
+            if self.num_replays >= MAX_REPLAYS:
+                expected = int(1.15 * candidate.device_bytes)  # out of budget: only look where there is room to spare
+            if any(limits.shortage(max(expected, candidate.phases_bytes), candidate.host_bytes)):
                 continue
             assessment = self._assess(candidate, limits)
             if assessment.fits:
-                best = assessment
-                break
-            tried.append(assessment)
+                return assessment
             excess[id(candidate.variant)] = max(0, assessment.prediction.reserved_bytes - candidate.device_bytes)
-        return best, tried
+        return None
 
-    def _near_misses(self, ranked, best, tried, limits) -> list[Assessment]:
+    def _near_misses(
+        self, ranked: list[_Candidate], best: Assessment | None, limits: Limits
+    ) -> list[Assessment]:
         """The fastest plan of all, and the best plan's faster neighbours: one for each setting that costs it time."""
         faster = ranked if best is None else [c for c in ranked if c.seconds < best.time.seconds]
         picks: dict[str, _Candidate] = {}
@@ -410,7 +309,5 @@ class _Search:
                 both = {name: getattr(best.plan, name) for name in ("num_keep_attention", "num_keep_everything")}
                 if dataclasses.replace(plan, **both) == best.plan:
                     picks["keep more"] = candidate  # the last one is the nearest
-        seen: dict[MemoryPlan, Assessment] = {a.plan: a for a in tried}
-        plans = {candidate.plan: candidate for candidate in picks.values()}
-        misses = [seen.get(plan) or self._assess(candidate, limits) for plan, candidate in plans.items()]
-        return sorted((miss for miss in misses if not miss.fits), key=lambda miss: miss.needed_bytes)
+        misses = {candidate.plan: self._assess(candidate, limits) for candidate in picks.values()}
+        return sorted((miss for miss in misses.values() if not miss.fits), key=lambda miss: miss.needed_bytes)

@@ -16,7 +16,7 @@ from functools import cached_property
 
 from memory.allocator import round_request
 from memory.offload import ALIGNMENT, resident_indices
-from memory.simulate import Span, Storage, Trace, pinned_bytes
+from memory.timeline import Span, Storage, Trace, pinned_bytes
 from memory.work import Work
 
 _EDGE = 2  # blocks this near to either end may differ: inputs that need no gradient, nothing to prefetch
@@ -169,7 +169,8 @@ class Recipe:
                 return cell
         kept = keeps[visit[1]] if records_graph else "anything"
         problem = "differ among blocks" if key in self._cells else "were not recorded"
-        raise SpliceError(f"visits of block {visit[1]} of {self.num_blocks} keeping {kept} {problem}; trace this plan in full")
+        where = f"visits of block {visit[1]} of {self.num_blocks} keeping {kept}"
+        raise SpliceError(f"{where} {problem}; trace this plan in full")
 
     def peak_bytes(self, keeps: Sequence[str]) -> int:
         """Largest gain of device bytes over the standing storages within the step."""
@@ -180,7 +181,7 @@ class Recipe:
         return peak
 
     def standing(self, num_resident: int | None, num_buffers: int) -> list[Storage]:
-        """The storages that live throughout, in the order in which a plan makes them; host slabs for activations excepted."""
+        """The storages that live throughout, in the order in which a plan makes them; without `slabs`."""
         resident = resident_indices(self.num_blocks, num_resident)
         flats = [sum(-(-s.num_bytes // ALIGNMENT) * ALIGNMENT for s in weights) for weights in self.block_weights]
         storages: list[Storage] = []

@@ -1,8 +1,8 @@
 """How long a step takes, predicted: a roofline over the recorded work, and transfers beside it.
 
 An operator takes the longer of computing and moving its bytes, at the fractions of the card's rates that large kernels
-reach (`memory.cards`, assumed). Weights and activations that cross the host link do so beside the computation: each walk over
-the blocks takes the longer of the two. Good for ranking plans; not a promise.
+reach (`memory.cards`, assumed). Weights and activations cross the host link beside the computation: each walk over the
+blocks takes the longer of the two. Good for ranking plans; not a promise.
 """
 
 from collections.abc import Iterable

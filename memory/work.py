@@ -75,14 +75,14 @@ _FLASH_BACKWARD = (
 
 # Operators that only make an uninitialised tensor or an alias.
 _IDLE = {aten.empty.memory_format, aten.empty_strided.default, aten.empty_like.default, aten.detach.default}
-_views: dict = {}
+_idle_by_schema: dict = {}
 
 
 def work_of(func, args, outputs) -> Work | None:
     """The work of one operator, or None if it does none (views, empty tensors)."""
     entry = _FLOPS.get(func)
     if entry is None:
-        if func in _IDLE or _is_view(func):
+        if func in _IDLE or _moves_nothing(func):
             return None
         return Work("memory", 0.0, _bytes(args) + _bytes(outputs))
     kind, count = entry
@@ -92,12 +92,13 @@ def work_of(func, args, outputs) -> Work | None:
     return Work(kind, count(args, outputs), _bytes(args) + _bytes(outputs))
 
 
-def _is_view(func) -> bool:
-    known = _views.get(func)
+def _moves_nothing(func) -> bool:
+    """Whether an operator only makes a view or answers a question about a tensor, by its schema."""
+    known = _idle_by_schema.get(func)
     if known is None:
-        returns = func._schema.returns
-        known = bool(returns) and all(r.alias_info is not None and not r.alias_info.is_write for r in returns)
-        _views[func] = known
+        returns = [r for r in func._schema.returns if "Tensor" in str(r.type)]
+        known = not func._schema.is_mutable and all(r.alias_info is not None for r in returns)
+        _idle_by_schema[func] = known
     return known
 
 

@@ -11,10 +11,10 @@ from memory.allocator import (
     CachingAllocator,
     SimulatedOutOfMemory,
     replay,
-    replay_snapshot,
     round_request,
     segment_bytes,
 )
+from memory.snapshots import replay_snapshot
 
 KIB, MIB = 1 << 10, 1 << 20
 

@@ -9,8 +9,9 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from memory.plan import MemoryPlan, apply_plan, resolve_keeps
-from memory.simulate import BACKWARD, CATEGORIES, FORWARD, OPTIMIZER, pinned_bytes, recording
+from memory.simulate import BACKWARD, FORWARD, OPTIMIZER, recording
 from memory.splice import Recipe, SpliceError
+from memory.timeline import CATEGORIES, pinned_bytes
 from memory.work import flash_backward_scratch_bytes
 
 MIB = 1 << 20
@@ -51,11 +52,11 @@ class Small:
     """A stack and its inputs, with the face of the tiny transformer."""
 
     def __init__(self, num_blocks):
-        self.model = Stack(num_blocks)
+        self.model = Stack(num_blocks, width=512)
         self.blocks = self.model.blocks
         self.feed_forwards = [block.ff for block in self.blocks]
         self.adapters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        self.embeds = torch.randn(2, 128, 64)
+        self.embeds = torch.randn(2, 2000, 512)  # costs nothing: never but fake
         self.predict = self.model
 
 

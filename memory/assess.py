@@ -1,0 +1,164 @@
+"""One plan on one card: what every phase of the run needs, whether that fits, and how long a step takes. Predicted.
+
+"Fits" means reserved bytes plus the context plus a margin on the card, in every phase, and pinned and plain memory on
+the host.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from memory.cards import GIB, Card
+from memory.plan import MemoryPlan, resolve_keeps
+from memory.timeline import Prediction, Trace
+from memory.timing import Load, StepTime, add_loads, load_of, step_time
+
+MARGIN = 0.03
+_PHASE_FRAGMENTATION = 1.06  # reserved over allocated of phases that are given as a figure (assumed)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PhaseNeed:
+    """A phase of the run other than the step: prompt encoding, sampling, decoding, saving."""
+
+    name: str
+    device_bytes: int
+    """Peak on the device, without the transformer."""
+    with_backbone: bool
+    """Whether the transformer's resident blocks and slots are on the device meanwhile."""
+    host_bytes: int = 0
+    """Peak on the host, without the transformer's masters."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workload:
+    """What is to be planned for."""
+
+    model: str
+    num_blocks: int
+    trace: Callable[[MemoryPlan, int], Trace]
+    """`trace(plan, num_blocks)`: one step of the model cut to `num_blocks` blocks under `plan`, on fake tensors, with
+    the blocks watched and all that stands declared (`Recorder.adopt_model`). Any dtype conversion already done."""
+    phases: Callable[[MemoryPlan], Sequence[PhaseNeed]] = lambda plan: ()
+    """The other phases of the run under a plan."""
+    host_bytes: int = 3 * GIB
+    """What the process takes of the host besides: interpreter, libraries, CUDA's own (assumed)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Assessment:
+    """One plan on one card, predicted."""
+
+    plan: MemoryPlan
+    fits: bool
+    reason: str
+    """Empty if it fits; otherwise what is missing and in which phase."""
+    prediction: Prediction
+    by_phase: dict[str, int]
+    """Device bytes of every phase of the run, allocated."""
+    needed_bytes: int
+    """Reserved at the peak of the whole run, and the context: the least a card must have usable, without margin."""
+    host_bytes: int
+    time: StepTime
+
+
+class Limits:
+    """What a card and a host have to give, and the margin kept free of it."""
+
+    def __init__(self, card: Card, *, margin: float = MARGIN, host_bytes: int | None = None):
+        self.card = card
+        self.reservable_bytes = card.available_bytes - int(margin * card.usable_bytes)
+        self.host_bytes = card.host_bytes if host_bytes is None else host_bytes
+
+    def shortage(self, reserved_bytes: int, host_bytes: int) -> tuple[int, int]:
+        """(device bytes, host bytes) missing."""
+        host = 0 if self.host_bytes is None else host_bytes - self.host_bytes
+        return max(0, reserved_bytes - self.reservable_bytes), max(0, host)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OtherPhases:
+    """What the phases around the step need under one plan, the transformer included where it is there."""
+
+    by_phase: dict[str, int]
+    reserved_bytes: int
+    host_bytes: int
+
+
+def other_phases(
+    workload: Workload, plan: MemoryPlan, *, standing_bytes: int, workspace_bytes: int, masters_bytes: int
+) -> OtherPhases:
+    """The needs of all phases but the step. `standing_bytes`: what the plan leaves on the device between steps."""
+    needs = workload.phases(plan)
+    by_phase = {
+        need.name: need.device_bytes + (standing_bytes if need.with_backbone else workspace_bytes) for need in needs
+    }
+    hosts = [need.host_bytes + (masters_bytes if need.with_backbone else 0) for need in needs]
+    return OtherPhases(
+        by_phase=by_phase,
+        reserved_bytes=int(max(by_phase.values(), default=0) * _PHASE_FRAGMENTATION),
+        host_bytes=max(hosts, default=0),
+    )
+
+
+def assess_trace(
+    workload: Workload, plan: MemoryPlan, trace: Trace, time: StepTime, limits: Limits, expandable_segments: bool
+) -> Assessment:
+    """Whether the step of `trace` and the other phases fit."""
+    workspace = limits.card.cublas_workspace_bytes
+    prediction = trace.prediction(workspace_bytes=workspace, expandable_segments=expandable_segments)
+    others = other_phases(
+        workload,
+        plan,
+        standing_bytes=prediction.by_phase["load"],
+        workspace_bytes=workspace,
+        masters_bytes=prediction.pinned_bytes,
+    )
+    by_phase = prediction.by_phase | others.by_phase
+    reserved = max(prediction.reserved_bytes, others.reserved_bytes)
+    host = max(prediction.host_bytes, others.host_bytes) + workload.host_bytes
+    device_short, host_short = limits.shortage(reserved, host)
+    reason = ""
+    if device_short:
+        reason = f"needs {device_short / GIB:.2f} GiB more on the card in {max(by_phase, key=by_phase.get)}"
+    elif host_short:
+        reason = f"needs {host_short / GIB:.2f} GiB more of host memory"
+    return Assessment(
+        plan=plan,
+        fits=not reason,
+        reason=reason,
+        prediction=prediction,
+        by_phase=by_phase,
+        needed_bytes=reserved + limits.card.context_bytes,
+        host_bytes=host,
+        time=time,
+    )
+
+
+def assess(
+    workload: Workload,
+    plan: MemoryPlan,
+    card: Card,
+    *,
+    margin: float = MARGIN,
+    host_bytes: int | None = None,
+    expandable_segments: bool = True,
+    tf32: bool = True,
+) -> Assessment:
+    """Predict one plan as given, from a full trace of it. Raises PlanError if plan and model do not go together."""
+    limits = Limits(card, margin=margin, host_bytes=host_bytes)
+    resolve_keeps(plan, workload.num_blocks)
+    trace = workload.trace(plan, workload.num_blocks)
+    walks: dict[int | None, list[Load]] = {None: []}
+    for span in trace.spans:
+        number = None if span.visit is None else span.visit[0]
+        walks.setdefault(number, []).append(load_of(span.work, card, tf32=tf32))
+    between = add_loads(walks.pop(None))
+    streamed = 0 if plan.resident_blocks is None else workload.num_blocks - plan.resident_blocks
+    streamed_bytes = trace.standing_bytes("weights", "pinned")
+    time = step_time(
+        between,
+        [(add_loads(loads), streamed_bytes) for loads in walks.values()],
+        card,
+        streamed_share=streamed / workload.num_blocks,
+    )
+    return assess_trace(workload, plan, trace, time, limits, expandable_segments)

@@ -1,0 +1,177 @@
+"""A recorded step: which storage lives when, where, and for what; and what a device makes of it.
+
+Sizes are the bytes that tensors ask for; rounding, pooling and caching are the allocator's (`memory.allocator`). All figures
+that come out of here are *predicted*.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from memory.allocator import AllocatorStats, replay, round_request
+from memory.work import Work
+
+CATEGORIES = (
+    "weights",
+    "adapters",
+    "gradients",
+    "optimizer",
+    "saved activations",
+    "working set",
+    "transfer buffers",
+    "other",
+)
+PLACES = ("device", "pinned", "host")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Storage:
+    """One allocation: what it asked for, what it was for, where it is."""
+
+    num_bytes: int
+    category: str
+    place: str
+    block: int | None = None
+    """The block whose frozen weight this is, if any."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Span:
+    """A stretch of the timeline within one phase, and within one visit of one block or between blocks."""
+
+    phase: str
+    start: int
+    """First event."""
+    stop: int
+    """One past the last event."""
+    work: tuple[Work, ...]
+    """What the operators compute and move, in order."""
+    visit: tuple[int, int] | None = None
+    """(traversal, block): the how-manieth walk over the blocks, and which block. None between blocks."""
+    records_graph: bool = False
+    """Whether this visit belongs to a forward with gradient, or its backward: what a block keeps matters here."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trace:
+    """A recorded step, in the order in which things happened.
+
+    `events`: `i` is the birth of storage i, `~i` its death. `standing` storages live before the first event and
+    throughout: weights, adapters, optimizer state, buffers.
+    """
+
+    storages: tuple[Storage, ...]
+    events: tuple[int, ...]
+    spans: tuple[Span, ...]
+    standing: tuple[int, ...]
+    num_blocks: int
+
+    def device_events(self, *, num_steps: int = 1) -> tuple[list[int], list[int]]:
+        """(events, sizes) of the device for `memory.allocator.replay`: the standing storages, then the step."""
+        on_device = [storage.place == "device" for storage in self.storages]
+        step = [event for event in self.events if on_device[event if event >= 0 else ~event]]
+        events = [index for index in self.standing if on_device[index]]
+        return events + step * num_steps, [storage.num_bytes for storage in self.storages]
+
+    def timeline(self, *, place: str = "device", rounded: bool = True) -> Iterator[tuple[str, int, dict[str, int]]]:
+        """(phase, live bytes, live bytes by category) after each birth at `place`, the standing storages first.
+
+        The dict is one and the same throughout, and changes. `rounded`: as the allocator rounds requests.
+        """
+        live = dict.fromkeys(CATEGORIES, 0)
+        size = [round_request(s.num_bytes) if rounded and s.num_bytes else s.num_bytes for s in self.storages]
+        total = 0
+        for index in self.standing:
+            storage = self.storages[index]
+            if storage.place == place:
+                live[storage.category] += size[index]
+                total += size[index]
+        yield "load", total, live
+        for span in self.spans:
+            yield span.phase, total, live  # what a phase finds is part of its peak
+            for event in self.events[span.start : span.stop]:
+                index = event if event >= 0 else ~event
+                storage = self.storages[index]
+                if storage.place != place:
+                    continue
+                change = size[index] if event >= 0 else -size[index]
+                live[storage.category] += change
+                total += change
+                if event >= 0:
+                    yield span.phase, total, live
+
+    def prediction(
+        self,
+        *,
+        capacity_bytes: int | None = None,
+        expandable_segments: bool = False,
+        workspace_bytes: int = 0,
+    ) -> "Prediction":
+        """Peaks by category and phase, and what the caching allocator would reserve for two steps in a row.
+
+        `workspace_bytes` (cuBLAS) are taken from the same allocator before anything else, as "other".
+        Raises: memory.allocator.SimulatedOutOfMemory, when `capacity_bytes` is exceeded.
+        """
+        peak, at_peak, by_phase = -1, {}, {}
+        for phase, total, live in self.timeline():
+            by_phase[phase] = max(by_phase.get(phase, 0), total)
+            if total > peak:
+                peak, at_peak = total, dict(live)
+        workspace = round_request(workspace_bytes) if workspace_bytes else 0
+        at_peak["other"] += workspace
+        events, sizes = self.device_events(num_steps=2)
+        stats = replay(
+            [len(sizes), *events],
+            [*sizes, workspace],
+            capacity_bytes=capacity_bytes,
+            expandable_segments=expandable_segments,
+        )
+        return Prediction(
+            peak_bytes=peak + workspace,
+            by_category=at_peak,
+            by_phase={phase: total + workspace for phase, total in by_phase.items()},
+            allocator=stats,
+            pinned_bytes=self.host_peak("pinned"),
+            host_bytes=self.host_peak("pinned") + self.host_peak("host"),
+        )
+
+    def host_peak(self, place: str) -> int:
+        """Peak bytes of "pinned" (each allocation rounded up to a power of two, as torch's host cache does) or "host"."""
+        total = peak = 0
+        for event in [*self.standing, *self.events]:
+            storage = self.storages[event if event >= 0 else ~event]
+            if storage.place == place:
+                num_bytes = pinned_bytes(storage.num_bytes) if place == "pinned" else storage.num_bytes
+                total += num_bytes if event >= 0 else -num_bytes
+                peak = max(peak, total)
+        return peak
+
+    def standing_bytes(self, category: str, place: str = "device") -> int:
+        """Bytes of the standing storages of one category, as asked for."""
+        storages = [self.storages[index] for index in self.standing]
+        return sum(s.num_bytes for s in storages if (s.category, s.place) == (category, place))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prediction:
+    """What a step will need, predicted. Bytes."""
+
+    peak_bytes: int
+    """Largest sum of live device storages, each rounded to 512 bytes."""
+    by_category: dict[str, int]
+    """At that moment; adds up to `peak_bytes` exactly."""
+    by_phase: dict[str, int]
+    """Largest sum within each phase."""
+    allocator: AllocatorStats
+    """What the caching allocator makes of it: allocated includes what it could not split off."""
+    pinned_bytes: int
+    host_bytes: int
+    """Pinned and plain."""
+
+    @property
+    def reserved_bytes(self) -> int:
+        return self.allocator.peak_reserved_bytes
+
+
+def pinned_bytes(num_bytes: int) -> int:
+    """Bytes that a pinned allocation takes: torch's caching host allocator rounds up to a power of two."""
+    return 1 << (num_bytes - 1).bit_length() if num_bytes else 0

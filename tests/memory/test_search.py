@@ -1,0 +1,174 @@
+"""Planning for a small stack of blocks on cards of made-up sizes, and the roofline under it."""
+
+import dataclasses
+import time
+
+import pytest
+from test_simulate import tiny_trace
+
+from memory.assess import Limits, PhaseNeed, Workload, assess
+from memory.cards import GIB, lookup
+from memory.plan import MemoryPlan, PlanError
+from memory.search import search
+from memory.timing import add_loads, load_of, step_time
+from memory.work import Work
+
+MIB = 1 << 20
+NUM_BLOCKS = 12
+
+
+def fixed_card(available_bytes, **fields):
+    """A card with exactly so much for the allocator, and no workspace, so that a small model can fill it."""
+    card = lookup("4090")
+    return dataclasses.replace(
+        card, usable_bytes=available_bytes, context_bytes=0, cublas_workspace_bytes=0, **fields
+    )
+
+
+class Counting:
+    """Traces of the stack, each plan traced once for all tests."""
+
+    known: dict = {}
+
+    def __init__(self):
+        self.asked = []
+
+    def __call__(self, plan, num_blocks):
+        self.asked.append((plan, num_blocks))
+        if (plan, num_blocks) not in self.known:
+            self.known[plan, num_blocks] = tiny_trace(plan, num_blocks)
+        return self.known[plan, num_blocks]
+
+
+@pytest.fixture
+def workload():
+    return Workload(model="stack", num_blocks=NUM_BLOCKS, trace=Counting(), host_bytes=0)
+
+
+def plan_for(workload, mib, **options):
+    options = {"margin": 0.0, "host_bytes": GIB, **options}
+    return search(workload, fixed_card(int(mib * MIB)), **options)
+
+
+def test_a_large_card_gets_the_plain_run(workload):
+    result = plan_for(workload, 4096)
+    assert result.best.plan == MemoryPlan(checkpoint="none") and result.best.reason == ""
+    assert result.best.prediction.pinned_bytes == 0
+    assert result.near_misses == () and result.num_replays <= 2
+
+
+def test_smaller_cards_get_other_plans_and_slower_ones(workload):
+    sizes = (4096, 600, 450, 220, 200, 150)
+    results = [plan_for(workload, mib) for mib in sizes]
+    plans = [result.best.plan for result in results]
+    assert len(set(plans)) == len(plans)
+    seconds = [result.best.time.seconds for result in results]
+    assert seconds == sorted(seconds) and seconds[0] < seconds[-1]
+    for mib, result in zip(sizes, results, strict=True):
+        assert result.best.needed_bytes <= mib * MIB
+        assert all(not miss.fits and "more on the card in" in miss.reason for miss in result.near_misses)
+        assert all(miss.time.seconds <= result.best.time.seconds for miss in result.near_misses)
+
+
+def test_the_chosen_plan_is_the_fastest_that_fits_and_its_prediction_that_of_a_full_trace(workload):
+    result = plan_for(workload, 450)
+    assert result.num_candidates >= 300 and result.near_misses
+    full = assess(workload, result.best.plan, fixed_card(450 * MIB), margin=0.0, host_bytes=GIB)
+    assert full.fits
+    assert full.prediction == result.best.prediction
+    assert full.time.seconds == pytest.approx(result.best.time.seconds, rel=0.01)
+    for miss in result.near_misses:
+        again = assess(workload, miss.plan, fixed_card(450 * MIB), margin=0.0, host_bytes=GIB)
+        assert not again.fits and again.reason == miss.reason
+
+
+def test_fixed_settings_are_kept(workload):
+    base = MemoryPlan(resident_blocks=4, num_keep_attention=3)
+    result = plan_for(workload, 4096, base=base, fixed={"resident_blocks", "num_keep_attention"})
+    assert (result.best.plan.resident_blocks, result.best.plan.num_keep_attention) == (4, 3)
+    assert result.best.plan.num_keep_everything == 0
+    with pytest.raises(PlanError, match="no such field"):
+        plan_for(workload, 4096, fixed={"rank"})
+
+
+def test_nothing_fits_a_card_that_is_too_small(workload):
+    result = plan_for(workload, 100)
+    assert result.best is None and result.near_misses
+    assert not result.smallest.fits
+    assert result.smallest.plan.boundaries == "host"
+    assert 100 * MIB < result.smallest.needed_bytes <= min(miss.needed_bytes for miss in result.near_misses)
+    assert plan_for(workload, result.smallest.needed_bytes / MIB).best is not None
+
+
+def test_the_host_has_limits_too(workload):
+    ample = plan_for(workload, 450)
+    assert ample.best.plan.resident_blocks is not None and ample.best.host_bytes > 0
+    bare = plan_for(workload, 450, host_bytes=0)
+    assert bare.best.host_bytes == 0 and bare.best.time.seconds > ample.best.time.seconds
+
+
+def test_every_phase_has_to_fit(workload):
+    def phases(plan):
+        return [
+            PhaseNeed(name="prompts", device_bytes=2000 * MIB, with_backbone=False, host_bytes=9 * MIB),
+            PhaseNeed(name="decode", device_bytes=30 * MIB, with_backbone=True),
+        ]
+
+    heavy = dataclasses.replace(workload, phases=phases)
+    assessed = assess(heavy, MemoryPlan(), fixed_card(1900 * MIB), margin=0.0)
+    assert not assessed.fits and "in prompts" in assessed.reason
+    assert assessed.by_phase["prompts"] == 2000 * MIB
+    assert assessed.by_phase["decode"] == assessed.by_phase["load"] + 30 * MIB
+    assert assessed.host_bytes == 9 * MIB
+    assert plan_for(heavy, 1900).best is None
+    assert plan_for(heavy, 2200).best is not None
+
+
+def test_the_margin_is_kept_free():
+    card = fixed_card(100 * MIB)
+    limits = Limits(card, margin=0.1, host_bytes=50)
+    assert limits.reservable_bytes == 90 * MIB
+    assert limits.shortage(91 * MIB, 60) == (MIB, 10)
+    assert Limits(card).host_bytes is None and Limits(card).shortage(0, 1 << 60) == (0, 0)
+
+
+def test_impossible_plans_are_refused(workload):
+    with pytest.raises(PlanError, match="exceed the 12"):
+        assess(workload, MemoryPlan(num_keep_attention=13), lookup("4090"))
+
+
+def test_ranking_a_thousand_candidates_is_quick(workload):
+    plan_for(workload, 150)  # all traces are known from here on
+    start = time.process_time()
+    result = plan_for(workload, 150)
+    assert result.num_candidates > 1000
+    assert time.process_time() - start < 5
+
+
+# ---- roofline ----------------------------------------------------------------------------------------------------------
+
+
+def test_an_operator_takes_the_longer_of_computing_and_moving():
+    card = lookup("4090")
+    rate = card.tensor_rate * card.matmul_fraction
+    load = load_of([Work("matmul", rate, 0), Work("memory", 0.0, int(card.memory_bandwidth * card.memory_fraction))], card)
+    assert load.compute["matrix products"] == pytest.approx(1) and load.compute["memory traffic"] == pytest.approx(1)
+    slow = load_of([Work("matmul32", rate, 0)], card, tf32=False).compute["matrix products"]
+    assert slow == pytest.approx(card.tensor_rate / card.fp32_rate)
+    assert load_of([Work("matmul32", rate, 0)], card).compute["matrix products"] == pytest.approx(2)
+    assert load_of([Work("attention", rate, 0)], card).compute["attention"] > 1
+
+
+def test_transfers_hide_behind_computing_as_far_as_they_can():
+    card = lookup("4090")
+    walk = load_of([Work("matmul", card.tensor_rate * card.matmul_fraction, 0)], card)
+    nothing, link = add_loads([]), card.host_link_bandwidth
+    hidden = step_time(nothing, [(walk, int(0.9 * link))], card, streamed_share=1.0)
+    bound = step_time(nothing, [(walk, int(3 * link))], card, streamed_share=1.0)
+    assert 1 < hidden.seconds < 1.01 and hidden.bottleneck == "matrix products"
+    assert bound.seconds == pytest.approx(3, rel=0.01) and bound.bottleneck == "host link"
+    parked = load_of([Work("to host", 0.0, int(2 * link)), Work("to device", 0.0, int(link))], card)
+    assert step_time(nothing, [(parked, 0)], card, streamed_share=0.0).seconds == pytest.approx(2)
+    assert load_of([Work("weights", 0.0, 1 << 40)], card) == nothing  # the plan says how many weights stream
+
+
