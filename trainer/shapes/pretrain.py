@@ -29,7 +29,7 @@ TEXT_LENGTH, TEXT_WIDTH = 16, 64
 SCHEDULER = dict(
     num_train_timesteps=1000, beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012,
     prediction_type="v_prediction", rescale_betas_zero_snr=True, timestep_spacing="trailing",
-    snr_shift_scale=3.0, clip_sample=False, set_alpha_to_one=True,
+    snr_shift_scale=1.0, clip_sample=False, set_alpha_to_one=True,
 )
 
 
@@ -47,9 +47,9 @@ class Pretrain:
     """Steps of the text encoder."""
     vae_steps: int = 2000
     """Steps of the VAE, batch 8."""
-    transformer_steps: int = 12000
+    transformer_steps: int = 4500
     """Steps of the transformer, batch 64."""
-    num_videos: int = 12000
+    num_videos: int = 6000
     """Videos rendered and encoded once for the transformer."""
     device: str = "cpu"
     """Where to train."""
@@ -123,11 +123,11 @@ def train_text_encoder(config: Pretrain) -> None:
     model.save_pretrained(config.out / "text_encoder")
 
 
-def _videos(num_videos: int, seed: int) -> tuple[Tensor, list[list[str]]]:
+def _videos(num_videos: int, seed: int, *, lanes: bool = False) -> tuple[Tensor, list[list[str]]]:
     """Rendered videos in [-1, 1] (B, 3, T, H, W) and the names of what they show."""
     rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
     names = [_random_words(rng, unsaid=0.0)[0] for _ in range(num_videos)]
-    return torch.stack([world.render(world.Scene(*n), generator) * 2 - 1 for n in names]), names
+    return torch.stack([world.render(world.Scene(*n), generator, lanes=lanes) * 2 - 1 for n in names]), names
 
 
 def train_vae(config: Pretrain) -> None:
@@ -152,17 +152,26 @@ def train_vae(config: Pretrain) -> None:
         schedule.step()
         optimizer.zero_grad(set_to_none=True)
         _progress("vae", step, config.vae_steps, started, error=error.item(), kl=kl.item())
-    with torch.no_grad():
-        latents = vae.encode(_videos(64, seed=config.seed + 2)[0].to(config.device)).latent_dist.mode()
-    vae.register_to_config(scaling_factor=round(1 / latents.std().item(), 4))
+    vae.register_to_config(scaling_factor=_scaling_factor(vae, config))
     vae.save_pretrained(config.out / "vae")
+
+
+@torch.no_grad()
+def _scaling_factor(vae: AutoencoderKLCogVideoX, config: Pretrain) -> float:
+    """1 / standard deviation of the latents around each channel's mean.
+
+    A channel's mean says nothing about a video; counted in, it would leave the content far below the noise at most
+    timesteps, and what depends on fine detail (the shape) would never be learned.
+    """
+    latents = vae.encode(_videos(64, seed=config.seed + 2, lanes=True)[0].to(config.device)).latent_dist.mode()  # (B, C, F, H, W)
+    return round(1 / (latents - latents.mean((0, 2, 3, 4), keepdim=True)).std().item(), 4)
 
 
 @torch.no_grad()
 def _encode_videos(vae: AutoencoderKLCogVideoX, config: Pretrain) -> tuple[Tensor, list[list[str]]]:
     latents, names = [], []
     for part in range(0, config.num_videos, 100):
-        videos, shown = _videos(min(100, config.num_videos - part), seed=20_000_000 + config.seed * 1_000_000 + part)
+        videos, shown = _videos(min(100, config.num_videos - part), seed=20_000_000 + config.seed * 1_000_000 + part, lanes=True)
         latents += [vae.encode(v.to(config.device)).latent_dist.mode().cpu() for v in videos.split(25)]
         names += shown
     return torch.cat(latents).transpose(1, 2) * vae.config.scaling_factor, names  # (B, F, C, H, W)
@@ -183,6 +192,23 @@ def _encode_captions(config: Pretrain) -> tuple[Tensor, dict[tuple, list[int]]]:
     return torch.cat(embeddings), index
 
 
+def _initialise(model: nn.Module) -> None:
+    """AdaLN-zero (Peebles and Xie, arXiv:2212.09748): every block starts as the identity, the prediction as zero."""
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.xavier_uniform_(module.weight)
+            nn.init.zeros_(module.bias)
+    modulations = [norm.linear for block in model.transformer_blocks for norm in (block.norm1, block.norm2)]
+    for module in (*modulations, model.norm_out.linear, model.proj_out):
+        nn.init.zeros_(module.weight)
+
+
+def _average(averaged: list[Tensor], current: list[Tensor], num_averaged: Tensor) -> None:
+    """Exponential moving average that forgets the first steps."""
+    n = float(num_averaged)
+    torch._foreach_lerp_(averaged, current, 1 - min(0.998, (1 + n) / (10 + n)))
+
+
 def train_transformer(config: Pretrain) -> None:
     """v-prediction over uniform timesteps; captions leave attributes unsaid, or say nothing, now and then."""
     torch.manual_seed(config.seed + 3)
@@ -197,8 +223,9 @@ def train_transformer(config: Pretrain) -> None:
         sample_width=size, sample_height=size, sample_frames=world.FRAMES, max_text_seq_length=TEXT_LENGTH,
         spatial_interpolation_scale=1.0, in_channels=16, out_channels=16,
     ).to(config.device)
-    average = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.999))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.01, betas=(0.9, 0.99))
+    _initialise(model)
+    average = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=_average)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1.5e-3, weight_decay=0.01, betas=(0.9, 0.99))
     schedule, started = _schedule(optimizer, config.transformer_steps), time.monotonic()
     for step in range(config.transformer_steps):
         picked = torch.tensor([rng.randrange(len(names)) for _ in range(64)])
@@ -218,7 +245,7 @@ def train_transformer(config: Pretrain) -> None:
         optimizer.zero_grad(set_to_none=True)
         average.update_parameters(model)
         _progress("transformer", step, config.transformer_steps, started, loss=loss.item())
-        if step % 2000 == 1999 or step == config.transformer_steps - 1:
+        if step % 500 == 499 or step == config.transformer_steps - 1:
             average.module.save_pretrained(config.out / "transformer")
     scheduler.save_pretrained(config.out / "scheduler")
 

@@ -148,15 +148,22 @@ def _grid(size: int) -> tuple[Tensor, Tensor]:
     return axis.view(1, size), axis.view(size, 1)
 
 
-def render(scene: Scene, generator: torch.Generator, *, num_frames: int = FRAMES, size: int = SIZE) -> Tensor:
-    """Draw one video (3, T, H, W) of a fully specified scene; place, size, speed and shade come from `generator`."""
+def render(scene: Scene, generator: torch.Generator, *, lanes: bool = False, num_frames: int = FRAMES,
+           size: int = SIZE) -> Tensor:
+    """Draw one video (3, T, H, W) of a fully specified scene; place, size, speed and shade come from `generator`.
+
+    With `lanes`, only the lane (five, 4 pixels apart) and the shade vary: what a small transformer learns in minutes.
+    """
     u = torch.rand(8, generator=generator)
-    radius = 4.6 + 1.8 * u[0]
-    travel = 10 + 4 * u[1]
     step = torch.tensor(_STEP[scene.direction])
-    margin = radius + 1
-    along = size / 2 + (u[2] - 0.5) * (size - 2 * margin - travel).clamp(min=0)
-    across = margin + u[3] * (size - 2 * margin)
+    if lanes:
+        radius, travel = torch.tensor(6.0), torch.tensor(12.0)
+        along, across = torch.tensor(size / 2), size / 2 - 8 + 4 * (5 * u[3]).floor()
+    else:
+        radius, travel = 4.6 + 1.8 * u[0], 10 + 4 * u[1]
+        margin = radius + 1
+        along = size / 2 + (u[2] - 0.5) * (size - 2 * margin - travel).clamp(min=0)
+        across = margin + u[3] * (size - 2 * margin)
     centre = torch.where(step != 0, along, across)
     background = 0.04 + 0.10 * u[4]
     colour = torch.tensor(_RGB[scene.colour]) * (0.9 + 0.15 * u[5])
