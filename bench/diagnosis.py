@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import tyro
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from bench.faults import FAULTS, PIPELINES, Outcome, healthy_settings, run_fault, settings, tiny_pipeline, watch
 from bench.provenance import RESULTS, write_result
@@ -72,7 +72,7 @@ def main(config: Diagnosis) -> None:
     with tempfile.TemporaryDirectory() as directory:
         cases = measure(config, Path(directory))
     matrix = confusion(cases)
-    table = Table("put in", "runs", "named as such", "block right", "named otherwise")
+    table = Table(Column("put in", no_wrap=True), "runs", "named as such", "block right", "named otherwise")
     for code, named in matrix.items():
         others = ", ".join(f"{other}: {count}" for other, count in named.items() if other != code)
         right = sum(case["right"] for case in cases if case["code"] == code)
