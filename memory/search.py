@@ -176,9 +176,7 @@ class _Search:
             self.num_candidates += len(found)
             candidates += found
             best = self._first_that_fits(sorted(candidates), limits)
-            # Later variants save memory and never time. Once no attention is recomputed, what they could still buy is
-            # a block or two that keep everything: not worth the traces.
-            if best is not None and "inputs" not in resolve_keeps(best.plan, self.workload.num_blocks):
+            if best is not None and self._is_settled(variant, best.plan):
                 break
         misses = self._near_misses(sorted(candidates), best, limits)
         smallest = min(candidates, key=lambda c: (max(c.device_bytes, c.phases_bytes), c.seconds))
@@ -190,6 +188,16 @@ class _Search:
             num_replays=self.num_replays,
             num_traces=self.num_traces,
         )
+
+    def _is_settled(self, variant: _Variant, plan: MemoryPlan) -> bool:
+        """Whether the variants to come are not worth their traces: they save memory and never time.
+
+        Once no attention is recomputed, they could buy a block or two that keep everything. Feed-forward chunks, which
+        come last, cost about as much as keeping the attention of half the blocks gains.
+        """
+        num_recomputed = resolve_keeps(plan, self.workload.num_blocks).count("inputs")
+        allowed = self.workload.num_blocks // 2 if variant.base.boundaries == "host" else 0
+        return num_recomputed <= allowed
 
     # ---- traces --------------------------------------------------------------------------------------------------
 

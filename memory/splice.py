@@ -138,19 +138,28 @@ class Recipe:
                     self._cells[key] = None
 
     def with_visits_of(self, short: Trace, variant: Trace, keeps: Sequence[str]) -> "Recipe | None":
-        """A recipe for a variant of the plan, if the variant changes visits only and not what lies between them.
+        """A recipe for a variant of the plan without a full trace of it.
 
-        `short` and `variant` are traces of the same shorter model without and with it. None if more than visits differ.
+        `short` and `variant` are traces of the same shorter model without and with it. A span between visits is taken
+        from the full trace if the variant leaves it alone, or from the variant if the number of blocks does. None if
+        neither is so.
         """
-        between = [
-            [cell for span, cell in cells_of(trace) if span.visit is None and span.start < span.stop]
-            for trace in (short, variant)
+        spans = [
+            [cell for visit, cell in self._layout if visit is None],
+            *([cell for span, cell in cells_of(trace) if span.visit is None] for trace in (short, variant)),
         ]
-        if len(between[0]) != len(between[1]) or not all(a.same_as(b) for a, b in zip(*between, strict=True)):
+        if len({len(cells) for cells in spans}) > 1:
             return None
+        between = []
+        for full, small, changed in zip(*spans, strict=True):
+            if not small.same_as(changed) and not small.same_as(full):
+                return None
+            between.append(full if small.same_as(changed) else changed)
         other = Recipe.__new__(Recipe)
         other.base, other.num_blocks, other.block_weights = self.base, self.num_blocks, self.block_weights
-        other._is_checkpointed, other._layout, other._cells = self._is_checkpointed, self._layout, {}
+        other._is_checkpointed, other._cells = self._is_checkpointed, {}
+        remaining = iter(between)
+        other._layout = [(visit, cell if visit else next(remaining)) for visit, cell in self._layout]
         other.learn(variant, keeps)
         return other
 

@@ -307,11 +307,19 @@ def test_spliced_and_full_traces_are_the_same_with_boundaries_on_the_host():
         assert_splice_is_exact(recipe, keeping(num_attention, 0, resident_blocks=num_resident, **fields), 8, "stack")
 
 
-def test_a_variant_takes_what_lies_between_visits_from_the_base():
-    base = Recipe(tiny_trace(MemoryPlan()), ["inputs"] * 8)
-    short, variant = (tiny_trace(plan, 5) for plan in (MemoryPlan(), MemoryPlan(feed_forward_chunks=2)))
+@pytest.mark.parametrize("kind", ["stack", "sincos"])
+@pytest.mark.parametrize("fields", [{"feed_forward_chunks": 2}, {"boundaries": "host"}], ids=str)
+def test_a_variant_needs_no_full_trace(kind, fields):
+    base = Recipe(tiny_trace(MemoryPlan(), 7, kind), ["inputs"] * 7)
+    short, variant = (tiny_trace(plan, 5, kind) for plan in (MemoryPlan(), MemoryPlan(**fields)))
     recipe = base.with_visits_of(short, variant, ["inputs"] * 5)
-    assert_splice_is_exact(recipe, MemoryPlan(feed_forward_chunks=2, resident_blocks=2), 8, "stack")
+    assert_splice_is_exact(recipe, MemoryPlan(resident_blocks=2, **fields), 7, kind)
+
+
+def test_a_variant_that_changes_what_the_blocks_number_changes_is_refused():
+    base = Recipe(tiny_trace(MemoryPlan(), 7), ["inputs"] * 7)
+    short = tiny_trace(MemoryPlan(), 5)
+    assert base.with_visits_of(short, tiny_trace(MemoryPlan(), 6), ["inputs"] * 6) is None
 
 
 def test_splicing_refuses_what_it_has_not_seen():
