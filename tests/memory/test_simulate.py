@@ -1,6 +1,5 @@
 """Recorded traces against the allocator's own account of a real run, and spliced traces against full ones."""
 
-import random
 
 import pytest
 import torch
