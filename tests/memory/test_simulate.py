@@ -1,6 +1,5 @@
 """Recorded traces against the allocator's own account of a real run, and spliced traces against full ones."""
 
-
 import pytest
 import torch
 from tiny_transformer import BOUNDARY_NAMES, _make
