@@ -1,15 +1,31 @@
 """Every fault is named, at its block, within one step; and sound settings raise no alarm."""
 
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from bench.faults import FAULTS, Fault, healthy_settings, run_fault, settings, watch
+from bench.faults import FAULTS, PIPELINES, Fault, healthy_settings, run_fault, settings, tiny_pipeline, watch
 from trainer.findings import CODES
 
 NUM_HEALTHY, NUM_HEALTHY_SLOW = 52, 150
 NOT_INJECTED = {"frozen-weights-changed", "non-finite-loss", "zero-down-gradient"}  # see tests/trainer
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _private_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Cached embeddings of tests stay out of the user's cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="module")
+def tiny_pipelines(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Directories by kind; read only."""
+    root = tmp_path_factory.mktemp("tiny")
+    return {name: tiny_pipeline(root / name, **kind) for name, kind in PIPELINES.items()}
 
 
 def _case(fault: Fault, at: int):
