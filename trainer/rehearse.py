@@ -66,7 +66,8 @@ def rehearse(backbone: CogVideoX, config: TrainConfig, plan: MemoryPlan, *, num_
                 stack.enter_context(recorder.phase(name))
 
             _step(teacher, predict, erasers, optimizer, config, phase)
-            recorder.adopt(applied.host_buffers, "saved activations", place="pinned")
+            if applied.activations:  # the slabs that this step made; masters are known
+                recorder.adopt(applied.activations.host_buffers, "saved activations", place="pinned")
         trace = recorder.trace()
         applied.undo()
     return trace if plan.optimizer == "adamw" else _with_8bit_state(trace)
