@@ -146,19 +146,26 @@ def assess(
 ) -> Assessment:
     """Predict one plan as given, from a full trace of it. Raises PlanError if plan and model do not go together."""
     limits = Limits(card, margin=margin, host_bytes=host_bytes)
+    return assess_in_full(workload, plan, limits, expandable_segments, tf32)
+
+
+def assess_in_full(
+    workload: Workload, plan: MemoryPlan, limits: Limits, expandable_segments: bool, tf32: bool
+) -> Assessment:
+    """`assess` against limits that are known already."""
     resolve_keeps(plan, workload.num_blocks)
     trace = workload.trace(plan, workload.num_blocks)
     walks: dict[int | None, list[Load]] = {None: []}
     for span in trace.spans:
         number = None if span.visit is None else span.visit[0]
-        walks.setdefault(number, []).append(load_of(span.work, card, tf32=tf32))
+        walks.setdefault(number, []).append(load_of(span.work, limits.card, tf32=tf32))
     between = add_loads(walks.pop(None))
     streamed = 0 if plan.resident_blocks is None else workload.num_blocks - plan.resident_blocks
     streamed_bytes = trace.standing_bytes("weights", "pinned")
     time = step_time(
         between,
         [(add_loads(loads), streamed_bytes) for loads in walks.values()],
-        card,
+        limits.card,
         streamed_share=streamed / workload.num_blocks,
     )
     return assess_trace(workload, plan, trace, time, limits, expandable_segments)

@@ -14,7 +14,7 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from memory.allocator import round_request
-from memory.assess import MARGIN, Assessment, Limits, Workload, assess_trace, other_phases
+from memory.assess import MARGIN, Assessment, Limits, Workload, assess_in_full, assess_trace, other_phases
 from memory.cards import Card
 from memory.plan import MemoryPlan, PlanError, parse_checkpoint, resolve_keeps
 from memory.splice import Recipe, SpliceError
@@ -46,6 +46,8 @@ class SearchResult:
     smallest: Assessment
     """The plan that needs least of the device: says what card would do if nothing fits."""
     num_candidates: int
+    num_unknown: int
+    """Choices of what blocks keep that were left out, because no recorded visit tells what they would do."""
     num_replays: int
     num_traces: int
 
@@ -67,6 +69,7 @@ class _Variant:
         self.workload, self.card, self.base, self.recipe, self.tf32 = workload, card, base, recipe, tf32
         self.workspace = round_request(card.cublas_workspace_bytes) if card.cublas_workspace_bytes else 0
         self._loads: dict[int, Load] = {}
+        self.num_unknown = 0
         weights = recipe.standing(0, base.offload_buffers)
         self.flats = [s.num_bytes for s in weights if s.place == "pinned" and s.category == "weights"]
 
@@ -98,6 +101,7 @@ class _Variant:
             try:
                 gain, loads, slabs = self.recipe.peak_bytes(keeps), self.loads(keeps), sum(self.recipe.slabs(keeps))
             except SpliceError:
+                self.num_unknown += 1
                 continue
             for num_resident in residents:
                 if num_resident not in standing:
@@ -166,7 +170,7 @@ class _Search:
         self.workload, self.card, self.fixed = workload, card, fixed
         self.expandable_segments, self.tf32 = expandable_segments, tf32
         self.base = dataclasses.replace(base, **free)
-        self.num_traces = self.num_replays = self.num_candidates = 0
+        self.num_traces = self.num_replays = self.num_candidates = self.num_unknown = 0
         self._assessed: dict[MemoryPlan, Assessment] = {}
 
     def run(self, limits: Limits) -> SearchResult:
@@ -174,6 +178,7 @@ class _Search:
         for variant in self._variants():
             found = list(self._candidates_of(variant, limits))
             self.num_candidates += len(found)
+            self.num_unknown += variant.num_unknown
             candidates += found
             best = self._first_that_fits(sorted(candidates), limits)
             if best is not None and self._is_settled(variant, best.plan):
@@ -185,6 +190,7 @@ class _Search:
             near_misses=tuple(misses),
             smallest=self._assess(smallest, limits),
             num_candidates=self.num_candidates,
+            num_unknown=self.num_unknown,
             num_replays=self.num_replays,
             num_traces=self.num_traces,
         )
@@ -280,7 +286,11 @@ class _Search:
     def _assess(self, candidate: _Candidate, limits: Limits) -> Assessment:
         if candidate.plan not in self._assessed:
             self.num_replays += 1
-            found = candidate.variant.assess(candidate.plan, limits, self.expandable_segments)
+            try:
+                found = candidate.variant.assess(candidate.plan, limits, self.expandable_segments)
+            except SpliceError:  # the visits are known, but do not fit together
+                self.num_traces += 1
+                found = assess_in_full(self.workload, candidate.plan, limits, self.expandable_segments, self.tf32)
             self._assessed[candidate.plan] = found
         return self._assessed[candidate.plan]
 

@@ -92,12 +92,16 @@ class Recorder(TorchDispatchMode):
     def adopt(
         self, tensors: Iterable[torch.Tensor], category: str, *, place: str = "device", block: int | None = None
     ) -> None:
-        """Declare tensors that live before the step, or settle the category and place of tensors born in it."""
+        """Declare tensors that live before the step, or settle the category and place of tensors born in it.
+
+        The first declaration holds: all host buffers can be declared again after the step, for those that it made.
+        """
         if category not in CATEGORIES or place not in PLACES:
             raise ValueError(f"{category!r} at {place!r}: categories are {CATEGORIES}, places {PLACES}")
         for tensor in tensors:
             record = self._records[self._see(tensor, standing=True)]
-            record.category, record.place, record.block = category, place, block
+            if record.category is None:
+                record.category, record.place, record.block = category, place, block
 
     def adopt_model(self, model: nn.Module, blocks: Sequence[nn.Module] = (), applied=None) -> None:
         """Declare all of `model`: frozen parameters and buffers as weights, trainable ones as adapters.
@@ -296,6 +300,8 @@ class Recorder(TorchDispatchMode):
         visit = (traversal.backward, index)
         if self._marks[-1].visit != visit:
             self._mark(visit, records_graph=True)
+            if index == 0:  # what follows backward is no part of its last block
+                torch.autograd.Variable._execution_engine.queue_callback(lambda: self._mark(None))
 
     def _new_traversal(self, records_graph: bool) -> _Traversal:
         self._num_traversals += 1

@@ -72,7 +72,7 @@ def test_smaller_cards_get_other_plans_and_slower_ones(workload):
 
 def test_the_chosen_plan_is_the_fastest_that_fits_and_its_prediction_that_of_a_full_trace(workload):
     result = plan_for(workload, 450)
-    assert result.num_candidates >= 300 and result.near_misses
+    assert result.num_candidates >= 300 and result.num_unknown == 0 and result.near_misses
     full = assess(workload, result.best.plan, fixed_card(450 * MIB), margin=0.0, host_bytes=GIB)
     assert full.fits
     assert full.prediction == result.best.prediction
@@ -141,7 +141,7 @@ def test_ranking_a_thousand_candidates_is_quick(workload):
     plan_for(workload, 150)  # all traces are known from here on
     start = time.process_time()
     result = plan_for(workload, 150)
-    assert result.num_candidates > 1000
+    assert result.num_candidates > 1000 and result.num_unknown < 100  # boundaries on the host beside "everything"
     assert time.process_time() - start < 5
 
 

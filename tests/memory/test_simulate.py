@@ -326,3 +326,27 @@ def test_splicing_refuses_what_it_has_not_seen():
         recipe.splice(["inputs"] * 4 + ["attention"])
     with pytest.raises(SpliceError, match="trace this plan in full"):
         recipe.splice(["everything"] * 5)
+
+
+def test_what_follows_backward_is_no_part_of_a_visit():
+    with FakeTensorMode():
+        small = Small(3)
+        with recording() as recorder:
+            recorder.adopt_model(small.model, small.blocks)
+            recorder.watch(small.blocks)
+            prediction = small.predict(small.embeds[:1])
+            loss = prediction.sum()
+            with recorder.phase(BACKWARD):
+                loss.backward()
+                torch.empty(3)  # a tail whose size may depend on the number of blocks
+    spans = recorder.trace().spans
+    assert [span.visit for span in spans if span.visit][-1] == (1, 0)
+    assert spans[-1].visit is None and spans[-1].stop - spans[-1].start >= 2
+
+
+def test_the_first_declaration_of_a_tensor_holds():
+    with FakeTensorMode(), recording() as recorder:
+        master = torch.empty(100)
+        recorder.adopt([master], "weights", place="pinned")
+        recorder.adopt([master], "saved activations", place="pinned")
+    assert recorder.trace().standing_bytes("weights", "pinned") == 400

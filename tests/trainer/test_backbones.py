@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import FRAMES, SIDE
+from tiny_pipelines import FRAMES, SIDE
 
 from trainer.assemble import named_scheduler
 from trainer.backbones.cogvideox import CogVideoX, check_dtype

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import FRAMES, SIDE
+from tiny_pipelines import FRAMES, SIDE
 
 import run
 from trainer import cli

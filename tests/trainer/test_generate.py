@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from conftest import FRAMES, SIDE
+from tiny_pipelines import FRAMES, SIDE
 from test_erasers import shake
 
 from memory.plan import MemoryPlan

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import FRAMES, SIDE
+from tiny_pipelines import FRAMES, SIDE
 from diffusers import CogVideoXDDIMScheduler
 from test_erasers import shake
 
