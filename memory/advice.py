@@ -6,7 +6,7 @@ cost. A step that would change nothing, or that contradicts the plan, is passed 
 
 import dataclasses
 import shlex
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 from memory.plan import MemoryPlan, PlanError, resolve_keeps
@@ -29,18 +29,21 @@ class Advice:
         """`command` (a program and its arguments) with the changed settings appended or replaced, ready to paste."""
         arguments = list(command)
         for name, value in self.change.items():
-            flag = flag_of(name)
-            while flag in arguments:
-                at = arguments.index(flag)
-                del arguments[at : at + 2]
-            arguments = [argument for argument in arguments if not argument.startswith(f"{flag}=")]
-            arguments += [flag, str(value)]
+            for flag in (flag_of(name), "--" + name):  # both spellings are understood
+                while flag in arguments:
+                    at = arguments.index(flag)
+                    del arguments[at : at + (1 if isinstance(value, bool) else 2)]
+                arguments = [argument for argument in arguments if not argument.startswith(f"{flag}=")]
+            if isinstance(value, bool):
+                arguments.append(flag_of(name) if value else f"--no-{flag_of(name)[2:]}")
+            else:
+                arguments += [flag_of(name), str(value)]
         return shlex.join(arguments)
 
 
 def flag_of(name: str) -> str:
     """The option that sets a field of the plan."""
-    return f"--memory.{name.replace('_', '-')}"
+    return f"--{name.replace('_', '-')}"
 
 
 def next_cheaper(
@@ -49,8 +52,11 @@ def next_cheaper(
     *,
     needed_bytes: Callable[[MemoryPlan], int] | None = None,
     limit_bytes: int | None = None,
+    fixed: Collection[str] = (),
 ) -> Advice | None:
     """The least costly step that needs less of the device than `plan`, or None when there is no step left.
+
+    Fields of the plan named in `fixed` stay as they are.
 
     `needed_bytes` predicts what a plan needs; with `limit_bytes` steps are taken until the prediction is within it (or
     none is left), and without a predictor the first step is the answer.
@@ -59,7 +65,7 @@ def next_cheaper(
     best: Advice | None = None
     current, why = plan, []
     while True:
-        for cheaper, reason in _steps(current, num_blocks):
+        for cheaper, reason in _steps(current, num_blocks, fixed):
             needed = needed_bytes(cheaper) if needed_bytes else None
             if needed is None or needed < before:
                 break
@@ -77,9 +83,11 @@ def _difference(old: MemoryPlan, new: MemoryPlan) -> dict[str, object]:
     return {name: value for name, value in values.items() if value != getattr(old, name)}
 
 
-def _steps(plan: MemoryPlan, num_blocks: int) -> Iterator[tuple[MemoryPlan, str]]:
+def _steps(plan: MemoryPlan, num_blocks: int, fixed: Collection[str]) -> Iterator[tuple[MemoryPlan, str]]:
     """Valid plans one step below `plan`, the one that costs least time first."""
     for change, why in _changes(plan, num_blocks):
+        if any(name in fixed and value != getattr(plan, name) for name, value in change.items()):
+            continue
         try:
             cheaper = dataclasses.replace(plan, **change)
             resolve_keeps(cheaper, num_blocks)

@@ -58,15 +58,28 @@ def test_steps_are_taken_until_the_prediction_is_within_the_limit():
 @pytest.mark.parametrize(
     "command, expected",
     [
-        (["run.py", "--seed", "1"], "run.py --seed 1 --memory.boundaries host"),
-        (["run.py", "--memory.boundaries", "device", "--out", "my run"], "run.py --out 'my run' --memory.boundaries host"),
-        (["run.py", "--memory.boundaries=device"], "run.py --memory.boundaries host"),
+        (["run.py", "--seed", "1"], "run.py --seed 1 --boundaries host"),
+        (["run.py", "--boundaries", "device", "--out", "my run"], "run.py --out 'my run' --boundaries host"),
+        (["run.py", "--boundaries=device"], "run.py --boundaries host"),
     ],
 )
 def test_the_command_can_be_pasted(command, expected):
     advice = next_cheaper(MemoryPlan(resident_blocks=0), 30)
     assert advice.command(command) == expected
-    assert flag_of("num_keep_attention") == "--memory.num-keep-attention"
+    assert flag_of("num_keep_attention") == "--num-keep-attention"
+
+
+def test_fields_that_are_fixed_stay():
+    assert next_cheaper(MemoryPlan(), 30, fixed=["resident_blocks"]).change == {"boundaries": "host"}
+    frugal = MemoryPlan(resident_blocks=0, boundaries="host", feed_forward_chunks=8)
+    assert next_cheaper(frugal, 30).change == {"optimizer": "adamw8bit"}
+    assert next_cheaper(frugal, 30, fixed=["optimizer"]) is None
+
+
+def test_switches_are_pasted_as_switches():
+    advice = next_cheaper(MemoryPlan(text_encoder_resident=True), 30)
+    assert advice.command(["run.py", "--text-encoder-resident", "--rank", "4"]) == "run.py --rank 4 --no-text-encoder-resident"
+    assert advice.command(["run.py", "--text_encoder_resident"]) == "run.py --no-text-encoder-resident"
 
 
 def test_advice_does_not_import_torch():

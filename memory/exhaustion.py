@@ -1,0 +1,31 @@
+"""How running out of memory looks: torch says it in several ways, and the host in others.
+
+Importable without torch.
+"""
+
+import re
+import sys
+from typing import Literal
+
+_DEVICE = re.compile(r"CUDA error: out of memory|CUBLAS_STATUS_ALLOC_FAILED|CUDNN_STATUS_ALLOC_FAILED")
+_HOST = re.compile(r"DefaultCPUAllocator|[Cc]annot allocate memory|cudaHostAlloc|hipHostMalloc")
+_REQUESTED = re.compile(r"tried to allocate (\d+(?:\.\d+)?) (bytes|KiB|MiB|GiB)", re.IGNORECASE)
+_UNITS = {"bytes": 1, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30}
+
+
+def exhausted(error: BaseException) -> Literal["device", "host"] | None:
+    """Whose memory ran out, if that is what `error` says; None for any other error."""
+    if isinstance(error, MemoryError):
+        return "host"
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(error, torch.OutOfMemoryError):
+        return "device"
+    if isinstance(error, RuntimeError):  # the CPU's allocator, pinned memory and the libraries of the card
+        return "host" if _HOST.search(str(error)) else "device" if _DEVICE.search(str(error)) else None
+    return None
+
+
+def requested_bytes(error: BaseException) -> int | None:
+    """What the failed request asked for, where the message says it."""
+    found = _REQUESTED.search(str(error))
+    return int(float(found[1]) * _UNITS[found[2].lower()]) if found else None

@@ -1,0 +1,34 @@
+"""Messages as torch and the libraries word them."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from memory.exhaustion import exhausted, requested_bytes
+
+
+@pytest.mark.parametrize("error, whose, num_bytes", [
+    (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capacity of 23.64 GiB"), "device",
+     2_684_354_560),
+    (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB."), "device", 20 << 20),
+    (RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported"), "device", None),
+    (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), "device", None),
+    (MemoryError(), "host", None),
+    (RuntimeError("shape mismatch"), None, None),
+    (OSError(12, "Cannot allocate memory"), None, None),
+])
+def test_whose_memory_ran_out(error, whose, num_bytes):
+    assert exhausted(error) == whose and requested_bytes(error) == num_bytes
+
+
+def test_what_the_cpu_really_says():
+    with pytest.raises(RuntimeError) as raised:
+        torch.empty(1 << 60, dtype=torch.uint8)
+    assert exhausted(raised.value) == "host" and requested_bytes(raised.value) == 1 << 60
+
+
+def test_importable_without_torch():
+    program = "import sys, memory.exhaustion as e; e.exhausted(ValueError()); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
