@@ -133,9 +133,9 @@ def preserved_concepts(concept: str) -> list[str]:
 def _coverage(shape: str, dx: Tensor, dy: Tensor, radius: Tensor) -> Tensor:
     """Anti-aliased share of each pixel inside a shape centred at the origin; dx, dy in pixels."""
     if shape == "circle":
-        distance = (dx**2 + dy**2).sqrt() - radius
+        distance = (dx**2 + dy**2).sqrt() - 0.9 * radius
     elif shape == "square":
-        distance = torch.maximum(dx.abs(), dy.abs()) - 0.9 * radius
+        distance = torch.maximum(dx.abs(), dy.abs()) - radius
     else:  # upright triangle: base at +radius, apex at -radius, half base 1.1 radius
         slope = torch.tensor(2 / 1.1)
         side = (dx.abs() * slope - (dy + radius)) / (1 + slope**2).sqrt()
@@ -157,10 +157,10 @@ def render(scene: Scene, generator: torch.Generator, *, lanes: bool = False, num
     u = torch.rand(8, generator=generator)
     step = torch.tensor(_STEP[scene.direction])
     if lanes:
-        radius, travel = torch.tensor(6.0), torch.tensor(12.0)
+        radius, travel = torch.tensor(7.0), torch.tensor(12.0)
         along, across = torch.tensor(size / 2), size / 2 - 8 + 4 * (5 * u[3]).floor()
     else:
-        radius, travel = 4.6 + 1.8 * u[0], 10 + 4 * u[1]
+        radius, travel = 5.2 + 1.8 * u[0], 10 + 4 * u[1]
         margin = radius + 1
         along = size / 2 + (u[2] - 0.5) * (size - 2 * margin - travel).clamp(min=0)
         across = margin + u[3] * (size - 2 * margin)
@@ -226,7 +226,7 @@ def _shape(masks: Tensor) -> str | None:
     x, y = _grid(masks.shape[-1])
     area = masks.sum((1, 2), keepdim=True).float()  # (T, 1, 1)
     cx, cy = ((masks * axis).sum((1, 2), keepdim=True) / area for axis in (x, y))
-    area_of_unit = {"circle": torch.pi, "square": 4 * 0.81, "triangle": 2.2}
+    area_of_unit = {"circle": 0.81 * torch.pi, "square": 4.0, "triangle": 2.2}
     overlaps = []
     for shape, unit in area_of_unit.items():
         radius = (area / unit).sqrt()
