@@ -10,8 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from memory.sharding import whole
 from trainer.assemble import Assembly
 from trainer.config import TrainConfig
+from trainer.distributed import rows_of
 from trainer.findings import Finding, finding
 from trainer.losses import Teacher
 
@@ -27,11 +29,13 @@ class Subject:
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
 
-    def teacher_copy(self) -> Teacher:
-        """A teacher that may make samples without moving the run's own trajectories."""
+    def teacher_copy(self, *, of_rank: int | None = None) -> Teacher:
+        """A teacher that may make samples without moving the run's own trajectories; on the rows of another process."""
         teacher = copy.copy(self.teacher)
         teacher.latents = copy.deepcopy(teacher.latents)
         teacher.preserved_latents = copy.deepcopy(teacher.preserved_latents)
+        for stream in filter(None, (teacher.latents, teacher.preserved_latents)):
+            stream.rows = rows_of(stream.shape[0], of_rank)
         return teacher
 
     def adapter_name(self, name: str) -> str:
@@ -49,7 +53,7 @@ def non_finite_weight(subject: Subject) -> Finding | None:
     """The first parameter or buffer, in the model's order, that holds NaN or infinity."""
     transformer = subject.assembly.transformer
     for name, tensor in [*transformer.named_parameters(), *transformer.named_buffers()]:
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+        if tensor.is_floating_point() and not torch.isfinite(tensor := whole(tensor.detach())).all():
             own = ".adapter." in name
             return finding("non-finite-weight", "adapters" if own else "weights", block=block_of(name), module=name,
                            num_non_finite=int((~torch.isfinite(tensor)).sum()), num_elements=tensor.numel(),
@@ -71,8 +75,11 @@ class Fingerprint:
 
     def __init__(self, subject: Subject):
         frozen = {n: p for n, p in subject.assembly.transformer.named_parameters() if ".attn1.adapter." not in n}
-        self.sums = dict(zip(frozen, values([_bits(p) for p in frozen.values()])))
-        ranges = values([bound.double() for p in frozen.values() for bound in torch.aminmax(p.detach())])
+        sums, bounds = [], []
+        for weight in (whole(p.detach()) for p in frozen.values()):
+            sums.append(_bits(weight))
+            bounds += [bound.double() for bound in torch.aminmax(weight)]
+        self.sums, ranges = dict(zip(frozen, values(sums))), values(bounds)
         self.ranges = dict(zip(frozen, zip(ranges[::2], ranges[1::2])))
         self.finite = all(map(math.isfinite, ranges))
         self.dims = {name: p.ndim for name, p in frozen.items()}

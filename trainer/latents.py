@@ -2,8 +2,8 @@
 
 *noise*: x_0 ~ N(0, 1), noised to a random timestep. *trajectory*: start at noise and walk the sampler's timesteps
 with the teacher's own predictions, training at each. Both are functions of (seed, step); a trajectory's current
-latents are state, saved with the run.
-Legend: B batch, F latent frames, C latent channels, H W latent size.
+latents are state, saved with the run. Both draw for the whole batch; of several processes, each trains on its rows.
+Legend: B batch, b rows of this process, F latent frames, C latent channels, H W latent size.
 """
 
 from dataclasses import dataclass, field
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from trainer.config import TrainConfig
 from trainer.diffusion import Sampler
+from trainer.distributed import gather_rows, rows_of
 from trainer.errors import CheckpointError
 from trainer.seeding import generator, noise, to_device
 
@@ -27,6 +28,7 @@ class NoiseLatents:
     seed: int
     stream: str
     device: torch.device
+    rows: slice = field(default_factory=lambda: slice(None))
 
     def prompt_index(self, step: int) -> int:
         """Which batch of prompts a step uses."""
@@ -37,15 +39,19 @@ class NoiseLatents:
         return step
 
     def at(self, step: int) -> tuple[Tensor, Tensor]:
-        """x_t (B,F,C,H,W) fp32 and t (B,) of a step."""
+        """x_t (b,F,C,H,W) fp32 and t (b,) of a step."""
         t = torch.randint(0, self.scheduler.config.num_train_timesteps, (self.shape[0],),
                           generator=generator(self.seed, f"{self.stream}-timestep", step))
         x0 = noise(self.shape, self.seed, f"{self.stream}-x0", step)
         eps = noise(self.shape, self.seed, f"{self.stream}-noise", step)
-        return to_device(self.scheduler.add_noise(x0, eps, t), self.device), to_device(t, self.device)
+        x = self.scheduler.add_noise(x0, eps, t)
+        return to_device(x[self.rows], self.device), to_device(t[self.rows], self.device)
 
     def advance(self, step: int, velocity: Tensor) -> None:
         """Noise latents have no successor."""
+
+    def gather(self) -> None:
+        """Noise latents have no state."""
 
     def state_dict(self) -> dict[str, Tensor]:
         return {}
@@ -64,7 +70,8 @@ class TrajectoryLatents:
     stream: str
     device: torch.device
     num_steps: int
-    _latents: Tensor | None = field(default=None, init=False)
+    rows: slice = field(default_factory=lambda: slice(None))
+    _latents: Tensor | None = field(default=None, init=False)  # (B, F, C, H, W); rows of other processes mean nothing here
     _next: int = field(default=0, init=False)
 
     def __post_init__(self):
@@ -79,7 +86,7 @@ class TrajectoryLatents:
         return step if self._latents is not None and self._next == step else step - step % self.num_steps
 
     def at(self, step: int) -> tuple[Tensor, Tensor]:
-        """x_t (B,F,C,H,W) fp32 and t (B,) of a step. Steps come in order; each but a first needs `advance` before."""
+        """x_t (b,F,C,H,W) fp32 and t (b,) of a step. Steps come in order; each but a first needs `advance` before."""
         trajectory, index = divmod(step, self.num_steps)
         if index == 0:
             start = noise(self.shape, self.seed, f"{self.stream}-start", trajectory)
@@ -88,14 +95,26 @@ class TrajectoryLatents:
         if self._latents is None or self._next != step:
             raise RuntimeError(f"{self.stream} trajectory stands at step {self._next}, not {step}: every step has to "
                                "advance it once, in order")
-        return self._latents, self._sampler.timesteps[index].expand(self.shape[0])
+        x = self._latents[self.rows]
+        return x, self._sampler.timesteps[index].expand(len(x))
 
     def advance(self, step: int, velocity: Tensor) -> None:
         """Move to the next timestep by the scheduler's own step."""
         trajectory, index = divmod(step, self.num_steps)
         dice = generator(self.seed, f"{self.stream}-step", trajectory, index)
-        self._latents = self._sampler.step(velocity.float(), index, self._latents, dice)
+        whole = velocity.float()  # (b, F, C, H, W)
+        if len(whole) < self.shape[0]:  # a stochastic scheduler draws for the whole batch too
+            whole = torch.zeros_like(self._latents)
+            whole[self.rows] = velocity.float()
+        self._latents = self._sampler.step(whole, index, self._latents, dice)
         self._next = step + 1
+
+    def gather(self) -> None:
+        """Fetch the rows of the other processes, so that `state_dict` is that of the whole batch. All must call it."""
+        if self._latents is not None:
+            self._latents = gather_rows(self._latents, self.rows)
+            if self._sampler.memory is not None:
+                self._sampler.memory = gather_rows(self._sampler.memory, self.rows)
 
     def state_dict(self) -> dict[str, Tensor]:
         if self._latents is None:
@@ -119,8 +138,12 @@ Latents = NoiseLatents | TrajectoryLatents
 
 def make_latents(config: TrainConfig, scheduler: Any, shape: tuple[int, ...], stream: str,
                  device: torch.device) -> Latents:
-    """The latents that the settings ask for; `scheduler` must not be shared. Streams differ in their randomness."""
-    common = dict(scheduler=scheduler, shape=shape, seed=config.optim.seed, stream=stream, device=device)
+    """The latents that the settings ask for, those of this process' rows; `shape` is the whole batch's.
+
+    `scheduler` must not be shared. Streams differ in their randomness.
+    """
+    common = dict(scheduler=scheduler, shape=shape, seed=config.optim.seed, stream=stream, device=device,
+                  rows=rows_of(shape[0]))
     if config.data.latents == "noise":
         return NoiseLatents(**common)
     return TrajectoryLatents(**common, num_steps=config.data.trajectory_steps)

@@ -31,7 +31,7 @@ from trainer.seeding import order
 class Sample:
     """What the student trains on at one step. The teacher's part is constant. None: that term is not trained."""
 
-    latents: Tensor  # (B, F, C, H, W) fp32
+    latents: Tensor  # (B, F, C, H, W) fp32; of several processes, B is the rows of this one
     timestep: Tensor  # (B,)
     text: Tensor  # (B, L, D)
     target: Tensor  # (B, F, C, H, W) fp32: v_neg
@@ -89,7 +89,7 @@ class Teacher:
         return x, t, text, v
 
     def _order(self, count: int, purpose: str, latents: Latents, step: int) -> list[int]:
-        return order(count, latents.shape[0], self.seed, purpose, latents.prompt_index(step))
+        return order(count, latents.shape[0], self.seed, purpose, latents.prompt_index(step))[latents.rows]
 
     def _advance(self, latents: Latents, step: int, x: Tensor, t: Tensor, v: Tensor) -> None:
         if self.trajectory_guidance != 1.0:

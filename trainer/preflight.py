@@ -153,7 +153,7 @@ class Preflight:
     def _step(self) -> Iterator[Finding]:
         """Run teacher and student once."""
         watch = self.watch = _Watch(self.subject)
-        teacher = self.subject.teacher_copy()
+        teacher = self.subject.teacher_copy(of_rank=0)  # the same in every process
         with watch.hooked():
             watch.phase = "teacher"
             self.sample = teacher.sample(0)
