@@ -205,6 +205,7 @@ class ActivationOffload(Handle):
         self._group: _Group | None = None
 
     host_buffers = property(lambda self: list(self.arena.slabs), doc="Slabs of host memory, allocated in the first step.")
+    lanes = property(lambda self: [self.store_lane, self.load_lane], doc="What copies.")
 
     def start_block(self) -> _Group:
         if self._group is not None:

@@ -5,7 +5,7 @@ the host.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from memory.cards import GIB, Card
 from memory.plan import MemoryPlan, resolve_keeps
@@ -59,6 +59,8 @@ class Assessment:
     """Reserved at the peak of the whole run, and the context: the least a card must have usable, without margin."""
     host_bytes: int
     time: StepTime
+    trace: Trace = field(repr=False, compare=False)
+    """The step itself."""
 
 
 class Limits:
@@ -131,6 +133,7 @@ def assess_trace(
         needed_bytes=reserved + limits.card.context_bytes,
         host_bytes=host,
         time=time,
+        trace=trace,
     )
 
 

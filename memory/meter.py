@@ -41,12 +41,16 @@ class PhasePeak:
 
 
 class Meter:
-    """Reads one device. `phase(name)` may nest: the outer phase's peak includes the inner's."""
+    """Reads one device. `phase(name)` may nest: the outer phase's peak includes the inner's.
+
+    Nothing here makes the host wait for the device: the allocator's counters are kept on the host.
+    """
 
     def __init__(self, device: torch.device | str = "cpu"):
         self.device = torch.device(device)
         self._has_card = self.device.type == "cuda"
         self._open: list[list[int]] = []  # of each open phase: largest (allocated, reserved) so far
+        self._turn: tuple[str, list[int]] | None = None
         self.peaks: dict[str, PhasePeak] = {}
         """By phase, in order of first end."""
 
@@ -64,21 +68,41 @@ class Meter:
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Record the peak of what runs within, under `name`; also when it raises."""
-        self._harvest()
-        self._open.append([0, 0])
+        peak = self._begin()
         try:
             yield
         finally:
-            self._harvest()
-            allocated, reserved = self._open.pop()
-            before = self.peaks.get(name)
-            visits = before.num_visits if before else 0
-            self.peaks[name] = PhasePeak(
-                allocated_bytes=max(allocated, before.allocated_bytes if before else 0) if self._has_card else None,
-                reserved_bytes=max(reserved, before.reserved_bytes if before else 0) if self._has_card else None,
-                host_bytes=max(resident_bytes(), before.host_bytes if before else 0),
-                num_visits=visits + 1,
-            )
+            self._end(name, peak)
+
+    def turn_to(self, name: str | None) -> None:
+        """From here to the next turn, peaks are `name`'s: for phases that follow each other. None: nobody's."""
+        if self._turn is not None:
+            self._end(*self._turn)
+        self._turn = None if name is None else (name, self._begin())
+
+    def highest(self) -> dict[str, int]:
+        """Largest allocated bytes by phase so far; without a card, largest resident bytes of the process."""
+        return {
+            name: peak.host_bytes if peak.allocated_bytes is None else peak.allocated_bytes
+            for name, peak in self.peaks.items()
+        }
+
+    def _begin(self) -> list[int]:
+        self._harvest()
+        self._open.append([0, 0])
+        return self._open[-1]
+
+    def _end(self, name: str, peak: list[int]) -> None:
+        self._harvest()
+        self._open = [other for other in self._open if other is not peak]
+        allocated, reserved = peak
+        before = self.peaks.get(name)
+        self.peaks[name] = PhasePeak(
+            allocated_bytes=max(allocated, before.allocated_bytes if before else 0) if self._has_card else None,
+            reserved_bytes=max(reserved, before.reserved_bytes if before else 0) if self._has_card else None,
+            host_bytes=max(resident_bytes(), before.host_bytes if before else 0),
+            num_visits=(before.num_visits if before else 0) + 1,
+        )
 
     def _harvest(self) -> None:
         """Credit the allocator's peak since the last harvest to every open phase, and start a new one."""
@@ -97,6 +121,19 @@ class Meter:
         except RuntimeError:  # the card fell off the bus, or the driver was reset
             return None, None
         return total - free, total
+
+
+def sensors(device: torch.device | str) -> dict[str, float]:
+    """Temperature (°C) and power (W) of a card by NVML, as far as it answers: a sensor is not worth a run."""
+    found: dict[str, float] = {}
+    device = torch.device(device)
+    readers = {"temperature_celsius": torch.cuda.temperature, "power_watts": lambda d: torch.cuda.power_draw(d) / 1000}
+    for name, read in readers.items() if device.type == "cuda" else ():
+        try:
+            found[name] = read(device)
+        except Exception:  # no NVML, another version than the driver's, a card without this sensor, or one that is gone
+            continue
+    return found
 
 
 def resident_bytes() -> int:

@@ -200,6 +200,7 @@ class Offload(Handle):
     streamed = property(lambda self: frozenset(self._ring.masters), doc="Indices of the streamed blocks.")
     host_buffers = property(lambda self: [m.flat for m in self._ring.masters.values()], doc="Masters, one a block.")
     device_buffers = property(lambda self: [s.flat for s in self._ring.slots], doc="Slots of the ring.")
+    lanes = property(lambda self: [self._ring.lane], doc="What copies.")
 
 
 def offload_blocks(

@@ -4,7 +4,8 @@ The host never waits. The compute stream and a lane wait for each other by event
 `record_stream`, which would make the time of a free, and with it the peak, depend on timing.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
@@ -24,6 +25,8 @@ class Lane:
         self.device = device
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._so_far = self.new_event()
+        self.waiting: Callable[[], AbstractContextManager] = nullcontext
+        """Entered around what the computation waits for: on the CPU a copy itself, on a card the stream's wait for it."""
 
     def new_event(self) -> torch.cuda.Event | None:
         """An event to hand to `copy`; None on the CPU, where a copy is done when `copy` returns."""
@@ -42,8 +45,9 @@ class Lane:
         and the source is written) and after the event `after`. Host tensors must be pinned on a card.
         """
         if self._stream is None:
-            for destination, source in pairs:
-                destination.copy_(source)
+            with self.waiting():
+                for destination, source in pairs:
+                    destination.copy_(source)
             return
         self._so_far.record(torch.cuda.current_stream(self.device))
         self._stream.wait_event(self._so_far)
@@ -57,4 +61,5 @@ class Lane:
     def join(self, done: torch.cuda.Event | None) -> None:
         """Let the compute stream, not the host, wait for `done`."""
         if done is not None:
-            torch.cuda.current_stream(self.device).wait_event(done)
+            with self.waiting():
+                torch.cuda.current_stream(self.device).wait_event(done)

@@ -18,8 +18,9 @@ WAITING = "waiting for transfers"
 class PhaseClock:
     """Call `phase(name)` where a phase begins and `end_step()` where the step does; `read()` has the seconds."""
 
-    def __init__(self, device: torch.device):
-        self._cuda = device.type == "cuda"
+    def __init__(self, device: torch.device, *, on_phase: Callable[[str | None], object] = lambda name: None):
+        """`on_phase` is called where a phase begins, with None where a step ends: who measures by phase listens there."""
+        self._cuda, self._on_phase = device.type == "cuda", on_phase
         self._marks: list[tuple[str, Any]] = []  # (phase that begins, when) of the step under way
         self._ended: deque[list[tuple[str, Any]]] = deque()
         self._spare: list[torch.cuda.Event] = []
@@ -27,7 +28,8 @@ class PhaseClock:
 
     def phase(self, name: str) -> None:
         """From here on, time is `name`'s."""
-        self._marks.append((name, self._now()))
+        self._mark(name)
+        self._on_phase(name)
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
@@ -36,11 +38,11 @@ class PhaseClock:
         if around is None:  # between two steps: nobody's time
             yield
             return
-        self.phase(WAITING)
+        self._mark(WAITING)
         try:
             yield
         finally:
-            self.phase(around)
+            self._mark(around)
 
     def around(self, function: Callable, *, during: str, after: str) -> Callable:
         """`function`, in phase `during` while it runs and in phase `after` from its return."""
@@ -55,9 +57,10 @@ class PhaseClock:
     def end_step(self) -> None:
         """The step is over. What comes until the next phase (saving, sampling) is not counted."""
         if self._marks:
-            self._marks.append(("", self._now()))
+            self._mark("")
             self._ended.append(self._marks)
             self._marks = []
+            self._on_phase(None)
 
     def read(self) -> dict[str, float]:
         """Seconds by phase of the newest step whose end the device has passed; empty before there is one."""
@@ -69,6 +72,9 @@ class PhaseClock:
             if self._cuda:
                 self._spare.extend(event for _, event in marks)
         return self._latest
+
+    def _mark(self, name: str) -> None:
+        self._marks.append((name, self._now()))
 
     def _now(self) -> Any:
         if not self._cuda:

@@ -4,12 +4,15 @@ Imports no torch: the README's table is generated from CODES.
 """
 
 import json
+import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal, NamedTuple, TextIO
 
 from trainer.errors import NonFinite
+
+logger = logging.getLogger(__name__)
 
 Severity = Literal["fatal", "warning", "expected"]
 
@@ -187,6 +190,20 @@ def finding(code: str, phase: str, *, block: int | None = None, module: str | No
 def from_json(values: Mapping[str, Any]) -> Finding:
     """The inverse of `Finding.as_json`."""
     return Finding(**values)
+
+
+def gone_by(content: Mapping[str, Any]) -> list[Finding]:
+    """The findings in findings.json of a run that goes on: it did go on, so what was fatal then is a warning now."""
+    found = []
+    for values in content.get("findings", ()):
+        try:
+            f = from_json(values)
+        except TypeError as e:
+            logger.warning("an earlier finding is left out, it cannot be read (%s)", e)
+            continue
+        past = {"severity": "warning", "evidence": {**f.evidence, "stopped_an_earlier_start": True}}
+        found.append(replace(f, **past) if f.severity == "fatal" else f)
+    return found
 
 
 @dataclass(frozen=True, kw_only=True)

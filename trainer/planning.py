@@ -110,13 +110,13 @@ def forecast_as_given(config: TrainConfig, card: Card) -> Assessment:
     return assess(run, config.memory, card, tf32=False)
 
 
-def planned(config: TrainConfig, card: Card, fixed: Collection[str]) -> tuple[TrainConfig, list[str]]:
-    """The config with the planner's memory settings, and which settings it chose. Raises DoesNotFit."""
+def planned(config: TrainConfig, card: Card, fixed: Collection[str]) -> tuple[TrainConfig, list[str], Assessment]:
+    """The config with the planner's memory settings, which settings it chose, and what it predicts. Raises DoesNotFit."""
     found = forecast(config, card, fixed)
     if found.result.best is None:
         raise DoesNotFit(verdict(found))
     chosen = [name for name in SEARCHED if name not in fixed]
-    return replace(config, memory=found.result.best.plan), chosen
+    return replace(config, memory=found.result.best.plan), chosen, found.result.best
 
 
 def _phases(backbone: CogVideoX, config: TrainConfig, plan: MemoryPlan) -> tuple[PhaseNeed, ...]:

@@ -5,8 +5,7 @@ metrics.jsonl         losses, norms, step time, memory, one record a step
 findings.json         {"findings": [...], "checked": [...]}
 evaluation.json       before and after, with intervals; before-after.png beside it
 samples/step-*.png    pictures on the way
-memory.json           {"predicted": {"peak_bytes", "peak_bytes_by_phase": {phase: bytes}, "categories": [name, ...],
-                      "timeline": [[phase, [bytes of each category]], ...]}}: one step, in order
+memory.json           what the run is predicted to need (trainer.memory_file)
 """
 
 import json
@@ -40,8 +39,8 @@ class RunFiles:
         """Raises CheckpointError if `run` holds neither settings nor metrics."""
         if not (run / "config.json").exists() and not (run / METRICS).exists():
             raise CheckpointError(f"{run}: not a run directory (neither config.json nor {METRICS} is in it)")
-        return cls(run, _json(run / "config.json"), read_metrics(run), _json(run / "findings.json"),
-                   _json(run / "evaluation.json"), _json(run / MEMORY),
+        return cls(run, read_object(run / "config.json"), read_metrics(run), read_object(run / "findings.json"),
+                   read_object(run / "evaluation.json"), read_object(run / MEMORY),
                    sorted((run / "samples").glob("step-[0-9]*[0-9].png")))
 
     def setting(self, path: str) -> Any:
@@ -73,13 +72,13 @@ def lookup(value: Any, *keys: str) -> Any:
     return value
 
 
-def _json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; empty if there is none."""
+def read_object(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; empty if there is none that can be read."""
     if not path.exists():
         return {}
     try:
         content = json.loads(path.read_text())
     except (OSError, ValueError) as e:
-        logger.warning("%s: left out of the report (%s)", path, e)
+        logger.warning("%s: left out, it cannot be read (%s)", path, e)
         return {}
     return content if isinstance(content, dict) else {}

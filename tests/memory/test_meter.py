@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from memory.meter import Meter, peak_resident_bytes, resident_bytes
+from memory.meter import Meter, peak_resident_bytes, resident_bytes, sensors
 
 
 def test_without_a_card_only_the_host_is_read():
@@ -78,10 +78,45 @@ def test_peaks_belong_to_the_phase_they_happened_in(monkeypatch):
     assert meter.read().device_used_bytes == 7
 
 
+def test_phases_that_follow_each_other(monkeypatch):
+    card, meter = MadeUpCard(monkeypatch), Meter("cuda")
+    for name, most in (("teacher", 30), ("student", 50), ("teacher", 40), (None, 90)):
+        meter.turn_to(name)
+        card.hold(most)
+        card.hold(10)
+    with meter.phase("sample"):
+        card.hold(60)
+    assert meter.highest() == {"teacher": 40, "student": 50, "sample": 60}
+    meter.turn_to("optimizer")  # finds what the sample held
+    with meter.phase("inner"):
+        card.hold(70)
+    meter.turn_to(None)
+    assert meter.highest()["optimizer"] == 70
+
+
+def test_without_a_card_the_highest_are_of_the_process():
+    meter = Meter()
+    meter.turn_to("teacher")
+    meter.turn_to(None)
+    assert meter.highest() == {"teacher": meter.peaks["teacher"].host_bytes}
+
+
 def test_a_lost_card_does_not_end_the_run(monkeypatch):
     card, meter = MadeUpCard(monkeypatch), Meter("cuda")
     card.lost = True
     assert meter.read().device_used_bytes is None
+
+
+@pytest.mark.parametrize("trouble", [RuntimeError("GPU is lost"), ModuleNotFoundError("no NVML"), ValueError("Unknown Error")])
+def test_a_sensor_that_fails_is_left_out(monkeypatch, trouble):
+    def fail(device):
+        raise trouble
+
+    monkeypatch.setattr(torch.cuda, "power_draw", lambda device: 312_000)
+    monkeypatch.setattr(torch.cuda, "temperature", lambda device: 71)
+    assert sensors("cuda") == {"temperature_celsius": 71, "power_watts": 312.0} and sensors("cpu") == {}
+    monkeypatch.setattr(torch.cuda, "temperature", fail)
+    assert sensors("cuda") == {"power_watts": 312.0}
 
 
 @pytest.mark.gpu

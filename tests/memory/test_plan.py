@@ -142,3 +142,24 @@ def test_more_resident_blocks_than_there_are():
         apply(make_tiny(), resident_blocks=6)
     applied = apply(make_tiny(), resident_blocks=5)
     assert applied.offload is None
+
+
+@pytest.mark.parametrize(("settings", "waits"), [({}, False), ({"resident_blocks": 0}, True), ({"boundaries": "host"}, True)])
+def test_every_wait_for_a_copy_is_counted(settings, waits):
+    from contextlib import contextmanager
+
+    tiny, counted = make_tiny(), []
+
+    @contextmanager
+    def waiting():
+        counted.append("begins")
+        yield
+        counted.append("ends")
+
+    applied = apply_plan(tiny.model, tiny.blocks, MemoryPlan(**settings), device="cpu", boundary_names=BOUNDARY_NAMES)
+    applied.count_waits(waiting)
+    tiny.step()
+    applied.undo()
+    assert bool(counted) == waits and counted == ["begins", "ends"] * (len(counted) // 2)
+    # On the CPU a copy is done when it returns: one wait a load of a block.
+    assert "resident_blocks" not in settings or len(counted) == 2 * applied.num_loads

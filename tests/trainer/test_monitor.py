@@ -13,11 +13,13 @@ import pytest
 import torch
 from rich.console import Console
 
+from memory.meter import Meter
 from trainer import live_view
 from trainer.clock import WAITING, PhaseClock
 from trainer.findings import finding
 from trainer.live_view import block_strip, duration, sparkline, trend, view
-from trainer.monitor import NUM_WARM_UP, Monitor, read_process
+from trainer.monitor import NUM_WARM_UP, Monitor, read_memory, read_process, watch
+from trainer.signals import StopFlag
 
 GIB = 2**30
 CARD = {"allocated_bytes": 11 * GIB, "reserved_bytes": 13 * GIB, "device_used_bytes": 15 * GIB,
@@ -205,6 +207,36 @@ def test_a_stuck_terminal_does_not_hold_up_the_end():
     released.set()
 
 
+def test_a_card_that_vanishes_leaves_the_monitor_running(tiny_config, monkeypatch, caplog):
+    """The driver, NVML and its sensors fail from the second reading on; the allocator's counters are the host's."""
+    asked = []
+
+    def lost(device):
+        asked.append(device)
+        if len(asked) > 3:
+            raise RuntimeError("GPU is lost")
+        return 20 * GIB, 24 * GIB
+
+    for name in ("mem_get_info", "temperature", "power_draw"):
+        monkeypatch.setattr(torch.cuda, name, lost)
+    for name in ("memory_allocated", "memory_reserved"):
+        monkeypatch.setattr(torch.cuda, name, lambda device: 3 * GIB)
+    monkeypatch.setattr("sys.stderr", io.StringIO())
+    with watch(tiny_config(), StopFlag(), Meter("cuda")) as monitor:
+        monitor.interval = 0.01
+        for i in range(3):
+            monitor.step(record(i))
+            time.sleep(0.3)
+        assert monitor.state()["memory"]["reserved_bytes"] == 3 * GIB
+        lines = monitor.stream
+    assert "step 3/6" in lines.getvalue() and "reserved 3.00 GiB" in lines.getvalue() and len(asked) > 6
+    assert not [r for r in caplog.records if "monitor failed" in r.getMessage()]
+
+
+def test_readings_of_a_run_without_a_card():
+    assert read_memory(Meter("cpu")).keys() == read_process().keys()
+
+
 class _Terminal:
     """A pseudo terminal; `text()` is all that was written to it."""
 
@@ -303,6 +335,18 @@ def test_the_clock_splits_a_step():
     assert list(seconds) == ["teacher", "student", "backward", WAITING, "optimizer"]
     assert seconds["teacher"] >= 0.06 and seconds["student"] >= 0.02 and seconds[WAITING] >= 0.02
     assert seconds["optimizer"] < 0.02 and seconds["backward"] < 0.02
+
+
+def test_who_measures_by_phase_hears_of_phases_but_not_of_waits():
+    heard = []
+    clock = PhaseClock(torch.device("cpu"), on_phase=heard.append)
+    clock.phase("teacher")
+    with clock.waiting():
+        pass
+    clock.phase("optimizer")
+    clock.end_step()
+    clock.end_step()
+    assert heard == ["teacher", "optimizer", None]
 
 
 def test_the_clock_ignores_what_is_between_steps():

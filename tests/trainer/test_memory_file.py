@@ -1,0 +1,102 @@
+"""What a run was predicted to need: memory.json, the live view's facts, and the report; measured peaks beside it."""
+
+import dataclasses
+import json
+from functools import partial
+
+import pytest
+
+from memory.cards import lookup
+from memory.plan import MemoryPlan
+from memory.timeline import CATEGORIES
+from trainer.clock import WAITING
+from trainer.errors import InputOutputError
+from trainer.findings import finding
+from trainer.loop import train
+from trainer.memory_file import NUM_POINTS, keep_forecast, predicted_memory, thinned
+from trainer.metrics import read_metrics
+from trainer.planning import forecast_as_given
+from trainer.report import write_report
+from trainer.run_files import RunFiles
+
+CARD = lookup("4090")
+
+
+@pytest.fixture
+def streamed(tiny_config):
+    return tiny_config(memory=MemoryPlan(resident_blocks=0, boundaries="host"))
+
+
+def test_the_timeline_is_thin_and_keeps_every_peak(tiny_config):
+    found = forecast_as_given(tiny_config(), CARD)
+    points = thinned(found.trace)
+    assert len(list(found.trace.timeline())) > 2 * NUM_POINTS > len(points) > NUM_POINTS / 2
+    assert list(dict.fromkeys(phase for phase, _ in points)) == ["load", "teacher", "student", "backward", "optimizer"]
+    for phase, ours in (("student forward", "student"), ("student backward", "backward"), ("teacher", "teacher")):
+        highest = max(total for p, total, _ in found.trace.timeline() if p == phase)
+        assert max(sum(values) for p, values in points if p == ours) == highest
+    assert {len(values) for _, values in points} == {len(CATEGORIES)}
+
+
+def test_the_planners_word_is_used_for_its_own_plan_only(tiny_config):
+    config = tiny_config()
+    known = dataclasses.replace(forecast_as_given(config, CARD), needed_bytes=12345)
+    assert predicted_memory(config, CARD, known=known)["predicted"]["needed_bytes"] == 12345
+    other = dataclasses.replace(config, memory=MemoryPlan(resident_blocks=0))
+    content = predicted_memory(other, CARD, known=known)
+    assert content["predicted"]["needed_bytes"] != 12345 and content["plan"]["resident_blocks"] == 0
+
+
+def test_a_forecast_is_made_once_a_plan(tiny_config, tmp_path):
+    config, asked = tiny_config(), []
+
+    def forecast(config):
+        asked.append(config.memory)
+        return {"budget_bytes": 10, "plan": dataclasses.asdict(config.memory), "predicted": {"needed_bytes": 7}}
+
+    facts = {"budget_bytes": 10, "predicted_peak_bytes": 7}
+    assert keep_forecast(tmp_path, config, forecast) == keep_forecast(tmp_path, config, forecast) == facts
+    assert keep_forecast(tmp_path, config, None) == facts and asked == [config.memory]
+    other = dataclasses.replace(config, memory=MemoryPlan(resident_blocks=0))
+    assert keep_forecast(tmp_path, other, forecast) == facts and len(asked) == 2
+    assert keep_forecast(tmp_path, config, None) == {} and not (tmp_path / "memory.json").exists()
+    (tmp_path / "memory.json").write_text("{")
+    assert keep_forecast(tmp_path, config, forecast) == facts
+    with pytest.raises(InputOutputError, match="memory.json"):
+        keep_forecast(tmp_path / "nowhere", config, forecast)
+
+
+def test_a_run_keeps_prediction_peaks_and_waiting_time(streamed):
+    run_dir = train(streamed, {}, forecast=partial(predicted_memory, card=CARD))
+    files, records = RunFiles.read(run_dir), read_metrics(run_dir)
+    predicted = files.memory["predicted"]
+    assert files.memory["card"] == "rtx-4090" and files.memory["budget_bytes"] == CARD.usable_bytes
+    assert predicted["peak_bytes"] == max(predicted["peak_bytes_by_phase"].values()) <= predicted["needed_bytes"]
+    # Weights of both blocks stream, so copies take time; on the CPU nothing hides it.
+    assert all(0 < r["phase_seconds"][WAITING] < sum(r["phase_seconds"].values()) for r in records[1:])
+    measured = files.measured_peaks()
+    assert {"encode prompts", "load", "pre-flight", "teacher", "student", "backward"} <= measured.keys()
+    assert {"teacher", "student", "backward", "optimizer", "sample", "decode"} <= predicted["peak_bytes_by_phase"].keys()
+    assert min(measured.values()) > 2**24 and records[-1]["memory"]["process_bytes"] > 2**24
+    page = write_report(run_dir).read_text()
+    for wanted in ("One step by category, predicted", "measured (process)", "Without a card the whole process", "rtx-4090",
+                   "transfer buffers", "waiting for transfers"):
+        assert wanted in page, wanted
+
+
+def test_without_offload_nothing_waits(tiny_config):
+    assert all(WAITING not in r["phase_seconds"] for r in read_metrics(train(tiny_config(optim__steps=3), {})))
+
+
+def test_a_resumed_run_keeps_what_was_found_before(tiny_config):
+    run_dir = train(tiny_config(optim__steps=3), {})
+    path = run_dir / "findings.json"
+    content = json.loads(path.read_text())
+    fatal, mild = finding("non-finite-gradient", "backward", block=1), finding("dead-gelu", "training", block=0, severity="warning")
+    content["findings"] += [fatal.as_json(), mild.as_json(), {"code": "half a finding"}]
+    path.write_text(json.dumps(content))
+    train(tiny_config(), {}, resume=run_dir)
+    found = {f["code"]: f for f in json.loads(path.read_text())["findings"]}
+    assert list(found) == ["zero-down-gradient", "non-finite-gradient", "dead-gelu"]
+    assert found["non-finite-gradient"]["severity"] == "warning"  # it went on
+    assert found["non-finite-gradient"]["evidence"] == {"stopped_an_earlier_start": True} and found["dead-gelu"] == mild.as_json()

@@ -1,0 +1,72 @@
+"""RUN/memory.json: what a run is predicted to need, for the live view and the report. Everything in it is predicted.
+
+{"card", "budget_bytes", "plan": {...}, "predicted": {"needed_bytes", "peak_bytes", "peak_bytes_by_phase": {phase: bytes},
+"categories": [name, ...], "timeline": [[phase, [bytes of each category]], ...]}}: the timeline is one step, in order, thinned.
+"""
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from memory.assess import Assessment
+from memory.cards import Card
+from memory.simulate import BACKWARD, FORWARD
+from memory.timeline import CATEGORIES, Trace
+from trainer.config import TrainConfig
+from trainer.errors import InputOutputError
+from trainer.run_files import MEMORY, lookup, read_object
+
+NUM_POINTS = 400
+_NAMES = {FORWARD: "student", BACKWARD: "backward"}  # as the run's clock has them
+
+
+def predicted_memory(config: TrainConfig, card: Card, *, known: Assessment | None = None) -> dict[str, Any]:
+    """The content of memory.json for a run on `card`. `known`: what the planner said of the plan that it chose."""
+    found = known
+    if found is None or found.plan != config.memory:
+        from trainer.planning import forecast_as_given
+
+        found = forecast_as_given(config, card)
+    return {
+        "card": card.name, "budget_bytes": card.usable_bytes, "plan": asdict(found.plan),
+        "predicted": {
+            "needed_bytes": found.needed_bytes, "peak_bytes": max(found.by_phase.values()),
+            "peak_bytes_by_phase": {_NAMES.get(name, name): value for name, value in found.by_phase.items()},
+            "categories": list(CATEGORIES), "timeline": thinned(found.trace)}}
+
+
+def thinned(trace: Trace) -> list[list[Any]]:
+    """About NUM_POINTS points of a step, each the highest of its share, so that no peak is lost; none spans two phases."""
+    totals = [(phase, total) for phase, total, _ in trace.timeline()]
+    length, chosen = max(1, len(totals) // NUM_POINTS), set()
+    for _, run in groupby(enumerate(totals), key=lambda point: point[1][0]):
+        points = list(run)
+        for start in range(0, len(points), length):
+            chosen.add(max(points[start:start + length], key=lambda point: point[1][1])[0])
+    return [[_NAMES.get(phase, phase), list(live.values())]
+            for i, (phase, _, live) in enumerate(trace.timeline()) if i in chosen]
+
+
+def keep_forecast(run_dir: Path, config: TrainConfig, forecast: Callable[[TrainConfig], dict[str, Any]] | None) -> dict[str, float]:
+    """Write memory.json, unless it is there for this very plan; returns the facts that the live view shows.
+
+    Without `forecast` a file that is about another plan is removed, and there are no facts.
+    """
+    path = run_dir / MEMORY
+    content = read_object(path)
+    if content.get("plan") != json.loads(json.dumps(asdict(config.memory))):
+        content = forecast(config) if forecast else {}
+        try:
+            if content:
+                part = path.with_name(f".{MEMORY}.part")
+                part.write_text(json.dumps(content) + "\n")
+                part.replace(path)
+            else:
+                path.unlink(missing_ok=True)
+        except OSError as e:
+            raise InputOutputError(f"{path} cannot be written ({e.strerror})") from e
+    shown = {"budget_bytes": lookup(content, "budget_bytes"), "predicted_peak_bytes": lookup(content, "predicted", "needed_bytes")}
+    return {name: value for name, value in shown.items() if value is not None}
