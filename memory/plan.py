@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Literal, get_args
 
 if TYPE_CHECKING:
@@ -34,6 +35,9 @@ class MemoryPlan:
     their gradients and their optimizer state are float32 always."""
     resident_blocks: int | None = None
     """Blocks that stay on the device, spread evenly; the others stream from host memory. None: all stay (no offload)."""
+    num_shards: int = 1
+    """Processes, one a card, among which the frozen weights of every block are divided; each gathers a block when it
+    runs. All of the run's, or 1: every process holds whole blocks. In place of offload."""
     offload_buffers: int = 2
     """Device buffers of one block each that streamed blocks pass through. At least 2: one loads while one computes."""
     checkpoint: str = "all"
@@ -67,6 +71,9 @@ class MemoryPlan:
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise PlanError(f"{field} is {value!r}; an integer, at least {least}")
+        if self.num_shards > 1 and self.resident_blocks is not None:
+            raise PlanError(f"num_shards is {self.num_shards} and resident_blocks {self.resident_blocks}: a block's weights are "
+                            "either divided among processes or streamed from the host; leave one out")
         self._check_checkpointing()
 
     def _check_checkpointing(self) -> None:
@@ -98,6 +105,7 @@ _CHOICES = {
 }
 _AT_LEAST = {
     "resident_blocks": 0,
+    "num_shards": 1,
     "offload_buffers": 2,
     "num_keep_attention": 0,
     "num_keep_everything": 0,
@@ -156,7 +164,7 @@ class AppliedPlan:
 
     def __init__(self, plan: MemoryPlan, keeps: tuple[Keep, ...]):
         self.plan, self.keeps = plan, keeps
-        self.offload = self.checkpointing = self.activations = None
+        self.sharding = self.offload = self.checkpointing = self.activations = None
         self._undos: list = []
 
     @property
@@ -188,6 +196,12 @@ class AppliedPlan:
     def device_buffers(self) -> list[torch.Tensor]:
         """Flat byte buffers on the device that streamed blocks pass through."""
         return self.offload.device_buffers if self.offload else []
+
+    def count_waits(self, waiting: Callable[[], AbstractContextManager]) -> None:
+        """Enter `waiting()` wherever the computation waits for a copy of weights or activations."""
+        for part in (self.offload, self.activations):
+            for lane in part.lanes if part else ():
+                lane.waiting = waiting
 
     def require_recomputed(self) -> None:
         """RuntimeError if checkpointing is silently off; call it after a backward pass."""
@@ -249,6 +263,7 @@ def _apply(applied: AppliedPlan, model, blocks, device, boundary_names, feed_for
     from memory.chunking import chunk_feed_forwards
     from memory.offload import offload_blocks, place
     from memory.precision import cast_frozen
+    from memory.sharding import shard_blocks
     from memory.streams import resolve_device
 
     plan, keeps = applied.plan, applied.keeps
@@ -263,9 +278,14 @@ def _apply(applied: AppliedPlan, model, blocks, device, boundary_names, feed_for
     if plan.feed_forward_chunks > 1:
         applied._undos.append(chunk_feed_forwards(feed_forwards, plan.feed_forward_chunks).undo)
 
-    # 3. Block offload before anything else moves to the device, so that a model larger than the device never has to
+    # 3. Blocks divided among processes, or streamed from the host. Sharding gathers a block in module hooks, which run
+    #    around whatever replaces a forward, in backward too, so that the block is there when it is recomputed.
+    #    Block offload before anything else moves to the device, so that a model larger than the device never has to
     #    be on it; and inside checkpointing, so that a recomputation fetches its weights again.
     streamed = []
+    if plan.num_shards > 1:
+        applied.sharding = shard_blocks(model, blocks, num_shards=plan.num_shards, device=device)
+        applied._undos.append(applied.sharding.undo)
     if plan.resident_blocks is not None and plan.resident_blocks < len(blocks):
         applied.offload = offload_blocks(
             blocks, device=device, num_resident=plan.resident_blocks, num_buffers=plan.offload_buffers

@@ -29,17 +29,18 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def shard_blocks(model: nn.Module, blocks: Sequence[nn.Module], *, device: torch.device | str) -> Handle:
-    """Divide the frozen parameters of `blocks`, all part of `model`, among all processes; what stays here is on `device`.
+def shard_blocks(model: nn.Module, blocks: Sequence[nn.Module], *, num_shards: int, device: torch.device | str) -> Handle:
+    """Divide the frozen parameters of `blocks`, all part of `model`, among all `num_shards` processes; one part is on `device`.
 
     Every process must call this with the same weights, run the same passes in the same order, and undo it together.
-    Raises PlanError without a process group of several processes; ValueError for no blocks or blocks without frozen
+    Raises PlanError unless `num_shards` processes run; ValueError for no blocks or blocks without frozen
     parameters; RuntimeError if applied already.
     """
     blocks = require_modules(blocks, "sharding")
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        raise PlanError("shard_blocks divides weights among processes, and there is one: start with "
-                        "torchrun --nproc-per-node=N, or use resident_blocks to stream them from the host")
+    num_processes = dist.get_world_size() if dist.is_initialized() else 1
+    if num_processes != num_shards:
+        raise PlanError(f"num_shards is {num_shards}, but the number of processes {num_processes}: start with "
+                        f"torchrun --nproc-per-node={num_shards}, or use resident_blocks to stream blocks from the host")
     if any(isinstance(module, FSDPModule) for module in (model, *blocks)):
         raise RuntimeError("sharding is applied to this model already; undo() it first")
     for index, block in enumerate(blocks):
@@ -47,7 +48,7 @@ def shard_blocks(model: nn.Module, blocks: Sequence[nn.Module], *, device: torch
             raise ValueError(f"block {index} has no frozen parameters to shard; freeze it with requires_grad_(False)")
     # FSDP warns of outputs that are views, lest somebody change one in place: our callers never change a prediction.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module", category=UserWarning)
-    mesh = init_device_mesh(resolve_device(device).type, (dist.get_world_size(),))
+    mesh = init_device_mesh(resolve_device(device).type, (num_shards,))
     trainable = {p for block in blocks for p in block.parameters() if p.requires_grad}
     handle = Handle()
     try:

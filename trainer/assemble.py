@@ -81,8 +81,10 @@ class Assembly:
     def __enter__(self) -> "Assembly":
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.applied.undo()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        # Sharded weights come together only if every process gathers them; one that fails may be alone.
+        if kind is None or self.applied.plan.num_shards == 1:
+            self.applied.undo()
 
 
 def assemble(backbone: CogVideoX, model: ModelConfig, plan: MemoryPlan, *, rank: int | None = None,
@@ -94,7 +96,8 @@ def assemble(backbone: CogVideoX, model: ModelConfig, plan: MemoryPlan, *, rank:
     device = resolve_device(model.device)
     dtype = resolve_dtype(backbone, plan, insist=model.force_dtype)
     latent_shape = backbone.latent_shape(*video_size(backbone, model))
-    transformer = backbone.load_transformer(dtype=dtype, device=device if plan.resident_blocks is None else "cpu")
+    whole = plan.resident_blocks is None and plan.num_shards == 1
+    transformer = backbone.load_transformer(dtype=dtype, device=device if whole else "cpu")
     blocks = backbone.blocks(transformer)
     erasers = None if rank is None else Erasers(blocks, rank, seed=seed)
     applied = apply_plan(transformer, blocks, plan, device=device, feed_forwards=[block.ff for block in blocks],

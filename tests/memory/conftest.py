@@ -1,6 +1,9 @@
 """Fixtures on the tiny transformer of tiny_transformer.py."""
 
+from datetime import timedelta
+
 import pytest
+import torch.distributed as dist
 from tiny_transformer import make_tiny
 
 
@@ -13,3 +16,13 @@ def kind(request):
 @pytest.fixture
 def tiny(kind):
     return make_tiny(kind)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _processes():
+    """Under torchrun, the process group that sharding needs."""
+    if dist.is_torchelastic_launched():
+        dist.init_process_group("gloo", timeout=timedelta(minutes=1))
+    yield
+    if dist.is_torchelastic_launched():
+        dist.destroy_process_group()
