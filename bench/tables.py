@@ -15,10 +15,10 @@ from typing import Any
 
 from bench.erasure import VARIANTS, summary
 from bench.provenance import RESULTS
+from trainer.findings import codes_as_markdown
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = ("README.md", "MEMORY.md")
-OVERLAP_CARDS = ("rtx-3060", "rtx-3090", "rtx-4090", "rtx-5090", "a100-80gb", "h100", "h200", "b200")
 _MARK = re.compile(r"(<!-- table: (?P<name>[a-z0-9-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -107,16 +107,24 @@ def leak() -> str:
 
 
 def overlap() -> str:
-    """A block's computation over its weights' transfer: above 1, streaming hides."""
+    """A block's computation over its weights' transfer, for every listed card: above 1, streaming hides."""
     result = load("overlap")
-    cells = {"2b, 17 frames": "cogvideox-2b 17", "5b, 17 frames": "cogvideox-5b 17", "5b, 49 frames": "cogvideox-5b 49"}
-    rows = []
-    for card in OVERLAP_CARDS:
-        found = [result["cells"][name]["cards"][card] for name in cells.values()]
-        rows.append([card, f"{1e3 * found[-1]['compute_seconds']:.1f} ms", *(
-            " / ".join(f"{ratio:.1f}" for ratio in cell["compute_over_transfer"].values()) for cell in found)])
-    header = ["card", "a 5b block at 49 frames", *(f"{name}: over PCIe 3 / 4 / 5" for name in cells)]
-    return markdown(header, rows) + f"\nPredicted, not measured, by `{result['provenance']['command']}`.\n"
+    cells, rows = result["cells"], []
+    for card in next(iter(cells.values()))["cards"]:
+        found = [cell["cards"][card] for cell in cells.values()]
+        rows.append([card, *(f"{1e3 * c['compute_seconds']:.1f} ms: " + " / ".join(
+            f"{ratio:.1f}" for ratio in c["compute_over_transfer"].values()) for c in found)])
+    transfers = {name.split()[0]: f"{cell['block_bytes'] / 2**20:.0f} MiB, " + " / ".join(
+        f"{1e3 * seconds:.1f}" for seconds in cell["transfer_seconds"].values()) + " ms" for name, cell in cells.items()}
+    sizes = "; ".join(f"{model}: {text}" for model, text in transfers.items())
+    header = ["card", *(f"{name.replace('cogvideox', '').strip('-')} frames" for name in cells)]
+    return (markdown(header, rows) + f"\nA cell: a block's forward pass, over its transfer by PCIe 3 / 4 / 5. A block's weights and their "
+            f"transfers: {sizes}.\nPredicted, not measured, by `{result['provenance']['command']}`.\n")
+
+
+def codes() -> str:
+    """Every finding that the watcher and `diagnose` know."""
+    return codes_as_markdown()
 
 
 GIB = 2**30
@@ -206,7 +214,7 @@ def claims() -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     "rank": rank, "feasibility": feasibility, "strategies": strategies, "story": story, "claims": claims,
-    "main": main_run, "pretrained": pretrained, "erasure": erasure, "overlap": overlap, "projection": projection, "leak": leak}
+    "main": main_run, "pretrained": pretrained, "erasure": erasure, "overlap": overlap, "codes": codes, "projection": projection, "leak": leak}
 
 
 def rendered(text: str) -> str:
