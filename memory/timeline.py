@@ -5,7 +5,7 @@ that come out of here are *predicted*.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from memory.allocator import AllocatorStats, replay, round_request
 from memory.work import Work
@@ -64,6 +64,15 @@ class Trace:
     spans: tuple[Span, ...]
     standing: tuple[int, ...]
     num_blocks: int
+
+    def sharded(self, num_shards: int) -> "Trace":
+        """The same step with every streamed block's master divided among `num_shards` devices, and no longer on the host."""
+        def divided(storage: Storage) -> Storage:
+            if storage.category != "weights" or storage.place != "pinned":
+                return storage
+            return replace(storage, num_bytes=-(-storage.num_bytes // num_shards), place="device")
+
+        return replace(self, storages=tuple(map(divided, self.storages)))
 
     def device_events(self, *, num_steps: int = 1) -> tuple[list[int], list[int]]:
         """(events, sizes) of the device for `memory.allocator.replay`: the standing storages, then the step."""

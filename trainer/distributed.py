@@ -100,10 +100,13 @@ def gather_rows(tensor: Tensor, rows: slice) -> Tensor:
 
 
 @torch.no_grad()
-def average(tensors: Sequence[Tensor]) -> None:
-    """Replace every tensor by its mean over the processes: one sum of one flat float32 buffer, the same bits everywhere."""
+def average(tensors: Sequence[Tensor], *, reduce: Callable[[Tensor], object] = dist.all_reduce) -> None:
+    """Replace every tensor by its mean over the processes: one sum of one flat float32 buffer, the same bits everywhere.
+
+    `reduce` sums the buffer over the processes; a rehearsal, which has none, leaves it.
+    """
     flat = torch.cat([t.detach().float().flatten() for t in tensors])
-    dist.all_reduce(flat)
+    reduce(flat)
     flat /= num_ranks()
     for tensor, mean in zip(tensors, flat.split([t.numel() for t in tensors])):
         tensor.copy_(mean.view_as(tensor))

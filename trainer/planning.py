@@ -21,6 +21,7 @@ from trainer.assemble import open_backbone, resolve_dtype, video_size
 from trainer.backbones import published
 from trainer.backbones.cogvideox import CogVideoX, enable_tiles
 from trainer.config import ModelConfig, TrainConfig
+from trainer.distributed import num_ranks
 from trainer.errors import DoesNotFit, UsageError
 from trainer.rehearse import peak_beyond, rehearse
 
@@ -54,8 +55,8 @@ def without_weights(config: TrainConfig) -> TrainConfig:
     return replace(config, model=replace(model, weights="random"))
 
 
-def workload(config: TrainConfig) -> Workload:
-    """A run as `memory.search` sees it. Traces are remembered: they are the same for every card.
+def workload(config: TrainConfig, *, num_cards: int | None = None) -> Workload:
+    """A run as `memory.search` sees it, on one of `num_cards`; None: of as many as train together now. Traces are remembered: they are the same for every card.
 
     Raises UsageError for settings that cannot be.
     """
@@ -68,7 +69,7 @@ def workload(config: TrainConfig) -> Workload:
     what = replace(config, memory=MemoryPlan(), output=replace(config.output, out=None))
     return Workload(
         model=config.model.model, num_blocks=backbone.num_blocks,
-        trace=lambda plan, num_blocks: _trace(backbone, what, plan, num_blocks),
+        trace=lambda plan, num_blocks: _trace(backbone, what, plan, num_blocks, num_cards or num_ranks()),
         phases=lambda plan: _phases(backbone, config, plan))
 
 
@@ -76,8 +77,8 @@ _opened: Callable[[ModelConfig], CogVideoX] = lru_cache(maxsize=8)(open_backbone
 
 
 @lru_cache(maxsize=128)
-def _trace(backbone: CogVideoX, config: TrainConfig, plan: MemoryPlan, num_blocks: int) -> Trace:
-    return rehearse(backbone, config, plan, num_blocks=num_blocks)
+def _trace(backbone: CogVideoX, config: TrainConfig, plan: MemoryPlan, num_blocks: int, num_cards: int) -> Trace:
+    return rehearse(backbone, config, plan, num_blocks=num_blocks, num_cards=num_cards)
 
 
 def _dtype_name(config: TrainConfig) -> str:

@@ -14,11 +14,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from memory.optimizers import BLOCK_NUMEL_8BIT, MIN_8BIT_NUMEL, make_optimizer
 from memory.plan import MemoryPlan, apply_plan
+from memory.sharding import NUM_BUFFERS
 from memory.simulate import BACKWARD, FORWARD, OPTIMIZER, Storage, Trace, recording
 from trainer.assemble import resolve_dtype, video_size
 from trainer.backbones import Predict
 from trainer.backbones.cogvideox import CogVideoX
 from trainer.config import TrainConfig
+from trainer.distributed import average
 from trainer.erasers import Erasers
 from trainer.latents import make_latents
 from trainer.losses import Teacher, student_backward
@@ -27,8 +29,12 @@ from trainer.prompts import Embeddings, PromptSet
 _PROMPTS = PromptSet("concept", ("concept",), ("safe",), ("preserved",))
 
 
-def rehearse(backbone: CogVideoX, config: TrainConfig, plan: MemoryPlan, *, num_blocks: int | None = None) -> Trace:
+def rehearse(backbone: CogVideoX, config: TrainConfig, plan: MemoryPlan, *, num_blocks: int | None = None,
+             num_cards: int = 1) -> Trace:
     """The trace of one training step under `plan`. `num_blocks`: with fewer blocks; all are alike.
+
+    `num_cards`: what one of several sees, with its rows of the batch and a reduction of gradients. Sharded blocks, which
+    need processes, are rehearsed as streamed ones: they too pass through a few buffers, and their masters are divided.
 
     State that the optimizer makes in a first step, and buffers that activations are parked in, count as standing: they
     are there in every later step. 8-bit optimizers need real tensors: their state is that of AdamW with its size set right.
@@ -38,11 +44,14 @@ def rehearse(backbone: CogVideoX, config: TrainConfig, plan: MemoryPlan, *, num_
     shape = (config.data.batch_size, *backbone.latent_shape(*video_size(backbone, config.model)))
     latents = make_latents(config, backbone.scheduler(), shape, "target", device)
     preserved = make_latents(config, backbone.scheduler(), shape, "preserved", device) if config.loss.beta > 0 else None
+    for stream in filter(None, (latents, preserved)):
+        stream.rows = slice(shape[0] // num_cards)
+    applicable = plan if plan.num_shards == 1 else replace(plan, num_shards=1, resident_blocks=0, offload_buffers=NUM_BUFFERS)
     with FakeTensorMode(allow_non_fake_inputs=True):
         transformer = backbone.fake_transformer(dtype=dtype, num_blocks=num_blocks)
         blocks = backbone.blocks(transformer)
         erasers = Erasers(blocks, config.optim.rank)
-        applied = apply_plan(transformer, blocks, plan, device=device, feed_forwards=[b.ff for b in blocks],
+        applied = apply_plan(transformer, blocks, applicable, device=device, feed_forwards=[b.ff for b in blocks],
                              boundary_names=("hidden_states", "encoder_hidden_states"))
         predict = backbone.predictor(transformer, shape[1:])
         names = [*_PROMPTS.prompts, *_PROMPTS.safe, *_PROMPTS.preserved, ""]
@@ -65,11 +74,13 @@ def rehearse(backbone: CogVideoX, config: TrainConfig, plan: MemoryPlan, *, num_
                 stack.close()
                 stack.enter_context(recorder.phase(name))
 
-            _step(teacher, predict, erasers, optimizer, config, phase)
+            _step(teacher, predict, erasers, optimizer, config, phase, num_cards)
             if applied.activations:  # the slabs that this step made; masters are known
                 recorder.adopt(applied.activations.host_buffers, "saved activations", place="pinned")
         trace = recorder.trace()
         applied.undo()
+    if plan.num_shards > 1:
+        trace = trace.sharded(plan.num_shards)
     return trace if plan.optimizer == "adamw" else _with_8bit_state(trace)
 
 
@@ -94,7 +105,7 @@ def _with_8bit_state(trace: Trace) -> Trace:
 
 
 def _step(teacher: Teacher, predict: Predict, erasers: Erasers, optimizer: torch.optim.Optimizer, config: TrainConfig,
-          phase: Callable[[str], None]) -> None:
+          phase: Callable[[str], None], num_cards: int) -> None:
     """One optimizer step as in `trainer.loop`; `phase(name)` is called where a phase begins."""
     def student(*args: torch.Tensor) -> torch.Tensor:
         phase(FORWARD)
@@ -106,6 +117,8 @@ def _step(teacher: Teacher, predict: Predict, erasers: Erasers, optimizer: torch
     sample = teacher.sample(0)
     student_backward(student, erasers, sample, config.loss)
     phase(OPTIMIZER)
+    if num_cards > 1:
+        average([p.grad for p in erasers.parameters()], reduce=lambda flat: None)
     norm = torch.nn.utils.get_total_norm([p.grad for p in erasers.parameters()])
     torch.nn.utils.clip_grads_with_norm_(erasers.parameters(), 1.0, norm)
     optimizer.step()
