@@ -1,10 +1,14 @@
 """Parse, dispatch, and turn exceptions into exit codes: 0 done, 1 bug, 2 usage, 3 does not fit or out of memory,
 4 non-finite, 5 checkpoint, 6 input/output, 130/143 interrupted after saving."""
 
+import contextlib
+import errno
 import logging
 import os
 import runpy
 import sys
+
+_INPUT_OUTPUT = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOSPC, errno.EDQUOT, errno.EIO)
 
 
 def main() -> int:
@@ -18,30 +22,58 @@ def main() -> int:
     if sys.argv[1:3] == ["bench", "card"]:  # by name: nothing imports the benchmarks
         sys.argv[1:3] = []
         runpy.run_module("bench.card", run_name="__main__", alter_sys=True)
+    return _leave(_run())
+
+
+def _run() -> int:
+    from memory.exhaustion import card_lost, exhausted
     from memory.plan import PlanError
     from trainer.cli import main as run
     from trainer.errors import TrainerError
 
     try:
         run(sys.argv[1:])
+        if sys.stdout is not None:
+            sys.stdout.flush()
         return 0
     except TrainerError as e:
-        print(f"{'interrupted' if e.exit_code > 128 else 'error'}: {e}", file=sys.stderr)
-        return e.exit_code
+        return _say(e.exit_code, f"{'interrupted' if e.exit_code > 128 else 'error'}: {e}")
     except PlanError as e:
-        print(f"error: {e}", file=sys.stderr)
-        return 2
+        return _say(2, f"error: {e}")
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
+        return _say(130, "interrupted")
+    except BrokenPipeError:  # whoever read our output has seen enough
+        return 6
     except Exception as e:
-        # torch is imported by then if the error is its own, and must not be imported for --help
-        out_of_memory = (MemoryError, *([sys.modules["torch"].OutOfMemoryError] if "torch" in sys.modules else []))
-        if not isinstance(e, out_of_memory):
+        if isinstance(e, OSError) and e.errno in _INPUT_OUTPUT:
+            return _say(6, f"error: {e.filename or 'output'}: {e.strerror}; choose a place that can be written and has room")
+        if card_lost(e):
+            return _say(6, f"error: the card is lost ({str(e).splitlines()[0]}); what is saved is good: go on with --resume RUN once "
+                        "nvidia-smi shows it again")
+        if not exhausted(e):
             raise
-        print(f"error: out of memory ({str(e).splitlines()[0] if str(e) else 'on the host'}); fewer --frames, a smaller "
-              "--batch-size, --boundaries host or --resident-blocks 0 need less", file=sys.stderr)
-        return 3
+        return _say(3, f"error: out of memory ({str(e).splitlines()[0] if str(e) else 'on the host'}); fewer --frames, a smaller "
+                    "--height and --width or --resident-blocks 0 need less; run.py plan says how much")
+
+
+def _say(exit_code: int, message: str) -> int:
+    """The message on stderr, if anybody listens there, and the code."""
+    if sys.stderr is not None:
+        with contextlib.suppress(OSError):
+            print(message, file=sys.stderr, flush=True)
+    return exit_code
+
+
+def _leave(exit_code: int) -> int:
+    """The code. Streams that nobody reads any more are closed here: Python's own attempt would end in 120 and a complaint."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            if stream is not None:
+                stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+            exit_code = exit_code or 6
+    return exit_code
 
 
 if __name__ == "__main__":

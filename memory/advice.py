@@ -63,7 +63,7 @@ def next_cheaper(
     """
     before = needed_bytes(plan) if needed_bytes else None
     best: Advice | None = None
-    current, why = plan, []
+    current, why = plan, {}  # why: by the fields changed, so that of the same step taken twice the last counts
     while True:
         for cheaper, reason in _steps(current, num_blocks, fixed):
             needed = needed_bytes(cheaper) if needed_bytes else None
@@ -71,9 +71,9 @@ def next_cheaper(
                 break
         else:
             return best
+        why[frozenset(_difference(current, cheaper))] = reason
         current, before = cheaper, needed
-        why.append(reason)
-        best = Advice(plan=current, change=_difference(plan, current), why="; ".join(why), needed_bytes=needed)
+        best = Advice(plan=current, change=_difference(plan, current), why="; ".join(why.values()), needed_bytes=needed)
         if needed is None or limit_bytes is None or needed <= limit_bytes:
             return best
 
@@ -115,7 +115,7 @@ def _changes(plan: MemoryPlan, num_blocks: int) -> Iterator[tuple[dict, str]]:
         )
     resident = num_blocks if plan.resident_blocks is None else plan.resident_blocks
     if resident > 0:
-        yield {"resident_blocks": resident // 2}, f"{resident - resident // 2} blocks more stream from host memory"
+        yield {"resident_blocks": resident // 2}, f"{num_blocks - resident // 2} of {num_blocks} blocks stream from host memory"
     if plan.boundaries == "device":
         yield {"boundaries": "host"}, "the inputs of blocks wait in host memory between forward and backward"
     if plan.num_keep_attention:

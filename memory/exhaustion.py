@@ -1,4 +1,4 @@
-"""How running out of memory looks: torch says it in several ways, and the host in others.
+"""How running out of memory, and losing the card, look: torch says it in several ways, and the host in others.
 
 Importable without torch.
 """
@@ -10,6 +10,11 @@ from typing import Literal
 _DEVICE = re.compile(r"CUDA error: out of memory|CUBLAS_STATUS_ALLOC_FAILED|CUDNN_STATUS_ALLOC_FAILED")
 _HOST = re.compile(r"DefaultCPUAllocator|[Cc]annot allocate memory|cudaHostAlloc|hipHostMalloc")
 _REQUESTED = re.compile(r"tried to allocate (\d+(?:\.\d+)?) (bytes|KiB|MiB|GiB)", re.IGNORECASE)
+_LOST = re.compile(
+    r"CUDA error: (no CUDA-capable device|.*unknown error|uncorrectable ECC|unspecified launch failure|.*device.* (unavailable|lost)"
+    r"|system not yet initialized|the launch timed out)|GPU is lost|fallen off the bus",
+    re.IGNORECASE,
+)
 _UNITS = {"bytes": 1, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30}
 
 
@@ -29,3 +34,8 @@ def requested_bytes(error: BaseException) -> int | None:
     """What the failed request asked for, where the message says it."""
     found = _REQUESTED.search(str(error))
     return int(float(found[1]) * _UNITS[found[2].lower()]) if found else None
+
+
+def card_lost(error: BaseException) -> bool:
+    """Whether `error` says that the card does not answer any more. From the driver's own messages; no card has been lost here."""
+    return isinstance(error, RuntimeError) and bool(_LOST.search(str(error)))

@@ -4,9 +4,10 @@ import difflib
 import json
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import tyro
 
@@ -24,7 +25,7 @@ class TrainCommand:
     """Train concept erasers on a frozen text-to-video transformer.
 
     Settings: defaults < profile < TOML file < flags. Other commands: plan, generate, evaluate, report,
-    diagnose, export, forget; each has a --help.
+    diagnose, doctor, export, forget; each has a --help.
     """
 
     profile: str = "auto"
@@ -33,6 +34,8 @@ class TrainCommand:
     """A TOML file with settings: sections model, data, loss, optim, output, memory."""
     resume: Path | None = None
     """Go on with the run in this directory, with its settings."""
+    on_oom: Literal["stop", "step-down"] = "stop"
+    """Out of memory: stop and name the next cheaper memory plan, or take it and go on from the last step."""
     settings: TrainConfig = field(default_factory=TrainConfig)
 
 
@@ -71,6 +74,14 @@ class ReportCommand:
 
 
 @dataclass(frozen=True, kw_only=True)
+class DoctorCommand:
+    """Say whether this machine is fit to train: packages, card, memory, disk, link, the bundled model; and what to do if not."""
+
+    json: bool = False
+    """Print JSON in place of a table."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class PlanCommand:
     """Say what a run will need on a card and which settings are fastest there, without the card and without weights.
 
@@ -101,7 +112,7 @@ def main(argv: Sequence[str]) -> None:
     """Run one command line; raises what goes wrong."""
     commands: dict[str, Callable[[Sequence[str]], None]] = {
         "train": _train, "generate": _generate, "evaluate": _evaluate, "report": _report, "export": _export, "forget": _forget,
-        "diagnose": _diagnose, "plan": _plan}
+        "diagnose": _diagnose, "plan": _plan, "doctor": _doctor}
     if argv and not argv[0].startswith("-"):
         if argv[0] not in commands:
             raise UsageError(f"there is no command {argv[0]!r}; {', '.join(commands)} are (without one, run.py trains)")
@@ -180,16 +191,28 @@ def _fixed(origins: dict[str, str]) -> list[str]:
 def _train(argv: Sequence[str]) -> None:
     command, origins = resolve(argv)
     config, card = command.settings, _card(command.profile)
-    if "profile" in _given(argv) or not (card.is_cpu or command.resume):
-        from trainer.planning import planned
-
-        config, chosen = planned(config, card, _fixed(origins))
-        origins |= {f"memory.{name}": f"profile {card.name}" for name in chosen}
+    from trainer.distributed import joined, rows_of
     from trainer.loop import train
+    from trainer.memory_file import predicted_memory
+    from trainer.recovery import train_in_memory
+    from trainer.run_directory import read_config, restarted_run
 
-    run_dir = train(config, origins, resume=command.resume)
+    with joined(config.model.device) as rank:
+        rows_of(config.data.batch_size)
+        assessment = None
+        if "profile" in _given(argv) or not (card.is_cpu or command.resume):
+            from trainer.planning import planned
+
+            config, chosen, assessment = planned(config, card, _fixed(origins))
+            origins |= {f"memory.{name}": f"profile {card.name}" for name in chosen}
+        forecast = partial(predicted_memory, card=card, known=assessment)
+        run_dir = train_in_memory(partial(train, forecast=forecast), config, origins, card=card,
+                                  resume=command.resume or restarted_run(config),
+                                  step_down=command.on_oom == "step-down", command=("python", "run.py", *argv))
+    if rank:
+        return  # the first process speaks for all
     if config.model.model == "shapes" and config.output.evaluate:
-        _measure(EvaluateConfig(run=run_dir, model=config.model, memory=config.memory))
+        _measure(EvaluateConfig(run=run_dir, model=config.model, memory=replace(read_config(run_dir)[0].memory, num_shards=1)))
     print(f"eraser: {run_dir / 'eraser.safetensors'}")
     print(f"run: {run_dir}")
 
@@ -271,6 +294,15 @@ def _diagnose(argv: Sequence[str]) -> None:
     bill = diagnose_path(command.target) if config is None else diagnose_settings(config)
     print_bill(bill, sys.stdout, as_json=command.json)
     bill.raise_if_fatal("diagnosis")
+
+
+def _doctor(argv: Sequence[str]) -> None:
+    command = _parse(DoctorCommand, argv, "doctor")
+    from trainer.doctor import examine, raise_if_unfit, show
+
+    checks = examine()
+    show(checks, sys.stdout, as_json=command.json)
+    raise_if_unfit(checks)
 
 
 def _positional(argv: Sequence[str], flag: str) -> list[str]:

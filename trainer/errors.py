@@ -5,6 +5,8 @@
 corrupt or incompatible, 6 input/output, 130/143 interrupted after saving.
 """
 
+from typing import Any
+
 
 class TrainerError(Exception):
     """Base of every foreseen failure. The message says what, where, and what would work."""
@@ -22,6 +24,14 @@ class DoesNotFit(TrainerError):
     """The plan needs more memory than there is."""
 
     exit_code = 3
+
+
+class OutOfMemory(DoesNotFit):
+    """Memory ran out in the middle of a run; `failure` (trainer.recovery) says where, and what is saved."""
+
+    def __init__(self, failure: Any):
+        super().__init__(f"out of memory on the {failure.whose} in {failure.phase}, after {failure.step} steps: {failure.said}")
+        self.failure = failure
 
 
 class NonFinite(TrainerError):

@@ -7,20 +7,23 @@ does, nothing is lost.
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from memory.meter import Meter
 from memory.optimizers import make_optimizer
 from memory.precision import make_scaler
 from trainer.assemble import assemble, embed_prompts, open_backbone, resolve_device, video_size
 from trainer.checkpoint import Saver, latest_checkpoint
 from trainer.clock import PhaseClock
 from trainer.config import TrainConfig
+from trainer.distributed import agreed, on_main, shared
 from trainer.eraser_files import save_eraser
-from trainer.errors import CheckpointError, Interrupted, UsageError
+from trainer.errors import Interrupted, UsageError
 from trainer.health import Health
 from trainer.inspection import Subject
 from trainer.lock import RunLock
@@ -28,8 +31,10 @@ from trainer.latents import make_latents
 from trainer.losses import Samples, Teacher, student_backward
 from trainer.masks import prompt_columns
 from trainer.metrics import MetricsLog
-from trainer.monitor import read_process, watch
+from trainer.memory_file import keep_forecast
+from trainer.monitor import read_memory, watch
 from trainer.prompts import collect
+from trainer.recovery import Rescue
 from trainer.run_directory import make_run_directory, write_config
 from trainer.samples import Sampling
 from trainer.signals import StopFlag
@@ -38,10 +43,13 @@ from trainer.state import TrainState, learning_rate
 logger = logging.getLogger(__name__)
 
 
-def train(config: TrainConfig, origins: Mapping[str, str], *, resume: Path | None = None) -> Path:
-    """Train erasers as configured and return the run directory.
+def train(config: TrainConfig, origins: Mapping[str, str], *, resume: Path | None = None,
+          events: Sequence[Mapping[str, Any]] = (), forecast: Callable[[TrainConfig], dict] | None = None) -> Path:
+    """Train erasers as configured and return the run directory. `events`, what happened so far, goes into the metrics;
+    `forecast`, what the run is predicted to need (trainer.memory_file), into memory.json and the live view.
 
-    Raises Unhealthy before a step that is not sound touches a weight, and Interrupted after saving when a signal came.
+    Raises Unhealthy before a step that is not sound touches a weight, OutOfMemory, and Interrupted when a signal came,
+    both after saving.
     """
     # What is asked for, checked as far as it can be before anything is loaded or written.
     if config.memory.guidance == "none":
@@ -56,14 +64,16 @@ def train(config: TrainConfig, origins: Mapping[str, str], *, resume: Path | Non
         raise UsageError("--beta is above 0, but there is nothing to preserve; name --preserve WORD …, or --beta 0")
     columns = prompt_columns(backbone, prompts) if config.loss.alpha > 0 else None
     device = resolve_device(config.model.device)
+    meter = Meter(device)
 
     # Text first: the encoder is gone before the transformer comes.
-    sampling = Sampling(backbone, config, prompts)
-    embeddings = embed_prompts(backbone, config.model, config.memory,
-                               [*prompts.prompts, *prompts.safe, *prompts.preserved, *sampling.prompts, ""]).to(device)
+    sampling = Sampling(backbone, config, prompts, meter)
+    embeddings = meter.phase("encode prompts")(embed_prompts)(
+        backbone, config.model, config.memory, [*prompts.prompts, *prompts.safe, *prompts.preserved, *sampling.prompts, ""]).to(device)
 
     # The frozen transformer, erasers in it, memory plan around it.
-    assembly = assemble(backbone, config.model, config.memory, rank=config.optim.rank, seed=config.optim.seed)
+    assembly = meter.phase("load")(assemble)(backbone, config.model, config.memory, rank=config.optim.rank,
+                                             seed=config.optim.seed)
     erasers, predict = assembly.erasers, assembly.predict
     mask_blocks = [assembly.blocks[i] for i in config.loss.mask_blocks or range(backbone.num_blocks)]
     latents = make_latents(config, backbone.scheduler(), shape, "target", device)
@@ -77,30 +87,34 @@ def train(config: TrainConfig, origins: Mapping[str, str], *, resume: Path | Non
     state = TrainState(config, origins, backbone.identity(), erasers, optimizer, make_scaler(assembly.dtype, device),
                        [s for s in (latents, preserved) if s is not None])
 
-    # The run directory, and where an earlier half of the run stopped.
-    run_dir, clock = resume or make_run_directory(config), PhaseClock(device)
+    # The run directory, and where an earlier half of the run stopped. Of several processes, the first one writes.
+    run_dir = resume or shared(make_run_directory, config)
+    clock = PhaseClock(device, on_phase=meter.turn_to)
     student = clock.around(predict, during="student", after="backward")
+    assembly.applied.count_waits(clock.waiting)
     health = Health(Subject(config=config, native_dtype=backbone.native_dtype, assembly=assembly, teacher=samples.teacher,
-                            optimizer=optimizer, scaler=state.scaler), run_dir=run_dir)
-    with RunLock(run_dir), StopFlag() as stop, watch(config, stop) as monitor, ExitStack() as files, assembly, health:
-        health.before_training()  # one step, looked at from all sides and taken back
+                            optimizer=optimizer, scaler=state.scaler), run_dir=run_dir, resumed=bool(resume))
+    rescue = Rescue(run_dir, state, health, meter)
+    with ExitStack() as files, StopFlag() as stop, watch(config, stop, meter) as monitor, assembly, health, rescue:
+        on_main(files.enter_context, RunLock(run_dir))
+        meter.phase("pre-flight")(health.before_training)()  # one step, looked at from all sides and taken back
         if resume:
-            checkpoint = latest_checkpoint(run_dir)
-            if checkpoint is None:
-                raise CheckpointError(f"--resume {run_dir}: there is no checkpoint; start again with another --out")
-            state.restore(checkpoint)
-        write_config(run_dir, config, origins, base_model=backbone.identity(), first_step=state.step)
+            checkpoint = shared(latest_checkpoint, run_dir)
+            state.restore(checkpoint) if checkpoint else state.begin_anew(run_dir)
+        on_main(write_config, run_dir, config, origins, base_model=backbone.identity(), first_step=state.step)
         saver = Saver(run_dir, last_step=state.step if resume else None)
-        log = MetricsLog(run_dir, first_step=state.step, tensorboard=config.output.tensorboard)
-        files.callback(log.close)
-        monitor.done, monitor.findings, health.sinks = state.step, health.findings, (log.write, monitor.step)
+        log = on_main(MetricsLog, run_dir, first_step=state.step, tensorboard=config.output.tensorboard, events=events)
+        files.callback(log.close if log else bool)
+        monitor.facts = shared(keep_forecast, run_dir, config, forecast)
+        monitor.done, monitor.findings, health.sinks = state.step, health.findings, (log.write, monitor.step) if log else ()
         if state.step == 0 and config.output.sample_every:
             sampling.run(run_dir, 0, assembly, embeddings, stop)
 
         # Step by step.
         num_passes, scaler = config.optim.accumulation, state.scaler
-        while state.step < config.optim.steps and not stop:
+        while state.step < config.optim.steps and not agreed(stop):
             started = time.perf_counter()
+            state.begin_step()
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(state.step, config)
             totals: dict[str, torch.Tensor] = {}
@@ -111,12 +125,13 @@ def train(config: TrainConfig, origins: Mapping[str, str], *, resume: Path | Non
                 for name, value in student_backward(student, erasers, sample, config.loss, scale=share).items():
                     totals[name] = totals.get(name, 0.0) + value / num_passes
             clock.phase("optimizer")
+            totals = health.reduce(totals)
             scaler.unscale_(optimizer)
 
             # Measured, clipped, and applied only if it is finite; the record goes to the log and the monitor a step
             # later, so that no step waits for the device.
             health.apply(state.step, totals, seconds=time.perf_counter() - started, phase_seconds=clock.read(),
-                         memory=read_process())
+                         memory=read_memory(meter), peak_bytes_by_phase=meter.highest())
             scaler.update()
             optimizer.zero_grad(set_to_none=True)
             clock.end_step()
@@ -126,7 +141,7 @@ def train(config: TrainConfig, origins: Mapping[str, str], *, resume: Path | Non
             if state.step % config.output.save_every == 0:
                 health.flush()  # nothing unsound is saved
                 tensors, description = state.export()
-                saver.save(state.step, tensors=tensors, state=description)
+                on_main(saver.save, state.step, tensors=tensors, state=description)
             every = config.output.sample_every
             if every and state.step % every == 0 and state.step < config.optim.steps:
                 sampling.run(run_dir, state.step, assembly, embeddings, stop)
@@ -135,9 +150,9 @@ def train(config: TrainConfig, origins: Mapping[str, str], *, resume: Path | Non
         health.flush()
         monitor.close()
         tensors, description = state.export()
-        saver.save(state.step, tensors=tensors, state=description, final=True)
-        save_eraser(run_dir, erasers, base_model=backbone.identity(), training=description["config"])
-        if stop:
+        on_main(saver.save, state.step, tensors=tensors, state=description, final=True)
+        on_main(save_eraser, run_dir, erasers, base_model=backbone.identity(), training=description["config"])
+        if agreed(stop):
             raise Interrupted(f"stopped at step {state.step} and saved; go on with --resume {run_dir}", stop.signal_number)
         health.after_training()  # the frozen weights are what they were
         sampling.run(run_dir, state.step, assembly, embeddings, stop)

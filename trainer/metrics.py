@@ -3,7 +3,7 @@
 import importlib.util
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,26 +17,33 @@ logger = logging.getLogger(__name__)
 class MetricsLog:
     """Append-only JSON lines; floats keep their full precision. A resumed run continues the same file."""
 
-    def __init__(self, run_dir: Path, *, first_step: int = 0, tensorboard: bool = False):
-        """Records of `first_step` and later, left by a run that went on after its last checkpoint, are dropped."""
+    def __init__(self, run_dir: Path, *, first_step: int = 0, tensorboard: bool = False,
+                 events: Sequence[Mapping[str, Any]] = ()):
+        """Records of `first_step` and later, left by a run that went on after its last checkpoint, are dropped.
+        `events`: what happened to the run; those that no record has yet go into the next one, as `events`."""
         self.path = run_dir / METRICS
+        kept = []
         try:
             if self.path.exists():
-                kept = [json.dumps(r) + "\n" for r in read_metrics(run_dir) if r.get("step", -1) < first_step]
+                kept = [r for r in read_metrics(run_dir) if r.get("step", -1) < first_step]
                 part = self.path.with_name(f".{METRICS}.part")
-                part.write_text("".join(kept))
+                part.write_text("".join(json.dumps(r) + "\n" for r in kept))
                 part.replace(self.path)
             self._file = self.path.open("ab", buffering=0)
         except OSError as e:
             raise InputOutputError(f"{self.path} cannot be written ({e}); choose another --out") from e
         self._pending, self._warned = b"", False
-        self._events = _open_events(run_dir, first_step) if tensorboard else None
+        told = [event for record in kept for event in record.get("events", ())]
+        self._untold = [dict(event) for event in events if event not in told]
+        self._tensorboard = _open_events(run_dir, first_step) if tensorboard else None
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Append one record and hand it to the operating system.
 
         What a full disk does not take waits for the next record: numbers are not worth a run.
         """
+        if self._untold:
+            record, self._untold = {**record, "events": self._untold}, []
         self._pending += json.dumps(record).encode() + b"\n"
         try:
             while self._pending:
@@ -45,16 +52,16 @@ class MetricsLog:
             if not self._warned:
                 logger.warning("%s cannot be written (%s); training goes on, records wait", self.path, e)
             self._warned = True
-        if self._events:
+        if self._tensorboard:
             for tag, value in scalars(record).items():
-                self._events.add_scalar(tag, value, record["step"])
+                self._tensorboard.add_scalar(tag, value, record["step"])
 
     def close(self) -> None:
         if self._pending:
             logger.warning("%s: the last %d bytes could not be written", self.path, len(self._pending))
         self._file.close()
-        if self._events:
-            self._events.close()
+        if self._tensorboard:
+            self._tensorboard.close()
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:

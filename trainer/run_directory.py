@@ -1,6 +1,7 @@
 """A run's directory and what identifies it."""
 
 import json
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,11 +16,9 @@ CONFIG = "config.json"
 def make_run_directory(config: TrainConfig) -> Path:
     """The directory of a new run: --out, or the next free runs/<concept>-<number>. A directory in use is refused."""
     out = config.output.out
-    if out is None:
-        stem = re.sub(r"[^a-z0-9]+", "-", config.data.concept.lower()).strip("-") or "concept"
-        taken = {int(m[1]) for p in Path("runs").glob(f"{stem}-*") if (m := re.fullmatch(rf"{stem}-(\d+)", p.name))}
-        out = Path("runs") / f"{stem}-{max(taken, default=0) + 1}"
     try:
+        if out is None:
+            return _new_directory(config.data.concept)
         out.mkdir(parents=True, exist_ok=True)
         if (out / CONFIG).exists():
             raise CheckpointError(f"{out} holds a run already; go on with it by --resume {out}, or choose another --out")
@@ -27,19 +26,54 @@ def make_run_directory(config: TrainConfig) -> Path:
         probe.touch()
         probe.unlink()
     except OSError as e:
-        raise InputOutputError(f"--out {out}: cannot be written ({e.strerror}); choose another directory") from e
+        where = f"--out {out}" if out else "runs/ in this directory"
+        raise InputOutputError(f"{where}: cannot be written ({e.strerror}); choose another directory"
+                               + ("" if out else " with --out")) from e
     return out
+
+
+def _new_directory(concept: str) -> Path:
+    """The next runs/<concept>-<number>, by count and not by clock. Of processes that start together each gets its own."""
+    stem = re.sub(r"[^a-z0-9]+", "-", concept.lower()).strip("-") or "concept"
+    while True:
+        taken = {int(m[1]) for p in Path("runs").glob(f"{stem}-*") if (m := re.fullmatch(rf"{stem}-(\d+)", p.name))}
+        directory = Path("runs") / f"{stem}-{max(taken, default=0) + 1}"
+        try:
+            directory.mkdir(parents=True)
+            return directory
+        except FileExistsError:
+            if not directory.is_dir():
+                raise  # something else is in the way
 
 
 def write_config(run_dir: Path, config: TrainConfig, origins: Mapping[str, str], **facts: Any) -> None:
     """RUN/config.json: the resolved settings, where each came from, and facts about the run."""
-    content = {"config": as_json(config), "origins": dict(origins), **facts}
+    content = {"config": as_json(config), "origins": dict(origins), "launch": launch(), **facts}
     try:
         part = run_dir / f".{CONFIG}.part"
         part.write_text(json.dumps(content, indent=2) + "\n")
         part.replace(run_dir / CONFIG)
     except OSError as e:
         raise InputOutputError(f"{run_dir / CONFIG} cannot be written ({e.strerror})") from e
+
+
+def launch() -> str | None:
+    """What the processes that one torchrun starts, and starts again, have in common; None without it."""
+    run_id = os.environ.get("TORCHELASTIC_RUN_ID")
+    return run_id and f"{run_id}/{os.getppid()}"
+
+
+def restarted_run(config: TrainConfig) -> Path | None:
+    """The directory of the run that torchrun has just started again after a failure (--max-restarts); None on a first start."""
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) == 0:
+        return None
+    for directory in [config.output.out] if config.output.out else sorted(Path("runs").glob("*-[0-9]*")):
+        try:
+            if json.loads((directory / CONFIG).read_text()).get("launch") == launch():
+                return directory
+        except (OSError, ValueError, AttributeError):
+            continue  # not the directory of this run
+    return None
 
 
 def read_config(run_dir: Path) -> tuple[TrainConfig, dict[str, Any]]:

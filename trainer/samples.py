@@ -3,12 +3,13 @@
 import logging
 from pathlib import Path
 
-import torch
-
+from memory.exhaustion import exhausted
+from memory.meter import Meter
 from trainer.assemble import Assembly
 from trainer.backbones.cogvideox import CogVideoX
 from trainer.config import TrainConfig
 from trainer.assemble import video_size
+from trainer.distributed import agreed, rank
 from trainer.errors import InputOutputError
 from trainer.generate import generate_latents
 from trainer.prompts import Embeddings, PromptSet
@@ -25,30 +26,42 @@ class _Stopped(Exception):
 class Sampling:
     """Writes RUN/samples/step-NNNNNN.png. A failing sample is a warning: training goes on."""
 
-    def __init__(self, backbone: CogVideoX, config: TrainConfig, prompts: PromptSet):
-        self.backbone, self.config = backbone, config
+    def __init__(self, backbone: CogVideoX, config: TrainConfig, prompts: PromptSet, meter: Meter):
+        self.backbone, self.config, self.meter = backbone, config, meter
         own = (*prompts.prompts[::max(1, len(prompts.prompts) // 2)][:2],
                *prompts.preserved[::max(1, len(prompts.preserved) // 2)][:2])
         self.prompts = config.output.sample_prompts or own
 
     def run(self, run_dir: Path, step: int, assembly: Assembly, embeddings: Embeddings, stop: StopFlag) -> None:
-        """Sample every prompt with the erasers on and write the sheet; stops early, without one, on a signal."""
+        """Sample every prompt with the erasers on and write the sheet; stops early, without one, on a signal.
+
+        Of several processes the first does it, the others wait; unless each has but a part of the weights.
+        """
+        together = assembly.applied.plan.num_shards > 1  # each has but a part of the weights
+        if rank() and not together:
+            return
+
         def check(index: int) -> None:
-            if stop:
+            if agreed(stop) if together else stop:
                 raise _Stopped
 
         output = self.config.output
         try:
-            with assembly.erasers.switched(True):
+            with assembly.erasers.switched(True), self.meter.phase("sample"):
                 latents = generate_latents(
                     assembly.predict, self.backbone.scheduler(), embeddings, self.prompts,
                     list(range(len(self.prompts))), assembly.latent_shape, num_steps=output.sample_steps, batch_size=1,
                     guidance_scale=output.guidance_scale, guidance=self.config.memory.guidance, check=check)
+            if rank():
+                return
             decode = self.backbone.decoder(video_size(self.backbone, self.config.model)[0], dtype=assembly.dtype,
                                            device=assembly.device)
-            videos = [decode(one[None])[0] for one in latents]
+            with self.meter.phase("decode"):
+                videos = [decode(one[None])[0] for one in latents]
             contact_sheet(run_dir / "samples" / f"step-{step:06d}.png", list(zip(self.prompts, videos)))
         except _Stopped:
             return
-        except (torch.OutOfMemoryError, InputOutputError) as e:
-            logger.warning("sampling at step %d failed, training is not affected: %s", step, e)
+        except (RuntimeError, MemoryError, InputOutputError) as e:
+            if not (isinstance(e, InputOutputError) or exhausted(e) and not together):  # together: the others wait for this one
+                raise
+            logger.warning("sampling at step %d failed, training is not affected: %s", step, e or type(e).__name__)

@@ -1,9 +1,11 @@
 """What a run is at one moment: what a checkpoint holds, and what may change between two halves of a run."""
 
 import hashlib
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,11 +14,15 @@ from torch.optim import Optimizer
 
 from trainer.checkpoint import Checkpoint, compatible
 from trainer.config import TrainConfig, as_json
+from trainer.distributed import num_ranks
 from trainer.erasers import Erasers
 from trainer.errors import CheckpointError
 from trainer.latents import Latents
+from trainer.metrics import read_metrics
 from trainer.optimizer_state import export_optimizer, import_optimizer
+from trainer.run_directory import CONFIG, read_config
 
+logger = logging.getLogger(__name__)
 PACKAGES = ("torch", "diffusers", "transformers", "bitsandbytes", "safetensors")
 # A resumed run may differ in memory plan, model location and output, and, with a constant learning rate, be longer.
 _COMPARED = ("data", "loss", "optim")
@@ -37,11 +43,35 @@ class TrainState:
 
     def __post_init__(self):
         data = self.config.data
+        self._before: tuple[int, list[dict[str, Tensor]]] = (0, [])  # a step, and the latents that it began with
+        self._moving: int | None = None  # the step whose update the optimizer has begun
+        self.optimizer.register_step_pre_hook(self._begin_update)
         self._prompt_files = {name: hashlib.sha256(path.read_bytes()).hexdigest()[:16] for name, path in
                               (("prompts", data.prompts), ("preserve_file", data.preserve_file)) if path}
 
+    def begin_step(self) -> None:
+        """Remember what the teacher moves in a step, so that `rewind` can take it back. Nothing is copied."""
+        if num_ranks() == 1:  # of several processes none can go on alone
+            self._before = self.step, [stream.state_dict() for stream in self.latents]
+
+    def _begin_update(self, *_: Any) -> None:
+        self._moving = self.step
+
+    def rewind(self) -> bool:
+        """After an error in mid-step: be the last finished step again. False if the optimizer had begun to move weights,
+        or if other processes take part in the step."""
+        if self._moving == self.step or num_ranks() > 1:
+            return False
+        step, states = self._before
+        for stream, saved in zip(self.latents, states) if step == self.step else ():
+            if saved:
+                stream.load_state_dict(saved)
+        return True
+
     def export(self) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
-        """(tensors by file, JSON state) for `checkpoint.save_checkpoint`."""
+        """(tensors by file, JSON state) for `checkpoint.save_checkpoint`. Of several processes, all must call it."""
+        for stream in self.latents:
+            stream.gather()
         moments, description = export_optimizer(self.optimizer, dict(self.erasers.named_parameters()))
         latents = {name: t for stream in self.latents for name, t in stream.state_dict().items()}
         tensors = {"adapter": self.erasers.state_dict(), "optimizer": moments, "latents": latents,
@@ -50,6 +80,16 @@ class TrainState:
             "optimizer_state": description, "step": self.step, "scaler": self.scaler.state_dict(),
             "position": {"student_passes": self.step * self.config.optim.accumulation},
             "origins": dict(self.origins), "versions": {p: version(p) for p in PACKAGES}}
+
+    def begin_anew(self, run_dir: Path) -> None:
+        """Whether a run without any checkpoint may start over: only if it ended before its first one was due.
+
+        Raises CheckpointError otherwise, or naming the first setting that differs from the run's own.
+        """
+        if not (run_dir / CONFIG).exists() or len(read_metrics(run_dir)) > read_config(run_dir)[0].output.save_every:
+            raise CheckpointError(f"--resume {run_dir}: there is no checkpoint; start again with another --out")
+        self._check_settings(read_config(run_dir)[1]["config"])
+        logger.warning("%s ended before its first checkpoint: it begins anew, and arrives at the same", run_dir)
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Become what the checkpoint holds. Raises CheckpointError naming the first setting that differs."""
@@ -69,7 +109,14 @@ class TrainState:
     def check(self, checkpoint: Checkpoint) -> None:
         """Whether this run may go on from the checkpoint."""
         compatible(checkpoint.state, self._described())
-        ours, saved = as_json(self.config), checkpoint.state["config"]
+        self._check_settings(checkpoint.state["config"])
+        for name, digest in self._prompt_files.items():
+            if checkpoint.state.get("prompt_files", {}).get(name, digest) != digest:
+                raise CheckpointError(f"cannot resume: what data.{name} names, {getattr(self.config.data, name)}, was changed since; "
+                                      "a resumed run keeps what it trains on")
+
+    def _check_settings(self, saved: Mapping[str, Any]) -> None:
+        ours = as_json(self.config)
         for section in _COMPARED:
             for name, value in ours[section].items():
                 if name == "steps" and self.config.optim.schedule == "constant":
@@ -77,10 +124,6 @@ class TrainState:
                 if saved[section].get(name) != value:
                     raise CheckpointError(f"cannot resume: {section}.{name} is {saved[section].get(name)!r} in the "
                                           f"checkpoint and {value!r} now; a resumed run keeps what it trains on")
-        for name, digest in self._prompt_files.items():
-            if checkpoint.state.get("prompt_files", {}).get(name, digest) != digest:
-                raise CheckpointError(f"cannot resume: what data.{name} names, {ours['data'][name]}, was changed since; "
-                                      "a resumed run keeps what it trains on")
 
     def _described(self) -> dict[str, Any]:
         return {

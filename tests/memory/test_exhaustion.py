@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from memory.exhaustion import exhausted, requested_bytes
+from memory.exhaustion import card_lost, exhausted, requested_bytes
 
 
 @pytest.mark.parametrize("error, whose, num_bytes", [
@@ -21,6 +21,18 @@ from memory.exhaustion import exhausted, requested_bytes
 ])
 def test_whose_memory_ran_out(error, whose, num_bytes):
     assert exhausted(error) == whose and requested_bytes(error) == num_bytes
+
+
+@pytest.mark.parametrize("message, lost", [
+    ("CUDA error: unknown error\nCUDA kernel errors might be", True),
+    ("CUDA error: unspecified launch failure", True),
+    ("CUDA error: CUDA-capable device(s) is/are busy or unavailable", True),
+    ("CUDA error: uncorrectable ECC error encountered", True),
+    ("CUDA error: out of memory", False),
+    ("CUDA error: an illegal memory access was encountered", False),
+    ("shapes differ", False)])
+def test_a_lost_card_is_told_from_a_bug(message, lost):
+    assert card_lost(RuntimeError(message)) == lost and not card_lost(ValueError(message))
 
 
 def test_what_the_cpu_really_says():

@@ -20,7 +20,7 @@ from trainer.metrics import read_metrics
 from trainer.run_directory import read_config
 from trainer.state import learning_rate
 
-TIMES = ("seconds", "phase_seconds", "memory")  # what no seed decides
+TIMES = ("seconds", "phase_seconds", "memory", "peak_bytes_by_phase")  # what no seed decides
 
 
 def _numbers(run_dir) -> list[dict]:

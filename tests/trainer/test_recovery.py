@@ -1,0 +1,246 @@
+"""Memory that runs out, put into every phase: where it stops, what it says, and that a step down changes no number."""
+
+import gc
+import logging
+import re
+import shlex
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from test_state import _numbers, _same_run
+
+import run
+from memory.cards import lookup
+from memory.plan import MemoryPlan
+from trainer import checkpoint, health, losses, samples
+from trainer.assemble import Assembly
+from trainer.backbones.cogvideox import CogVideoX
+from trainer.checkpoint import latest_checkpoint
+from trainer.errors import DoesNotFit, OutOfMemory
+from trainer.latents import TrajectoryLatents
+from trainer.loop import train
+from trainer.metrics import read_metrics
+from trainer.recovery import Failure, cheaper, train_in_memory
+from trainer.run_directory import read_config
+
+MESSAGE = "CUDA out of memory. Tried to allocate 4.00 KiB. GPU 0 has a total capacity of 8.00 GiB"
+
+
+def _failing(owner, name: str, *, call: int, after: bool = False):
+    """(owner, name, function): the `call`-th call raises, before its work or after it."""
+    real, calls = getattr(owner, name), []
+
+    def function(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == call and not after:
+            raise torch.OutOfMemoryError(MESSAGE)
+        result = real(*args, **kwargs)
+        if len(calls) == call:
+            raise torch.OutOfMemoryError(MESSAGE)
+        return result
+
+    return owner, name, function
+
+
+@pytest.fixture
+def config(tiny_config):
+    """Settings of a run of 4 steps that saves after the second, in the middle of a trajectory."""
+    def make(**overrides):
+        return tiny_config(**{"optim__steps": 4, "output__save_every": 2, "data__batch_size": 1, "output__sample_steps": 1} | overrides)
+
+    return make
+
+
+# Calls are counted from the pre-flight's on: it takes one step, and tries the optimizer once.
+# phase -> (what fails, finished steps, newest checkpoint afterwards)
+PHASES = {
+    "load": (lambda: _failing(CogVideoX, "load_transformer", call=1), None, None),
+    "teacher of the pre-flight": (lambda: _failing(losses, "predict_pair", call=1), 0, None),
+    "backward of the pre-flight": (lambda: _failing(torch.autograd, "backward", call=1), 0, None),
+    "optimizer of the pre-flight": (lambda: _failing(torch.optim.AdamW, "step", call=1), 0, None),
+    "teacher": (lambda: _failing(losses, "predict_pair", call=5), 3, 3),
+    "teacher, latents already moved": (lambda: _failing(TrajectoryLatents, "advance", call=9, after=True), 3, 3),
+    "student": (lambda: _failing(F, "mse_loss", call=10), 3, 3),
+    "backward": (lambda: _failing(torch.autograd, "backward", call=10), 3, 3),
+    "backward, first step": (lambda: _failing(torch.autograd, "backward", call=4), 0, None),
+    "optimizer, before": (lambda: _failing(torch.nn.utils, "clip_grads_with_norm_", call=4), 3, 3),
+    "optimizer, while it moves weights": (lambda: _failing(torch.optim.AdamW, "step", call=5), 3, 2),
+    "optimizer, after": (lambda: _failing(torch.optim.AdamW, "step", call=5, after=True), 3, 2),
+    "save": (lambda: _failing(checkpoint, "_to_host", call=1), 2, 2),
+}
+
+
+def _in_memory(config, *, step_down: bool, command=("python", "run.py", "--rank", "4")):
+    return train_in_memory(train, config, {}, resume=None, card=lookup("cpu"), step_down=step_down, command=command)
+
+
+@pytest.fixture(scope="module")
+def reference():
+    """The run without an error: made once, by the first test that asks."""
+    made = {}
+
+    def run_of(config):
+        if not made:
+            made["run"] = train(config, {})
+        return made["run"]
+
+    return run_of
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_a_step_down_in_any_phase_ends_with_the_same_bits(phase, config, reference, tmp_path_factory, monkeypatch, caplog):
+    straight = reference(config(output__out=tmp_path_factory.getbasetemp() / "recovery-straight"))
+    fault, step, saved = PHASES[phase]
+    settings = config()
+    with monkeypatch.context() as patch, caplog.at_level(logging.WARNING, "trainer.recovery"):
+        patch.setattr(*fault())
+        run_dir = _in_memory(settings, step_down=True)
+    said = next(r.getMessage() for r in caplog.records if r.name == "trainer.recovery")
+    assert f"out of memory on the device in {phase.split(',')[0]}, after {step or 0} steps" in said
+    if saved is not None:
+        assert f"step {saved} is saved in {run_dir}" in said
+    plan = read_config(run_dir)[0].memory
+    assert plan != MemoryPlan() and plan.optimizer == "adamw"
+    records = read_metrics(run_dir)
+    events = [(r["step"], e) for r in records for e in r.get("events", ())]
+    assert [e["event"] for _, e in events] == ["step-down"] and events[0][1]["phase"] == phase.split(",")[0]
+    assert events[0][0] == (saved or 0)  # told in the first record of the new plan
+    changed = {name for name, value in vars(plan).items() if value != getattr(MemoryPlan(), name)}
+    assert set(events[0][1]["change"]) == changed and events[0][1]["predicted_bytes"] > 0
+    metrics = (run_dir / "metrics.jsonl").read_text()
+    (run_dir / "metrics.jsonl").write_text(re.sub(r', "events": \[\{.*?\}\]', "", metrics))
+    _same_run(straight, run_dir)
+
+
+@pytest.mark.parametrize("phase", ["load", "backward of the pre-flight", "backward", "save"])
+def test_stop_says_where_and_what_to_paste(phase, config, monkeypatch):
+    fault, step, saved = PHASES[phase]
+    settings = config()
+    with monkeypatch.context() as patch:
+        patch.setattr(*fault())
+        with pytest.raises(DoesNotFit) as raised:
+            _in_memory(settings, step_down=False)
+    assert raised.value.exit_code == 3
+    lines = str(raised.value).splitlines()
+    assert lines[0] == f"out of memory on the device in {phase}, after {step or 0} steps: {MESSAGE}"
+    words = shlex.split(lines[-1])
+    if saved is None:
+        assert words[:4] == ["python", "run.py", "--rank", "4"] and "--boundaries" in words
+    else:
+        assert latest_checkpoint(settings.output.out).step == saved
+        assert words[:4] == ["python", "run.py", "--resume", str(settings.output.out)] and "--boundaries" not in words[4:-2]
+        assert any(line.startswith("peak, GiB") for line in lines)
+        assert [line.split()[0] for line in lines if line.split()[0] in ("teacher", "student", "backward", "optimizer")] == [
+            "teacher", "student", "backward", "optimizer"]
+    assert lines[-2].startswith("cheaper: ") and "predicted" in lines[-2]
+
+
+def test_where_no_plan_helps_it_says_what_would(config, monkeypatch, tmp_path):
+    """The text encoder needs what it needs, whatever the plan."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))  # no embeddings of earlier runs
+    monkeypatch.setattr(*_failing(CogVideoX, "encode_prompts", call=1))
+    with pytest.raises(DoesNotFit, match="in encode prompts, after 0 steps(.|\n)*no memory plan needs less there: the text encoder"):
+        _in_memory(config(), step_down=True)
+
+
+def test_the_pasted_command_goes_on(config, reference, tmp_path_factory, monkeypatch, capsys):
+    straight = reference(config(output__out=tmp_path_factory.getbasetemp() / "recovery-straight"))
+    with monkeypatch.context() as patch:
+        patch.setattr(*PHASES["backward"][0]())
+        with pytest.raises(DoesNotFit) as raised:
+            _in_memory(config(), step_down=False)
+    monkeypatch.setattr(sys, "argv", shlex.split(str(raised.value).splitlines()[-1])[1:])
+    assert run.main() == 0
+    run_dir = capsys.readouterr().out.splitlines()[-1].removeprefix("run: ")
+    _same_run(straight, config().output.out)
+    assert run_dir == str(config().output.out)
+
+
+def test_running_out_again_and_again_ends_when_no_plan_is_left(config, monkeypatch):
+    real, seen = torch.autograd.backward, []
+
+    def never_enough(*args, **kwargs):
+        seen.append(1)
+        if len(seen) > 2:  # the pre-flight's first step passes
+            raise torch.OutOfMemoryError(MESSAGE)
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(torch.autograd, "backward", never_enough)
+    with pytest.raises(DoesNotFit, match="no memory plan needs less there; fewer --frames"):
+        _in_memory(config(), step_down=True)
+    assert 3 < len(seen) < 20
+
+
+def test_on_the_command_line(config, monkeypatch, capsys, tmp_path):
+    settings = config(optim__steps=2)
+    argv = ["run.py", "--on-oom", "step-down", "--model", settings.model.model, "--prompts", str(settings.data.prompts), "--preserve",
+            "a blue circle", "--rank", "4", "--steps", "2", "--trajectory-steps", "2", "--sample-steps", "1", "--device", "cpu",
+            "--out", str(tmp_path / "run"), "--monitor", "off"]
+    monkeypatch.setattr(sys, "argv", argv)
+    with monkeypatch.context() as patch:
+        patch.setattr(*_failing(torch.autograd, "backward", call=4))
+        assert run.main() == 0
+    assert "events" in read_metrics(tmp_path / "run")[0]
+    monkeypatch.setattr(sys, "argv", [word.replace("step-down", "stop").replace(str(tmp_path / "run"), str(tmp_path / "other")) for word in argv])
+    with monkeypatch.context() as patch:
+        patch.setattr(*_failing(torch.autograd, "backward", call=4))
+        assert run.main() == 3
+    captured = capsys.readouterr()
+    assert captured.out.count("run: ") == 1
+    assert captured.err.splitlines()[-1].startswith(f"python run.py --resume {tmp_path / 'other'} --")
+
+
+def test_in_sampling_it_is_a_warning_and_training_goes_on_as_if_it_had_not_been(config, reference, tmp_path_factory, monkeypatch, caplog):
+    straight = reference(config(output__out=tmp_path_factory.getbasetemp() / "recovery-straight"))
+    with monkeypatch.context() as patch, caplog.at_level(logging.WARNING, "trainer.samples"):
+        patch.setattr(*_failing(samples, "generate_latents", call=1))
+        run_dir = _in_memory(config(output__sample_every=2), step_down=False)
+    assert "sampling at step 0 failed, training is not affected" in caplog.text
+    _same_run(straight, run_dir)
+
+
+def test_nothing_of_the_failed_step_is_held_when_the_next_plan_starts(config, monkeypatch):
+    held = []
+
+    def counting(settings, origins, **more):
+        gc.collect()
+        held.append(sum(isinstance(found, Assembly) for found in gc.get_objects()))
+        return train(settings, origins, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(*PHASES["backward"][0]())
+        train_in_memory(counting, config(), {}, resume=None, card=lookup("cpu"), step_down=True, command=("python", "run.py"))
+    assert held == [held[0], held[0]]
+
+
+def test_an_unsound_step_is_not_saved_by_a_rescue(config, monkeypatch):
+    """Memory runs out while the watcher looks for the cause of a NaN: the weights of that step are not to be trusted."""
+    original = losses.student_backward
+    calls = []
+
+    def poisoned(predict, erasers, *args, **kwargs):
+        terms = original(predict, erasers, *args, **kwargs)
+        calls.append(1)
+        return terms | {"loss": terms["loss"] * float("nan")} if len(calls) == 2 else terms
+
+    from trainer import loop
+
+    def no_room(*args, **kwargs):
+        raise torch.OutOfMemoryError(MESSAGE)
+
+    monkeypatch.setattr(loop, "student_backward", poisoned)
+    monkeypatch.setattr(health, "trace", no_room)
+    settings = config()
+    with pytest.raises(OutOfMemory):
+        train(settings, {})
+    assert latest_checkpoint(settings.output.out) is None
+
+
+def test_the_step_down_asks_for_as_much_as_the_failed_request(config):
+    settings = config()
+    small = cheaper(settings, lookup("4090"), Failure(phase="backward", whose="device", said="", requested_bytes=None, peaks={}))
+    much = cheaper(settings, lookup("4090"), Failure(phase="backward", whose="device", said="", requested_bytes=1 << 30, peaks={}))
+    assert small.plan != much.plan and much.needed_bytes < small.needed_bytes
+    assert cheaper(settings, lookup("4090"), Failure(phase="load", whose="host", said="", requested_bytes=None, peaks={})) is None

@@ -1,0 +1,280 @@
+"""`run.py doctor`: is this machine fit to train, and if not, what would make it so?
+
+Looks at one thing after another and never stops at the first trouble. Heavy imports wait inside the checks, so that a
+missing package is a finding and not a traceback. What no card has run here says so: without one, its checks are absent.
+"""
+
+import json
+import os
+import platform
+import re
+import resource
+import shutil
+import sys
+import time
+import tomllib
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Literal, TextIO
+
+from memory.cards import GIB, Card, CardUnreadable, available_host_bytes, detect
+from trainer.errors import TrainerError
+
+LEAST_HOST_BYTES = 4 * GIB  # interpreter and libraries take about 3
+LEAST_DISK_BYTES = 2 * GIB  # two checkpoints of the 5b at rank 128 and one being written
+LEAST_LINK_SHARE = 0.6  # of what the card's kind of link reaches
+_COPIED_BYTES = 256 << 20
+_PYPROJECT = Path(__file__).parent.parent / "pyproject.toml"
+
+Status = Literal["ok", "note", "warning", "problem"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Check:
+    """One thing that was looked at."""
+
+    name: str
+    status: Status
+    found: str
+    fix: str = ""
+    """What to do about a warning or a problem."""
+    values: dict[str, Any] = field(default_factory=dict)
+    """The same as plain numbers, for programs."""
+    exit_code: int = 0
+    """Of a problem, as the table of exit codes has it."""
+
+
+class Unfit(TrainerError):
+    """The doctor found a problem; its exit code is that of the first."""
+
+    def __init__(self, problems: list[Check]):
+        super().__init__(f"{len(problems)} problem{'s' * (len(problems) > 1)}: {', '.join(c.name for c in problems)}")
+        self.exit_code = problems[0].exit_code
+
+
+def examine() -> list[Check]:
+    """All checks, in the order in which trouble spreads: what is installed, the card, the host, the disk, the model."""
+    checks = [python(), *packages()]
+    card, found = the_card()
+    checks += [found, *host(card), *disk()]
+    if not any(check.status == "problem" and check.name in ("torch", "diffusers", "transformers", "card") for check in checks):
+        checks += [*link(card), bundled_model()]
+    return checks
+
+
+def python() -> Check:
+    fine = sys.version_info >= (3, 11)
+    return Check(name="python", status="ok" if fine else "problem", found=f"{platform.python_version()} on {platform.system()} "
+                 f"{platform.machine()}", fix="" if fine else "use Python 3.11 or newer: make PYTHON=python3.12", exit_code=2)
+
+
+def packages() -> Iterator[Check]:
+    """What pyproject.toml asks for, and what is there."""
+    for wanted in _wanted():
+        name, least = re.match(r"([\w.-]+)(?:>=([\w.]+))?", wanted).groups()
+        try:
+            version = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            yield Check(name=name, status="problem", found="not installed", fix=f"pip install '{wanted}'", exit_code=2)
+            continue
+        old = least is not None and _numbers(version) < _numbers(least)
+        yield Check(name=name, status="problem" if old else "ok", found=version, exit_code=2,
+                    fix=f"pip install --upgrade '{wanted}'" if old else "", values={"version": version})
+
+
+def _wanted() -> list[str]:
+    if _PYPROJECT.exists():
+        return tomllib.loads(_PYPROJECT.read_text())["project"]["dependencies"]
+    return [line for line in metadata.requires("eraser-trainer") or () if ";" not in line]
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(number) for number in re.findall(r"\d+", version.split("+")[0]))
+
+
+def the_card() -> tuple[Card | None, Check]:
+    """The card that training would take; None where there is none or it does not answer."""
+    try:
+        card = detect()
+    except CardUnreadable as e:
+        return None, Check(name="card", status="problem", found=str(e), exit_code=6,
+                           fix="look at nvidia-smi and dmesg; a card that fell off the bus comes back with a restart")
+    if card.is_cpu:
+        return None, Check(name="card", status="note", found="none: training runs on the CPU, which the bundled model is small "
+                           "enough for", fix="with a card in the machine: install its driver, and a torch built for CUDA")
+    import torch
+
+    values = {"name": card.name, "label": card.label, "capacity_bytes": card.capacity_bytes, "usable_bytes": card.usable_bytes,
+              "used_by_others_bytes": card.used_by_others_bytes, "built_for_cuda": torch.version.cuda}
+    if not torch.cuda.is_available():
+        built = f"for CUDA {torch.version.cuda}" if torch.version.cuda else "without CUDA"
+        return None, Check(name="card", status="problem", found=f"{card.label} is there, but torch (built {built}) cannot use it",
+                           values=values, exit_code=2, fix="install a torch whose CUDA the driver supports (nvidia-smi shows "
+                           "up to which), and look at CUDA_VISIBLE_DEVICES")
+    major, minor = torch.cuda.get_device_capability()
+    values |= {"compute_capability": f"{major}.{minor}", "driver": _driver(),
+               "dtypes": [d for d in ("float32", "bfloat16", "float16", "float8") if card.supports(d)]}
+    crowded = card.used_by_others_bytes > card.usable_bytes // 4
+    return card, Check(
+        name="card", status="warning" if crowded else "ok", values=values,
+        found=f"{card.label}, {card.capacity_bytes / GIB:.1f} GiB ({card.used_by_others_bytes / GIB:.1f} held by others), compute "
+              f"{major}.{minor}, {' '.join(values['dtypes'])}; driver {values['driver']}, torch for CUDA {torch.version.cuda}",
+        fix="other processes hold much of the card: end them, or plan for what is left" if crowded else "")
+
+
+def _driver() -> str:
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+        version = pynvml.nvmlSystemGetDriverVersion()
+        pynvml.nvmlShutdown()
+    except (ImportError, pynvml.NVMLError):
+        return "unknown"
+    return version.decode() if isinstance(version, bytes) else version
+
+
+def host(card: Card | None) -> Iterator[Check]:
+    """Memory of the host, the container's limit, and how much may be locked."""
+    total, available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), available_host_bytes()
+    limit = _cgroup_limit()
+    short = available < LEAST_HOST_BYTES
+    bound = f", container limited to {limit / GIB:.1f}" if limit is not None and limit < total else ""
+    yield Check(name="host memory", status="warning" if short else "ok", found=f"{available / GIB:.1f} GiB available of "
+                f"{total / GIB:.1f}{bound}", values={"total_bytes": total, "available_bytes": available, "limit_bytes": limit},
+                fix=f"less than {LEAST_HOST_BYTES // GIB} GiB: close other programs, or raise the container's limit" if short else "")
+    soft = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
+    locked = None if soft == resource.RLIM_INFINITY else soft
+    said = "unlimited" if locked is None else f"{locked / 2**20:,.0f} MiB"
+    yield Check(name="locked memory", status="note" if locked is not None else "ok", values={"limit_bytes": locked},
+                found=f"ulimit -l: {said}" + ("" if locked is None else "; CUDA's pinned memory is not counted there"))
+    if card is not None:
+        yield _pinned(available)
+
+
+def _cgroup_limit() -> int | None:
+    for path in (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes")):
+        if path.exists() and (text := path.read_text().strip()).isdigit():
+            return int(text)
+    return None
+
+
+def _pinned(available: int) -> Check:
+    """Whether a GiB of host memory can be pinned, as streaming blocks needs it."""
+    import torch
+
+    size = min(GIB, available // 4)
+    try:
+        torch.empty(size, dtype=torch.uint8, pin_memory=True)
+    except RuntimeError as e:
+        return Check(name="pinned memory", status="problem", found=f"{size / GIB:.1f} GiB cannot be pinned: {str(e).splitlines()[0]}",
+                     fix="raise the container's memory limit; under WSL, its memory= setting", exit_code=3)
+    return Check(name="pinned memory", status="ok", found=f"{size / GIB:.1f} GiB can be pinned", values={"tried_bytes": size})
+
+
+def disk() -> Iterator[Check]:
+    """Room for runs and for the cache of embeddings, and whether they can be written."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
+    for name, directory in (("disk for runs", Path("runs")), ("disk for the cache", cache)):
+        there = next(path for path in (directory.absolute(), *directory.absolute().parents) if path.exists())
+        free, writable = shutil.disk_usage(there).free, os.access(there, os.W_OK | os.X_OK) and there.is_dir()
+        values = {"path": str(there), "free_bytes": free, "writable": writable}
+        if not writable:
+            yield Check(name=name, status="problem", found=f"{there} cannot be written", values=values, exit_code=6,
+                        fix="choose another directory: --out DIR" if name == "disk for runs" else "set XDG_CACHE_HOME")
+        else:
+            short = free < LEAST_DISK_BYTES
+            yield Check(name=name, status="warning" if short else "ok", found=f"{free / GIB:.1f} GiB free in {there}", values=values,
+                        fix=f"less than {LEAST_DISK_BYTES // GIB} GiB: make room there, or choose another directory" if short else "")
+
+
+def link(card: Card | None) -> Iterator[Check]:
+    """Bandwidth between host and card, measured with pinned memory; nothing without a card."""
+    if card is None:
+        return
+    import torch
+
+    pinned = torch.empty(_COPIED_BYTES, dtype=torch.uint8, pin_memory=True)
+    there = torch.empty(_COPIED_BYTES, dtype=torch.uint8, device="cuda")
+    to_card = _COPIED_BYTES / _best_seconds(lambda: there.copy_(pinned, non_blocking=True), torch.cuda.synchronize)
+    to_host = _COPIED_BYTES / _best_seconds(lambda: pinned.copy_(there, non_blocking=True), torch.cuda.synchronize)
+    slow = to_card < LEAST_LINK_SHARE * card.host_link_bandwidth
+    yield Check(name="link", status="warning" if slow else "ok", found=f"{to_card / 1e9:.1f} GB/s to the card, {to_host / 1e9:.1f} back "
+                f"({card.host_link_bandwidth / 1e9:.0f} expected)",
+                values={"to_card_bytes_per_second": to_card, "to_host_bytes_per_second": to_host},
+                fix="the card may sit in a slot with fewer lanes, or share them; streaming blocks will cost more than planned" if slow else "")
+
+
+def _best_seconds(work: Callable[[], object], wait: Callable[[], object], *, num_times: int = 5) -> float:
+    best = float("inf")
+    for _ in range(num_times):
+        wait()
+        started = time.perf_counter()
+        work()
+        wait()
+        best = min(best, time.perf_counter() - started)
+    return best
+
+
+def bundled_model() -> Check:
+    """One prompt through the bundled model: text encoder, two denoising steps, decoder."""
+    started = time.perf_counter()
+    try:
+        from trainer.config import ModelConfig
+
+        finite, shape = _generate_once(ModelConfig())
+    except Exception as e:  # whatever it is, it is what was asked for
+        return Check(name="bundled model", status="problem", found=f"does not run ({type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''})",
+                     fix="git checkout trainer/shapes/pipeline, or train it anew: make pretrain", exit_code=getattr(e, "exit_code", 5))
+    seconds = time.perf_counter() - started
+    if not finite:
+        return Check(name="bundled model", status="problem", found="its video holds NaN or infinity", exit_code=4,
+                     fix="run.py diagnose says where it begins; make pretrain trains it anew")
+    frames, height, width = shape
+    return Check(name="bundled model", status="ok", found=f"runs: {frames} frames of {width}x{height} in {seconds:.1f} s, two steps",
+                 values={"seconds": seconds})
+
+
+def _generate_once(model: Any) -> tuple[bool, tuple[int, int, int]]:
+    """(whether all values are finite, (frames, height, width)) of a video of two denoising steps."""
+    import torch
+
+    from memory.plan import MemoryPlan
+    from trainer.assemble import assemble, embed_prompts, open_backbone
+    from trainer.generate import generate_latents
+
+    backbone = open_backbone(model)
+    prompt = "a red circle moving left"
+    embeddings = embed_prompts(backbone, model, MemoryPlan(), [prompt])
+    with assemble(backbone, model, MemoryPlan()) as assembly:
+        latents = generate_latents(assembly.predict, backbone.scheduler(), embeddings.to(assembly.device), [prompt], [0],
+                                   assembly.latent_shape, num_steps=2, guidance_scale=1.0)
+    video = backbone.decoder(backbone.default_size()[0], dtype=assembly.dtype, device=assembly.device)(latents)[0]  # (3, T, H, W)
+    return bool(torch.isfinite(video).all()), tuple(video.shape[1:])
+
+
+def show(checks: list[Check], stream: TextIO, *, as_json: bool = False) -> None:
+    """The checks as a table, with a fix under what needs one; or as JSON."""
+    if as_json:
+        healthy = all(check.status != "problem" for check in checks)
+        print(json.dumps({"healthy": healthy, "checks": [asdict(check) for check in checks]}, indent=2), file=stream)
+        return
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    colours = {"ok": "green", "note": "cyan", "warning": "yellow", "problem": "red"}
+    table = Table(box=None, show_header=False, pad_edge=False)
+    for check in checks:
+        fix = f"\n[bold]→ {escape(check.fix)}[/bold]" if check.fix else ""
+        table.add_row(f"[{colours[check.status]}]{check.status}[/]", check.name, escape(check.found) + fix)
+    Console(file=stream, highlight=False, soft_wrap=not stream.isatty()).print(table)
+
+
+def raise_if_unfit(checks: list[Check]) -> None:
+    """Unfit if there is a problem."""
+    problems = [check for check in checks if check.status == "problem"]
+    if problems:
+        raise Unfit(problems)

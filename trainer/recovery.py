@@ -1,0 +1,230 @@
+"""Out of memory in a run: say where, what was held, and which cheaper plan would do; or take it and go on.
+
+The plan to try next comes from the planner, which predicts what the phase that failed would need under each step down
+(memory/advice.py). The batch is never touched: results keep their meaning, and where only the memory plan differs the
+run is, on the CPU to the bit, what it would have been with memory enough.
+
+Going on means starting `train` again in the same process, once the frames of the error, which hold tensors, are gone.
+It starts at the last optimizer step, which is saved first; where the error came while the optimizer was moving weights,
+at the newest checkpoint, or at the beginning if there is none, and arrives at the same numbers.
+"""
+
+import gc
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+
+from memory.advice import Advice, next_cheaper
+from memory.cards import GIB, Card
+from memory.exhaustion import exhausted, requested_bytes
+from memory.meter import Meter, PhasePeak
+from memory.plan import MemoryPlan
+from memory.search import SEARCHED
+from trainer.assemble import open_backbone
+from trainer.checkpoint import latest_checkpoint, save_checkpoint
+from trainer.config import TrainConfig
+from trainer.distributed import num_ranks
+from trainer.errors import DoesNotFit, OutOfMemory, TrainerError
+from trainer.health import Health
+from trainer.planning import forecast_as_given
+from trainer.run_directory import CONFIG
+from trainer.state import TrainState
+
+logger = logging.getLogger(__name__)
+
+# (module, function) on the way to the failure -> the phase it is; the innermost decides.
+PHASES = {
+    ("trainer.assemble", "embed_prompts"): "encode prompts",
+    ("trainer.assemble", "assemble"): "load",
+    ("trainer.losses", "sample"): "teacher",
+    ("trainer.losses", "student_backward"): "student",
+    ("trainer.preflight", "_prediction"): "student",
+    ("torch._tensor", "backward"): "backward",
+    ("trainer.health", "apply"): "optimizer",
+    ("trainer.preflight", "_trial"): "optimizer",
+    ("trainer.tracing", "trace"): "second pass",
+    ("trainer.samples", "run"): "sample",
+    ("trainer.state", "export"): "save",
+    ("trainer.checkpoint", "save_checkpoint"): "save",
+}
+_PLANNED = {"student": "student forward", "backward": "student backward", "second pass": "student forward"}  # others by their name
+_KEPT = ("optimizer", "dtype")  # a run does not go on with another
+
+
+def phase_of(traceback: TracebackType | None) -> str:
+    """The phase of a run in which an error arose."""
+    phase, preflight = "training", False
+    while traceback is not None:
+        frame = traceback.tb_frame
+        where = frame.f_globals.get("__name__"), frame.f_code.co_name
+        phase = PHASES.get(where, phase)
+        preflight = preflight or where == ("trainer.health", "before_training")
+        traceback = traceback.tb_next
+    return f"{phase} of the pre-flight" if preflight else phase
+
+
+@dataclass(frozen=True, kw_only=True)
+class Failure:
+    """Where memory ran out. Plain data: nothing in it holds a tensor."""
+
+    phase: str
+    whose: str
+    """device or host"""
+    said: str
+    """The first line of the error."""
+    requested_bytes: int | None
+    step: int = 0
+    """Finished optimizer steps."""
+    run_dir: Path | None = None
+    saved_step: int | None = None
+    """Of the newest checkpoint."""
+    peaks: Mapping[str, PhasePeak]
+
+    @classmethod
+    def of(cls, error: BaseException, **more: Any) -> "Failure":
+        """What an error that `exhausted` knows says of itself; `more`: what is known of the run."""
+        said = str(error).splitlines()[0] if str(error) else type(error).__name__
+        return cls(phase=phase_of(error.__traceback__), whose=exhausted(error), said=said,
+                   requested_bytes=requested_bytes(error), **{"peaks": {}, **more})
+
+    @property
+    def planned_phase(self) -> str:
+        """Its name in forecasts."""
+        name = self.phase.removesuffix(" of the pre-flight")
+        return _PLANNED.get(name, name)
+
+    def table(self) -> str:
+        """The largest readings by phase, and those of now."""
+        lines = [f"{'peak, GiB':<24}{'allocated':>10}{'reserved':>10}{'host':>10}"]
+        for name, peak in self.peaks.items():
+            cells = (peak.allocated_bytes, peak.reserved_bytes, peak.host_bytes)
+            lines.append(f"{name:<24}" + "".join(f"{'-' if c is None else f'{c / GIB:.2f}':>10}" for c in cells))
+        return "\n".join(lines)
+
+
+class Rescue:
+    """Innermost context around the loop: when memory runs out, the last finished step is saved. Raises OutOfMemory."""
+
+    def __init__(self, run_dir: Path, state: TrainState, health: Health, meter: Meter):
+        self.run_dir, self.state, self.health, self.meter = run_dir, state, health, meter
+
+    def __enter__(self) -> "Rescue":
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        if error is None or not exhausted(error):
+            return
+        self.meter.turn_to(None)  # the phase that failed, too, has its row
+        saved = self._save(sound=phase_of(traceback) != "second pass")
+        raise OutOfMemory(Failure.of(error, step=self.state.step, run_dir=self.run_dir, saved_step=saved,
+                                     peaks=dict(self.meter.peaks))) from error
+
+    def _save(self, *, sound: bool) -> int | None:
+        """Save the last finished step if it is newer than the newest checkpoint; returns the newest one's step."""
+        found = latest_checkpoint(self.run_dir)
+        newest = found.step if found else None
+        if not sound or self.state.step <= (newest or 0) or not self.state.rewind():
+            return newest
+        self.health.flush()  # nothing unsound is saved
+        try:
+            tensors, description = self.state.export()
+            save_checkpoint(self.run_dir, self.state.step, tensors=tensors, state=description)
+        except (TrainerError, MemoryError, RuntimeError) as e:
+            logger.warning("step %d could not be saved after memory ran out: %s", self.state.step, e)
+            return newest
+        return self.state.step
+
+
+def train_in_memory(train: Callable[..., Path], config: TrainConfig, origins: Mapping[str, str], *, resume: Path | None,
+                    card: Card, step_down: bool, command: Sequence[str]) -> Path:
+    """`train`, which is `trainer.loop.train`, until it is through; returns the run directory.
+
+    When memory runs out: with `step_down`, the next cheaper plan and on; otherwise, or when no plan is left, DoesNotFit
+    with the phase, the peaks and a command made from `command`, which started this run.
+    """
+    events: list[dict[str, Any]] = []
+    while True:
+        try:
+            return train(config, origins, resume=resume, events=events)
+        except OutOfMemory as e:
+            failure = e.failure
+        except (MemoryError, RuntimeError) as e:
+            if not exhausted(e):
+                raise
+            failure = Failure.of(e)
+        # Only here, outside of `except`, is nothing left that holds the tensors of the failed step.
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        run_dir = failure.run_dir
+        begun = run_dir is not None and (run_dir / CONFIG).exists()
+        if begun:
+            resume, command = run_dir, (*command[:2], "--resume", str(run_dir))
+        advice = cheaper(config, card, failure)
+        if advice is None or not step_down or num_ranks() > 1:  # of several processes none can go on alone
+            raise DoesNotFit(described(failure, advice, advice and command_of(advice, command, begun=begun)))
+        logger.warning("%s", described(failure, advice, None))
+        events.append({"event": "step-down", "step": failure.step, "phase": failure.phase, "change": advice.change,
+                       "predicted_bytes": advice.needed_bytes})
+        config = replace(config, memory=advice.plan)
+        if not begun and run_dir is not None:  # stopped by the pre-flight: the same directory again
+            config = replace(config, output=replace(config.output, out=run_dir))
+        origins = {**origins, **{f"memory.{name}": f"step-down at step {failure.step}" for name in advice.change}}
+
+
+def cheaper(config: TrainConfig, card: Card, failure: Failure) -> Advice | None:
+    """The least costly plan that needs so much less in the failed phase that the failed request would have been met.
+
+    None if no plan is predicted to lower that phase, or if it is the host whose memory is short while a card is there:
+    all these steps move bytes from the card to the host.
+    """
+    if failure.whose == "host" and not card.is_cpu:
+        return None
+
+    def needed(plan: MemoryPlan) -> int:
+        found = forecast_as_given(replace(config, memory=plan), card)
+        return found.by_phase.get(failure.planned_phase, max(found.by_phase.values()))
+
+    limit = None if failure.requested_bytes is None else needed(config.memory) - failure.requested_bytes
+    return next_cheaper(config.memory, open_backbone(config.model).num_blocks, needed_bytes=needed, limit_bytes=limit, fixed=_KEPT)
+
+
+def command_of(advice: Advice, command: Sequence[str], *, begun: bool) -> str:
+    """What to paste. A run that begins anew names every field that the planner would choose again."""
+    plan = {} if begun else {name: getattr(advice.plan, name) for name in SEARCHED}
+    return replace(advice, change={**plan, **advice.change}).command(command)
+
+
+def described(failure: Failure, advice: Advice | None, command: str | None) -> str:
+    """The failure for people: phase, state of the run, peaks, and what would do."""
+    lines = [f"out of memory on the {failure.whose} in {failure.phase}, after {failure.step} steps: {failure.said}"]
+    if failure.run_dir is not None:
+        newest = "nothing is saved yet" if failure.saved_step is None else f"step {failure.saved_step} is saved"
+        lines.append(f"{newest} in {failure.run_dir}")
+    if failure.peaks:
+        lines.append(failure.table())
+    if advice is None:
+        lines.append(_LAST_RESORT.get(failure.planned_phase, _LAST_RESORT[failure.whose]))
+    else:
+        lines.append(f"cheaper: {advice.why} (predicted: {_size(advice.needed_bytes)} in {failure.planned_phase})")
+        lines.append(command or "going on with that")
+    return "\n".join(lines)
+
+
+def _size(num_bytes: int) -> str:
+    return f"{num_bytes / GIB:.2f} GiB" if num_bytes >= GIB // 10 else f"{num_bytes / 2**20:.2f} MiB"
+
+
+_LAST_RESORT = {
+    "encode prompts": "no memory plan needs less there: the text encoder passes through block by block already; end what else uses "
+                      "that memory, or let --device cpu encode once: embeddings are remembered",
+    "device": "no memory plan needs less there; fewer --frames, a smaller --height and --width, or a new run with half the "
+              "--batch-size and twice the --accumulation would",
+    "host": "the host's memory is short: keep more on the card (a larger --resident-blocks, --boundaries device, --kept device), "
+            "or close what else uses it",
+}
