@@ -57,9 +57,10 @@ class Meter:
     def read(self) -> Reading:
         """What is held now."""
         used, total = self._driver() if self._has_card else (None, None)
+        allocated, reserved = self._counters("current") if self._has_card else (None, None)
         return Reading(
-            allocated_bytes=torch.cuda.memory_allocated(self.device) if self._has_card else None,
-            reserved_bytes=torch.cuda.memory_reserved(self.device) if self._has_card else None,
+            allocated_bytes=allocated,
+            reserved_bytes=reserved,
             device_used_bytes=used,
             device_total_bytes=total,
             host_bytes=resident_bytes(),
@@ -68,14 +69,17 @@ class Meter:
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Record the peak of what runs within, under `name`; also when it raises."""
+        self._harvest()
         peak = self._begin()
         try:
             yield
         finally:
+            self._harvest()
             self._end(name, peak)
 
     def turn_to(self, name: str | None) -> None:
         """From here to the next turn, peaks are `name`'s: for phases that follow each other. None: nobody's."""
+        self._harvest()
         if self._turn is not None:
             self._end(*self._turn)
         self._turn = None if name is None else (name, self._begin())
@@ -88,12 +92,10 @@ class Meter:
         }
 
     def _begin(self) -> list[int]:
-        self._harvest()
         self._open.append([0, 0])
         return self._open[-1]
 
     def _end(self, name: str, peak: list[int]) -> None:
-        self._harvest()
         self._open = [other for other in self._open if other is not peak]
         allocated, reserved = peak
         before = self.peaks.get(name)
@@ -108,11 +110,18 @@ class Meter:
         """Credit the allocator's peak since the last harvest to every open phase, and start a new one."""
         if not self._has_card:
             return
-        allocated = torch.cuda.max_memory_allocated(self.device)
-        reserved = torch.cuda.max_memory_reserved(self.device)
+        allocated, reserved = self._counters("peak")
         for peak in self._open:
             peak[0], peak[1] = max(peak[0], allocated), max(peak[1], reserved)
         torch.cuda.reset_peak_memory_stats(self.device)
+
+    def _counters(self, which: str) -> tuple[int, int]:
+        """(allocated, reserved) by the allocator, which keeps its counters on the host."""
+        # As a nested dict: flattening all of the allocator's figures takes longer than reading them.
+        stats = torch.cuda.memory_stats_as_nested_dict(self.device)
+        if not stats:  # not a byte was asked of the card yet
+            return 0, 0
+        return stats["allocated_bytes"]["all"][which], stats["reserved_bytes"]["all"][which]
 
     def _driver(self) -> tuple[int | None, int | None]:
         """(used, total) of the card as the driver says; (None, None) once it does not answer, which must not end a run."""

@@ -15,10 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from trainer.distributed import average, everyones, num_ranks, rank
 from trainer.errors import InputOutputError
-from trainer.findings import Bill, Finding, finding
+from trainer.findings import Bill, Finding, finding, gone_by
 from trainer.inspection import Fingerprint, Subject, adapter_findings
 from trainer.preflight import Preflight
+from trainer.run_files import read_object
 from trainer.tracing import in_backward, scale_collapsed, trace
 
 logger = logging.getLogger(__name__)
@@ -36,8 +38,10 @@ class Health:
     eraser's output and the residual stream that it is added to (root of the sum of squares over the batch).
     """
 
-    def __init__(self, subject: Subject, *, run_dir: Path | None = None):
-        self.subject, self.run_dir = subject, run_dir
+    def __init__(self, subject: Subject, *, run_dir: Path | None = None, resumed: bool = False):
+        """`resumed`: what an earlier half of the run found stays in its findings.json."""
+        self.earlier = gone_by(read_object(run_dir / FINDINGS)) if resumed else []
+        self.subject, self.run_dir = subject, run_dir if rank() == 0 else None
         self.sinks: Sequence[Callable[[dict[str, Any]], None]] = ()
         """Called with the record of every step, one step late."""
         self.erasers, self.bill = subject.assembly.erasers, Bill()
@@ -67,7 +71,8 @@ class Health:
         Raises Unhealthy for a fatal finding; says the others.
         """
         preflight = Preflight(self.subject)
-        self.bill = preflight.run()
+        own = preflight.run()
+        self.bill = Bill(checked=own.checked).with_findings(f for bill in everyones(own) for f in bill.findings)
         self._fingerprint = preflight.fingerprint
         self._forget_step()
         self._write()
@@ -79,6 +84,22 @@ class Health:
     def findings(self) -> list[dict[str, Any]]:
         """What was found so far, as plain values."""
         return self.bill.as_json()["findings"]
+
+    def reduce(self, terms: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Average gradients and `terms` over all processes, and join the norms of activations: once a step, before unscaling.
+
+        After it every process has the same numbers, and so takes the same decision about the step.
+        """
+        if num_ranks() == 1:
+            return terms
+        squares = torch.stack([self._teacher, self._student, *self._eraser, *self._residual]).square() * num_ranks()
+        means = [term.clone() for term in terms.values()]
+        # A gradient that is missing here makes the step non-finite everywhere.
+        gradients = [torch.full_like(p, math.nan) if p.grad is None else p.grad for p in self.erasers.parameters()]
+        average([*gradients, *means, squares])
+        self._teacher, self._student, *norms = squares.sqrt()
+        self._eraser, self._residual = norms[:len(self._eraser)], norms[len(self._eraser):]
+        return dict(zip(terms, means))
 
     def apply(self, step: int, terms: Mapping[str, Tensor], **more: Any) -> None:
         """Measure, clip and apply the gradients of `step`, unscaled; a step that is not finite changes no weight.
@@ -137,7 +158,7 @@ class Health:
         self.flush()
         if self._fingerprint is None:
             return
-        changed = self._fingerprint.changed(Fingerprint(self.subject))
+        changed = sum(everyones(self._fingerprint.changed(Fingerprint(self.subject))), [])
         if changed:
             self.bill = self.bill.with_findings([
                 finding("frozen-weights-changed", "weights", module=changed[0], num_parameters=len(changed))])
@@ -168,8 +189,9 @@ class Health:
         found = None
         for k in range(optim.accumulation):
             index = record["step"] * optim.accumulation + k
-            found = found or trace(self.subject, index % data.pool if data.pool else index, scale=scale,
-                                   loss=record["loss"])
+            if found is None:
+                own = trace(self.subject, index % data.pool if data.pool else index, scale=scale, loss=record["loss"])
+                found = next(filter(None, everyones(own)), None)
         if self._skips and (found is None or scale_collapsed(found)):
             return finding("loss-scale-collapse", "backward", loss_scale=scale, num_skipped_steps=self._skips)
         if found is None:  # what happened does not happen again: say what was measured
@@ -234,7 +256,7 @@ class Health:
             return
         try:
             part = self.run_dir / f".{FINDINGS}.part"
-            part.write_text(json.dumps(self.bill.as_json(), indent=2) + "\n")
+            part.write_text(json.dumps(self.bill.with_findings(self.earlier).as_json(), indent=2) + "\n")
             part.replace(self.run_dir / FINDINGS)
         except OSError as e:
             raise InputOutputError(f"{self.run_dir / FINDINGS} cannot be written ({e.strerror})") from e

@@ -11,11 +11,14 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from statistics import mean
 from typing import Any, Literal, TextIO
 
+from memory.meter import Meter, sensors
 from trainer.config import TrainConfig
+from trainer.distributed import rank
 from trainer.signals import StopFlag
 
 Mode = Literal["auto", "plain", "off"]
@@ -128,9 +131,10 @@ class Monitor:
                 print(plain_line(state), file=self.stream, flush=True)
 
 
-def watch(config: TrainConfig, stop: StopFlag) -> Monitor:
-    """The monitor of a training run."""
-    return Monitor(config.optim.steps, mode=config.output.monitor, title=config.data.concept, stopping=stop.__bool__)
+def watch(config: TrainConfig, stop: StopFlag, meter: Meter) -> Monitor:
+    """The monitor of a training run. Sensors are asked by the monitor's own thread."""
+    return Monitor(config.optim.steps, mode="off" if rank() else config.output.monitor, title=config.data.concept,
+                   stopping=stop.__bool__, read_memory=lambda: read_memory(meter) | sensors(meter.device))
 
 
 def plain_line(state: Mapping[str, Any]) -> str:
@@ -148,6 +152,12 @@ def plain_line(state: Mapping[str, Any]) -> str:
             parts.append(f"{label} {gib(memory[key])} GiB")
     parts += [f"[{f['severity']}: {f['code']}]" for f in state["findings"] or () if f["severity"] != "expected"]
     return "  ".join(parts + ["stopping"] * state["stopping"])
+
+
+def read_memory(meter: Meter) -> dict[str, float]:
+    """What is held now: on a card allocated, reserved and by all processes, and the memory of this process and its host."""
+    on_card = {name: value for name, value in asdict(meter.read()).items() if name != "host_bytes" and value is not None}
+    return on_card | read_process()
 
 
 def read_process() -> dict[str, float]:

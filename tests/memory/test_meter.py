@@ -39,10 +39,10 @@ class MadeUpCard:
         self.now = self.peak = 0
         self.lost = False
         for name, function in {
-            "memory_allocated": lambda device: self.now,
-            "memory_reserved": lambda device: 2 * self.now,
-            "max_memory_allocated": lambda device: self.peak,
-            "max_memory_reserved": lambda device: 2 * self.peak,
+            "memory_stats_as_nested_dict": lambda device: {
+                "allocated_bytes": {"all": {"current": self.now, "peak": self.peak}},
+                "reserved_bytes": {"all": {"current": 2 * self.now, "peak": 2 * self.peak}},
+            },
             "reset_peak_memory_stats": self.reset,
             "mem_get_info": self.info,
         }.items():

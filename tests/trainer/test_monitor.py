@@ -219,8 +219,9 @@ def test_a_card_that_vanishes_leaves_the_monitor_running(tiny_config, monkeypatc
 
     for name in ("mem_get_info", "temperature", "power_draw"):
         monkeypatch.setattr(torch.cuda, name, lost)
-    for name in ("memory_allocated", "memory_reserved"):
-        monkeypatch.setattr(torch.cuda, name, lambda device: 3 * GIB)
+    counters = {"all": {"current": 3 * GIB}}
+    monkeypatch.setattr(torch.cuda, "memory_stats_as_nested_dict",
+                        lambda device: {"allocated_bytes": counters, "reserved_bytes": counters})
     monkeypatch.setattr("sys.stderr", io.StringIO())
     with watch(tiny_config(), StopFlag(), Meter("cuda")) as monitor:
         monitor.interval = 0.01
