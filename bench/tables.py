@@ -19,7 +19,7 @@ from trainer.findings import codes_as_markdown
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = ("README.md", "MEMORY.md")
-_MARK = re.compile(r"(<!-- table: (?P<name>[a-z0-9-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+MARK = re.compile(r"(<!-- table: (?P<name>[a-z0-9-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def load(name: str) -> dict[str, Any]:
@@ -219,7 +219,7 @@ TABLES: dict[str, Callable[[], str]] = {
 
 def rendered(text: str) -> str:
     """A document with every table made anew."""
-    return _MARK.sub(lambda m: m[1] + TABLES[m["name"]]() + m[3], text)
+    return MARK.sub(lambda m: m[1] + TABLES[m["name"]]() + m[3], text)
 
 
 def main() -> int:
