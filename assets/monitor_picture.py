@@ -9,6 +9,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from rich.console import Console
 
 from trainer.live_view import view
+from trainer.memory_file import facts
 from trainer.run_files import RunFiles
 
 
@@ -20,7 +21,7 @@ def main(run: Path, out: Path, columns: int = 100) -> None:
     state = {"title": files.setting("data.concept"), "num_steps": planned, "done": files.num_steps(),
              "records": files.records, "elapsed": sum(seconds), "seconds_per_step": pace,
              "eta": pace * (planned - files.num_steps()), "stopping": False, "memory": files.records[-1]["memory"],
-             "facts": {}, "findings": files.findings.get("findings")}
+             "facts": facts(files.memory), "findings": files.findings.get("findings")}
     console = Console(record=True, width=columns, force_terminal=True, color_system="truecolor", file=io.StringIO())
     console.print(view(state, columns))
     svg = console.export_svg(title="python run.py")

@@ -5,7 +5,7 @@
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from itertools import groupby
 from pathlib import Path
@@ -68,5 +68,10 @@ def keep_forecast(run_dir: Path, config: TrainConfig, forecast: Callable[[TrainC
                 path.unlink(missing_ok=True)
         except OSError as e:
             raise InputOutputError(f"{path} cannot be written ({e.strerror})") from e
+    return facts(content)
+
+
+def facts(content: Mapping[str, Any]) -> dict[str, float]:
+    """What the live view's memory bar shows of memory.json."""
     shown = {"budget_bytes": lookup(content, "budget_bytes"), "predicted_peak_bytes": lookup(content, "predicted", "needed_bytes")}
     return {name: value for name, value in shown.items() if value is not None}

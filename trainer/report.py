@@ -210,11 +210,16 @@ def _measured_peak(files: RunFiles) -> tuple[str, float] | None:
     """(what was measured, bytes): on a card what was allocated at most, otherwise the process."""
     by_phase = files.measured_peaks()
     if by_phase:
-        return "allocated", max(by_phase.values())
+        return _measured_kind(files), max(by_phase.values())
     for key, label in (("reserved_bytes", "reserved"), ("process_bytes", "process")):
         if points := files.series("memory", key):
             return label, max(value for _, value in points)
     return None
+
+
+def _measured_kind(files: RunFiles) -> str:
+    """What peaks by phase are of."""
+    return "allocated" if files.series("memory", "allocated_bytes") else "process"
 
 
 def _memory(files: RunFiles) -> str:
@@ -225,7 +230,7 @@ def _memory(files: RunFiles) -> str:
                                   [phase for phase, _ in timeline]))
     rows: dict[str, dict[str, float]] = {}
     for label, peaks in (("predicted", predicted.get("peak_bytes_by_phase", {})),
-                         ("measured", files.measured_peaks())):
+                         (f"measured ({_measured_kind(files)})", files.measured_peaks())):
         for phase, value in peaks.items():
             rows.setdefault(phase, {})[label] = value / _GIB
     if rows:
@@ -235,6 +240,13 @@ def _memory(files: RunFiles) -> str:
         if points := files.series("memory", key):
             charts.append(line_chart(f"{label}, measured", [(x, y / _GIB) for x, y in points], unit="GiB", zero=True))
     parts.append(_charts(charts, "Nothing was measured."))
+    if needed := predicted.get("needed_bytes"):
+        card, budget = str(files.memory.get("card")), files.memory.get("budget_bytes", 0)
+        parts.append(_note(f"Predicted for {card}: {needed / _GIB:.2f} GiB of {budget / _GIB:.2f} GiB usable, what the allocator "
+                           "reserves and the card's context included."))
+    if rows and _measured_kind(files) == "process":
+        parts.append(_note("Without a card the whole process is measured, interpreter and libraries included; what is predicted "
+                           "are the run's own tensors."))
     if not predicted:
         parts.append(_note("No prediction is stored with this run."))
     return _section("Memory", *parts)
