@@ -45,8 +45,10 @@ class PretrainEncoders:
     """Seed of weights, pictures and captions."""
     clip_steps: int = 1000
     """Steps of the CLIP model, batch 64."""
-    qwen_steps: int = 1000
-    """Steps of the Qwen3-VL, batch 32."""
+    tower_steps: int = 1200
+    """Steps of the Qwen3-VL's vision tower alone, batch 64."""
+    qwen_steps: int = 700
+    """Steps of the whole Qwen3-VL after that, batch 32."""
     num_pictures: int = 200
     """Pictures a class, drawn and preprocessed once."""
 
@@ -129,9 +131,9 @@ def answer(name: str) -> str:
 class _Fit:
     """AdamW with a one-cycle learning rate and clipped gradients, and a line now and then."""
 
-    def __init__(self, model: nn.Module, num_steps: int, *, lr: float):
+    def __init__(self, model: nn.Module, num_steps: int, *, lr: float, extra: tuple[nn.Parameter, ...] = ()):
         self.model, self.num_steps, self.started = model, num_steps, time.monotonic()
-        self.optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.01, betas=(0.9, 0.98))
+        self.optimizer = torch.optim.AdamW([*model.parameters(), *extra], lr=lr, weight_decay=0.01, betas=(0.9, 0.98))
         self.schedule = torch.optim.lr_scheduler.OneCycleLR(self.optimizer, lr, num_steps, pct_start=0.1, final_div_factor=100)
 
     def step(self, index: int, loss: Tensor, accuracy: Tensor) -> None:
@@ -174,15 +176,47 @@ def train_clip(config: PretrainEncoders, out: Path) -> None:
     _save(out, model, tokenizer, processor)
 
 
+class _Pooled:
+    """One vector a picture, the mean of a merger's tokens, must point to its class' anchor: a loss for the vision tower.
+
+    The published towers start from SigLIP-2, which is taught so. From answers alone a tower this small leaves the class to
+    single tokens, and nothing that is one vector a picture could be forgotten. DeepStack's mergers are taught alike: the
+    language model is then free to read the class from any of them.
+    """
+
+    def __init__(self, model: Qwen3VLForConditionalGeneration):
+        visual = model.model.visual
+        mergers = [visual.merger, *visual.deepstack_merger_list]
+        self.anchors = nn.Parameter(torch.randn(len(mergers), len(CLASSES) + 1, model.config.text_config.hidden_size))
+        self.merged: dict[int, Tensor] = {}  # of the step under way
+        self.hooks = [merger.register_forward_hook(lambda module, args, output, i=i: self.merged.update({i: output}))
+                      for i, merger in enumerate(mergers)]
+
+    def loss(self, classes: Tensor) -> tuple[Tensor, Tensor]:
+        """(loss, accuracy of the main merger) of the pictures that the tower has seen last; classes (B,)."""
+        losses = []
+        for i, anchors in reversed(list(enumerate(self.anchors))):
+            pooled = self.merged.pop(i).unflatten(0, (len(classes), -1)).mean(1)  # (B, D)
+            scores = 20 * F.linear(F.normalize(pooled, dim=1), F.normalize(anchors, dim=1))
+            losses.append(F.cross_entropy(scores, classes))
+        return torch.stack(losses).mean(), (scores.argmax(1) == classes).float().mean()
+
+
 def train_qwen(config: PretrainEncoders, out: Path) -> None:
-    """Next-token prediction of the answer."""
+    """First the vision tower alone learns classes; then all of it learns next tokens of the answers beside them."""
     torch.manual_seed(config.seed)
     chance, tokenizer, processor = random.Random(config.seed), qwen_tokenizer(), qwen_processor()
     model = qwen_model(tokenizer).train()
     names, pixels = _pool(config, processor, lambda inputs, count: inputs["pixel_values"].unflatten(0, (count, -1)))
-    grid = torch.tensor([[1, world.SIZE // 4, world.SIZE // 4]])
+    grid, number = torch.tensor([[1, world.SIZE // 4, world.SIZE // 4]]), {name: i for i, name in enumerate((*CLASSES, NOTHING))}
+    pooled = _Pooled(model)
+    fit = _Fit(model.model.visual, config.tower_steps, lr=2e-3, extra=(pooled.anchors,))
+    for step in range(config.tower_steps):
+        chosen = [chance.randrange(len(names)) for _ in range(64)]
+        model.model.visual(pixels[chosen].flatten(0, 1), grid_thw=grid.expand(64, -1))
+        fit.step(step, *pooled.loss(torch.tensor([number[names[i]] for i in chosen])))
     asked = conversation(tokenizer, QUESTION, num_image_tokens=pixels.shape[1] // 4)
-    fit = _Fit(model, config.qwen_steps, lr=1e-3)
+    fit = _Fit(model, config.qwen_steps, lr=1e-3, extra=(pooled.anchors,))
     for step in range(config.qwen_steps):
         chosen = [chance.randrange(len(names)) for _ in range(32)]
         answers = tokenizer([answer(names[i]) + "<|im_end|>" for i in chosen], padding=True, padding_side="right",
@@ -194,8 +228,11 @@ def train_qwen(config: PretrainEncoders, out: Path) -> None:
                        mm_token_type_ids=(ids == model.config.image_token_id).int()).logits
         logits, targets = logits[:, asked.shape[1] - 1:-1], answers.input_ids
         told = answers.attention_mask.bool()
-        loss = F.cross_entropy(logits[told], targets[told])
+        seen, _ = pooled.loss(torch.tensor([number[names[i]] for i in chosen]))
+        loss = F.cross_entropy(logits[told], targets[told]) + seen
         fit.step(step, loss, ((logits.argmax(-1) == targets) | ~told).all(1).float().mean())
+    for hook in pooled.hooks:
+        hook.remove()
     _save(out, model, tokenizer, processor)
 
 
