@@ -42,13 +42,22 @@ def diagnose_run(run_dir: Path) -> Bill:
             checked += [f"during the run: {line}" for line in content["checked"]]
         except (ValueError, KeyError, TypeError) as e:
             raise CheckpointError(f"{run_dir / FINDINGS} cannot be read ({e})") from e
-    records = [record for record in read_metrics(run_dir) if "blocks" in record]
+    written = read_metrics(run_dir)
+    records = [record for record in written if "blocks" in record]
     bill = bill.with_findings(_judged(records))
-    checked.append(f"{METRICS}: {len(records)} steps, loss terms, gradients, updates and erasers by block")
+    if records or not written:
+        checked.append(f"{METRICS}: {len(records)} steps, loss terms, gradients, updates and erasers by block")
+    else:  # a run of `forget`, which has no blocks
+        checked.append(f"{METRICS}: {len(written)} steps, loss terms and gradients")
+        bill = bill.with_findings(finding(f"non-finite-{what}", "training", step=record["step"]) for record in written
+                                  for what in ("loss", "gradient") if not _finite(record.get(_WHERE[what], 0.0)))
     if (run_dir / WEIGHTS).is_file():
         eraser = diagnose_eraser(run_dir)
         bill, checked = bill.with_findings(eraser.findings), [*checked, *eraser.checked]
     return Bill(findings=bill.findings, checked=tuple(checked))
+
+
+_WHERE = {"loss": "loss", "gradient": "gradient_norm"}
 
 
 def _judged(records: Sequence[dict]) -> list[Finding]:

@@ -3,28 +3,31 @@
 import logging
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from memory.meter import Meter
 from memory.optimizers import make_optimizer
 from trainer.assemble import resolve_device
 from trainer.checkpoint import Checkpoint, Saver, latest_checkpoint
+from trainer.clock import PhaseClock
 from trainer.config import TrainConfig, as_json, replaced
 from trainer.errors import CheckpointError, Interrupted
-from trainer.findings import Bill, finding
+from trainer.findings import Bill, Unhealthy, finding
 from trainer.lock import RunLock
 from trainer.lora import Lora, save_lora, save_merged
 from trainer.metrics import MetricsLog
-from trainer.monitor import Monitor, read_process
+from trainer.monitor import Monitor, read_memory
 from trainer.optimizer_state import export_optimizer, import_optimizer
 from trainer.projection_config import ForgetConfig
 from trainer.projection_encoders import fingerprint
 from trainer.projection_evaluate import evaluate_forgetting
-from trainer.projection_memory import predict_step
+from trainer.projection_health import conclude, examine, keep_findings
+from trainer.projection_memory import keep_prediction, predict_step
 from trainer.projection_problem import Problem, make_problem, prepare
 from trainer.run_directory import make_run_directory, write_config
 from trainer.signals import StopFlag
@@ -62,10 +65,16 @@ class Run:
         self.best = (self.lora.A.detach().clone(), self.lora.B.detach().clone())
         self.optimizer = make_optimizer(self.lora.parameters(), kind=self.config.memory.optimizer, lr=self.config.lr)
 
-    def advance(self) -> dict[str, Any]:
-        """One full-batch step; returns its record. Raises Unhealthy before anything that is not finite is applied."""
+    def advance(self, phase: Callable[[str], object] = lambda name: None) -> dict[str, Any]:
+        """One full-batch step; returns its record. Raises Unhealthy before anything that is not finite is applied.
+
+        `phase(name)` is called where a phase begins.
+        """
+        phase("forward")
         terms = self.problem.terms(self.lora.update(), self.lambda_forget, self.config)
+        phase("backward")
         terms["loss"].backward()
+        phase("optimizer")
         gradients = torch.nn.utils.get_total_norm([p.grad for p in self.lora.parameters()])
         values = torch.stack([*(t.detach() for t in terms.values()), gradients]).tolist()
         record = {"step": self.step, **dict(zip([*terms, "gradient_norm"], values)), "lr": self.config.lr,
@@ -142,26 +151,37 @@ def forget(config: ForgetConfig, origins: Mapping[str, str], *,
     Raises UsageError for input that cannot work, NonFinite before any weight is touched, Interrupted after saving.
     """
     device, started = resolve_device(config.device), time.monotonic()
-    case = prepare(config, device)
+    meter = Meter(device)
+    clock = PhaseClock(device, on_phase=meter.turn_to)
+    case = meter.phase("encode")(prepare)(config, device)
     problems = {name: make_problem(case, name, config, device) for name in case.layers}
     run, identity = Run(problems, config), fingerprint(case.tower.directory)
+    frozen = {name: problem.layer.weight.clone() for name, problem in problems.items()}
     run_dir = resume or make_run_directory(replaced(TrainConfig(), {"output.out": config.out, "data.concept": case.forget}))
-    predicted = max(max(predict_step(problem, config).values()) for problem in problems.values())
+    trace = max((predict_step(problem, config) for problem in problems.values()), key=lambda t: t.prediction().peak_bytes)
     monitor = Monitor(config.steps * len(problems), mode=config.monitor, title=case.forget,
-                      facts={"predicted_peak_bytes": predicted})
+                      facts={"predicted_peak_bytes": trace.prediction().peak_bytes})
     with RunLock(run_dir), StopFlag() as stop, monitor:
+        bill = examine(problems)
+        keep_findings(run_dir, bill)
+        bill.raise_if_fatal("before training (nothing was changed)")
         if resume:
             _restore(run, run_dir, identity, config, device)
-        write_config(run_dir, config, origins, command="forget", first_step=run.step, base_model=identity,
-                     predicted_step_bytes=predicted)
+        write_config(run_dir, config, origins, command="forget", first_step=run.step, base_model=identity)
+        keep_prediction(run_dir, trace)
         log, saver = MetricsLog(run_dir, first_step=run.step), Saver(run_dir, last_step=run.step if resume else None)
-        monitor.done = run.step
+        monitor.done, monitor.findings = run.step, lambda: [f.as_json() for f in bill.findings]
         while not run.finished and not stop:
             at = time.perf_counter()
-            record = run.advance()
-            record["seconds"] = time.perf_counter() - at
-            if record["step"] % 100 == 0:
-                record["memory"] = read_process()
+            try:
+                record = run.advance(clock.phase)
+            except Unhealthy as e:
+                keep_findings(run_dir, bill.with_findings(e.findings))
+                raise
+            clock.end_step()
+            record |= {"seconds": time.perf_counter() - at, "phase_seconds": clock.read()}
+            if record["step"] % 100 == 0 or run.finished:
+                record |= {"memory": read_memory(meter), "peak_bytes_by_phase": meter.highest()}
             log.write(record)
             monitor.num_steps = config.steps * (len(problems) + sum(not a["accepted"] for a in run.attempts))
             monitor.step(record)
@@ -177,6 +197,7 @@ def forget(config: ForgetConfig, origins: Mapping[str, str], *,
         save_lora(run_dir, run.done, alpha=config.alpha, base_model=str(config.model))
         if config.merge:
             save_merged(run_dir, case.layers, run.updates(), case.dtype)
+        keep_findings(run_dir, conclude(bill, problems, run.updates(), frozen, run.step))
         result = evaluate_forgetting(run_dir, config, case, problems, run.updates(), attempts=run.attempts, device=device,
                                      started=started)
     return run_dir, result

@@ -45,7 +45,7 @@ def evaluate_forgetting(run_dir: Path, config: ForgetConfig, case: Case, problem
     found = {when: assign(edit) for when, edit in (("before", {}), ("after", updates), ("baseline", closed))}
     measure = "zero-shot" if case.embeddings is not None else f"nearest class in {_SPACES[config.encoder]} space"
     result = {"concept": case.forget, "encoder": config.encoder, "measure": measure, "chance": 1 / (1 + len(case.kept)),
-              **_rows(case, found), "synonyms": None, "distance": {}}
+              **_rows(case, found), "synonyms": None, "distance": {}, "motion": None, "num_videos": None}  # there are none
     if case.embeddings is not None:
         before, after, other = (assign.unseen(edit) for edit in ({}, updates, closed))
         words = [w for kind in world.ATTRIBUTES.values() for name, ws in kind.items() if name in case.forget.split() for w in ws[1:]]
@@ -57,6 +57,7 @@ def evaluate_forgetting(run_dir: Path, config: ForgetConfig, case: Case, problem
             result["distance"].setdefault(name, {})[label] = {
                 "forget_fall": 1 - problem.distance(change).item() / old,
                 "preserved_rms": (problem.preserve @ change.t()).square().mean().sqrt().item()}
+    result["distance"]["preserved_rms"] = result["distance"][next(iter(problems))]["after"]["preserved_rms"]
     result |= {"attempts": list(attempts), "accepted": all(a["accepted"] for a in _last(attempts)),
                "num_images": sum(row["num_images"] for row in (result["target"], *result["preserved"])),
                "seeds": [config.seed, config.seed]}

@@ -1,17 +1,24 @@
 """The memory of a training step, predicted: the step itself, on fake tensors."""
 
+import json
+from pathlib import Path
+
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from memory.optimizers import make_optimizer
 from memory.simulate import recording
+from memory.timeline import CATEGORIES, Trace
+from trainer.errors import InputOutputError
 from trainer.lora import Layer, Lora
+from trainer.memory_file import thinned
 from trainer.projection_config import ForgetConfig
 from trainer.projection_problem import Problem
+from trainer.run_files import MEMORY
 
 
-def predict_step(problem: Problem, config: ForgetConfig) -> dict[str, int]:
-    """Largest number of live bytes in each phase of a step of `problem`, of which only the shapes count.
+def predict_step(problem: Problem, config: ForgetConfig) -> Trace:
+    """What lives when in a step of `problem`, of which only the shapes count.
 
     Phases: load (what stands throughout), forward, backward, optimizer. What an allocator adds is not in it.
     """
@@ -32,4 +39,17 @@ def predict_step(problem: Problem, config: ForgetConfig) -> dict[str, int]:
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
             del loss
-        return dict(recorder.trace().prediction().by_phase)
+        return recorder.trace()
+
+
+def keep_prediction(run_dir: Path, trace: Trace) -> None:
+    """Write RUN/memory.json, in the form that trainer/memory_file.py describes."""
+    by_phase = trace.prediction().by_phase
+    content = {"predicted": {"peak_bytes": max(by_phase.values()), "peak_bytes_by_phase": dict(by_phase),
+                             "categories": list(CATEGORIES), "timeline": thinned(trace)}}
+    try:
+        part = run_dir / f".{MEMORY}.part"
+        part.write_text(json.dumps(content) + "\n")
+        part.replace(run_dir / MEMORY)
+    except OSError as e:
+        raise InputOutputError(f"{run_dir / MEMORY} cannot be written ({e.strerror})") from e

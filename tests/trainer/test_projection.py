@@ -147,7 +147,7 @@ def test_the_predicted_step_is_the_real_one():
     from trainer.projection_memory import predict_step
 
     p, config = problem(), settings()
-    predicted = predict_step(p, config)
+    predicted = predict_step(p, config).prediction().by_phase
     lora = Lora(p.layer, rank=3, alpha=3.0, seed=0)
     with recording(device="cpu") as recorder:
         recorder.adopt([p.layer.weight, p.layer.bias, p.forget, p.preserve, p.target], "weights")

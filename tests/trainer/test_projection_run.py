@@ -51,7 +51,7 @@ def test_clip_run_leaves_a_lora_a_merged_layer_and_an_evaluation(encoders, tmp_p
     run = tmp_path / "run"
     main(clip(encoders, run, "--merge", "--target", "mean"))
     result = json.loads((run / "evaluation.json").read_text())
-    assert {"concept", "target", "synonyms", "preserved", "distance", "num_images", "seeds"} <= set(result)
+    assert {"concept", "target", "synonyms", "preserved", "motion", "distance", "num_videos", "seeds", "num_images"} <= set(result)
     assert result["concept"] == result["target"]["name"] == "cat" and result["chance"] == pytest.approx(1 / 3)
     assert [row["name"] for row in result["preserved"]] == ["dog", "car"]
     for row in (result["target"], *result["preserved"]):
@@ -81,7 +81,7 @@ def test_qwen_run_edits_every_merger_and_measures_the_leak(encoders, folders):
     result = json.loads((folders / "run" / "evaluation.json").read_text())
     assert result["target"]["num_images"] == 1 and result["concept"] == "forget"
     layers = ["merger", "deepstack_merger_list.0", "deepstack_merger_list.1"]
-    assert set(result["distance"]) == {f"model.visual.{name}.linear_fc2" for name in layers}
+    assert set(result["distance"]) == {f"model.visual.{name}.linear_fc2" for name in layers} | {"preserved_rms"}
     assert len(load_file(folders / "run" / "adapter_model.safetensors")) == 6
     assert [(row["edited"], row["deepstack"]) for row in result["leak"]] == [
         ("none", "whole"), ("none", "cut"), ("main merger", "whole"), ("main merger", "cut"), ("all mergers", "whole"),
@@ -92,7 +92,7 @@ def test_qwen_run_edits_every_merger_and_measures_the_leak(encoders, folders):
 def test_main_merger_alone(encoders, folders):
     main(qwen(encoders, folders, "--mergers", "main", "--num-answers", "0", "--forget", "disc"))
     result = json.loads((folders / "run" / "evaluation.json").read_text())
-    assert list(result["distance"]) == ["model.visual.merger.linear_fc2"] and "leak" not in result
+    assert list(result["distance"]) == ["model.visual.merger.linear_fc2", "preserved_rms"] and "leak" not in result
     assert result["concept"] == "disc"
 
 
@@ -125,7 +125,7 @@ def test_an_interrupted_run_goes_on_to_the_same_end(encoders, tmp_path, monkeypa
     main(["forget", "--resume", str(tmp_path / "half")])
     for name in ("adapter_model.safetensors", "adapter_config.json"):
         assert (tmp_path / "half" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
-    lost = ("seconds", "memory")
+    lost = ("seconds", "phase_seconds", "memory", "peak_bytes_by_phase")
     records = [[{k: v for k, v in r.items() if k not in lost} for r in read_metrics(tmp_path / name)] for name in ("half", "whole")]
     assert records[0] == records[1]
 

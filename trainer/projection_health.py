@@ -1,0 +1,57 @@
+"""What is looked at before a projection is trained, and what is left in findings.json."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from trainer.errors import InputOutputError
+from trainer.findings import Bill, Finding, finding
+from trainer.health import FINDINGS
+from trainer.projection_problem import Problem
+
+
+def examine(problems: Mapping[str, Problem]) -> Bill:
+    """Before training: finite layers that were really loaded, finite inputs, a target that is somewhere else."""
+    found: list[Finding] = []
+    for name, problem in problems.items():
+        weight = problem.layer.weight
+        if not torch.isfinite(weight).all():
+            found.append(finding("non-finite-weight", "weights", module=f"{name}.weight",
+                                 num_non_finite=int((~torch.isfinite(weight)).sum())))
+        elif weight.std() == 0:
+            found.append(finding("wiped-weights", "weights", module=f"{name}.weight", value=weight.flatten()[0].item()))
+        for what, rows in (("forget", problem.forget), ("preserve", problem.preserve)):
+            if not torch.isfinite(rows).all():
+                found.append(finding("non-finite-activation", "embeddings", module=name, inputs=what))
+        if problem.distance() == 0:
+            found.append(finding("nothing-to-learn", "training", module=name, distance=0.0))
+    count = {what: len(getattr(next(iter(problems.values())), what)) for what in ("forget", "preserve")}
+    return Bill(findings=tuple(found), checked=(
+        f"weights of {', '.join(problems)}: finite, not constant",
+        f"their inputs: finite, {count['forget']} of what is forgotten, {count['preserve']} of what is kept",
+        "the target: away from what is forgotten"))
+
+
+def conclude(bill: Bill, problems: Mapping[str, Problem], updates: Mapping[str, Tensor], before: Mapping[str, Tensor],
+             num_steps: int) -> Bill:
+    """After training: updates that are something, and layers that are what they were (`before`: copies of their weights)."""
+    found = [finding("no-op-adapter", "adapters", module=name, norm=0.0) for name, update in updates.items() if not update.any()]
+    found += [finding("frozen-weights-changed", "weights", module=f"{name}.weight") for name, problem in problems.items()
+              if not torch.equal(problem.layer.weight, before[name])]
+    return Bill(findings=(*bill.findings, *found), checked=(
+        *bill.checked, f"loss and gradient: finite in each of {num_steps} steps",
+        "updates: " + ", ".join(f"‖s B A‖ {update.norm().item():.3g} beside ‖W‖ {before[name].norm().item():.3g} in {name}"
+                                for name, update in updates.items()), "frozen weights: what they were, to the bit"))
+
+
+def keep_findings(run_dir: Path, bill: Bill) -> None:
+    """Write RUN/findings.json, as a training run does."""
+    try:
+        part = run_dir / f".{FINDINGS}.part"
+        part.write_text(json.dumps(bill.as_json(), indent=2) + "\n")
+        part.replace(run_dir / FINDINGS)
+    except OSError as e:
+        raise InputOutputError(f"{run_dir / FINDINGS} cannot be written ({e.strerror})") from e
