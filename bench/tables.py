@@ -91,18 +91,18 @@ def projection() -> str:
         words = f"{_percent(e['synonyms']['after'])} ({_percent(b['synonyms'])})" if e["synonyms"] else ""
         rows.append([encoder, forgotten, target, f"{_percent(e['target']['before'])} → {_percent(e['target']['after'])} ({_percent(b['target'])})",
                      words, f"{_percent(e['preserved_mean']['before'])} → {_percent(e['preserved_mean']['after'])} ({_percent(b['preserved_mean'])})",
-                     f"{100 * worst:.1f} ({100 * theirs:.1f})", f"{run['seconds']:.0f} s"])
-    header = ["encoder", "forgotten", "target", "its accuracy (null space)", "in other words", "preserved, mean", "largest loss, points", "whole run"]
+                     f"{100 * worst:.1f} ({100 * theirs:.1f})", f"{run['cpu_seconds']:.0f} s"])
+    header = ["encoder", "forgotten", "target", "its accuracy (null space)", "in other words", "preserved, mean", "largest loss, points", "whole run, CPU"]
     return markdown(header, rows) + _source(result)
 
 
 def leak() -> str:
-    """What the language model of the bundled Qwen3-VL still names, by what was edited."""
+    """What the language model of the bundled Qwen3-VL still names, by what was edited and what was forgotten."""
     result = load("projection")
-    runs = [(name.split("/"), r["evaluation"]["leak"]) for name, r in result["runs"].items() if "leak" in r["evaluation"]]
-    rows = [[forgotten, target, row["edited"], row["deepstack"], _percent(row["target"]), _percent(row["preserved"])]
-            for (_, forgotten, target), table in runs[:1] for row in table]
-    header = ["forgotten", "target", "mergers edited", "DeepStack", "forgotten class named", "preserved classes named"]
+    runs = {name.split("/")[1]: r["evaluation"]["leak"] for name, r in result["runs"].items() if name.endswith("/random") and "leak" in r["evaluation"]}
+    rows = [[cells[0]["edited"], cells[0]["deepstack"], *(f"{_percent(c['target'])} / {_percent(c['preserved'])}" for c in cells)]
+            for cells in zip(*runs.values())]
+    header = ["mergers edited", "DeepStack", *(f"{name}: forgotten / preserved class named" for name in runs)]
     return markdown(header, rows) + _source(result)
 
 

@@ -14,7 +14,7 @@ from trainer.projection_problem import Problem
 
 
 def examine(problems: Mapping[str, Problem]) -> Bill:
-    """Before training: finite layers that were really loaded, finite inputs, a target that is somewhere else."""
+    """Before training: finite layers that were really loaded, and finite inputs."""
     found: list[Finding] = []
     for name, problem in problems.items():
         weight = problem.layer.weight
@@ -26,13 +26,10 @@ def examine(problems: Mapping[str, Problem]) -> Bill:
         for what, rows in (("forget", problem.forget), ("preserve", problem.preserve)):
             if not torch.isfinite(rows).all():
                 found.append(finding("non-finite-activation", "embeddings", module=name, inputs=what))
-        if problem.distance() == 0:
-            found.append(finding("nothing-to-learn", "training", module=name, distance=0.0))
     count = {what: len(getattr(next(iter(problems.values())), what)) for what in ("forget", "preserve")}
     return Bill(findings=tuple(found), checked=(
         f"weights of {', '.join(problems)}: finite, not constant",
-        f"their inputs: finite, {count['forget']} of what is forgotten, {count['preserve']} of what is kept",
-        "the target: away from what is forgotten"))
+        f"their inputs: finite, {count['forget']} of what is forgotten, {count['preserve']} of what is kept"))
 
 
 def conclude(bill: Bill, problems: Mapping[str, Problem], updates: Mapping[str, Tensor], before: Mapping[str, Tensor],

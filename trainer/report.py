@@ -18,7 +18,8 @@ from trainer.run_files import RunFiles, lookup
 REPORT = "report.html"
 _TEMPLATE = Path(__file__).with_name("report.html")
 _MAX_PICTURE = 16 * 2**20
-_CURVES = {"loss": "L, the whole", "unlearn": "L_unlearn", "loc": "L_loc", "pre": "L_pre",
+_CURVES = {"loss": "L, the whole", "unlearn": "L_unlearn", "loc": "L_loc", "pre": "L_pre", "forget": "L_forget",
+           "preserve": "L_preserve", "weight": "L_weight",
            "gradient_norm": "Gradient norm", "lr": "Learning rate"}
 _NORMS = {"gradient": "Gradient norm by block", "update": "Update norm by block", "weight": "Weight norm by block",
           "eraser": "Eraser output by block", "residual": "Residual stream by block"}
@@ -136,13 +137,14 @@ def _evaluation(files: RunFiles) -> str:
     if "target" not in result:
         return _section("Is it gone, and is the rest still there?",
                         _note("Not measured. On the bundled model: python run.py evaluate RUN"))
-    synonyms = result.get("synonyms", {})
+    synonyms, measured = result.get("synonyms", {}), result.get("measure")  # of a run of `forget`, whose examples are no videos
     rows = [(f"<b>{escape(str(result['target'].get('name')))}</b>", "target", result["target"])]
     if synonyms:
         rows.append((f"<b>{escape(', '.join(synonyms.get('names', [])))}</b>", "synonyms", synonyms))
     rows += [(escape(str(r.get("name"))), escape(str(r.get("kind"))), r) for r in result.get("preserved", [])]
-    table = _table(("", "kind", "videos", "before", "after", "95 %", "before ○   after ●   0 to 100 %"), [
-        (name, kind, str(row["num_videos"]), f"{row['before']:.1%}", f"{row['after']:.1%}",
+    counted = "examples" if measured else "videos"
+    table = _table(("", "kind", counted, "before", "after", "95 %", "before ○   after ●   0 to 100 %"), [
+        (name, kind, str(row["num_images" if measured else "num_videos"]), f"{row['before']:.1%}", f"{row['after']:.1%}",
          "{:.1%} to {:.1%}".format(*row["after_interval"]),
          interval(row["before"], row["after"], *row["after_interval"]))
         for name, kind, row in rows], numbers=(2, 3, 4, 5))
@@ -150,10 +152,12 @@ def _evaluation(files: RunFiles) -> str:
     if motion := result.get("motion"):
         rest.append(f"Motion a video: {motion['before']:.1f} pixels before, {motion['after']:.1f} after.")
     if "preserved_rms" in result.get("distance", {}):
-        rest.append(f"Preserved videos moved by {result['distance']['preserved_rms']:.3f} (RMS of 0..1).")
+        what, unit = ("outputs", "RMS") if measured else ("videos", "RMS of 0..1")
+        rest.append(f"Preserved {what} moved by {result['distance']['preserved_rms']:.3f} ({unit}).")
     return _section("Is it gone, and is the rest still there?",
-                    _note("Share of videos that show what their prompt says, from the same noise without and with the "
-                          "eraser."), table, _note(" ".join(rest)))
+                    _note(f"Accuracy without and with the update: {escape(measured)}, chance {result['chance']:.1%}." if measured
+                          else "Share of videos that show what their prompt says, from the same noise without and with "
+                          "the eraser."), table, _note(" ".join(rest)))
 
 
 def _pictures(files: RunFiles) -> str:

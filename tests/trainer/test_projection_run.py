@@ -66,6 +66,37 @@ def test_clip_run_leaves_a_lora_a_merged_layer_and_an_evaluation(encoders, tmp_p
     assert f"run: {run}" in out and "cat" in out
 
 
+def test_report_and_diagnosis_know_a_run_of_forget(encoders, tmp_path, capsys):
+    run = tmp_path / "run"
+    main(clip(encoders, run))
+    assert json.loads((run / "findings.json").read_text())["healthy"]
+    assert {"encode", "forward", "backward", "optimizer"} == set(read_metrics(run)[-1]["peak_bytes_by_phase"])
+    main(["diagnose", str(run)])
+    out = capsys.readouterr().out
+    assert "Healthy." in out and "6 steps, loss terms and gradients" in out and "frozen weights: what they were" in out
+    main(["report", str(run)])
+    html = (run / "report.html").read_text()
+    assert "nearest class in text space" in html and "L_preserve" in html and "Nothing was measured" not in html
+    records = (run / "metrics.jsonl").read_text().splitlines()
+    bad = json.loads(records[-1]) | {"gradient_norm": float("nan")}
+    (run / "metrics.jsonl").write_text("\n".join([*records[:-1], json.dumps(bad)]) + "\n")
+    with pytest.raises(TrainerError, match="non-finite-gradient"):
+        main(["diagnose", str(run)])
+
+
+def test_damaged_layers_and_inputs_stop_a_run_before_it_begins():
+    from projection_models import problem
+    from trainer.projection_health import examine
+
+    assert examine({"head": problem()}).healthy
+    for damage, code in ((lambda p: p.layer.weight.fill_(0.5), "wiped-weights"),
+                         (lambda p: p.layer.weight[0].fill_(float("nan")), "non-finite-weight"),
+                         (lambda p: p.preserve[1].fill_(float("inf")), "non-finite-activation")):
+        damaged = problem()
+        damage(damaged)
+        assert [f.code for f in examine({"head": damaged}).fatal] == [code]
+
+
 def test_clip_is_measured_on_pictures_where_there_are_some(encoders, tmp_path):
     for name in ("cat", "dog", "car"):
         (tmp_path / "shown" / name).mkdir(parents=True)
