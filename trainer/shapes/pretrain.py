@@ -1,10 +1,11 @@
-"""Train the bundled model "shapes" from nothing, in three stages, into a directory in diffusers' layout.
+"""Train the bundled model "shapes" from nothing, in four stages, into a directory in diffusers' layout.
 
     python -m trainer.shapes.pretrain --out trainer/shapes/pipeline
 
 1. text encoder: a tiny T5 learns what captions say and that synonyms mean the same, then is frozen.
 2. VAE: a small AutoencoderKLCogVideoX learns to code the world's videos, then is frozen.
 3. transformer: a small CogVideoXTransformer3DModel learns v-prediction on cached latents and embeddings.
+4. refine: the same again from there in shorter cycles with other noise, for the last percent of the shapes.
 
 Each stage is a function of the seed and writes its part when it is done, so `--stages` can repeat one of them.
 Legend: B batch, T frames, F latent frames, C channels, H W latent size, L caption tokens, D text width.
@@ -40,7 +41,7 @@ class Pretrain:
 
     out: Path = Path("trainer/shapes/pipeline")
     """Directory to write, in diffusers' layout."""
-    stages: tuple[str, ...] = ("text", "vae", "transformer")
+    stages: tuple[str, ...] = ("text", "vae", "transformer", "refine")
     """Which stages to run; the others are read from OUT."""
     seed: int = 0
     """Seed of every stage."""
@@ -50,6 +51,10 @@ class Pretrain:
     """Steps of the VAE, batch 8."""
     transformer_steps: int = 4500
     """Steps of the transformer, batch 64."""
+    refine_steps: int = 2500
+    """Steps of each further cycle."""
+    refine_cycles: int = 2
+    """Further cycles."""
     num_videos: int = 6000
     """Videos rendered and encoded once for the transformer."""
     device: str = "cpu"
@@ -205,8 +210,14 @@ def _encode_captions(config: Pretrain) -> tuple[Tensor, dict[tuple, list[int]]]:
     return torch.cat(embeddings), index
 
 
-def _initialise(model: nn.Module) -> None:
-    """AdaLN-zero (Peebles and Xie, arXiv:2212.09748): every block starts as the identity, the prediction as zero."""
+def _new_transformer(size: int) -> CogVideoXTransformer3DModel:
+    """For latents of `size` x `size`. AdaLN-zero (Peebles and Xie, arXiv:2212.09748): every block starts as the
+    identity, the prediction as zero."""
+    model = CogVideoXTransformer3DModel(
+        num_attention_heads=4, attention_head_dim=32, num_layers=6, time_embed_dim=128, text_embed_dim=TEXT_WIDTH,
+        sample_width=size, sample_height=size, sample_frames=world.FRAMES, max_text_seq_length=TEXT_LENGTH,
+        spatial_interpolation_scale=1.0, in_channels=16, out_channels=16,
+    )
     for module in model.modules():
         if isinstance(module, nn.Linear):
             nn.init.xavier_uniform_(module.weight)
@@ -214,6 +225,7 @@ def _initialise(model: nn.Module) -> None:
     modulations = [norm.linear for block in model.transformer_blocks for norm in (block.norm1, block.norm2)]
     for module in (*modulations, model.norm_out.linear, model.proj_out):
         nn.init.zeros_(module.weight)
+    return model
 
 
 def _average(averaged: list[Tensor], current: list[Tensor], num_averaged: Tensor) -> None:
@@ -222,25 +234,21 @@ def _average(averaged: list[Tensor], current: list[Tensor], num_averaged: Tensor
     torch._foreach_lerp_(averaged, current, 1 - min(0.998, (1 + n) / (10 + n)))
 
 
-def train_transformer(config: Pretrain) -> None:
+def train_transformer(config: Pretrain, cycle: int = 0) -> None:
     """v-prediction over uniform timesteps; captions leave attributes unsaid, or say nothing, now and then."""
-    torch.manual_seed(config.seed + 3)
-    rng = random.Random(config.seed + 3)
+    num_steps, lr = (config.refine_steps, 1e-3) if cycle else (config.transformer_steps, 1.5e-3)
+    torch.manual_seed(config.seed + 3 + cycle)
+    rng = random.Random(config.seed + 3 + cycle)
     vae = AutoencoderKLCogVideoX.from_pretrained(config.out / "vae").to(config.device).eval()
     latents, names = _encode_videos(vae, config)
     embeddings, index = _encode_captions(config)
     scheduler = CogVideoXDDIMScheduler(**SCHEDULER)
-    size = latents.shape[-1]
-    model = CogVideoXTransformer3DModel(
-        num_attention_heads=4, attention_head_dim=32, num_layers=6, time_embed_dim=128, text_embed_dim=TEXT_WIDTH,
-        sample_width=size, sample_height=size, sample_frames=world.FRAMES, max_text_seq_length=TEXT_LENGTH,
-        spatial_interpolation_scale=1.0, in_channels=16, out_channels=16,
-    ).to(config.device)
-    _initialise(model)
+    model = (CogVideoXTransformer3DModel.from_pretrained(config.out / "transformer") if cycle
+             else _new_transformer(latents.shape[-1])).to(config.device).train()
     average = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=_average)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1.5e-3, weight_decay=0.01, betas=(0.9, 0.99))
-    schedule, started = _schedule(optimizer, config.transformer_steps), time.monotonic()
-    for step in range(config.transformer_steps):
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.01, betas=(0.9, 0.99))
+    schedule, started = _schedule(optimizer, num_steps), time.monotonic()
+    for step in range(num_steps):
         picked = torch.tensor([rng.randrange(len(names)) for _ in range(64)])
         chosen = []
         for i in picked.tolist():
@@ -259,14 +267,21 @@ def train_transformer(config: Pretrain) -> None:
         schedule.step()
         optimizer.zero_grad(set_to_none=True)
         average.update_parameters(model)
-        _progress("transformer", step, config.transformer_steps, started, loss=loss.item())
-        if step % 500 == 499 or step == config.transformer_steps - 1:
+        _progress(f"refine {cycle}" if cycle else "transformer", step, num_steps, started, loss=loss.item())
+        if step % 500 == 499 or step == num_steps - 1:
             average.module.save_pretrained(config.out / "transformer")
     scheduler.save_pretrained(config.out / "scheduler")
 
 
+def refine_transformer(config: Pretrain) -> None:
+    """Further cycles: the learning rate rises and falls again."""
+    for cycle in range(1, config.refine_cycles + 1):
+        train_transformer(config, cycle)
+
+
 def main(config: Pretrain) -> None:
-    stages = {"text": train_text_encoder, "vae": train_vae, "transformer": train_transformer}
+    stages = {"text": train_text_encoder, "vae": train_vae, "transformer": train_transformer,
+              "refine": refine_transformer}
     for stage in config.stages:
         stages[stage](config)
     parts = dict(
@@ -276,6 +291,8 @@ def main(config: Pretrain) -> None:
         transformer=CogVideoXTransformer3DModel.from_pretrained(config.out / "transformer"),
         scheduler=CogVideoXDDIMScheduler.from_pretrained(config.out / "scheduler"),
     )
+    for part in (parts["vae"], parts["transformer"]):
+        part.register_to_config(_name_or_path="shapes")  # not where OUT lay
     CogVideoXPipeline(**parts).save_pretrained(config.out)
 
 
