@@ -218,8 +218,15 @@ TABLES: dict[str, Callable[[], str]] = {
 
 
 def rendered(text: str) -> str:
-    """A document with every table made anew."""
-    return MARK.sub(lambda m: m[1] + TABLES[m["name"]]() + m[3], text)
+    """A document with every table made anew; one whose result is not there yet stays as it is."""
+    def table(m: re.Match) -> str:
+        try:
+            return m[1] + TABLES[m["name"]]() + m[3]
+        except FileNotFoundError as e:
+            print(f"no result yet: {e.filename}", file=sys.stderr)
+            return m[0]
+
+    return MARK.sub(table, text)
 
 
 def main() -> int:

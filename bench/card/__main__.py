@@ -19,6 +19,8 @@ import json
 import logging
 import re
 import time
+import traceback
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -33,9 +35,10 @@ from bench.card.gauge import Gauge
 from bench.card.session import Session, register_toys
 from bench.provenance import RESULTS, write_result
 
-PARTS: dict[str, ModuleType] = {"peaks": peaks, "offload": offload, "minimum": minimum, "speed": speed, "cap": cap,
-                                "feasibility": feasibility, "choice": choice, "health": health}
-Part = Literal["peaks", "offload", "minimum", "speed", "cap", "feasibility", "choice", "health"]
+TOTAL_S = 480  # when the last cell may start; what it takes comes on top, and nine minutes are the limit
+PARTS: dict[str, ModuleType] = {"peaks": peaks, "health": health, "offload": offload, "minimum": minimum, "speed": speed,
+                                "cap": cap, "feasibility": feasibility, "choice": choice}
+Part = Literal["peaks", "health", "offload", "minimum", "speed", "cap", "feasibility", "choice"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,9 +54,15 @@ class Card:
     out: Path = RESULTS
     """Directory of results; a directory of the card's name is made in it."""
     stretch: float = 1.0
-    """Times the usual time for every part: what is skipped for lack of time at 1 may run at 3."""
+    """Times the usual nine minutes: what is skipped for lack of time at 1 may run at 3. Fewer parts share all of it."""
     workers: int | None = None
     """Processes that predict while the card measures; by default half of the cores, at most 6."""
+
+    def __post_init__(self):
+        if not 0.1 <= self.stretch <= 100:
+            raise ValueError(f"--stretch {self.stretch}: from 0.1 to 100")
+        if self.workers is not None and not 0 <= self.workers <= 64:
+            raise ValueError(f"--workers {self.workers}: from 0 to 64; 0 predicts in this process")
 
 
 def calibrate(session: Session) -> None:
@@ -76,14 +85,14 @@ def calibrate(session: Session) -> None:
         "cublas": os.environ["CUBLAS_WORKSPACE_CONFIG"], "note": "context: all that is used and not reserved by this process"}
 
 
-def run_part(name: str, session: Session, out: Path, *, stretch: float = 1.0) -> dict[str, Any]:
-    """Measure one part within its budget and write its JSON."""
-    started, module = time.monotonic(), PARTS[name]
-    session.deadline = float("inf") if session.dry else started + stretch * module.BUDGET_S
-    result = module.measure(session, out)
+def run_part(name: str, session: Session, out: Path, *, seconds: float, end: float) -> dict[str, Any]:
+    """Measure one part within `seconds`, and before `end` by time.monotonic(); write its JSON."""
+    started = time.monotonic()
+    session.deadline = min(started + seconds, end)
+    result = PARTS[name].measure(session, out)
     if session.dry:  # a figure of a dry run reaches no goal and misses none
         result["goals"] = [g | {"reached": None} for g in result["goals"]]
-    content = {"part": name, "dry": session.dry, "budget_seconds": stretch * module.BUDGET_S,
+    content = {"part": name, "dry": session.dry, "budget_seconds": None if session.dry else round(seconds, 1),
                "seconds": round(time.monotonic() - started, 1), "card": session.card.name, "fixed_terms": session.fixed, **result}
     write_result(name, content, out)
     session.gauge.release()
@@ -106,7 +115,24 @@ def goal_rows(name: str, content: dict[str, Any]) -> list[list[str]]:
     return shown
 
 
+def budgets(parts: Sequence[str], seconds: float) -> dict[str, float]:
+    """The time of all, divided among the parts that are to be measured."""
+    whole = sum(PARTS[name].BUDGET_S for name in parts)
+    return {name: seconds * PARTS[name].BUDGET_S / whole for name in parts}
+
+
+def stored(path: Path) -> dict[str, Any] | None:
+    """An earlier result of a part; None if there is none that can be read."""
+    try:
+        content = json.loads(path.read_text()) if path.exists() else {}
+    except (OSError, ValueError) as e:
+        print(f"{path}: left out, it cannot be read ({e})", file=sys.stderr)
+        return None
+    return content if isinstance(content, dict) and "goals" in content else None
+
+
 def main(config: Card) -> int:
+    started = time.monotonic()
     if not config.dry and not torch.cuda.is_available():
         print("error: there is no CUDA card here; --dry walks through every part on the CPU", file=sys.stderr)
         return 2
@@ -117,29 +143,51 @@ def main(config: Card) -> int:
     workers = config.workers if config.workers is not None else min(6, (os.cpu_count() or 1) // 2)
     label = "dry" if config.dry else re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-")
     out = config.out / label
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        print(f"error: --out {config.out}: cannot be written ({e.strerror})", file=sys.stderr)
+        return 6
     session = Session(Gauge(device), card_here(dry=config.dry), Forecaster(0 if config.dry else workers), dry=config.dry)
     calibrate(session)
     wanted = [name for name in PARTS if name in (config.only or PARTS)]
-    missing = [name for name in wanted if config.again or not (out / f"{name}.json").exists()]
-    results = {}
+    results = {} if config.again else {name: known for name in wanted if (known := stored(out / f"{name}.json"))}
+    missing = [name for name in wanted if name not in results]
+    total = float("inf") if config.dry else TOTAL_S * config.stretch
+    seconds = budgets(missing, total)
     try:
         for name in missing:
             if hasattr(PARTS[name], "prepare"):
                 PARTS[name].prepare(session)
         for name in missing:
-            results[name] = run_part(name, session, out, stretch=config.stretch)
+            try:
+                results[name] = run_part(name, session, out, seconds=seconds[name], end=started + total)
+            except Exception:  # said aloud, and the parts after it are measured: the card may be here for nine minutes only
+                traceback.print_exc()
+                session.gauge.release()
+                continue
             print_table(f"{name} ({results[name]['seconds']} s)", results[name]["table"])
             if results[name]["skipped"]:
                 print(f"not measured for lack of time: {len(results[name]['skipped'])}")
             sys.stdout.flush()
     finally:
         session.forecaster.close()
-    for name in (name for name in wanted if name not in results):
-        results[name] = json.loads((out / f"{name}.json").read_text())
-    print_table(f"goals ({out})", [row for name in wanted for row in goal_rows(name, results[name])])
-    return 0
+    print_table(f"goals ({out})", [row for name in wanted if name in results for row in goal_rows(name, results[name])])
+    failed = [name for name in wanted if name not in results]
+    if failed:
+        print(f"error: failed, see above: {', '.join(failed)}; again with --only {' '.join(failed)}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run one command line; returns the exit status, or raises SystemExit where it cannot be parsed."""
+    try:
+        config = tyro.cli(Card, args=list(arguments), prog="python -m bench.card")
+    except ValueError as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 2
+    return main(config)
 
 
 if __name__ == "__main__":
-    sys.exit(main(tyro.cli(Card)))
+    sys.exit(run(sys.argv[1:]))

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from bench.card.forecasts import plans_of, shrunk
+from bench.card.rig import Cell
 from bench.card.session import Session, goal, rows
 
-BUDGET_S = 50
+BUDGET_S = 40
 SIZES = (24.0, 48.0, 96.0)
 MODELS = (("5b", 49), ("2b", 49))
 WANTED = {24.0: 0.12, 48.0: 0.20, 96.0: 0.22}
@@ -20,9 +21,13 @@ def _cards(session: Session):
     return tuple(shrunk(session.card, gib) for gib in session.few(SIZES, 1))
 
 
+def _plain(session: Session, kind: str, frames: int) -> Cell:
+    return session.cell(kind, frames, student_only=not session.dry)  # toys share their forecasts with the other parts
+
+
 def prepare(session: Session) -> None:
     for kind, frames in MODELS:
-        session.forecaster.ask(plans_of, session.cell(kind, frames, student_only=True), _cards(session))
+        session.forecaster.ask(plans_of, _plain(session, kind, frames), _cards(session))
 
 
 def measure(session: Session, out: Path) -> dict[str, Any]:
@@ -30,7 +35,7 @@ def measure(session: Session, out: Path) -> dict[str, Any]:
     found, skipped, gains = {}, [], {}
     todo = []
     for kind, frames in session.few(MODELS, 1):
-        plain = session.cell(kind, frames, student_only=True)
+        plain = _plain(session, kind, frames)
         plans = session.forecaster.answer(plans_of, plain, _cards(session))
         todo.append((f"{kind} {frames}f plain", plain, None))
         for card, (best, _) in zip(_cards(session), plans):

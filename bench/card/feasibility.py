@@ -5,20 +5,28 @@ from pathlib import Path
 from typing import Any
 
 from bench.card.forecasts import plans_of, shrunk
+from bench.card.rig import Cell
 from bench.card.session import Session, goal, rows
 from bench.naive import Naive
+from memory.cards import Card
 
-BUDGET_S = 65
-SIZES = (24.0, 48.0, 96.0, 8.0, 12.0, 16.0)
+BUDGET_S = 60
+LARGE, SMALL = ((24.0, 49), (48.0, 49), (96.0, 49)), ((8.0, 17), (12.0, 17), (16.0, 17))  # (GiB, frames of the 5b)
 NUM_STEPS = 3
 
 
-def _cards(session: Session):
-    return tuple(shrunk(session.card, gib) for gib in session.few(SIZES, 1))
+def _cases(session: Session) -> list[tuple[Card, int]]:
+    return [(shrunk(session.card, gib), frames) for gib, frames in session.few(LARGE + SMALL, 1)]
+
+
+def _plans(session: Session, frames: int) -> tuple[Cell, tuple[Card, ...]]:
+    """What to ask the planner: one cell, on all of its cards."""
+    return session.cell("5b", frames), tuple(card for card, f in _cases(session) if f == frames)
 
 
 def prepare(session: Session) -> None:
-    session.forecaster.ask(plans_of, session.cell("5b", 49), _cards(session))
+    for frames in dict.fromkeys(frames for _, frames in _cases(session)):
+        session.forecaster.ask(plans_of, *_plans(session, frames))
 
 
 def _naive(session: Session, cap: int) -> dict[str, Any]:
@@ -39,24 +47,30 @@ def _naive(session: Session, cap: int) -> dict[str, Any]:
             "broke_in": None if attempt.worked else stages[-1]}
 
 
+def _planned(session: Session, card: Card, frames: int) -> dict[str, Any]:
+    """Three steps of the whole recipe by the plan for a card, under that card's cap."""
+    plain, cards = _plans(session, frames)
+    best, smallest = session.forecaster.answer(plans_of, plain, cards)[cards.index(card)]
+    if best is None:
+        return {"failed": f"the planner says it does not fit: {smallest.reason}"}
+    cell = dataclasses.replace(plain, plan=best.plan)
+    return session.measure(cell, num_steps=NUM_STEPS - 1, cap=card.available_bytes).as_json() | {
+        "settings": cell.name(), "cap_bytes": card.available_bytes,
+        "predicted": {"reserved_bytes": best.prediction.reserved_bytes, "step_seconds": best.time.seconds}}
+
+
 def measure(session: Session, out: Path) -> dict[str, Any]:
     """The part's result. Random weights are drawn before the cap is set; the steps run under it."""
     found, skipped, naive = {}, [], {}
-    plain = session.cell("5b", 49)
-    plans = session.forecaster.answer(plans_of, plain, _cards(session))
-    todo = list(zip(_cards(session), plans))
-    for card, (best, smallest) in session.within_budget(todo, skipped, name=lambda pair: pair[0].name):
-        name = f"5b 49f {card.name}"
-        if best is None:
-            found[name] = {"failed": f"the planner says it does not fit: {smallest.reason}"}
-            continue
-        cell = dataclasses.replace(plain, plan=best.plan)
-        found[name] = session.measure(cell, num_steps=NUM_STEPS - 1, cap=card.available_bytes).as_json() | {
-            "settings": cell.name(), "cap_bytes": card.available_bytes,
-            "predicted": {"reserved_bytes": best.prediction.reserved_bytes, "step_seconds": best.time.seconds}}
-    for card in session.within_budget(_cards(session)[:3], skipped, name=lambda card: f"naive {card.name}"):
+    cases = _cases(session)
+    large = cases[:len(LARGE)]
+    for card, frames in session.within_budget(large, skipped, name=lambda case: case[0].name):
+        found[f"5b {frames}f {card.name}"] = _planned(session, card, frames)
+    for card, _ in session.within_budget(large, skipped, name=lambda case: f"naive {case[0].name}"):
         naive[card.name] = _naive(session, card.available_bytes)
-    ran = [f"5b 49f {card.name}" for card in _cards(session)[:3] if "step_seconds" in found.get(f"5b 49f {card.name}", {})]
+    for card, frames in session.within_budget(cases[len(LARGE):], skipped, name=lambda case: case[0].name):
+        found[f"5b {frames}f {card.name}"] = _planned(session, card, frames)
+    ran = [name for name in (f"5b {frames}f {card.name}" for card, frames in large) if "step_seconds" in found.get(name, {})]
     broken = [entry for entry in found.values() if "out_of_memory" in entry]
     return {
         "cells": found, "naive": naive, "skipped": skipped,

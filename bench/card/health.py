@@ -1,41 +1,46 @@
-"""What the health checks and the log cost in a step, and whether anything makes the host wait."""
+"""What the health checks, the readings and the log cost in a step, and whether anything makes the host wait."""
 
 import statistics
 import tempfile
 from pathlib import Path
 from typing import Any
 
-from bench.card.rig import rigged
+from bench.card.rig import Rig, rigged
 from bench.card.session import Session, goal
+from memory.meter import Meter
 from trainer.metrics import MetricsLog
-from trainer.monitor import read_process
+from trainer.monitor import read_memory
 
-BUDGET_S = 20
+BUDGET_S = 15
 
 
-def _step(rig, log: MetricsLog | None) -> None:
-    rig.step()
-    if log is not None:
-        read_process()
+def _read(meter: Meter, rig: Rig) -> None:
+    """What the loop reads for a record besides: memory, peaks by phase, seconds by phase."""
+    for phase in ("teacher", "student", "backward", "optimizer", None):
+        meter.turn_to(phase)
+    read_memory(meter), meter.highest(), rig.clock.read()
 
 
 def _compare(session: Session, kind: str, frames: int, num_pairs: int, directory: Path) -> dict[str, Any]:
     """Steps with and without the checks, in turns, so that a drift of the clock rate is in both."""
     gauge, cell = session.gauge, session.cell(kind, frames)
-    log = MetricsLog(directory)
+    log, meter = MetricsLog(directory), Meter(gauge.device)
     with rigged(cell, gauge) as plain, rigged(cell, gauge, watched=True) as watched:
         watched.health.sinks = (log.write,)
         taken: dict[str, list[float]] = {"plain": [], "watched": []}
         with watched.health:
             for i in range(num_pairs + 2):
                 for name, rig in (("plain", plain), ("watched", watched)):
-                    _step(rig, log if name == "watched" else None)
+                    rig.step()
+                    if rig is watched:
+                        _read(meter, rig)
                     gauge.synchronize()
                     if i >= 2:
                         taken[name].append(sum(rig.clock.read().values()))
             with gauge.unsynchronised():
                 for _ in range(2):
                     watched.step()
+                    _read(meter, watched)
             gauge.synchronize()
             watched.health.flush()
     log.close()

@@ -14,7 +14,7 @@ from bench.card.session import Session, goal
 from memory.assess import MARGIN
 from memory.snapshots import replay_snapshot
 
-BUDGET_S = 150
+BUDGET_S = 115
 
 
 def cells(session: Session) -> list[Cell]:
@@ -50,6 +50,8 @@ def _compared(session: Session, cell: Cell) -> dict[str, Any]:
     if "allocated_bytes" in measured:
         for kind in ("allocated_bytes", "reserved_bytes"):
             row[f"{kind[:-6]}_error"] = row["predicted"][kind] / measured[kind] - 1
+        row["allocated_error_by_phase"] = {name: prediction.by_phase[name] / peak["allocated_bytes"] - 1
+                                           for name, peak in measured["peaks"].items() if name in prediction.by_phase}
     return row
 
 
@@ -133,10 +135,12 @@ def measure(session: Session, out: Path) -> dict[str, Any]:
     ran = [r for r in rows if "allocated_error" in r]
     caps = _caps(session, ran, skipped)
     worst = {kind: max((abs(r[f"{kind}_error"]) for r in ran), default=None) for kind in ("allocated", "reserved")}
+    phases = max((abs(e) for r in ran for e in r["allocated_error_by_phase"].values()), default=None)
     return {
         "cells": rows, "skipped": skipped, "at_the_cap": caps, "snapshots": snapshots, "fit": _fit(ran),
         "goals": [goal("cells measured", len(ran), 40, at_least=True),
                   goal("largest error of allocated", worst["allocated"], 0.01),
+                  goal("largest error of allocated in any phase", phases, 0.01),
                   goal("largest error of reserved", worst["reserved"], 0.025),
                   goal("plans said to fit that failed at their cap", sum(not c["ran"] for c in caps.values()), 0)],
         "table": [[r["settings"], f"{r['measured']['allocated_bytes'] / 2**30:.3f} GiB", f"{r['allocated_error']:+.2%}",

@@ -7,10 +7,11 @@ recomputation fetches weights again, and recomputes to the end of a block, or a 
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from importlib.util import find_spec
+from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_map
 
 from memory.checkpointing import checkpoint_blocks
 from memory.plan import MemoryPlan
@@ -32,17 +33,22 @@ def _hide_erasers(blocks: nn.ModuleList) -> None:
 def group_offload(transformer: nn.Module, blocks: nn.ModuleList, plan: MemoryPlan, device: torch.device) -> None:
     """diffusers' group offload, a block a group, with streams and `record_stream`: its fastest setting.
 
-    Raises ImportError without accelerate, whose `send_to_device` it calls.
+    Of accelerate it uses one function, which is put in its place where accelerate is not installed.
     """
-    if find_spec("accelerate") is None:
-        raise ImportError("diffusers' group offload calls accelerate, which is not installed")
-    from diffusers.hooks import apply_group_offloading
+    from diffusers.hooks import apply_group_offloading, group_offloading
 
+    if not hasattr(group_offloading, "send_to_device"):
+        group_offloading.send_to_device = _send_to_device
     streamed = {"use_stream": True, "record_stream": True} if device.type == "cuda" else {}
     _hide_erasers(blocks)
     apply_group_offloading(transformer, onload_device=device, offload_device=torch.device("cpu"),
                            offload_type="block_level", num_blocks_per_group=1, **streamed)
     _checkpointed(blocks)
+
+
+def _send_to_device(values: Any, device: torch.device, non_blocking: bool = False) -> Any:
+    """All tensors in nested containers on `device`."""
+    return tree_map(lambda v: v.to(device, non_blocking=non_blocking) if isinstance(v, torch.Tensor) else v, values)
 
 
 def leaf_offload(transformer: nn.Module, blocks: nn.ModuleList, plan: MemoryPlan, device: torch.device) -> None:

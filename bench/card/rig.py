@@ -107,6 +107,8 @@ class Rig:
         self.samples = Samples(teacher, config.data.pool, device)
         self.optimizer = make_optimizer(self.erasers.parameters(), kind=config.memory.optimizer, lr=config.optim.lr)
         self.scaler, self.clock = make_scaler(dtype, device), PhaseClock(device)
+        if self.applied is not None:
+            self.applied.count_waits(self.clock.waiting)
         self.health: Health | None = None
         if watched:
             assembly = Assembly(transformer, blocks, self.predict, self.applied, self.erasers, device, dtype, shape[1:])
@@ -163,7 +165,7 @@ class Rig:
         moved = {key: (value - before[key]) // num_steps for key, value in self._totals().items()}
         return {
             "step_seconds": statistics.median(sum(step.values()) for step in taken),
-            "seconds_by_phase": {name: statistics.median(step[name] for step in taken) for name in taken[0]},
+            "seconds_by_phase": {name: statistics.median(step.get(name, 0.0) for step in taken) for name in taken[0]},
             "num_steps": num_steps, "peaks": peaks,
             "allocated_bytes": max(peak["allocated_bytes"] for peak in peaks.values()),
             "reserved_bytes": max(peak["reserved_bytes"] for peak in peaks.values()),

@@ -12,7 +12,7 @@ from bench.card.rig import Cell, measured, rigged
 from bench.card.session import Session, goal, rows
 from bench.naive import Naive
 
-BUDGET_S = 60
+BUDGET_S = 50
 
 
 def _matrix_rate(session: Session) -> dict[str, float]:

@@ -3,11 +3,12 @@
 import json
 import subprocess
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import torch
 
+from bench.card import __main__ as suite
 from bench.card.gauge import covered, overlap
 from bench.card.peaks import thick, thin
 from bench.card.session import goal
@@ -16,7 +17,7 @@ from memory.cards import lookup
 from memory.snapshots import replay_snapshot
 
 ROOT = Path(__file__).parent.parent.parent
-PARTS = ("peaks", "offload", "minimum", "speed", "cap", "feasibility", "choice", "health")
+PARTS = ("peaks", "health", "offload", "minimum", "speed", "cap", "feasibility", "choice")
 
 
 def _suite(*args: str) -> str:
@@ -31,14 +32,19 @@ def test_every_part_walks_through_and_is_not_measured_twice(tmp_path):
     for name, result in results.items():
         assert result["dry"] and not result["skipped"] and result["provenance"]["versions"]["torch"]
         assert result["goals"] and all(g["reached"] is None for g in result["goals"])
+        # Every goal is computed, as on a card; only a card's own record shows copies beside computation.
+        assert [g["goal"] for g in result["goals"] if g["measured"] is None and "beside computation" not in g["goal"]] == []
         assert f"{name}: {result['goals'][0]['goal']}" in shown
-    # Nothing failed or ran out of memory along the way; diffusers' group offload cannot run without accelerate.
+    # Nothing failed or ran out of memory along the way, peers included.
     for name in set(PARTS) - {"peaks", "choice"}:
         for label, cell in results[name]["cells"].items():
-            if "diffusers" in label and find_spec("accelerate") is None:
-                assert "accelerate" in cell["failed"]
-                continue
             assert {"failed", "out_of_memory"}.isdisjoint(cell), f"{name} {label}: {cell}"
+    assert results["choice"]["grid"] and not [c for c in results["choice"]["grid"].values() if "step_seconds" not in c]
+    assert results["choice"]["regret"] and results["cap"]["time_saved"]
+    assert all(set(row["allocated_error_by_phase"]) == {"teacher", "student forward", "student backward", "optimizer"}
+               for row in results["peaks"]["cells"])
+    ring = results["offload"]["cells"]["5b-17f ring"]["seconds_by_phase"]
+    assert 0 < ring["waiting for transfers"] < sum(ring.values())
     equality = results["offload"]["equality"]
     assert len(equality) == 2 and all(e["equal"] and e["num_tensors"] > 10 for e in equality.values())
     assert results["offload"]["cells"]["5b-17f ring"]["bytes_streamed_a_step"] > 0
@@ -47,6 +53,46 @@ def test_every_part_walks_through_and_is_not_measured_twice(tmp_path):
     before = (tmp_path / "dry" / "health.json").stat().st_mtime_ns
     assert "health: cost of the checks" in _suite("--out", str(tmp_path), "--only", "health")
     assert (tmp_path / "dry" / "health.json").stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize("words, message", [
+    (["--only", "peeks"], "peeks"), (["--stretch", "0"], "--stretch 0.0: from 0.1 to 100"), (["--workers", "-1"], "--workers -1"),
+    ([], "there is no CUDA card here; --dry")])
+def test_wrong_input_ends_with_2_and_a_word(words, message, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    try:
+        code = suite.run(words)
+    except SystemExit as e:  # what tyro cannot parse
+        code = e.code
+    assert code == 2 and message in capsys.readouterr().err
+
+
+def test_parts_share_less_than_nine_minutes(tmp_path):
+    whole = suite.budgets(PARTS, suite.TOTAL_S)
+    assert sum(whole.values()) == pytest.approx(suite.TOTAL_S) and suite.TOTAL_S < 540
+    assert suite.budgets(["peaks", "health"], suite.TOTAL_S)["peaks"] > 3 * whole["peaks"] and suite.budgets([], 1.0) == {}
+    assert tuple(suite.PARTS) == PARTS
+
+
+def test_a_part_that_fails_is_told_and_the_others_are_measured(tmp_path, monkeypatch, capsys):
+    def fail(session, out):
+        raise KeyError("a bug")
+
+    monkeypatch.setattr(suite.peaks, "measure", fail)
+    monkeypatch.setattr(suite.health, "measure", lambda session, out: {"goals": [goal("cost", 0.1, 1.0)], "table": [["a"]], "skipped": []})
+    assert suite.main(suite.Card(dry=True, out=tmp_path, only=("peaks", "health"))) == 1
+    said = capsys.readouterr()
+    assert "a bug" in said.err and "--only peaks" in said.err and "health: cost" in said.out
+    assert [p.name for p in (tmp_path / "dry").iterdir()] == ["health.json"]
+
+
+def test_a_result_that_cannot_be_read_is_measured_anew(tmp_path, capsys):
+    path = tmp_path / "peaks.json"
+    assert suite.stored(path) is None
+    path.write_text('{"goals": []}')
+    assert suite.stored(path) == {"goals": []}
+    path.write_text('{"goals": [')
+    assert suite.stored(path) is None and "cannot be read" in capsys.readouterr().err
 
 
 def test_hidden_time_is_the_time_that_both_sets_of_intervals_cover():
