@@ -1,6 +1,7 @@
 """The second pass, on trouble only: run a pass again with a hook on every module and name the first non-finite tensor.
 
-Every check waits for the device; nothing here runs in a healthy step.
+Every check waits for the device; nothing here runs in a healthy step. The pass always goes on to its end: of several
+processes some may see nothing, and those that hold sharded weights need each other.
 """
 
 import math
@@ -24,12 +25,16 @@ def in_backward() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
-class _Hit(Exception):
-    """The first non-finite tensor was met."""
+class _First:
+    """The first non-finite tensor that was met."""
 
-    def __init__(self, found: Finding):
-        super().__init__(found.code)
-        self.found = found
+    def __init__(self):
+        self.found: Finding | None = None
+
+    def bad(self, tensor: Tensor) -> bool:
+        """Whether this is it. The caller then says what it found."""
+        # Detached: what is looked at must not leave tensors for backward, of which a recomputation would then have fewer.
+        return self.found is None and not bool(torch.isfinite(tensor.detach()).all())
 
 
 def trace(subject: Subject, index: int, *, scale: float = 1.0, loss: float = 0.0) -> Finding | None:
@@ -41,21 +46,21 @@ def trace(subject: Subject, index: int, *, scale: float = 1.0, loss: float = 0.0
     known = non_finite_weight(subject) or non_finite_embedding(subject)
     if known:
         return known
-    erasers = subject.assembly.erasers
+    erasers, first = subject.assembly.erasers, _First()
     _clear_gradients(erasers)
     try:
-        with _hooked(subject):
+        with _hooked(subject, first):
             teacher = subject.teacher_copy()
             for i in range(teacher.latents.first_needed(index), index + 1):
                 sample = teacher.sample(i)
             for name in ("target", "preserved_target"):
-                _check_target(getattr(sample, name), name)
+                _check_target(first, getattr(sample, name), name)
             terms = student_backward(subject.assembly.predict, erasers, sample, subject.config.loss, scale=scale)
-        return _bad_gradient(subject) or _bad_term(terms)
-    except _Hit as hit:
-        if hit.found.phase == "backward" and not math.isfinite(loss):
+        if first.found is None:
+            return _bad_gradient(subject) or _bad_term(terms)
+        if first.found.phase == "backward" and not math.isfinite(loss):
             return finding("non-finite-loss", "student", loss=loss)
-        return hit.found
+        return first.found
     finally:
         _clear_gradients(erasers)
 
@@ -70,9 +75,9 @@ def _clear_gradients(erasers) -> None:
         parameter.grad = None
 
 
-def _check_target(target: Tensor | None, name: str) -> None:
-    if target is not None and not torch.isfinite(target.square()).all():
-        raise _Hit(finding("non-finite-target", "teacher", module=name, largest=target.abs().max().item()))
+def _check_target(first: _First, target: Tensor | None, name: str) -> None:
+    if target is not None and first.bad(target.square()):
+        first.found = finding("non-finite-target", "teacher", module=name, largest=target.abs().max().item())
 
 
 def _bad_gradient(subject: Subject) -> Finding | None:
@@ -92,12 +97,12 @@ def _bad_term(terms: dict[str, Tensor]) -> Finding | None:
 
 
 @contextmanager
-def _hooked(subject: Subject) -> Iterator[None]:
-    """Within: a non-finite tensor that goes into the transformer or comes out of any module raises _Hit."""
+def _hooked(subject: Subject, first: _First) -> Iterator[None]:
+    """Within: `first` learns of a non-finite tensor that goes into the transformer or comes out of any module."""
     transformer = subject.assembly.transformer
-    handles = [transformer.register_forward_pre_hook(_check_inputs, with_kwargs=True)]
+    handles = [transformer.register_forward_pre_hook(_check_inputs(first), with_kwargs=True)]
     for name, module in transformer.named_modules():
-        handles.append(module.register_forward_hook(_check_outputs(subject, name), with_kwargs=True))
+        handles.append(module.register_forward_hook(_check_outputs(subject, first, name), with_kwargs=True))
     try:
         yield
     finally:
@@ -105,33 +110,37 @@ def _hooked(subject: Subject) -> Iterator[None]:
             handle.remove()
 
 
-def _check_inputs(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-    for name, code in (("hidden_states", "non-finite-latents"), ("encoder_hidden_states", "non-finite-embedding")):
-        tensor = kwargs[name]
-        if not torch.isfinite(tensor).all():
-            raise _Hit(finding(code, "latents" if code == "non-finite-latents" else "embeddings", module=name,
-                               num_non_finite=int((~torch.isfinite(tensor)).sum()), num_elements=tensor.numel()))
+def _check_inputs(first: _First):
+    def check(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        for name, code in (("hidden_states", "non-finite-latents"), ("encoder_hidden_states", "non-finite-embedding")):
+            tensor = kwargs[name]
+            if first.bad(tensor):
+                first.found = finding(code, "latents" if code == "non-finite-latents" else "embeddings", module=name,
+                                      num_non_finite=int((~torch.isfinite(tensor)).sum()), num_elements=tensor.numel())
+
+    return check
 
 
-def _check_outputs(subject: Subject, name: str):
+def _check_outputs(subject: Subject, first: _First, name: str):
     def check(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         phase = "recompute" if in_backward() else "student" if torch.is_grad_enabled() else "teacher"
         for tensor in tree_leaves(output):
             if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
                 continue
-            if not torch.isfinite(tensor).all():
-                raise _Hit(_explain(subject, name, phase, tensor, _largest((args, kwargs))))
+            if first.bad(tensor):
+                with torch.no_grad():
+                    first.found = _explain(subject, name, phase, tensor, _largest((args, kwargs)))
             if tensor.requires_grad and phase == "student":
-                tensor.register_hook(_check_gradient(name, tensor.dtype))
+                tensor.register_hook(_check_gradient(first, name, tensor.dtype))
 
     return check
 
 
-def _check_gradient(name: str, dtype: torch.dtype):
+def _check_gradient(first: _First, name: str, dtype: torch.dtype):
     def check(gradient: Tensor) -> None:
-        if not torch.isfinite(gradient).all():
-            raise _Hit(finding("non-finite-gradient", "backward", block=block_of(name), module=name, dtype=str(dtype),
-                               **_range(gradient)))
+        if first.bad(gradient):
+            first.found = finding("non-finite-gradient", "backward", block=block_of(name), module=name, dtype=str(dtype),
+                                  **_range(gradient))
 
     return check
 
