@@ -22,6 +22,8 @@ def main() -> int:
     if sys.argv[1:3] == ["bench", "card"]:  # by name: nothing imports the benchmarks
         sys.argv[1:3] = []
         runpy.run_module("bench.card", run_name="__main__", alter_sys=True)
+    if sys.stdout is None:  # closed by the caller
+        sys.stdout = open(os.devnull, "w")
     return _leave(_run())
 
 
@@ -33,9 +35,10 @@ def _run() -> int:
 
     try:
         run(sys.argv[1:])
-        if sys.stdout is not None:
-            sys.stdout.flush()
+        sys.stdout.flush()
         return 0
+    except SystemExit as e:  # the parser's: --help, or a value that it refuses and has said why
+        return e.code if isinstance(e.code, int) else int(e.code is not None)
     except TrainerError as e:
         return _say(e.exit_code, f"{'interrupted' if e.exit_code > 128 else 'error'}: {e}")
     except PlanError as e:
@@ -70,9 +73,10 @@ def _leave(exit_code: int) -> int:
         try:
             if stream is not None:
                 stream.flush()
-        except OSError:
+        except OSError as e:
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-            exit_code = exit_code or 6
+            if exit_code == 0:
+                exit_code = 6 if isinstance(e, BrokenPipeError) else _say(6, f"error: output: {e.strerror}")
     return exit_code
 
 

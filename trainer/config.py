@@ -278,7 +278,7 @@ def read_toml(path: Path) -> dict[str, Any]:
         table = tomllib.loads(path.read_text())
     except (OSError, UnicodeDecodeError) as e:
         raise UsageError(f"--config {path}: cannot be read ({e})") from e
-    except tomllib.TOMLDecodeError as e:
+    except (ValueError, RecursionError) as e:  # TOMLDecodeError, a number of thousands of digits, brackets in brackets
         raise UsageError(f"--config {path}: not valid TOML ({e})") from e
     known, found = leaves(TrainConfig()), {}
     for section, values in table.items():

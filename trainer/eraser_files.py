@@ -115,7 +115,7 @@ def _read_released(file: Path) -> dict[str, Tensor]:
 def _read_json(file: Path) -> dict[str, Any]:
     try:
         value = json.loads(file.read_text())
-    except (OSError, ValueError) as e:
+    except (OSError, ValueError, RecursionError) as e:
         raise CheckpointError(f"{file}: the description that belongs to the weights cannot be read ({e})") from e
     known = isinstance(value, dict)
     if known and (base := value.get("base_model")) is not None:

@@ -70,7 +70,7 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
     for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
         try:
             record = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             logger.warning("%s: left out a damaged line: %.40s…", path, line)
             continue
         if isinstance(record, dict):

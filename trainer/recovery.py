@@ -47,25 +47,24 @@ PHASES = {
     ("torch._tensor", "backward"): "backward",
     ("trainer.health", "apply"): "optimizer",
     ("trainer.preflight", "_trial"): "optimizer",
-    ("trainer.tracing", "trace"): "second pass",
     ("trainer.samples", "run"): "sample",
     ("trainer.state", "export"): "save",
     ("trainer.checkpoint", "save_checkpoint"): "save",
 }
-_PLANNED = {"student": "student forward", "backward": "student backward", "second pass": "student forward"}  # others by their name
+_AROUND = {("trainer.health", "before_training"): "pre-flight", ("trainer.tracing", "trace"): "second pass"}  # steps beside the loop's
+_PLANNED = {"student": "student forward", "backward": "student backward"}  # others by their name
 _KEPT = ("optimizer", "dtype")  # a run does not go on with another
 
 
 def phase_of(traceback: TracebackType | None) -> str:
     """The phase of a run in which an error arose."""
-    phase, preflight = "training", False
+    phase, around = "training", ""
     while traceback is not None:
         frame = traceback.tb_frame
         where = frame.f_globals.get("__name__"), frame.f_code.co_name
-        phase = PHASES.get(where, phase)
-        preflight = preflight or where == ("trainer.health", "before_training")
+        phase, around = PHASES.get(where, phase), _AROUND.get(where, around)
         traceback = traceback.tb_next
-    return f"{phase} of the pre-flight" if preflight else phase
+    return f"{phase} of the {around}" if around else phase
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,7 +94,7 @@ class Failure:
     @property
     def planned_phase(self) -> str:
         """Its name in forecasts."""
-        name = self.phase.removesuffix(" of the pre-flight")
+        name = self.phase.split(" of the ")[0]
         return _PLANNED.get(name, name)
 
     def table(self) -> str:
@@ -120,7 +119,7 @@ class Rescue:
         if error is None or not exhausted(error):
             return
         self.meter.turn_to(None)  # the phase that failed, too, has its row
-        saved = self._save(sound=phase_of(traceback) != "second pass")
+        saved = self._save(sound=not phase_of(traceback).endswith("second pass"))
         raise OutOfMemory(Failure.of(error, step=self.state.step, run_dir=self.run_dir, saved_step=saved,
                                      peaks=dict(self.meter.peaks))) from error
 

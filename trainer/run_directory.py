@@ -81,5 +81,5 @@ def read_config(run_dir: Path) -> tuple[TrainConfig, dict[str, Any]]:
     try:
         content = json.loads((run_dir / CONFIG).read_text())
         return from_json(content["config"]), content
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, UsageError) as e:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, UsageError) as e:
         raise CheckpointError(f"{run_dir}: not a run directory ({CONFIG}: {e})") from e

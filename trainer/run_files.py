@@ -78,7 +78,7 @@ def read_object(path: Path) -> dict[str, Any]:
         return {}
     try:
         content = json.loads(path.read_text())
-    except (OSError, ValueError) as e:
+    except (OSError, ValueError, RecursionError) as e:
         logger.warning("%s: left out, it cannot be read (%s)", path, e)
         return {}
     return content if isinstance(content, dict) else {}

@@ -1,0 +1,258 @@
+"""Whole runs that die, and go on. A program of its own: `fork` wants a process without threads, and saves the imports.
+
+    python tests/faults/run_victim.py kills DIR NUM_STEPS NUM_KILLS SEED     killed at random moments, so many times
+    python tests/faults/run_victim.py soak DIR NUM_STEPS EVERY SEED          killed at random about every so many steps
+    python tests/faults/run_victim.py signals DIR                            SIGINT and SIGTERM in every phase
+    python tests/faults/run_victim.py leak DIR NUM_STEPS                     memory of the process and its tensors, step by step
+
+Each prints one JSON object; test_run_faults.py says what it must hold.
+"""
+
+import gc
+import json
+import mmap
+import os
+import random
+import signal
+import struct
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import bitsandbytes  # noqa: F401  here, so that no child has to
+import torch
+from diffusers import AutoencoderKLCogVideoX, CogVideoXDDIMScheduler, CogVideoXTransformer3DModel  # noqa: F401
+from transformers import T5EncoderModel  # noqa: F401
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "trainer"))
+from tiny_pipelines import build_pipeline
+
+from memory.meter import resident_bytes
+from trainer import checkpoint, losses, samples
+from trainer.checkpoint import latest_checkpoint
+from trainer.config import TrainConfig, replaced
+from trainer.eraser_files import load_eraser
+from trainer.errors import Interrupted
+from trainer.loop import train
+from trainer.metrics import MetricsLog, read_metrics
+from trainer.run_directory import CONFIG
+
+NO_SEED_DECIDES = ("seconds", "phase_seconds", "memory", "peak_bytes_by_phase")
+SAVE_EVERY = 5
+
+
+def config_of(directory: Path, name: str, num_steps: int) -> TrainConfig:
+    """Settings of a run on a tiny pipeline; saves lie in the middle of trajectories."""
+    return replaced(TrainConfig(), {
+        "model.model": str(directory / "pipeline"), "model.device": "cpu", "data.concept": "red", "data.preserve": ("a blue circle",),
+        "data.trajectory_steps": 4, "data.batch_size": 1, "optim.rank": 4, "optim.steps": num_steps, "optim.warmup": 2, "optim.lr": 1e-2,
+        "output.out": directory / name, "output.save_every": SAVE_EVERY, "output.sample_steps": 1, "output.monitor": "off",
+        "output.sample_prompts": ("a red circle",)})
+
+
+def forked(work: Callable[[], int | None]) -> int:
+    """Start `work` in a child; returns its pid. The child ends with what `work` returns."""
+    pid = os.fork()
+    if pid == 0:
+        code = 70
+        try:
+            code = work() or 0
+        finally:
+            sys.stderr.flush()
+            os._exit(code)
+    return pid
+
+
+def finished(pid: int) -> int:
+    """Exit code of a child, minus the signal's number if one killed it."""
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def build(directory: Path) -> None:
+    """The tiny pipeline, built by a child: building it starts threads."""
+    os.environ["XDG_CACHE_HOME"] = str(directory / "cache")
+    assert finished(forked(lambda: build_pipeline(directory / "pipeline", "2b") and None)) == 0
+
+
+class Progress:
+    """The last step that a child has recorded, shared with its parent."""
+
+    def __init__(self):
+        self._shared = mmap.mmap(-1, 8)
+        self.step = -1
+
+    @property
+    def step(self) -> int:
+        return struct.unpack("q", self._shared[:])[0]
+
+    @step.setter
+    def step(self, value: int) -> None:
+        self._shared[:] = struct.pack("q", value)
+
+    def watched(self, work: Callable[[], None]) -> Callable[[], None]:
+        """`work`, whose metrics move the step."""
+        def run() -> None:
+            write = MetricsLog.write
+
+            def marked(log: MetricsLog, record: Any) -> None:
+                write(log, record)
+                self.step = record["step"]
+
+            MetricsLog.write = marked
+            work()
+
+        return run
+
+
+def numbers(run_dir: Path) -> list[dict]:
+    return [{k: v for k, v in record.items() if k not in NO_SEED_DECIDES} for record in read_metrics(run_dir)]
+
+
+def differences(one: Path, two: Path) -> list[str]:
+    """What of two finished runs is not the same to the bit: eraser, last checkpoint, metrics."""
+    found = []
+    a, b = load_eraser(one).state, load_eraser(two).state
+    found += [f"eraser {name}" for name in a.keys() | b.keys() if name not in a or name not in b or not torch.equal(a[name], b[name])]
+    left, right = latest_checkpoint(one, rename_bad=False), latest_checkpoint(two, rename_bad=False)
+    for file in ("adapter", "optimizer", "latents", "rng"):
+        a, b = left.tensors(file), right.tensors(file)
+        found += [f"{file} {name}" for name in a.keys() | b.keys() if name not in a or name not in b or not torch.equal(a[name], b[name])]
+    if numbers(one) != numbers(two):
+        found.append("metrics")
+    return found + ["step"] * (left.step != right.step)
+
+
+def killed(directory: Path, num_steps: int, seed: int, *, steps_between: int, num_kills: int | None) -> dict[str, Any]:
+    """One run that nobody disturbs, and one that is killed at random moments and goes on; then both, bit for bit.
+
+    Moments are spread over starting up, steps and saving, about `steps_between` steps apart. With `num_kills` so many,
+    otherwise until the run is through.
+    """
+    build(directory)
+    straight, broken = config_of(directory, "straight", num_steps), config_of(directory, "broken", num_steps)
+    assert finished(forked(lambda: train(straight, {}) and None)) == 0
+    one_step = median(record["seconds"] for record in read_metrics(straight.output.out))
+    run_dir, progress, moments = broken.output.out, Progress(), random.Random(seed)
+    went_back, newest, died_after_steps = 0, 0, []
+
+    def work() -> None:
+        train(broken, {}, resume=run_dir if (run_dir / CONFIG).exists() else None)
+
+    def wait(pid: int) -> None:
+        target = newest - 1 + moments.randint(0, 2 * steps_between)
+        if num_kills is not None:
+            target = min(target, num_steps - 2)
+        deadline = time.monotonic() + 600
+        while progress.step < target and os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+            assert time.monotonic() < deadline, "the run does not move"
+            time.sleep(0.01)
+        time.sleep(moments.uniform(0, 1.5 * one_step))
+
+    while True:
+        progress.step = newest - 1
+        pid = forked(progress.watched(work))
+        if len(died_after_steps) != num_kills:
+            wait(pid)
+            os.kill(pid, signal.SIGKILL)
+        code = finished(pid)
+        if code == 0:
+            break
+        assert code == -signal.SIGKILL, f"the run ended by itself, status {code}"
+        found = latest_checkpoint(run_dir, rename_bad=False) if (run_dir / "ckpt").exists() else None
+        step = found.step if found else 0
+        went_back += step < newest
+        died_after_steps.append(progress.step - newest + 1)
+        newest = step
+    return {"kills": len(died_after_steps), "num_steps": num_steps, "died_after_steps": died_after_steps, "went_back": went_back,
+            "different": differences(straight.output.out, run_dir)}
+
+
+# --- signals ----------------------------------------------------------------------------------------------------------------------------
+
+PHASES: dict[str, tuple[Any, str, int]] = {  # where, and the call (the pre-flight makes the first ones)
+    "forward": (losses.F, "mse_loss", 6), "backward": (torch.autograd, "backward", 6), "save": (checkpoint, "_to_host", 1),
+    "sampling": (samples, "generate_latents", 1)}
+
+
+def signalled(directory: Path, phase: str, number: int) -> dict[str, Any]:
+    """A run that gets a signal in one phase: its exit code, steps at the signal and at the end, and the newest checkpoint."""
+    base = config_of(directory, f"{phase}-{number}", 12)
+    config = replace(base, output=replace(base.output, sample_every=2 if phase == "sampling" else 0))
+    shared = Progress()
+    seen = Progress()
+
+    def work() -> int:
+        owner, name, call = PHASES[phase]
+        real, calls = getattr(owner, name), []
+
+        def function(*args: Any, **kwargs: Any) -> Any:
+            calls.append(1)
+            if len(calls) == call:
+                shared.step = seen.step
+                os.kill(os.getpid(), number)
+            return real(*args, **kwargs)
+
+        setattr(owner, name, function)
+        try:
+            seen.watched(lambda: train(config, {}))()
+        except Interrupted as e:
+            return e.exit_code
+        return 0
+
+    code = finished(forked(work))
+    found = latest_checkpoint(config.output.out, rename_bad=False)
+    recorded = len(read_metrics(config.output.out))
+    # Records come a step late: the step under way at the signal is two after the last one recorded then.
+    return {"exit_code": code, "saved_step": found.step if found else None, "recorded": recorded,
+            "steps_after": (found.step if found else 0) - (shared.step + 2)}
+
+
+def signals(directory: Path) -> dict[str, Any]:
+    build(directory)
+    return {f"{signal.Signals(number).name} in {phase}": signalled(directory, phase, number)
+            for phase in PHASES for number in (signal.SIGINT, signal.SIGTERM)}
+
+
+# --- leaks ------------------------------------------------------------------------------------------------------------------------------
+
+
+def leak(directory: Path, num_steps: int) -> dict[str, Any]:
+    """Resident bytes of the process and the number and bytes of its tensors, every tenth step."""
+    build(directory)
+    config = config_of(directory, "leak", num_steps)
+    readings = directory / "readings.jsonl"
+
+    def work() -> None:
+        write = MetricsLog.write
+
+        def read(log: MetricsLog, record: Any) -> None:
+            write(log, record)
+            if record["step"] % 10 == 0:
+                gc.collect()
+                tensors = [t for t in gc.get_objects() if isinstance(t, torch.Tensor)]
+                with readings.open("a") as file:
+                    print(json.dumps([record["step"], resident_bytes(), len(tensors), sum(t.nbytes for t in tensors)]), file=file)
+
+        MetricsLog.write = read
+        train(config, {})
+
+    assert finished(forked(work)) == 0
+    rows = [json.loads(line) for line in readings.read_text().splitlines()]
+    warm = next(row for row in rows if row[0] >= num_steps // 3)  # caches and the arena have their size by then
+    last = rows[-1]
+    return {"from_step": warm[0], "to_step": last[0], "host_growth_bytes": last[1] - warm[1], "tensor_growth": last[2] - warm[2],
+            "tensor_growth_bytes": last[3] - warm[3], "readings": rows}
+
+
+if __name__ == "__main__":
+    command, place, *rest = sys.argv[1:]
+    values = [int(number) for number in rest]
+    programs = {
+        "kills": lambda d, steps, count, seed: killed(d, steps, seed, steps_between=SAVE_EVERY, num_kills=count),
+        "soak": lambda d, steps, every, seed: killed(d, steps, seed, steps_between=every, num_kills=None),
+        "signals": signals, "leak": leak}
+    print(json.dumps(programs[command](Path(place), *values)))
