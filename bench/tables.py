@@ -212,7 +212,19 @@ def claims() -> str:
     return rule + "".join("| " + " | ".join(row) + " |\n" for row in rows)
 
 
+def reliability() -> str:
+    """Every promise, its target and what was measured."""
+    if absent := _absent("reliability"):
+        return absent
+    result = load("reliability")
+    rows = [[r["test"], r["target"], r["figure"] if r["holds"] else f"**does not hold**: {r['figure']}"] for r in result["rows"].values()]
+    rule = "| test | target | measured |\n| --- | --- | --- |\n"
+    source = _source(result).replace(result["provenance"]["command"], "python -m bench.reliability")
+    return rule + "".join("| " + " | ".join(row) + " |\n" for row in rows) + source
+
+
 TABLES: dict[str, Callable[[], str]] = {
+    "reliability": reliability,
     "rank": rank, "feasibility": feasibility, "strategies": strategies, "story": story, "claims": claims,
     "main": main_run, "pretrained": pretrained, "erasure": erasure, "overlap": overlap, "codes": codes, "projection": projection, "leak": leak}
 
