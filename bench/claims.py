@@ -11,6 +11,7 @@ from typing import Any
 
 from bench.erasure import summary
 from bench.provenance import RESULTS, write_result
+from trainer.config import SHAPES
 
 HOLDS, CONTRADICTED, MEASURED = "holds", "contradicted", "here"
 GIB = 2**30
@@ -109,7 +110,7 @@ def _variant(name: str) -> dict[str, float]:
 def erase() -> tuple[str, str]:
     two, whole = _variant("two-steps"), _variant("unlearn-trajectory")
     holds = two["target"] > 0.8 * two["target_before"] and whole["target"] < 0.2 * whole["target_before"]
-    return (HOLDS if holds else CONTRADICTED), f"bundled model: target detected after 2 steps {two['target']:.0%}, after 160 {whole['target']:.0%}"
+    return (HOLDS if holds else CONTRADICTED), f"bundled model: target detected after 2 steps {two['target']:.0%}, after {SHAPES['optim.steps']} {whole['target']:.0%}"
 
 
 def preserve() -> tuple[str, str]:

@@ -1,4 +1,4 @@
-"""What each part of the method does: losses, latents, η, rank and length, on the bundled model.
+"""What each part of the method does: losses, latents, η, anchor, rank and length, on the bundled model.
 
     python -m bench.erasure                  all variants, into bench/results/erasure.json
     python -m bench.erasure --only eta-3     some of them; the others are kept from the file
@@ -31,8 +31,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     **{f"rank-{rank}": {"optim.rank": rank} for rank in (4, 8, 16, 32, 64)},
     "anchor-empty": {"loss.anchor": "empty"},
     "two-steps": {"optim.steps": 2},
-    "concept-circle": {"data.concept": "circle"},
-    "concept-left": {"data.concept": "left"},
 }
 
 

@@ -245,10 +245,11 @@ def _at_least(flag: str, value: float, least: float) -> None:
 # What suits the bundled model better than the published defaults, which are those of the 2b and the 5b.
 SHAPES = {
     "data.batch_size": 8,
-    "data.trajectory_steps": 16,
+    "data.trajectory_steps": 8,
+    "loss.eta": 4.0,
     "optim.rank": 32,
-    "optim.steps": 160,
-    "optim.lr": 1e-3,
+    "optim.steps": 400,
+    "optim.lr": 3e-3,
     "optim.schedule": "cosine",
     "output.sample_steps": 16,
 }
