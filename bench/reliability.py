@@ -127,7 +127,8 @@ def measure(row: Row) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as directory:
         report = Path(directory) / "report.xml"
         done = subprocess.run(
-            [sys.executable, "-m", "pytest", "-m", "slow or not slow", "-p", "no:cacheprovider", f"--junitxml={report}", *row.nodes],
+            [sys.executable, "-m", "pytest", "-m", "slow or not slow", "-p", "no:cacheprovider", "-o", "junit_family=xunit1",
+             f"--junitxml={report}", *row.nodes],
             cwd=ROOT, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
         if not report.exists():
             raise RuntimeError(f"{row.test}: pytest ended with {done.returncode}\n{done.stdout}\n{done.stderr}")

@@ -1,0 +1,146 @@
+"""The doctor: a healthy machine, and one trouble at a time."""
+
+import errno
+import json
+import os
+import shutil
+import sys
+from collections import namedtuple
+from dataclasses import replace
+from importlib import metadata
+from io import StringIO
+from types import SimpleNamespace
+
+import pytest
+
+import run
+from memory.cards import GIB, CardUnreadable, lookup
+from trainer import cli, doctor
+from trainer.doctor import Check, Unfit, raise_if_unfit, show
+
+Usage = namedtuple("Usage", "total used free")
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """The model's own check takes seconds and has a test of its own."""
+    monkeypatch.setattr(doctor, "bundled_model", lambda: Check(name="bundled model", status="ok", found="runs"))
+
+
+def _one(checks, name: str) -> Check:
+    return next(check for check in checks if check.name == name)
+
+
+def test_this_machine_is_fit_and_json_says_so(quick, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["run.py", "doctor", "--json"])
+    assert run.main() == 0
+    content = json.loads(capsys.readouterr().out)
+    assert content["healthy"] and {"python", "torch", "card", "host memory", "disk for runs", "bundled model"} <= {
+        check["name"] for check in content["checks"]}
+    assert all(check["status"] != "problem" for check in content["checks"])
+
+
+@pytest.mark.slow
+def test_the_bundled_model_runs():
+    assert doctor.bundled_model().status == "ok"
+
+
+def test_a_model_that_does_not_load_is_a_problem_with_a_code(monkeypatch, tmp_path):
+    monkeypatch.setattr(doctor, "_generate_once", lambda model: (_ for _ in ()).throw(OSError(errno.ENOENT, "no such file")))
+    assert (doctor.bundled_model().status, doctor.bundled_model().exit_code) == ("problem", 5)
+    monkeypatch.setattr(doctor, "_generate_once", lambda model: (False, (9, 32, 32)))
+    assert doctor.bundled_model().exit_code == 4
+
+
+def test_packages_missing_and_old(monkeypatch):
+    versions = {"torch": "1.13.0+cu117", "rich": "15.0.0"}
+
+    def version(name: str) -> str:
+        if name not in versions:
+            raise metadata.PackageNotFoundError(name)
+        return versions[name]
+
+    monkeypatch.setattr(doctor.metadata, "version", version)
+    checks = list(doctor.packages())
+    assert _one(checks, "torch").status == "problem" and "--upgrade 'torch>=" in _one(checks, "torch").fix
+    assert _one(checks, "diffusers").found == "not installed" and _one(checks, "rich").status == "ok"
+    assert [check.name for check in doctor.examine()][-1].startswith("disk")  # no model is tried without torch
+
+
+def test_a_card_that_does_not_answer(monkeypatch):
+    def lost():
+        raise CardUnreadable("card 0 does not answer (GPU is lost)")
+
+    monkeypatch.setattr(doctor, "detect", lost)
+    card, check = doctor.the_card()
+    assert card is None and (check.status, check.exit_code) == ("problem", 6) and "nvidia-smi" in check.fix
+
+
+def test_a_card_that_torch_cannot_use(monkeypatch):
+    monkeypatch.setattr(doctor, "detect", lambda: replace(lookup("4090"), used_by_others_bytes=GIB))
+    card, check = doctor.the_card()
+    assert card is None and check.status == "problem" and "RTX 4090" in check.found and "cannot use it" in check.found
+
+
+def test_little_memory_and_a_container(monkeypatch):
+    monkeypatch.setattr(doctor, "available_host_bytes", lambda: GIB)
+    monkeypatch.setattr(doctor, "_cgroup_limit", lambda: 2 * GIB)
+    check = _one(doctor.host(None), "host memory")
+    assert check.status == "warning" and "1.0 GiB available" in check.found and "limited to 2.0" in check.found and check.fix
+
+
+@pytest.mark.parametrize("free, writable, status, code", [(9 * GIB, True, "ok", 0), (GIB, True, "warning", 0), (9 * GIB, False, "problem", 6)])
+def test_disks(monkeypatch, free, writable, status, code, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(free, 0, free))
+    monkeypatch.setattr(os, "access", lambda path, mode: writable)
+    check = _one(doctor.disk(), "disk for runs")
+    assert (check.status, check.exit_code) == (status, code) and bool(check.fix) == (status != "ok")
+
+
+def test_problems_end_with_the_code_of_the_first(monkeypatch, capsys):
+    checks = [Check(name="a", status="ok", found=""), Check(name="b", status="problem", found="gone [1]", fix="bring it back", exit_code=6),
+              Check(name="c", status="problem", found="", exit_code=2), Check(name="d", status="warning", found="")]
+    with pytest.raises(Unfit, match="2 problems: b, c") as raised:
+        raise_if_unfit(checks)
+    assert raised.value.exit_code == 6
+    monkeypatch.setattr(doctor, "examine", lambda: checks)
+    monkeypatch.setattr(sys, "argv", ["run.py", "doctor"])
+    assert run.main() == 6
+    captured = capsys.readouterr()
+    assert "gone [1]" in captured.out and "→ bring it back" in captured.out and captured.err == "error: 2 problems: b, c\n"
+    out = StringIO()
+    show(checks, out, as_json=True)
+    assert json.loads(out.getvalue())["healthy"] is False
+
+
+def test_a_lost_card_ends_training_in_one_line(monkeypatch, capsys):
+    def lost(argv):
+        raise RuntimeError("CUDA error: unknown error\nCUDA kernel errors might be asynchronously reported")
+
+    monkeypatch.setattr(cli, "main", lost)
+    monkeypatch.setattr(sys, "argv", ["run.py"])
+    assert run.main() == 6
+    assert capsys.readouterr().err.startswith("error: the card is lost (CUDA error: unknown error); what is saved is good")
+
+
+def test_read_only_places_end_in_one_line(monkeypatch, capsys):
+    def refuse(argv):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), "/somewhere/report.html")
+
+    monkeypatch.setattr(cli, "main", refuse)
+    monkeypatch.setattr(sys, "argv", ["run.py", "report", "x"])
+    assert run.main() == 6
+    assert capsys.readouterr().err == ("error: /somewhere/report.html: Read-only file system; choose a place that can be written and "
+                                       "has room\n")
+
+
+def test_the_driver_that_fails_to_say_its_version(monkeypatch):
+    class NVMLError(Exception):
+        pass
+
+    def fail():
+        raise NVMLError
+
+    monkeypatch.setitem(sys.modules, "pynvml", SimpleNamespace(NVMLError=NVMLError, nvmlInit=fail))
+    assert doctor._driver() == "unknown"
