@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from memory.allocator import round_request
 from memory.assess import MARGIN, Assessment, Limits, Workload, assess_in_full, assess_trace, other_phases
 from memory.cards import Card
+from memory.growth import grow
 from memory.plan import MemoryPlan, PlanError, parse_checkpoint, resolve_keeps
 from memory.splice import Recipe, SpliceError
 from memory.timeline import Trace, pinned_bytes
@@ -212,7 +213,15 @@ class _Search:
         return self.workload.trace(plan, num_blocks), resolve_keeps(plan, num_blocks)
 
     def _recipe(self, plan: MemoryPlan) -> Recipe:
-        return Recipe(*self._trace(plan, self.workload.num_blocks))
+        """Of a plan that leaves everything on the device: from two short traces, if its blocks are all alike."""
+        num_blocks = self.workload.num_blocks
+        keeps = set(resolve_keeps(plan, num_blocks))
+        if len(keeps) == 1 and num_blocks > _SHORT + 2:
+            try:
+                return grow(self._trace(plan, _SHORT)[0], self._trace(plan, _SHORT + 1)[0], keeps.pop(), num_blocks)
+            except SpliceError:
+                pass
+        return Recipe.of(*self._trace(plan, num_blocks))
 
     def _variants(self) -> Iterator[_Variant]:
         """Recipes from the fastest to the most frugal; each is traced only when the one before did not settle it."""

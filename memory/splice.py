@@ -10,6 +10,7 @@ Two cells that should be equal and are not make the splice refuse (`SpliceError`
 everything exactly once; such a plan has to be traced in full.
 """
 
+import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,7 +20,7 @@ from memory.offload import ALIGNMENT, resident_indices
 from memory.timeline import Span, Storage, Trace, pinned_bytes
 from memory.work import Work
 
-_EDGE = 2  # blocks this near to either end may differ: inputs that need no gradient, nothing to prefetch
+EDGE = 2  # blocks this near to either end may differ: inputs that need no gradient, nothing to prefetch
 
 # A death's address: ("here", k), the k-th birth of the same span; ("between", number, k), of a span between visits; or
 # ("walk", traversal, block relative or absolute, bytes, category, k), the k-th last of the storages of that size and
@@ -77,7 +78,7 @@ def cells_of(trace: Trace) -> Iterator[tuple[Span, Cell]]:
         deaths, gain, peak, num_births = [], 0, 0, 0
         for event in trace.events[span.start : span.stop]:
             storage = trace.storages[event if event >= 0 else ~event]
-            num_bytes = round_request(storage.num_bytes) if storage.place == "device" and storage.num_bytes else 0
+            num_bytes = device_bytes(storage)
             if event >= 0:
                 num_births += 1
                 gain += num_bytes
@@ -106,33 +107,45 @@ def cells_of(trace: Trace) -> Iterator[tuple[Span, Cell]]:
         )
 
 
-class Recipe:
-    """What is known about a step: one full trace, and cells of other choices.
+Layout = list[tuple[tuple[int, int] | None, Cell]]
+"""A step in order: each span's visit (None between visits) and cell."""
 
-    `trace` is of the whole model, everything resident, with `keeps[i]` what block i keeps.
+
+class Recipe:
+    """What is known about a step: one layout of all of it, and cells of other choices.
+
+    `layout` and `standing` are of the whole model, everything resident, with `keeps[i]` what block i keeps.
     """
 
-    def __init__(self, trace: Trace, keeps: Sequence[str]):
-        self.base = trace
-        self.num_blocks = trace.num_blocks
+    def __init__(self, layout: Layout, standing: Sequence[Storage], keeps: Sequence[str]):
+        self.num_blocks = len(keeps)
+        self._layout = layout
         self._cells: dict[tuple, Cell | None] = {}  # None: recorded, but not always the same
         self._is_checkpointed = any(keep != "everything" for keep in keeps)
-        self._layout: list[tuple[tuple[int, int] | None, Cell]] = [(span.visit, cell) for span, cell in cells_of(trace)]
-        self.learn(trace, keeps)
+        self._learn(layout, keeps)
+        self._standing = standing
         self.block_weights: list[list[Storage]] = [[] for _ in range(self.num_blocks)]
-        for index in trace.standing:
-            storage = trace.storages[index]
+        for storage in standing:
             if storage.block is not None:
                 self.block_weights[storage.block].append(storage)
+
+    @classmethod
+    def of(cls, trace: Trace, keeps: Sequence[str]) -> "Recipe":
+        """A recipe from a full trace."""
+        layout = [(span.visit, cell) for span, cell in cells_of(trace)]
+        return cls(layout, [trace.storages[index] for index in trace.standing], keeps)
 
     def learn(self, trace: Trace, keeps: Sequence[str]) -> None:
         """Remember the visits of a trace, perhaps of a shorter model, whose blocks keep `keeps`."""
         if len(keeps) != trace.num_blocks:
             raise ValueError(f"{len(keeps)} choices for {trace.num_blocks} blocks")
-        for span, cell in cells_of(trace):
-            if span.visit is None:
+        self._learn([(span.visit, cell) for span, cell in cells_of(trace)], keeps)
+
+    def _learn(self, layout: Layout, keeps: Sequence[str]) -> None:
+        for visit, cell in layout:
+            if visit is None:
                 continue
-            for key in _keys(span.visit, keeps, span.records_graph):
+            for key in _keys(visit, keeps, cell.records_graph):
                 known = self._cells.setdefault(key, cell)
                 if known is not None and not known.same_as(cell):
                     self._cells[key] = None
@@ -155,11 +168,9 @@ class Recipe:
             if not small.same_as(changed) and not small.same_as(full):
                 return None
             between.append(full if small.same_as(changed) else changed)
-        other = Recipe.__new__(Recipe)
-        other.base, other.num_blocks, other.block_weights = self.base, self.num_blocks, self.block_weights
-        other._is_checkpointed, other._cells = self._is_checkpointed, {}
         remaining = iter(between)
-        other._layout = [(visit, cell if visit else next(remaining)) for visit, cell in self._layout]
+        other = copy.copy(self)
+        other._layout, other._cells = [(visit, cell if visit else next(remaining)) for visit, cell in self._layout], {}
         other.learn(variant, keeps)
         return other
 
@@ -202,8 +213,7 @@ class Recipe:
         streamed = [flats[block] for block in range(self.num_blocks) if block not in resident]
         slot = Storage(num_bytes=max(streamed, default=0), category="transfer buffers", place="device")
         storages += [slot] * min(num_buffers, len(streamed))
-        for index in self.base.standing:
-            storage = self.base.storages[index]
+        for storage in self._standing:
             if storage.block is None and storage.place == "device" and storage.category != "transfer buffers":
                 storages.append(storage)
         return storages
@@ -271,6 +281,11 @@ class Recipe:
         )
 
 
+def device_bytes(storage: Storage) -> int:
+    """What the allocator takes for a storage on the device; 0 for one on the host."""
+    return round_request(storage.num_bytes) if storage.place == "device" and storage.num_bytes else 0
+
+
 def _kind(storage: Storage) -> tuple[int, str]:
     return storage.num_bytes, storage.category
 
@@ -292,7 +307,7 @@ def _resolve(reference: _Reference, here: int, visit, first: dict[tuple, tuple[i
 def _keys(visit: tuple[int, int], keeps: Sequence[str], records_graph: bool) -> list[tuple]:
     """What a visit is filed under, from the narrowest description to the widest that may do."""
     traversal, block = visit
-    place = (traversal, min(block, _EDGE), min(len(keeps) - 1 - block, _EDGE))
+    place = (traversal, min(block, EDGE), min(len(keeps) - 1 - block, EDGE))
     if not records_graph:
         return [place]
     window = tuple(keeps[max(0, block - 2) : block + 2])

@@ -283,7 +283,7 @@ CASES = [(0, 0, None), (8, 0, 0), (1, 7, 5), (3, 2, 1), (0, 3, 8)]
 
 @pytest.mark.parametrize("fields", [{}, {"feed_forward_chunks": 2}], ids=str)
 def test_spliced_and_full_traces_are_the_same(fields):
-    recipe = Recipe(tiny_trace(MemoryPlan(**fields)), ["inputs"] * 8)
+    recipe = Recipe.of(tiny_trace(MemoryPlan(**fields)), ["inputs"] * 8)
     learn(recipe, [(5, 5, 0), (5, 0, 5)], "stack", **fields)
     for num_attention, num_everything, num_resident in CASES:
         plan = keeping(num_attention, num_everything, resident_blocks=num_resident, **fields)
@@ -292,14 +292,14 @@ def test_spliced_and_full_traces_are_the_same(fields):
 
 @pytest.mark.parametrize("kind", ["sincos", "rope"])
 def test_spliced_and_full_traces_of_the_real_transformer_are_the_same(kind):
-    recipe = Recipe(tiny_trace(MemoryPlan(), 7, kind), ["inputs"] * 7)
+    recipe = Recipe.of(tiny_trace(MemoryPlan(), 7, kind), ["inputs"] * 7)
     learn(recipe, [(5, 5, 0), (5, 0, 5)], kind)
     assert_splice_is_exact(recipe, keeping(2, 2, resident_blocks=3), 7, kind)
 
 
 def test_spliced_and_full_traces_are_the_same_with_boundaries_on_the_host():
     fields = {"boundaries": "host"}
-    recipe = Recipe(tiny_trace(MemoryPlan(**fields)), ["inputs"] * 8)
+    recipe = Recipe.of(tiny_trace(MemoryPlan(**fields)), ["inputs"] * 8)
     learn(recipe, [(5, 5, 0), (8, 4, 0)], "stack", **fields)
     for num_attention, num_resident in [(0, 0), (8, None), (1, 3), (4, 0), (7, 7)]:
         assert_splice_is_exact(recipe, keeping(num_attention, 0, resident_blocks=num_resident, **fields), 8, "stack")
@@ -308,20 +308,20 @@ def test_spliced_and_full_traces_are_the_same_with_boundaries_on_the_host():
 @pytest.mark.parametrize("kind", ["stack", "sincos"])
 @pytest.mark.parametrize("fields", [{"feed_forward_chunks": 2}, {"boundaries": "host"}], ids=str)
 def test_a_variant_needs_no_full_trace(kind, fields):
-    base = Recipe(tiny_trace(MemoryPlan(), 7, kind), ["inputs"] * 7)
+    base = Recipe.of(tiny_trace(MemoryPlan(), 7, kind), ["inputs"] * 7)
     short, variant = (tiny_trace(plan, 5, kind) for plan in (MemoryPlan(), MemoryPlan(**fields)))
     recipe = base.with_visits_of(short, variant, ["inputs"] * 5)
     assert_splice_is_exact(recipe, MemoryPlan(resident_blocks=2, **fields), 7, kind)
 
 
 def test_a_variant_that_changes_what_the_blocks_number_changes_is_refused():
-    base = Recipe(tiny_trace(MemoryPlan(), 7), ["inputs"] * 7)
+    base = Recipe.of(tiny_trace(MemoryPlan(), 7), ["inputs"] * 7)
     short = tiny_trace(MemoryPlan(), 5)
     assert base.with_visits_of(short, tiny_trace(MemoryPlan(), 6), ["inputs"] * 6) is None
 
 
 def test_splicing_refuses_what_it_has_not_seen():
-    recipe = Recipe(tiny_trace(MemoryPlan(), 5), ["inputs"] * 5)
+    recipe = Recipe.of(tiny_trace(MemoryPlan(), 5), ["inputs"] * 5)
     with pytest.raises(SpliceError, match="block 4 of 5 keeping attention were not recorded"):
         recipe.splice(["inputs"] * 4 + ["attention"])
     with pytest.raises(SpliceError, match="trace this plan in full"):
