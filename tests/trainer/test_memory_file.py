@@ -15,6 +15,7 @@ from trainer.findings import finding
 from trainer.loop import train
 from trainer.memory_file import NUM_POINTS, keep_forecast, predicted_memory, thinned
 from trainer.metrics import read_metrics
+from trainer.monitor import watch
 from trainer.planning import forecast_as_given
 from trainer.report import write_report
 from trainer.run_files import RunFiles
@@ -66,11 +67,19 @@ def test_a_forecast_is_made_once_a_plan(tiny_config, tmp_path):
         keep_forecast(tmp_path / "nowhere", config, forecast)
 
 
-def test_a_run_keeps_prediction_peaks_and_waiting_time(streamed):
+def test_a_run_keeps_prediction_peaks_and_waiting_time(streamed, monkeypatch):
+    monitors = []
+
+    def watched(*args):
+        monitors.append(watch(*args))
+        return monitors[0]
+
+    monkeypatch.setattr("trainer.loop.watch", watched)
     run_dir = train(streamed, {}, forecast=partial(predicted_memory, card=CARD))
     files, records = RunFiles.read(run_dir), read_metrics(run_dir)
     predicted = files.memory["predicted"]
     assert files.memory["card"] == "rtx-4090" and files.memory["budget_bytes"] == CARD.usable_bytes
+    assert monitors[0].facts == {"budget_bytes": CARD.usable_bytes, "predicted_peak_bytes": predicted["needed_bytes"]}
     assert predicted["peak_bytes"] == max(predicted["peak_bytes_by_phase"].values()) <= predicted["needed_bytes"]
     # Weights of both blocks stream, so copies take time; on the CPU nothing hides it.
     assert all(0 < r["phase_seconds"][WAITING] < sum(r["phase_seconds"].values()) for r in records[1:])
