@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 from memory.cards import GIB, Card
 from memory.plan import MemoryPlan, resolve_keeps
+from memory.sharding import NUM_BUFFERS
 from memory.timeline import Prediction, Trace
 from memory.timing import Load, StepTime, add_loads, load_of, step_time
 
@@ -165,6 +166,10 @@ def assess_in_full(
     between = add_loads(walks.pop(None))
     streamed = 0 if plan.resident_blocks is None else workload.num_blocks - plan.resident_blocks
     streamed_bytes = trace.standing_bytes("weights", "pinned")
+    if plan.num_shards > 1:  # what the other cards hold comes over the same link; blocks are alike
+        streamed = workload.num_blocks
+        block_bytes = trace.standing_bytes("transfer buffers", "device") // min(NUM_BUFFERS, streamed)
+        streamed_bytes = streamed * block_bytes * (plan.num_shards - 1) // plan.num_shards
     time = step_time(
         between,
         [(add_loads(loads), streamed_bytes) for loads in walks.values()],

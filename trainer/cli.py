@@ -94,9 +94,15 @@ class PlanCommand:
     """A TOML file with settings."""
     json: bool = False
     """Print JSON in place of tables."""
+    cards: int = 1
+    """Cards of this kind in one machine, as torchrun would use them; the batch is divided among them."""
     explain: bool = False
     """Also say what limits the step, and which figures of the card are assumed."""
     settings: TrainConfig = field(default_factory=TrainConfig)
+
+    def __post_init__(self):
+        if self.cards < 1:
+            raise UsageError(f"--cards {self.cards}: must be 1 or more")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -191,7 +197,7 @@ def _fixed(origins: dict[str, str]) -> list[str]:
 def _train(argv: Sequence[str]) -> None:
     command, origins = resolve(argv)
     config, card = command.settings, _card(command.profile)
-    from trainer.distributed import joined, rows_of
+    from trainer.distributed import joined, rows_of, shared
     from trainer.loop import train
     from trainer.memory_file import predicted_memory
     from trainer.recovery import train_in_memory
@@ -204,6 +210,7 @@ def _train(argv: Sequence[str]) -> None:
             from trainer.planning import planned
 
             config, chosen, assessment = planned(config, card, _fixed(origins))
+            config = shared(lambda: config)  # every process the same plan
             origins |= {f"memory.{name}": f"profile {card.name}" for name in chosen}
         forecast = partial(predicted_memory, card=card, known=assessment)
         run_dir = train_in_memory(partial(train, forecast=forecast), config, origins, card=card,
@@ -221,7 +228,10 @@ def _plan(argv: Sequence[str]) -> None:
     command, origins = resolve(argv, PlanCommand)
     from trainer import planning
 
-    found = planning.forecast(planning.without_weights(command.settings), _card(command.profile), _fixed(origins))
+    config = command.settings
+    if command.cards > config.data.batch_size and origins["data.batch_size"] == "default":  # the least that can be divided
+        config, origins["data.batch_size"] = settings.replaced(config, {"data.batch_size": command.cards}), "flag"
+    found = planning.forecast(planning.without_weights(config), _card(command.profile), _fixed(origins), num_cards=command.cards)
     if command.json:
         print(json.dumps(planning.as_json(found, origins), indent=2))
     else:

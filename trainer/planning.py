@@ -24,6 +24,7 @@ from trainer.config import ModelConfig, TrainConfig
 from trainer.distributed import num_ranks
 from trainer.errors import DoesNotFit, UsageError
 from trainer.rehearse import peak_beyond, rehearse
+from trainer.several_cards import assess_sharded, check_batch, faster, host_share
 
 _PROMPT_BATCH = 16
 
@@ -35,11 +36,23 @@ class Forecast:
     card: Card
     config: TrainConfig
     result: SearchResult
+    num_cards: int = 1
+    sharded: SearchResult | None = None
+    """With blocks divided among the cards, if that was looked at."""
+    unsharded: SearchResult | None = None
+    """With every card on its own, if there are several."""
 
     @property
     def dtype(self) -> str:
         """The backbone's, by name."""
         return _dtype_name(self.config)
+
+    def by_placement(self) -> dict[str, Assessment]:
+        """The best, or else the smallest, plan of every way in which several cards may hold the frozen blocks."""
+        if self.num_cards == 1:
+            return {}
+        results = {"divided among the cards": self.sharded, "each card on its own": self.unsharded}
+        return {name: result.best or result.smallest for name, result in results.items() if result}
 
     @property
     def chosen(self) -> Assessment:
@@ -93,15 +106,27 @@ def check_card(config: TrainConfig, card: Card) -> None:
                          + (" or --dtype float16 --force-dtype" if card.fp16 else ""))
 
 
-def forecast(config: TrainConfig, card: Card, fixed: Collection[str] = ()) -> Forecast:
+def forecast(config: TrainConfig, card: Card, fixed: Collection[str] = (), *, num_cards: int | None = None) -> Forecast:
     """Search for the fastest plan of a run on `card`; fields of the memory plan named in `fixed` stay as configured.
 
+    On one of `num_cards` such cards in a machine; None: of as many as train together now.
     Raises UsageError for settings that cannot be, on this card or at all.
     """
-    run = workload(config)
+    num_cards = num_cards or num_ranks()
+    run = workload(config, num_cards=num_cards)
     check_card(config, card)
-    result = search(run, card, base=config.memory, fixed=[name for name in SEARCHED if name in fixed], tf32=False)
-    return Forecast(card, config, result)
+    check_batch(config, num_cards)
+    sharded = unsharded = None
+    if num_cards > 1 and "resident_blocks" not in fixed and (config.memory.num_shards > 1 or "num_shards" not in fixed):
+        sharded = assess_sharded(run, card, config.memory, num_cards, fixed)
+    if config.memory.num_shards == 1:
+        unsharded = search(run, card, base=config.memory, fixed=[name for name in SEARCHED if name in fixed], tf32=False,
+                           host_bytes=host_share(card, num_cards))
+    if sharded is None and unsharded is None:
+        raise UsageError(f"--num-shards {config.memory.num_shards}: blocks are divided among the cards of a run, and there is "
+                         f"{num_cards}; say --cards {config.memory.num_shards} (training: torchrun), and no --resident-blocks")
+    result = faster(sharded, unsharded) if sharded and unsharded else sharded or unsharded
+    return Forecast(card, config, result, num_cards, sharded, unsharded)
 
 
 def forecast_as_given(config: TrainConfig, card: Card) -> Assessment:
@@ -116,7 +141,7 @@ def planned(config: TrainConfig, card: Card, fixed: Collection[str]) -> tuple[Tr
     found = forecast(config, card, fixed)
     if found.result.best is None:
         raise DoesNotFit(verdict(found))
-    chosen = [name for name in SEARCHED if name not in fixed]
+    chosen = [name for name in (*SEARCHED, "num_shards") if name not in fixed]
     return replace(config, memory=found.result.best.plan), chosen, found.result.best
 
 
@@ -133,7 +158,16 @@ def _phases(backbone: CogVideoX, config: TrainConfig, plan: MemoryPlan) -> tuple
         PhaseNeed(name="sample", device_bytes=_sampling_bytes(backbone, dtype, shape, 1 + guided), with_backbone=True),
         PhaseNeed(name="decode", device_bytes=_decoding_bytes(backbone, dtype, frames, shape), with_backbone=True),
         PhaseNeed(name="save", device_bytes=0, with_backbone=True, host_bytes=3 * adapter_bytes),  # with both moments
+        # Every process reads the whole model before it gives away all but its part.
+        PhaseNeed(name="read weights", device_bytes=0, with_backbone=False,
+                  host_bytes=_transformer_bytes(backbone, dtype) if plan.num_shards > 1 else 0),
     )
+
+
+@lru_cache(maxsize=8)
+def _transformer_bytes(backbone: CogVideoX, dtype: torch.dtype) -> int:
+    with FakeTensorMode():
+        return sum(p.nbytes for p in backbone.fake_transformer(dtype=dtype).parameters())
 
 
 @lru_cache(maxsize=8)
@@ -211,9 +245,9 @@ def smallest_card(found: Forecast) -> str:
     return min(cards, key=lambda card: card.capacity_bytes).name if cards else "none"
 
 
-def command(config: TrainConfig, plan: MemoryPlan, origins: dict[str, str]) -> str:
+def command(config: TrainConfig, plan: MemoryPlan, origins: dict[str, str], num_cards: int = 1) -> str:
     """A command line that runs with exactly this plan."""
-    words = ["python", "run.py"]
+    words = ["python", "run.py"] if num_cards == 1 else ["torchrun", f"--nproc-per-node={num_cards}", "--", "run.py"]
     default = MemoryPlan()
     for path, origin in origins.items():
         if origin == "flag" and not path.startswith("memory."):
@@ -241,7 +275,8 @@ def as_json(found: Forecast, origins: dict[str, str]) -> dict[str, Any]:
         "fits": found.result.best is not None, "verdict": verdict(found),
         "num_candidates": found.result.num_candidates, **described(found.chosen),
         "alternatives": [described(miss) | {"reason": miss.reason} for miss in found.result.near_misses],
-        "command": command(found.config, found.chosen.plan, origins),
+        "command": command(found.config, found.chosen.plan, origins, found.num_cards), "num_cards": found.num_cards,
+        "by_placement": {name: described(a) for name, a in found.by_placement().items()},
     }
 
 
@@ -277,6 +312,12 @@ def print_forecast(found: Forecast, origins: dict[str, str], *, explain: bool) -
         console.print(table)
     console.print(f"reserved {a.prediction.reserved_bytes / GIB:.2f} GiB, context {found.card.context_bytes / GIB:.2f} GiB, "
                   f"host {a.host_bytes / GIB:.2f} GiB", highlight=False)
+    if found.num_cards > 1:
+        table = Table(f"on each of {found.num_cards} cards", "GiB", "host GiB", "s a step", "", title="frozen blocks", title_justify="left")
+        for name, way in found.by_placement().items():
+            table.add_row(name, f"{way.needed_bytes / GIB:.2f}", f"{way.host_bytes / GIB:.2f}", f"{way.time.seconds:.2f}",
+                          way.reason or "fits")
+        console.print(table)
     if found.result.near_misses:
         table = Table("faster plans that do not fit", "s a step", "why", title_justify="left")
         for miss in found.result.near_misses:
@@ -286,7 +327,7 @@ def print_forecast(found: Forecast, origins: dict[str, str], *, explain: bool) -
         console.print("seconds by what limits them: " + json.dumps({k: round(v, 3) for k, v in a.time.by_bound.items()}))
         console.print(f"assumed of {found.card.label}, not measured: {', '.join(found.card.assumed)}\n"
                       f"rates: {found.card.source}", highlight=False)
-    console.print(command(found.config, a.plan, origins), soft_wrap=True, highlight=False)
+    console.print(command(found.config, a.plan, origins, found.num_cards), soft_wrap=True, highlight=False)
 
 
 def _difference(plan: MemoryPlan, other: MemoryPlan) -> str:

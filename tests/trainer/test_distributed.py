@@ -327,3 +327,42 @@ def test_a_restart_finds_its_own_run_and_no_other(tiny_config, tmp_path, monkeyp
     assert restarted_run(named) is None  # somebody else's
     write_config(named.output.out, named, {})
     assert restarted_run(named) == named.output.out
+
+
+VICTIM = """
+import os, signal, sys
+sys.path.insert(0, sys.argv.pop(1))
+from trainer import loop
+original, seen = loop.student_backward, []
+def dying(*args, **kwargs):
+    seen.append(1)
+    if os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0" and len(seen) == 4:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return original(*args, **kwargs)
+loop.student_backward = dying
+import run
+sys.exit(run.main())
+"""
+
+
+@pytest.mark.slow
+def test_torchrun_starts_again_and_the_run_goes_on_by_itself(two, tiny_config, pipelines, tmp_path):
+    """The real thing: torchrun, run.py's own command line, a process killed in step 4, --max-restarts."""
+    config = tiny_config()
+    (tmp_path / "victim.py").write_text(VICTIM)
+    words = ["--device", "cpu", "--monitor", "off", "--model", str(pipelines["5b"]), "--prompts", str(config.data.prompts), "--preserve",
+             *config.data.preserve, "--trajectory-steps", "4", "--batch-size", "2", "--rank", "4", "--steps", "4", "--warmup", "2", "--lr",
+             "1e-2", "--save-every", "2", "--sample-steps", "2", "--sample-prompts", *config.output.sample_prompts]
+
+    def torchrun(out: Path, *options: str) -> subprocess.CompletedProcess:
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *options, "--",
+                   str(tmp_path / "victim.py"), str(REPOSITORY), *words, "--out", str(out)]
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=500)
+
+    once = torchrun(tmp_path / "once")
+    assert once.returncode != 0 and re.search(r"exitcode\s*: -9", once.stderr), once.stderr
+    assert latest_checkpoint(tmp_path / "once").step == 2
+    again = torchrun(tmp_path / "again", "--max-restarts=1")
+    assert again.returncode == 0, again.stderr
+    assert again.stdout.count("run: ") == 1  # one process speaks
+    _same_bits(two("straight"), tmp_path / "again")

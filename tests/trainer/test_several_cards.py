@@ -1,0 +1,93 @@
+"""What the planner says of several cards, on tiny models of random weights; nothing needs a second process."""
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from memory.assess import assess
+from memory.cards import lookup
+from memory.plan import MemoryPlan
+from memory.sharding import NUM_BUFFERS
+from trainer import cli
+from trainer.assemble import open_backbone
+from trainer.errors import UsageError
+from trainer.planning import as_json, command, forecast, workload
+from trainer.rehearse import rehearse
+
+NUM_BLOCKS = 12
+CARD = "4090"
+
+
+@pytest.fixture
+def traced(tiny_config):
+    """A rehearsed step on 12 blocks."""
+    config = tiny_config(data__batch_size=4)
+    backbone = open_backbone(config.model)
+
+    def trace(num_cards: int = 1, batch_size: int = 4, **plan):
+        chosen = replace(config, data=replace(config.data, batch_size=batch_size))
+        return rehearse(backbone, chosen, MemoryPlan(**plan), num_blocks=NUM_BLOCKS, num_cards=num_cards)
+
+    return trace
+
+
+def test_each_card_holds_its_part_and_a_few_whole_blocks(traced):
+    whole, streamed = traced(4), traced(4, resident_blocks=0, offload_buffers=NUM_BUFFERS)
+    sharded = traced(4, num_shards=4)
+    blocks = streamed.standing_bytes("weights", "pinned")
+    rest = whole.standing_bytes("weights", "device") - sum(
+        s.num_bytes for s in whole.storages if s.category == "weights" and s.block is not None)
+    assert sharded.standing_bytes("weights", "pinned") == 0
+    assert sharded.standing_bytes("weights", "device") == rest + blocks // 4
+    buffers = sharded.standing_bytes("transfer buffers", "device")
+    assert buffers == streamed.standing_bytes("transfer buffers", "device") == NUM_BUFFERS * blocks // NUM_BLOCKS
+    assert sharded.prediction().peak_bytes < whole.prediction().peak_bytes
+
+
+def test_one_of_several_cards_has_its_rows_and_reduces_once(traced):
+    one_of_four, alone = traced(4).prediction(), traced(1, batch_size=1).prediction()
+    assert one_of_four.by_phase["student forward"] == alone.by_phase["student forward"]
+    gradients = one_of_four.by_phase["optimizer"] - alone.by_phase["optimizer"]
+    adapters = 4 * NUM_BLOCKS * (2 * 32 * 4 + 32 + 4)  # float32; rank 4, width 32
+    assert adapters <= gradients <= 2.2 * adapters  # the flat buffer, and what it is made of
+
+
+def test_gathering_takes_the_link_less_the_own_part(tiny_config):
+    run, card = workload(tiny_config(), num_cards=2), replace(lookup(CARD), host_link_bandwidth=1.0)
+    link = {name: assess(run, plan, card, tf32=False).time.by_bound["host link"] for name, plan in
+            {"sharded": MemoryPlan(num_shards=2), "streamed": MemoryPlan(resident_blocks=0)}.items()}
+    assert link["sharded"] == pytest.approx(link["streamed"] / 2, rel=0.01)
+
+
+def test_forecast_compares_the_ways_to_hold_blocks(tiny_config):
+    config, card = tiny_config(), lookup(CARD)
+    found = forecast(config, card, num_cards=2)
+    ways = found.by_placement()
+    assert set(ways) == {"divided among the cards", "each card on its own"} and found.chosen in ways.values()
+    assert found.chosen.time.seconds == min(way.time.seconds for way in ways.values())
+    said = as_json(found, {})
+    assert said["num_cards"] == 2 and said["command"].startswith("torchrun --nproc-per-node=2 -- run.py")
+    assert {name: way["settings"]["num_shards"] for name, way in said["by_placement"].items()} == {
+        "divided among the cards": 2, "each card on its own": 1}
+    divided = forecast(replace(config, memory=MemoryPlan(num_shards=2)), card, ["num_shards"], num_cards=2)
+    assert divided.chosen.plan.num_shards == 2 and divided.unsharded is None
+    assert "--num-shards 2" in command(config, divided.chosen.plan, {}, 2)
+    alone = forecast(config, card)
+    assert as_json(alone, {})["num_cards"] == 1 and alone.sharded is None and not alone.by_placement()
+
+
+def test_what_does_not_go_together_is_refused(tiny_config):
+    config, card = tiny_config(), lookup(CARD)
+    with pytest.raises(UsageError, match="--batch-size 2 cannot be divided among 3 cards.*use --batch-size 3"):
+        forecast(config, card, num_cards=3)
+    with pytest.raises(UsageError, match="--num-shards 2.*--cards 2"):
+        forecast(replace(config, memory=MemoryPlan(num_shards=2)), card, ["num_shards"])
+    with pytest.raises(UsageError, match="--cards 0"):
+        cli.main(["plan", "--cards", "0"])
+
+
+def test_command_line(pipelines, capsys):
+    cli.main(["plan", "--profile", CARD, "--model", str(pipelines["5b"]), "--cards", "2", "--json", "--concept", "red"])
+    said = json.loads(capsys.readouterr().out)
+    assert said["num_cards"] == 2 and "--batch-size 2" in said["command"]  # the least that two can share

@@ -1,0 +1,58 @@
+"""Plans for several cards of one machine: each has its rows of the batch and reduces gradients; frozen blocks are whole on each
+card, streamed to each from the host, or divided among the cards. Everything here is predicted.
+"""
+
+from collections.abc import Collection
+from dataclasses import replace
+
+from memory.assess import Assessment, Workload, assess
+from memory.cards import Card
+from memory.plan import MemoryPlan
+from memory.search import CHUNKS, SEARCHED, SearchResult
+from trainer.config import TrainConfig
+from trainer.errors import UsageError
+
+
+def check_batch(config: TrainConfig, num_cards: int) -> None:
+    """Raises UsageError for a batch that cannot be divided among the cards."""
+    if config.data.batch_size % num_cards:
+        more = (config.data.batch_size // num_cards + 1) * num_cards
+        raise UsageError(f"--batch-size {config.data.batch_size} cannot be divided among {num_cards} cards: it counts the samples "
+                         f"of all of them; use --batch-size {more}")
+
+
+def host_share(card: Card, num_cards: int) -> int | None:
+    """Host memory that one of the cards' processes may take; None where it is not known."""
+    return None if card.host_bytes is None else card.host_bytes // num_cards
+
+
+def sharded_plans(base: MemoryPlan, num_blocks: int, num_cards: int, fixed: Collection[str]) -> list[MemoryPlan]:
+    """Plans with divided blocks, from the fastest to the most frugal; fields named in `fixed` are as in `base`."""
+    recipes = ({"num_keep_attention": num_blocks}, {}, {"boundaries": "host"}, {"boundaries": "host", "feed_forward_chunks": CHUNKS})
+    free = {name: getattr(MemoryPlan(), name) for name in SEARCHED if name not in fixed}
+    plans = [replace(base, **{**free, **{k: v for k, v in recipe.items() if k in free}, "resident_blocks": None,
+                              "num_shards": num_cards}) for recipe in recipes]
+    return list(dict.fromkeys(plans))
+
+
+def assess_sharded(run: Workload, card: Card, base: MemoryPlan, num_cards: int, fixed: Collection[str]) -> SearchResult:
+    """The first of `sharded_plans` that fits each of the cards."""
+    misses: list[Assessment] = []
+    for plan in sharded_plans(base, run.num_blocks, num_cards, fixed):
+        found = assess(run, plan, card, host_bytes=host_share(card, num_cards), tf32=False)
+        if found.fits:
+            break
+        misses.append(found)
+    tried = len(misses) + found.fits
+    return SearchResult(best=found if found.fits else None, near_misses=tuple(sorted(misses, key=lambda a: a.needed_bytes)),
+                        smallest=min([found, *misses], key=lambda a: a.needed_bytes), num_candidates=tried, num_unknown=0,
+                        num_replays=tried, num_traces=tried)
+
+
+def faster(one: SearchResult, two: SearchResult) -> SearchResult:
+    """The result with the faster plan that fits; if none does, that which needs least."""
+    if one.best and two.best:
+        return min(one, two, key=lambda result: result.best.time.seconds)
+    if one.best or two.best:
+        return one if one.best else two
+    return min(one, two, key=lambda result: result.smallest.needed_bytes)
