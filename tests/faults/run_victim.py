@@ -32,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "trainer"))
 from tiny_pipelines import build_pipeline
 
 from memory.meter import resident_bytes
-from trainer import checkpoint, losses, samples
+from trainer import checkpoint, loop, losses, samples
 from trainer.checkpoint import latest_checkpoint
 from trainer.config import TrainConfig, replaced
 from trainer.eraser_files import load_eraser
@@ -173,48 +173,60 @@ def killed(directory: Path, num_steps: int, seed: int, *, steps_between: int, nu
 
 # --- signals ----------------------------------------------------------------------------------------------------------------------------
 
-PHASES: dict[str, tuple[Any, str, int]] = {  # where, and the call (the pre-flight makes the first ones)
-    "forward": (losses.F, "mse_loss", 6), "backward": (torch.autograd, "backward", 6), "save": (checkpoint, "_to_host", 1),
-    "sampling": (samples, "generate_latents", 1)}
+PHASES: dict[str, tuple[Any, str, int]] = {  # where, and the call: in the second step, or after it
+    "forward": (losses.F, "mse_loss", 6), "backward": (torch.autograd, "backward", 6), "save": (checkpoint, "_to_host", 6),
+    "sampling": (samples, "generate_latents", 2)}
 
 
-def signalled(directory: Path, phase: str, number: int) -> dict[str, Any]:
-    """A run that gets a signal in one phase: its exit code, steps at the signal and at the end, and the newest checkpoint."""
-    base = config_of(directory, f"{phase}-{number}", 12)
-    config = replace(base, output=replace(base.output, sample_every=2 if phase == "sampling" else 0))
-    shared = Progress()
-    seen = Progress()
+def signalled(directory: Path, phase: str, numbers: tuple[int, ...]) -> dict[str, Any]:
+    """A run that saves every step and gets signals in one phase: its exit code, the newest checkpoint, steps finished
+    after the signal, and seconds from the last signal to the end."""
+    base = config_of(directory, "-".join((phase, *map(str, numbers))), 12)
+    config = replace(base, output=replace(base.output, save_every=1, sample_every=2 if phase == "sampling" else 0))
+    finished_before, moment_ns, num_finished = Progress(), Progress(), 0
 
     def work() -> int:
         owner, name, call = PHASES[phase]
-        real, calls = getattr(owner, name), []
+        real, end_step, calls = getattr(owner, name), loop.PhaseClock.end_step, []
 
         def function(*args: Any, **kwargs: Any) -> Any:
             calls.append(1)
             if len(calls) == call:
-                shared.step = seen.step
-                os.kill(os.getpid(), number)
+                finished_before.step = num_finished
+                for number in numbers:
+                    moment_ns.step = time.monotonic_ns()
+                    os.kill(os.getpid(), number)
+                if len(numbers) > 1:
+                    time.sleep(10)  # work that would go on
             return real(*args, **kwargs)
 
+        def ended(clock: Any) -> None:
+            nonlocal num_finished
+            num_finished += 1
+            end_step(clock)
+
         setattr(owner, name, function)
+        loop.PhaseClock.end_step = ended
         try:
-            seen.watched(lambda: train(config, {}))()
+            train(config, {})
         except Interrupted as e:
             return e.exit_code
         return 0
 
     code = finished(forked(work))
+    seconds = (time.monotonic_ns() - moment_ns.step) / 1e9
     found = latest_checkpoint(config.output.out, rename_bad=False)
-    recorded = len(read_metrics(config.output.out))
-    # Records come a step late: the step under way at the signal is two after the last one recorded then.
-    return {"exit_code": code, "saved_step": found.step if found else None, "recorded": recorded,
-            "steps_after": (found.step if found else 0) - (shared.step + 2)}
+    step = found.step if found else 0
+    return {"exit_code": code, "saved_step": step, "recorded": len(read_metrics(config.output.out)),
+            "steps_after": step - finished_before.step, "seconds": round(seconds, 3)}
 
 
 def signals(directory: Path) -> dict[str, Any]:
     build(directory)
-    return {f"{signal.Signals(number).name} in {phase}": signalled(directory, phase, number)
-            for phase in PHASES for number in (signal.SIGINT, signal.SIGTERM)}
+    both = {signal.SIGINT: "SIGINT", signal.SIGTERM: "SIGTERM"}
+    return {"once": {f"{name} in {phase}": signalled(directory, phase, (number,)) for phase in PHASES for number, name in both.items()},
+            "twice": {f"{name} twice in {phase}": signalled(directory, phase, (number, number)) for phase in PHASES
+                      for number, name in both.items()}}
 
 
 # --- leaks ------------------------------------------------------------------------------------------------------------------------------

@@ -60,13 +60,20 @@ def test_no_leak_over_two_hundred_steps(in_memory, record_property):
 
 
 @pytest.mark.slow
-def test_a_signal_in_any_phase_saves_and_ends(in_memory, record_property):
+def test_a_signal_in_any_phase_saves_and_ends_and_a_second_one_leaves_at_once(in_memory, record_property):
     results = victim("signals", in_memory)
-    record_property("signals", len(results))
-    record_property("most_steps_after", max(result["steps_after"] for result in results.values()))
-    for name, result in results.items():
+    once, twice = results["once"], results["twice"]
+    record_property("signals", len(once))
+    record_property("most_steps_after", max(result["steps_after"] for result in once.values()))
+    record_property("seconds_after_second", max(result["seconds"] for result in twice.values()))
+    assert len(once) == len(twice) == 8
+    for name, result in {**once, **twice}.items():
         assert result["exit_code"] == (130 if name.startswith("SIGINT") else 143), name
+    for name, result in once.items():
         assert 0 <= result["steps_after"] <= 1 and result["recorded"] == result["saved_step"] > 0, (name, result)
+    for name, result in twice.items():
+        # Nothing is saved any more, and what was is whole.
+        assert result["seconds"] < 1 and result["saved_step"] > 0 and result["steps_after"] <= 0, (name, result)
 
 
 # --- streams that close, places that cannot be written, clocks that jump ----------------------------------------------------------------
