@@ -90,12 +90,12 @@ def rows_of(batch_size: int, of_rank: int | None = None) -> slice:
     return slice(first, first + count)
 
 
-def gather_rows(tensor: Tensor, rows: slice) -> Tensor:
-    """`tensor` (B, ...) with every process' rows as that process has them."""
+def gather_rows(rows: Tensor) -> Tensor:
+    """The rows (b, ...) of all processes, in order of rank: (B, ...)."""
     if num_ranks() == 1:
-        return tensor
-    whole = torch.empty_like(tensor)
-    dist.all_gather(list(whole.chunk(num_ranks())), tensor[rows].contiguous())
+        return rows
+    whole = rows.new_empty(num_ranks() * len(rows), *rows.shape[1:])
+    dist.all_gather(list(whole.chunk(num_ranks())), rows.contiguous())
     return whole
 
 

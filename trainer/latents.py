@@ -2,7 +2,8 @@
 
 *noise*: x_0 ~ N(0, 1), noised to a random timestep. *trajectory*: start at noise and walk the sampler's timesteps
 with the teacher's own predictions, training at each. Both are functions of (seed, step); a trajectory's current
-latents are state, saved with the run. Both draw for the whole batch; of several processes, each trains on its rows.
+latents are state, saved with the run. Both draw for the whole batch; of several processes, each trains on its rows and
+holds no others.
 Legend: B batch, b rows of this process, F latent frames, C latent channels, H W latent size.
 """
 
@@ -44,16 +45,14 @@ class NoiseLatents:
                           generator=generator(self.seed, f"{self.stream}-timestep", step))
         x0 = noise(self.shape, self.seed, f"{self.stream}-x0", step)
         eps = noise(self.shape, self.seed, f"{self.stream}-noise", step)
-        x = self.scheduler.add_noise(x0, eps, t)
-        return to_device(x[self.rows], self.device), to_device(t[self.rows], self.device)
+        x = self.scheduler.add_noise(x0[self.rows], eps[self.rows], t[self.rows])
+        return to_device(x, self.device), to_device(t[self.rows], self.device)
 
     def advance(self, step: int, velocity: Tensor) -> None:
         """Noise latents have no successor."""
 
-    def gather(self) -> None:
-        """Noise latents have no state."""
-
     def state_dict(self) -> dict[str, Tensor]:
+        """Noise latents have no state."""
         return {}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
@@ -71,7 +70,7 @@ class TrajectoryLatents:
     device: torch.device
     num_steps: int
     rows: slice = field(default_factory=lambda: slice(None))
-    _latents: Tensor | None = field(default=None, init=False)  # (B, F, C, H, W); rows of other processes mean nothing here
+    _latents: Tensor | None = field(default=None, init=False)  # (b, F, C, H, W)
     _next: int = field(default=0, init=False)
 
     def __post_init__(self):
@@ -90,47 +89,38 @@ class TrajectoryLatents:
         trajectory, index = divmod(step, self.num_steps)
         if index == 0:
             start = noise(self.shape, self.seed, f"{self.stream}-start", trajectory)
-            self._latents = to_device(start, self.device) * self.scheduler.init_noise_sigma
+            self._latents = to_device(start[self.rows], self.device) * self.scheduler.init_noise_sigma
             self._next = step
         if self._latents is None or self._next != step:
             raise RuntimeError(f"{self.stream} trajectory stands at step {self._next}, not {step}: every step has to "
                                "advance it once, in order")
-        x = self._latents[self.rows]
-        return x, self._sampler.timesteps[index].expand(len(x))
+        return self._latents, self._sampler.timesteps[index].expand(len(self._latents))
 
     def advance(self, step: int, velocity: Tensor) -> None:
         """Move to the next timestep by the scheduler's own step."""
         trajectory, index = divmod(step, self.num_steps)
-        dice = generator(self.seed, f"{self.stream}-step", trajectory, index)
-        whole = velocity.float()  # (b, F, C, H, W)
-        if len(whole) < self.shape[0]:  # a stochastic scheduler draws for the whole batch too
-            whole = torch.zeros_like(self._latents)
-            whole[self.rows] = velocity.float()
-        self._latents = self._sampler.step(whole, index, self._latents, dice)
+        # A stochastic scheduler's draws are a row's own: the same, whatever process the row is in.
+        dice = [generator(self.seed, f"{self.stream}-step", trajectory, index, row)
+                for row in range(self.shape[0])[self.rows]]
+        self._latents = self._sampler.step(velocity.float(), index, self._latents, dice)
         self._next = step + 1
 
-    def gather(self) -> None:
-        """Fetch the rows of the other processes, so that `state_dict` is that of the whole batch. All must call it."""
-        if self._latents is not None:
-            self._latents = gather_rows(self._latents, self.rows)
-            if self._sampler.memory is not None:
-                self._sampler.memory = gather_rows(self._sampler.memory, self.rows)
-
     def state_dict(self) -> dict[str, Tensor]:
+        """The whole batch's. Of several processes, all must call it."""
         if self._latents is None:
             return {}
-        state = {f"{self.stream}.latents": self._latents, f"{self.stream}.next": torch.tensor(self._next)}
+        state = {f"{self.stream}.latents": gather_rows(self._latents), f"{self.stream}.next": torch.tensor(self._next)}
         if self._sampler.memory is not None:
-            state[f"{self.stream}.memory"] = self._sampler.memory
+            state[f"{self.stream}.memory"] = gather_rows(self._sampler.memory)
         return state
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         if f"{self.stream}.latents" not in state:
             raise CheckpointError(f"the checkpoint holds no {self.stream} trajectory; it was made with other --latents")
-        self._latents = state[f"{self.stream}.latents"].to(self.device)
+        self._latents = state[f"{self.stream}.latents"][self.rows].to(self.device)
         self._next = int(state[f"{self.stream}.next"])
         memory = state.get(f"{self.stream}.memory")
-        self._sampler.memory = None if memory is None else memory.to(self.device)
+        self._sampler.memory = None if memory is None else memory[self.rows].to(self.device)
 
 
 Latents = NoiseLatents | TrajectoryLatents

@@ -70,8 +70,6 @@ class TrainState:
 
     def export(self) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
         """(tensors by file, JSON state) for `checkpoint.save_checkpoint`. Of several processes, all must call it."""
-        for stream in self.latents:
-            stream.gather()
         moments, description = export_optimizer(self.optimizer, dict(self.erasers.named_parameters()))
         latents = {name: t for stream in self.latents for name, t in stream.state_dict().items()}
         tensors = {"adapter": self.erasers.state_dict(), "optimizer": moments, "latents": latents,

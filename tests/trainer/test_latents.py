@@ -57,7 +57,7 @@ def test_dpm_trajectory_equals_a_hand_written_loop_bitwise():
             assert torch.equal(seen[step][0], x), (trajectory, index)
             before = scheduler.timesteps[index - 1] if index else None
             x, old = scheduler.step(_velocity(step), old, t, before, x, return_dict=False,
-                                    generator=generator(3, "target-step", trajectory, index))
+                                    generator=[generator(3, "target-step", trajectory, index, row) for row in range(2)])
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -102,6 +102,22 @@ def test_state_resumes_in_the_middle_of_a_trajectory_bitwise(kind):
     second.load_state_dict(saved)
     for (x, t), (y, u) in zip(straight[3:], _walk(second, range(3, 8))):
         assert torch.equal(x, y) and torch.equal(t, u)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_of_a_batch_are_what_they_are_in_the_whole_and_hold_no_others(kind):
+    whole, part = _trajectory(kind), _trajectory(kind)
+    part.rows = slice(1, 2)
+    for step in range(2 * NUM_STEPS):
+        (x, _), (y, _) = whole.at(step), part.at(step)
+        assert torch.equal(x[1:], y) and y.untyped_storage().nbytes() == y.nbytes
+        whole.advance(step, _velocity(step))
+        part.advance(step, _velocity(step)[1:])
+    noises = _noise_latents()
+    x, t = noises.at(3)
+    noises.rows = slice(1, 2)
+    y, u = noises.at(3)
+    assert torch.equal(x[1:], y) and torch.equal(t[1:], u) and y.untyped_storage().nbytes() == y.nbytes
 
 
 def test_state_of_another_kind_is_refused():
