@@ -46,7 +46,10 @@ def evaluate_forgetting(run_dir: Path, config: ForgetConfig, case: Case, problem
     measure = "zero-shot" if case.embeddings is not None else f"nearest class in {_SPACES[config.encoder]} space"
     result = {"concept": case.forget, "encoder": config.encoder, "measure": measure, "chance": 1 / (1 + len(case.kept)),
               **_rows(case, found), "synonyms": None, "distance": {}, "motion": None, "num_videos": None}  # there are none
-    if case.embeddings is not None:
+    if case.embeddings is None:
+        # A perfect edit ends at the target: whether that counts as gone is a matter of where the class means lie.
+        result["target_nearest"] = assign.classes(problems[assign.layer.name].target.cpu()[None])[0]
+    else:
         before, after, other = (assign.unseen(edit) for edit in ({}, updates, closed))
         words = [w for kind in world.ATTRIBUTES.values() for name, ws in kind.items() if name in case.forget.split() for w in ws[1:]]
         result["synonyms"] = {"names": words if config.model == "shapes" else [], **_rate(before, after)}
@@ -119,8 +122,11 @@ class _Nearest:
 
     def __call__(self, updates: Mapping[str, Tensor]) -> Assigned:
         outputs = self.layer(self.case.inputs[self.layer.name][self.members], updates.get(self.layer.name))
-        chosen = torch.cdist(outputs, self.means).argmin(1).tolist()
-        return [(self.case.examples[i].name, self.names[c]) for i, c in zip(self.members, chosen)]
+        return [(self.case.examples[i].name, name) for i, name in zip(self.members, self.classes(outputs))]
+
+    def classes(self, outputs: Tensor) -> list[str]:
+        """The nearest class of each output (N, E)."""
+        return [self.names[c] for c in torch.cdist(outputs, self.means).argmin(1).tolist()]
 
 
 @torch.no_grad()

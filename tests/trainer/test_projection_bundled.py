@@ -31,7 +31,15 @@ def test_clip(tmp_path):
 
 
 def test_qwen3_vl_in_merger_space(tmp_path):
-    check(forget(tmp_path / "run", "--encoder", "qwen3-vl", "--mergers", "main", "--num-answers", "0"))
+    result = forget(tmp_path / "run", "--encoder", "qwen3-vl", "--mergers", "main", "--num-answers", "0")
+    check(result)
+    assert result["target_nearest"] not in (None, "red circle")
+
+
+def test_the_mean_of_what_is_kept_may_lie_nearest_to_what_is_forgotten(tmp_path):
+    """Then nearest-class accuracy says nothing of an edit, and the evaluation says so."""
+    result = forget(tmp_path / "run", "--encoder", "qwen3-vl", "--mergers", "main", "--num-answers", "0", "--target", "mean", "--steps", "500")
+    assert result["accepted"] and result["target_nearest"] == "red circle" and result["target"]["after"] > 0.5
 
 
 def test_the_encoders_are_small():
