@@ -22,11 +22,11 @@ from trainer.config import SHAPES, EvaluateConfig, TrainConfig, replaced
 from trainer.evaluate import evaluate
 from trainer.loop import train
 
-_TERMS = {"unlearn": (0.0, 0.0), "unlearn-loc": (1.0, 0.0), "unlearn-pre": (0.0, 1.0), "all": (1.0, 1.0)}
+_WITHOUT = {"unlearn": ("alpha", "beta"), "unlearn-loc": ("beta",), "unlearn-pre": ("alpha",), "all": ()}
 
 VARIANTS: dict[str, dict[str, Any]] = {
-    **{f"{terms}-{latents}": {"loss.alpha": alpha, "loss.beta": beta, "data.latents": latents}
-       for terms, (alpha, beta) in _TERMS.items() for latents in ("trajectory", "noise")},
+    **{f"{terms}-{latents}": {f"loss.{weight}": 0.0 for weight in without} | {"data.latents": latents}
+       for terms, without in _WITHOUT.items() for latents in ("trajectory", "noise")},
     **{f"eta-{eta}": {"loss.eta": float(eta)} for eta in (1, 3, 5, 7)},
     **{f"rank-{rank}": {"optim.rank": rank} for rank in (4, 8, 16, 32, 64)},
     "anchor-empty": {"loss.anchor": "empty"},

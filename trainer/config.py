@@ -247,6 +247,7 @@ SHAPES = {
     "data.batch_size": 8,
     "data.trajectory_steps": 8,
     "loss.eta": 4.0,
+    "loss.beta": 3.0,
     "optim.rank": 32,
     "optim.steps": 400,
     "optim.lr": 3e-3,
