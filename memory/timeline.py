@@ -108,6 +108,13 @@ class Trace:
                 if event >= 0:
                     yield span.phase, total, live
 
+    def peaks(self) -> dict[str, int]:
+        """Largest sum of live device bytes by phase; "load" is what stands throughout."""
+        by_phase: dict[str, int] = {}
+        for phase, total, _ in self.timeline():
+            by_phase[phase] = max(by_phase.get(phase, 0), total)
+        return by_phase
+
     def prediction(
         self,
         *,

@@ -10,12 +10,15 @@ from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_leaves
 
+from memory.allocator import round_request
 from memory.assess import MARGIN, Assessment, PhaseNeed, Workload, assess
 from memory.cards import GIB, Card, card_names, lookup
 from memory.offload import offload_blocks
 from memory.plan import MemoryPlan
 from memory.search import SEARCHED, SearchResult, search
+from memory.simulate import recording
 from memory.timeline import Trace
 from trainer.assemble import open_backbone, resolve_dtype, video_size
 from trainer.backbones import published
@@ -202,28 +205,40 @@ def _sampling_bytes(backbone: CogVideoX, dtype: torch.dtype, shape: tuple[int, .
 def _decoding_bytes(backbone: CogVideoX, dtype: torch.dtype, frames: int, shape: tuple[int, ...]) -> int:
     """The autoencoder and one video through it, in tiles as on a card.
 
-    All tiles are alike, so one is decoded; where the others would be, as much is allocated as that one needed.
+    A tile goes through in a few calls that are alike but for the first, and so are tiles: two calls are decoded. Where the
+    others would be, as much is allocated as those needed and kept for the next call, by area.
     """
-    ratio, num_frames = backbone.temporal_ratio, (frames - 1) // backbone.temporal_ratio + 1
+    num_frames = (frames - 1) // backbone.temporal_ratio + 1
     with FakeTensorMode(), torch.no_grad():
         vae = backbone.fake_vae(dtype=dtype)
         enable_tiles(vae)
-        weights = sum(p.nbytes for p in vae.parameters())
-        latents = torch.empty(1, shape[1], num_frames, *shape[2:], dtype=dtype)  # (B, C, F, H, W)
-        if shape[2] <= vae.tile_latent_min_height and shape[3] <= vae.tile_latent_min_width:
-            return weights + peak_beyond([vae], lambda: vae.decode(latents))
-        tile = latents[..., :vae.tile_latent_min_height, :vae.tile_latent_min_width]
-        # Frames go through in pairs, three first if they are odd; what is carried from one to the next is full by then.
-        tile = tile[:, :, :min(num_frames, 4 + num_frames % 2)]
-        scratch = peak_beyond([vae], lambda: vae.decode(tile))
+        height, width = min(shape[2], vae.tile_latent_min_height), min(shape[3], vae.tile_latent_min_width)
+        first, later = (torch.empty(1, shape[1], count, height, width, dtype=dtype)  # (B, C, F, H, W)
+                        for count in (2 + num_frames % 2, 2))
+        with recording() as recorder:
+            recorder.adopt([*vae.parameters(), *vae.buffers(), first, later], "weights")
+            with recorder.phase("first"):
+                cache = vae.decoder(first)[1]
+            kept = [sum(round_request(leaf.nbytes) for leaf in tree_leaves(cache))]
+            with recorder.phase("later"):
+                cache = vae.decoder(later, conv_cache=cache)[1]
+            kept += [sum(round_request(leaf.nbytes) for leaf in tree_leaves(cache))]
+            del cache
+        peaks = recorder.trace().peaks()
+        needs = peaks["first"] - peaks["load"], peaks["later"] - peaks["load"] - kept[0]
 
-        def stand_in(tile: torch.Tensor, **_: object) -> tuple[torch.Tensor, None]:
-            torch.empty(scratch, dtype=torch.uint8)
-            made = ratio * tile.shape[2] - (ratio - 1) * (tile.shape[2] % 2)
-            return torch.empty(1, 3, made, *(side * backbone.spatial_ratio for side in tile.shape[3:]), dtype=dtype), None
+        def stand_in(tile: torch.Tensor, *, conv_cache: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+            area, call = tile.shape[3] * tile.shape[4] / (height * width), conv_cache is not None
+            torch.empty(int(needs[call] * area), dtype=torch.uint8)
+            made = backbone.temporal_ratio * tile.shape[2] - (backbone.temporal_ratio - 1) * (tile.shape[2] % 2)
+            decoded = torch.empty(1, 3, made, *(side * backbone.spatial_ratio for side in tile.shape[3:]), dtype=dtype)
+            return decoded, torch.empty(int(kept[call] * area), dtype=torch.uint8)
 
         vae.decoder.forward = stand_in
-        return weights + peak_beyond([vae], lambda: vae.decode(latents))
+        for name in ("blend_v", "blend_h"):  # row by row, all alike
+            setattr(vae, name, lambda above, below, extent, blend=getattr(vae, name): blend(above, below, min(extent, 1)))
+        video = torch.empty(1, shape[1], num_frames, *shape[2:], dtype=dtype)
+        return sum(p.nbytes for p in vae.parameters()) + peak_beyond([vae], lambda: vae.decode(video))
 
 
 def verdict(found: Forecast) -> str:

@@ -89,8 +89,8 @@ def peak_beyond(adopt: list[torch.nn.Module], run: Callable[[], object]) -> int:
     with recording() as recorder:
         recorder.adopt([t for model in adopt for t in (*model.parameters(), *model.buffers())], "weights")
         run()
-    trace = recorder.trace()
-    return trace.prediction().peak_bytes - sum(trace.storages[i].num_bytes for i in trace.standing)
+    peaks = recorder.trace().peaks()
+    return max(peaks.values()) - peaks["load"]
 
 
 def _with_8bit_state(trace: Trace) -> Trace:
