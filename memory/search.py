@@ -330,11 +330,10 @@ class _Search:
             if plan.resident_blocks is None:
                 picks.setdefault("all resident", candidate)
             if best is not None:
-                for name in ("boundaries", "feed_forward_chunks", "resident_blocks"):
-                    if dataclasses.replace(plan, **{name: getattr(best.plan, name)}) == best.plan and plan != best.plan:
-                        picks.setdefault(name, candidate)
-                both = {name: getattr(best.plan, name) for name in ("num_keep_attention", "num_keep_everything")}
-                if dataclasses.replace(plan, **both) == best.plan:
+                different = {name for name in MemoryPlan.__dataclass_fields__ if getattr(plan, name) != getattr(best.plan, name)}
+                if different in ({"boundaries"}, {"feed_forward_chunks"}, {"resident_blocks"}):
+                    picks.setdefault(*different, candidate)
+                if different <= {"num_keep_attention", "num_keep_everything"}:
                     picks["keep more"] = candidate  # the last one is the nearest
         misses = {candidate.plan: self._assess(candidate, limits) for candidate in picks.values()}
         return sorted((miss for miss in misses.values() if not miss.fits), key=lambda miss: miss.needed_bytes)

@@ -82,6 +82,12 @@ def test_the_chosen_plan_is_the_fastest_that_fits_and_its_prediction_that_of_a_f
         assert not again.fits and again.reason == miss.reason
 
 
+@pytest.mark.parametrize("mib", [520, 560])
+def test_a_plan_that_keeps_nearly_everything_is_compared_with_none_checkpointed(workload, mib):
+    result = plan_for(workload, mib)
+    assert result.best.plan.num_keep_attention > 0 and "none" in {miss.plan.checkpoint for miss in result.near_misses}
+
+
 def test_fixed_settings_are_kept(workload):
     base = MemoryPlan(resident_blocks=4, num_keep_attention=3)
     result = plan_for(workload, 4096, base=base, fixed={"resident_blocks", "num_keep_attention"})
