@@ -119,6 +119,20 @@ ROWS = {
                "tests/trainer/test_monitor.py::test_a_crash_of_the_monitor_is_a_warning",
                f"{_RUNS}::test_streams_that_nobody_reads_end_without_a_traceback", f"{_RUNS}::test_a_full_disk_behind_stdout_is_said",
                f"{_RUNS}::test_a_clock_that_jumps_changes_nothing")),
+    "places": Row(
+        test="places that cannot be written, before and in the middle of a run; a card or NVML that vanishes (emulated)",
+        target="code 6 and one line that says where; older checkpoints stay; the monitor goes on",
+        nodes=(f"{_RUNS}::test_a_directory_that_becomes_read_only_costs_the_run_but_no_checkpoint",
+               f"{_RUNS}::test_places_that_cannot_be_written_end_with_a_word",
+               "tests/trainer/test_config.py::test_a_place_is_refused_before_anything_is_loaded",
+               "tests/trainer/test_doctor.py::test_a_lost_card_ends_training_in_one_line",
+               "tests/trainer/test_monitor.py::test_a_card_that_vanishes_leaves_the_monitor_running",
+               "tests/memory/test_meter.py::test_a_lost_card_does_not_end_the_run", "tests/memory/test_meter.py::test_a_sensor_that_fails_is_left_out",
+               "tests/memory/test_exhaustion.py::test_a_lost_card_is_told_from_a_bug")),
+    "processes": Row(
+        test="two processes (gloo): losses; a signal, a NaN, a full disk or the death of one; torchrun --max-restarts",
+        target="losses of one process to 1e-4; all end with the same code and a valid checkpoint; goes on by itself, bitwise",
+        nodes=("tests/trainer/test_distributed.py",)),
 }
 
 

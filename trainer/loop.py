@@ -35,7 +35,7 @@ from trainer.memory_file import keep_forecast
 from trainer.monitor import read_memory, watch
 from trainer.prompts import collect
 from trainer.recovery import Rescue
-from trainer.run_directory import make_run_directory, write_config
+from trainer.run_directory import make_run_directory, require_place, write_config
 from trainer.samples import Sampling
 from trainer.signals import StopFlag
 from trainer.state import TrainState, learning_rate
@@ -57,6 +57,8 @@ def train(config: TrainConfig, origins: Mapping[str, str], *, resume: Path | Non
                          "use batched or sequential")
     if config.memory.backbone_copies != 1 or config.memory.text_encoder_resident:
         raise UsageError("--backbone-copies 2 and --text-encoder-resident exist for planning and benchmarks only")
+    if not resume:
+        on_main(require_place, config)
     backbone = open_backbone(config.model)
     shape = (config.data.batch_size, *backbone.latent_shape(*video_size(backbone, config.model)))
     prompts = collect(config.data, bundled=config.model.model == "shapes")

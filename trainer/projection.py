@@ -29,7 +29,7 @@ from trainer.projection_evaluate import evaluate_forgetting
 from trainer.projection_health import conclude, examine, keep_findings
 from trainer.projection_memory import keep_prediction, predict_step
 from trainer.projection_problem import Problem, make_problem, prepare
-from trainer.run_directory import make_run_directory, write_config
+from trainer.run_directory import make_run_directory, require_place, write_config
 from trainer.signals import StopFlag
 
 logger = logging.getLogger(__name__)
@@ -151,6 +151,8 @@ def forget(config: ForgetConfig, origins: Mapping[str, str], *,
     Raises UsageError for input that cannot work, NonFinite before any weight is touched, Interrupted after saving.
     """
     device, started = resolve_device(config.device), time.monotonic()
+    if not resume:
+        require_place(replaced(TrainConfig(), {"output.out": config.out}))
     meter = Meter(device)
     clock = PhaseClock(device, on_phase=meter.turn_to)
     case = meter.phase("encode")(prepare)(config, device)

@@ -1,5 +1,6 @@
 """A run's directory and what identifies it."""
 
+import errno
 import json
 import os
 import re
@@ -13,22 +14,35 @@ from trainer.errors import CheckpointError, InputOutputError, UsageError
 CONFIG = "config.json"
 
 
+def require_place(config: TrainConfig) -> None:
+    """Refuse an --out that holds a run or cannot be written, as far as that can be told without writing: before minutes of loading."""
+    out = config.output.out
+    place = Path("runs") if out is None else out
+    if out is not None and (out / CONFIG).exists():
+        raise CheckpointError(f"{out} holds a run already; go on with it by --resume {out}, or choose another --out")
+    there = next(p for p in (place, *place.absolute().parents) if p.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        raise _cannot_write(out, os.strerror(errno.EACCES if there.is_dir() else errno.ENOTDIR))
+
+
+def _cannot_write(out: Path | None, reason: str | None) -> InputOutputError:
+    where = f"--out {out}" if out else "runs/ in this directory"
+    return InputOutputError(f"{where}: cannot be written ({reason}); choose another directory" + ("" if out else " with --out"))
+
+
 def make_run_directory(config: TrainConfig) -> Path:
     """The directory of a new run: --out, or the next free runs/<concept>-<number>. A directory in use is refused."""
+    require_place(config)
     out = config.output.out
     try:
         if out is None:
             return _new_directory(config.data.concept)
         out.mkdir(parents=True, exist_ok=True)
-        if (out / CONFIG).exists():
-            raise CheckpointError(f"{out} holds a run already; go on with it by --resume {out}, or choose another --out")
         probe = out / ".probe"
         probe.touch()
         probe.unlink()
     except OSError as e:
-        where = f"--out {out}" if out else "runs/ in this directory"
-        raise InputOutputError(f"{where}: cannot be written ({e.strerror}); choose another directory"
-                               + ("" if out else " with --out")) from e
+        raise _cannot_write(out, e.strerror) from e
     return out
 
 

@@ -3,6 +3,7 @@
     python tests/faults/run_victim.py kills DIR NUM_STEPS NUM_KILLS SEED     killed at random moments, so many times
     python tests/faults/run_victim.py soak DIR NUM_STEPS EVERY SEED          killed at random about every so many steps
     python tests/faults/run_victim.py signals DIR                            SIGINT and SIGTERM in every phase
+    python tests/faults/run_victim.py readonly DIR                           checkpoints' directory is made read-only in mid-run
     python tests/faults/run_victim.py leak DIR NUM_STEPS                     memory of the process and its tensors, step by step
 
 Each prints one JSON object; test_run_faults.py says what it must hold.
@@ -36,7 +37,7 @@ from trainer import checkpoint, loop, losses, samples
 from trainer.checkpoint import latest_checkpoint
 from trainer.config import TrainConfig, replaced
 from trainer.eraser_files import load_eraser
-from trainer.errors import Interrupted
+from trainer.errors import InputOutputError, Interrupted
 from trainer.loop import train
 from trainer.metrics import MetricsLog, read_metrics
 from trainer.run_directory import CONFIG
@@ -229,6 +230,46 @@ def signals(directory: Path) -> dict[str, Any]:
                       for number, name in both.items()}}
 
 
+# --- a directory that is read-only from now on -----------------------------------------------------------------------------------------
+
+NOBODY = 65534
+
+
+def readonly(directory: Path) -> dict[str, Any]:
+    """A run that saves every step; after its second checkpoint nothing more can be written beside it."""
+    build(directory)
+    base = config_of(directory, "readonly", 12)
+    config = replace(base, output=replace(base.output, save_every=1))
+
+    def work() -> int:
+        if os.geteuid() == 0:  # root may write anywhere
+            for path in (directory, *directory.rglob("*")):
+                os.chown(path, NOBODY, NOBODY)
+            os.setgroups([])
+            os.setgid(NOBODY)
+            os.setuid(NOBODY)
+        save = loop.Saver.save
+
+        def saved(saver: Any, step: int, **content: Any) -> Path | None:
+            path = save(saver, step, **content)
+            if step == 2:
+                path.parent.chmod(0o555)
+            return path
+
+        loop.Saver.save = saved
+        try:
+            train(config, {})
+        except InputOutputError as e:
+            (directory / "said").write_text(str(e))
+            return e.exit_code
+        return 0
+
+    code = finished(forked(work))
+    return {"exit_code": code, "saved_step": latest_checkpoint(config.output.out, rename_bad=False).step,
+            "said": (directory / "said").read_text() if code else "", "recorded": len(read_metrics(config.output.out)),
+            "files": sorted(path.name for path in (config.output.out / "ckpt").iterdir())}
+
+
 # --- leaks ------------------------------------------------------------------------------------------------------------------------------
 
 
@@ -266,5 +307,5 @@ if __name__ == "__main__":
     programs = {
         "kills": lambda d, steps, count, seed: killed(d, steps, seed, steps_between=SAVE_EVERY, num_kills=count),
         "soak": lambda d, steps, every, seed: killed(d, steps, seed, steps_between=every, num_kills=None),
-        "signals": signals, "leak": leak}
+        "signals": signals, "readonly": readonly, "leak": leak}
     print(json.dumps(programs[command](Path(place), *values)))

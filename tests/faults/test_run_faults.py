@@ -76,6 +76,14 @@ def test_a_signal_in_any_phase_saves_and_ends_and_a_second_one_leaves_at_once(in
         assert result["seconds"] < 1 and result["saved_step"] > 0 and result["steps_after"] <= 0, (name, result)
 
 
+@pytest.mark.slow
+def test_a_directory_that_becomes_read_only_costs_the_run_but_no_checkpoint(in_memory):
+    result = victim("readonly", in_memory)
+    assert result["exit_code"] == 6 and "failure 3 of 3" in result["said"] and "Permission denied" in result["said"]
+    assert result["saved_step"] == 2 and result["files"] == ["step-000001", "step-000002"]
+    assert result["recorded"] == 5  # it went on for two more intervals
+
+
 # --- streams that close, places that cannot be written, clocks that jump ----------------------------------------------------------------
 
 
@@ -96,6 +104,14 @@ def _run(command: str) -> tuple[int, str]:
 def test_streams_that_nobody_reads_end_without_a_traceback(command, code):
     found, said = _run(command)
     assert found == code and "Traceback" not in said and "Exception ignored" not in said, said
+
+
+@pytest.mark.skipif(not Path("/sys/kernel").is_dir(), reason="needs a place that even root cannot write")
+@pytest.mark.parametrize("command", [
+    pytest.param("RUN --out /sys/red", marks=pytest.mark.slow), "RUN forget --out /sys/red", "RUN generate --no-eraser --prompt 'a red circle' --out /sys/x.mp4"])
+def test_places_that_cannot_be_written_end_with_a_word(command):
+    code, said = _run(command)
+    assert code == 6 and said.startswith("error: ") and "cannot be written" in said and said.count("\n") == 1, said
 
 
 def test_a_full_disk_behind_stdout_is_said():

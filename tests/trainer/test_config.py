@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import typing
 from pathlib import Path
 from typing import Literal
@@ -11,9 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from memory.plan import PlanError
+from trainer import loop
 from trainer.cli import resolve
 from trainer.config import SHAPES, TrainConfig, as_json, from_json, leaves, read_toml, replaced
-from trainer.errors import CheckpointError, UsageError
+from trainer.errors import CheckpointError, InputOutputError, UsageError
 from trainer.run_directory import make_run_directory, read_config, write_config
 
 
@@ -174,6 +176,24 @@ def test_directory_with_a_run_is_refused(tmp_path):
     write_config(make_run_directory(config), config, {})
     with pytest.raises(CheckpointError, match="holds a run already; go on with it by --resume"):
         make_run_directory(config)
+
+
+def test_a_place_is_refused_before_anything_is_loaded(tmp_path, monkeypatch):
+    def load(*_):
+        raise AssertionError("loaded")
+
+    def refused(out, error, match):
+        with pytest.raises(error, match=match):
+            loop.train(replaced(TrainConfig(), {"output.out": out}), {})
+
+    monkeypatch.setattr(loop, "open_backbone", load)
+    (tmp_path / "file").touch()
+    refused(tmp_path / "file" / "b", InputOutputError, "Not a directory")
+    (tmp_path / "config.json").touch()
+    refused(tmp_path, CheckpointError, "holds a run already")
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # what anybody but root is told of a directory of others
+    refused(tmp_path / "a" / "b", InputOutputError, "--out .*: cannot be written .Permission denied.; choose another directory")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "file"]
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"config": 3}', '{"config": {"optim": {"rnak": 3}}}',
