@@ -8,8 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from memory.cards import GIB, Card
-from memory.plan import MemoryPlan, resolve_keeps
-from memory.sharding import NUM_BUFFERS
+from memory.plan import SHARDING_BUFFERS, MemoryPlan, resolve_keeps
 from memory.timeline import Prediction, Trace
 from memory.timing import Load, StepTime, add_loads, load_of, step_time
 
@@ -40,7 +39,9 @@ class Workload:
     """`trace(plan, num_blocks)`: one step of the model cut to `num_blocks` blocks under `plan`, on fake tensors, with
     the blocks watched and all that stands declared (`Recorder.adopt_model`). Any dtype conversion already done."""
     phases: Callable[[MemoryPlan], Sequence[PhaseNeed]] = lambda plan: ()
-    """The other phases of the run under a plan."""
+    """The other phases of the run under a plan; what `memory.search` sets on its own account does not matter to them."""
+    prepare: Callable[[Sequence[tuple[MemoryPlan, int]]], None] = lambda wanted: None
+    """Is told which traces a search will ask for, most of them and in about this order; empty: no more."""
     host_bytes: int = 3 * GIB
     """What the process takes of the host besides: interpreter, libraries, CUDA's own (assumed)."""
 
@@ -88,10 +89,9 @@ class OtherPhases:
 
 
 def other_phases(
-    workload: Workload, plan: MemoryPlan, *, standing_bytes: int, workspace_bytes: int, masters_bytes: int
+    needs: Sequence[PhaseNeed], *, standing_bytes: int, workspace_bytes: int, masters_bytes: int
 ) -> OtherPhases:
     """The needs of all phases but the step. `standing_bytes`: what the plan leaves on the device between steps."""
-    needs = workload.phases(plan)
     by_phase = {
         need.name: need.device_bytes + (standing_bytes if need.with_backbone else workspace_bytes) for need in needs
     }
@@ -110,8 +110,7 @@ def assess_trace(
     workspace = limits.card.cublas_workspace_bytes
     prediction = trace.prediction(workspace_bytes=workspace, expandable_segments=expandable_segments)
     others = other_phases(
-        workload,
-        plan,
+        workload.phases(plan),
         standing_bytes=prediction.by_phase["load"],
         workspace_bytes=workspace,
         masters_bytes=prediction.pinned_bytes,
@@ -168,7 +167,7 @@ def assess_in_full(
     streamed_bytes = trace.standing_bytes("weights", "pinned")
     if plan.num_shards > 1:  # what the other cards hold comes over the same link; blocks are alike
         streamed = workload.num_blocks
-        block_bytes = trace.standing_bytes("transfer buffers", "device") // min(NUM_BUFFERS, streamed)
+        block_bytes = trace.standing_bytes("transfer buffers", "device") // min(SHARDING_BUFFERS, streamed)
         streamed_bytes = streamed * block_bytes * (plan.num_shards - 1) // plan.num_shards
     time = step_time(
         between,

@@ -22,6 +22,10 @@ GuidanceMode = Literal["batched", "sequential", "none"]
 Keep = Literal["inputs", "attention", "everything"]
 
 
+SHARDING_BUFFERS = 3
+"""Whole blocks on a device at a time under sharding: the one that runs, the buffer it was gathered in, the next one ahead."""
+
+
 class PlanError(ValueError):
     """A plan that contradicts itself or the model. The message names the field and what would work."""
 

@@ -96,7 +96,7 @@ class _Variant:
 
     def candidates(self, plans: Sequence[MemoryPlan], residents: Sequence[int | None]) -> Iterator[_Candidate]:
         """Every plan with every number of resident blocks, as far as the recipe knows it."""
-        standing = {}
+        standing, needs = {}, self.workload.phases(self.base)
         for plan in plans:
             keeps = resolve_keeps(plan, self.recipe.num_blocks)
             try:
@@ -110,8 +110,7 @@ class _Variant:
                 device, host = standing[num_resident]
                 chosen = dataclasses.replace(plan, resident_blocks=num_resident)
                 others = other_phases(
-                    self.workload,
-                    chosen,
+                    needs,
                     standing_bytes=device,
                     workspace_bytes=self.workspace,
                     masters_bytes=host + slabs,
@@ -175,6 +174,14 @@ class _Search:
         self._assessed: dict[MemoryPlan, Assessment] = {}
 
     def run(self, limits: Limits) -> SearchResult:
+        """The search; see `search`."""
+        self.workload.prepare(self._wanted())
+        try:
+            return self._run(limits)
+        finally:
+            self.workload.prepare(())
+
+    def _run(self, limits: Limits) -> SearchResult:
         candidates: list[_Candidate] = []
         for variant in self._variants():
             found = list(self._candidates_of(variant, limits))
@@ -211,6 +218,19 @@ class _Search:
     def _trace(self, plan: MemoryPlan, num_blocks: int) -> tuple[Trace, Sequence[str]]:
         self.num_traces += 1
         return self.workload.trace(plan, num_blocks), resolve_keeps(plan, num_blocks)
+
+    def _wanted(self) -> list[tuple[MemoryPlan, int]]:
+        """The traces that `_variants` will ask for, if all goes well and nothing is settled early."""
+        if self.workload.num_blocks <= _SHORT + 2:
+            return []  # all of them full, and short
+        wanted = []
+        for fields in self._savings():
+            plan = self._resident(dataclasses.replace(self.base, **fields))
+            wanted.append((plan, _SHORT))
+            if not fields or self._keeps_fixed():
+                wanted.append((plan, _SHORT + 1))
+            wanted += [] if self._keeps_fixed() else self._kept(plan)
+        return wanted
 
     def _recipe(self, plan: MemoryPlan) -> Recipe:
         """Of a plan that leaves everything on the device: from two short traces, if its blocks are all alike."""
@@ -252,12 +272,15 @@ class _Search:
         """Short traces of the other things that blocks may keep; with boundaries on the host neighbours matter too."""
         if self._keeps_fixed():
             return
+        for kept, num_blocks in self._kept(self._resident(plan)):
+            recipe.learn(*self._trace(kept, num_blocks))
+
+    @staticmethod
+    def _kept(plan: MemoryPlan) -> list[tuple[MemoryPlan, int]]:
         layouts = [(_SHORT, _SHORT, 0), (_SHORT, 0, _SHORT)]
         if plan.boundaries == "host":
             layouts = [(_SHORT, _SHORT, 0), (8, 4, 0)]
-        for num_blocks, num_attention, num_everything in layouts:
-            kept = dataclasses.replace(plan, num_keep_attention=num_attention, num_keep_everything=num_everything)
-            recipe.learn(*self._trace(self._resident(kept), num_blocks))
+        return [(dataclasses.replace(plan, num_keep_attention=a, num_keep_everything=e), num_blocks) for num_blocks, a, e in layouts]
 
     @staticmethod
     def _resident(plan: MemoryPlan) -> MemoryPlan:

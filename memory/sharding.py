@@ -23,7 +23,6 @@ from memory.patching import Handle, require_modules
 from memory.plan import PlanError
 from memory.streams import resolve_device
 
-NUM_BUFFERS = 3  # whole blocks on a device at a time: the one that runs, the buffer it was gathered in, the next one ahead
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
     """A sharded parameter gathered from all processes, which must all call this; any other tensor as it is."""

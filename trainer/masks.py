@@ -16,7 +16,7 @@ from trainer.backbones.cogvideox import CogVideoX
 from trainer.errors import UsageError
 from trainer.prompts import PromptSet
 
-_CHUNK_BYTES = 16 * 2**20
+_CHUNK_BYTES = 64 * 2**20
 
 
 def attention_with_lse(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:

@@ -23,6 +23,7 @@ from memory.timeline import Trace
 from trainer.assemble import open_backbone, resolve_dtype, video_size
 from trainer.backbones import published
 from trainer.backbones.cogvideox import CogVideoX, enable_tiles
+from trainer.beside import Beside
 from trainer.config import ModelConfig, TrainConfig
 from trainer.distributed import num_ranks
 from trainer.errors import DoesNotFit, UsageError
@@ -82,19 +83,22 @@ def workload(config: TrainConfig, *, num_cards: int | None = None) -> Workload:
     if config.memory.guidance == "none":
         raise UsageError("--guidance none: training needs the anchor's prediction beside the prompt's; "
                          "use batched or sequential")
-    what = replace(config, memory=MemoryPlan(), output=replace(config.output, out=None))
+    what = (backbone, replace(config, memory=MemoryPlan(), output=replace(config.output, out=None)), num_cards or num_ranks())
+    traces = _traces.setdefault(what, {})
+    beside = Beside(lambda wanted: rehearse(*what[:2], wanted[0], num_blocks=wanted[1], num_cards=what[2]))
+
+    def trace(*wanted: Any) -> Trace:
+        if wanted not in traces:
+            traces[wanted] = beside(wanted)
+        return traces[wanted]
+
     return Workload(
-        model=config.model.model, num_blocks=backbone.num_blocks,
-        trace=lambda plan, num_blocks: _trace(backbone, what, plan, num_blocks, num_cards or num_ranks()),
-        phases=lambda plan: _phases(backbone, config, plan))
+        model=config.model.model, num_blocks=backbone.num_blocks, trace=trace, phases=lambda plan: _phases(backbone, config, plan),
+        prepare=lambda wanted: beside.start([w for w in wanted if w not in traces]))
 
 
 _opened: Callable[[ModelConfig], CogVideoX] = lru_cache(maxsize=8)(open_backbone)
-
-
-@lru_cache(maxsize=128)
-def _trace(backbone: CogVideoX, config: TrainConfig, plan: MemoryPlan, num_blocks: int, num_cards: int) -> Trace:
-    return rehearse(backbone, config, plan, num_blocks=num_blocks, num_cards=num_cards)
+_traces: dict[tuple[CogVideoX, TrainConfig, int], dict[tuple[MemoryPlan, int], Trace]] = {}
 
 
 def _dtype_name(config: TrainConfig) -> str:
@@ -156,8 +160,7 @@ def _phases(backbone: CogVideoX, config: TrainConfig, plan: MemoryPlan) -> tuple
     guided = config.output.guidance_scale != 1.0 and plan.guidance == "batched"
     adapter_bytes = 4 * backbone.num_blocks * 2 * backbone.width * config.optim.rank
     return (
-        PhaseNeed(name="encode prompts", device_bytes=_encoding_bytes(backbone, dtype), with_backbone=False,
-                  host_bytes=_text_encoder_bytes(backbone, dtype)),
+        PhaseNeed(name="encode prompts", with_backbone=False, **_encoding_bytes(backbone, dtype)),
         PhaseNeed(name="sample", device_bytes=_sampling_bytes(backbone, dtype, shape, 1 + guided), with_backbone=True),
         PhaseNeed(name="decode", device_bytes=_decoding_bytes(backbone, dtype, frames, shape), with_backbone=True),
         PhaseNeed(name="save", device_bytes=0, with_backbone=True, host_bytes=3 * adapter_bytes),  # with both moments
@@ -174,22 +177,18 @@ def _transformer_bytes(backbone: CogVideoX, dtype: torch.dtype) -> int:
 
 
 @lru_cache(maxsize=8)
-def _text_encoder_bytes(backbone: CogVideoX, dtype: torch.dtype) -> int:
-    with FakeTensorMode():
-        return sum(p.nbytes for p in backbone.fake_text_encoder(dtype=dtype).parameters())
-
-
-@lru_cache(maxsize=8)
-def _encoding_bytes(backbone: CogVideoX, dtype: torch.dtype) -> int:
-    """A batch of prompts through the text encoder, its blocks streaming through two buffers."""
+def _encoding_bytes(backbone: CogVideoX, dtype: torch.dtype) -> dict[str, int]:
+    """A batch of prompts through the text encoder, its blocks streaming through two buffers: `PhaseNeed`'s figures."""
     with FakeTensorMode(), torch.no_grad():
-        encoder = backbone.fake_text_encoder(dtype=dtype)
+        encoder = backbone.fake_text_encoder(dtype=dtype, num_blocks=3)  # the others are like the last of them
+        more = (backbone.num_text_blocks() - 3) * sum(p.nbytes for p in encoder.encoder.block[-1].parameters())
         offload = offload_blocks(encoder.encoder.block, device="cpu")
         ids = torch.zeros(_PROMPT_BATCH, backbone.text_length, dtype=torch.int64)
         beyond = peak_beyond([encoder], lambda: encoder(ids))
         streamed = {id(p) for p in encoder.encoder.block.parameters()}
         standing = sum(p.nbytes for p in encoder.parameters() if id(p) not in streamed)
-        return beyond + standing + sum(b.nbytes for b in offload.device_buffers)
+        return {"device_bytes": beyond + standing + sum(b.nbytes for b in offload.device_buffers),
+                "host_bytes": sum(p.nbytes for p in encoder.parameters()) + more}
 
 
 @lru_cache(maxsize=8)

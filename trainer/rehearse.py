@@ -13,8 +13,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from memory.optimizers import BLOCK_NUMEL_8BIT, MIN_8BIT_NUMEL, make_optimizer
-from memory.plan import MemoryPlan, apply_plan
-from memory.sharding import NUM_BUFFERS
+from memory.plan import SHARDING_BUFFERS, MemoryPlan, apply_plan
 from memory.simulate import BACKWARD, FORWARD, OPTIMIZER, Storage, Trace, recording
 from trainer.assemble import resolve_dtype, video_size
 from trainer.backbones import Predict
@@ -46,7 +45,7 @@ def rehearse(backbone: CogVideoX, config: TrainConfig, plan: MemoryPlan, *, num_
     preserved = make_latents(config, backbone.scheduler(), shape, "preserved", device) if config.loss.beta > 0 else None
     for stream in filter(None, (latents, preserved)):
         stream.rows = slice(shape[0] // num_cards)
-    applicable = plan if plan.num_shards == 1 else replace(plan, num_shards=1, resident_blocks=0, offload_buffers=NUM_BUFFERS)
+    applicable = plan if plan.num_shards == 1 else replace(plan, num_shards=1, resident_blocks=0, offload_buffers=SHARDING_BUFFERS)
     with FakeTensorMode(allow_non_fake_inputs=True):
         transformer = backbone.fake_transformer(dtype=dtype, num_blocks=num_blocks)
         blocks = backbone.blocks(transformer)
@@ -62,8 +61,8 @@ def rehearse(backbone: CogVideoX, config: TrainConfig, plan: MemoryPlan, *, num_
                           columns=columns, latents=latents, preserved_latents=preserved, seed=0,
                           guidance=plan.guidance, trajectory_guidance=config.data.trajectory_guidance)
         optimizer = make_optimizer(erasers.parameters(), kind="adamw", lr=config.optim.lr)
-        extra = [backbone.fake_transformer(dtype=dtype)] * (plan.backbone_copies - 1)
-        extra += [backbone.fake_text_encoder(dtype=dtype)] * plan.text_encoder_resident
+        extra = [backbone.fake_transformer(dtype=dtype) for _ in range(plan.backbone_copies - 1)]
+        extra += [backbone.fake_text_encoder(dtype=dtype) for _ in range(plan.text_encoder_resident)]
         with recording() as recorder, ExitStack() as stack:
             recorder.adopt_model(transformer, blocks, applied)
             recorder.adopt([embeddings.table], "other")

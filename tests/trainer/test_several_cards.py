@@ -7,8 +7,7 @@ import pytest
 
 from memory.assess import assess
 from memory.cards import lookup
-from memory.plan import MemoryPlan
-from memory.sharding import NUM_BUFFERS
+from memory.plan import SHARDING_BUFFERS, MemoryPlan
 from trainer import cli
 from trainer.assemble import open_backbone
 from trainer.errors import UsageError
@@ -33,7 +32,7 @@ def traced(tiny_config):
 
 
 def test_each_card_holds_its_part_and_a_few_whole_blocks(traced):
-    whole, streamed = traced(4), traced(4, resident_blocks=0, offload_buffers=NUM_BUFFERS)
+    whole, streamed = traced(4), traced(4, resident_blocks=0, offload_buffers=SHARDING_BUFFERS)
     sharded = traced(4, num_shards=4)
     blocks = streamed.standing_bytes("weights", "pinned")
     rest = whole.standing_bytes("weights", "device") - sum(
@@ -41,7 +40,7 @@ def test_each_card_holds_its_part_and_a_few_whole_blocks(traced):
     assert sharded.standing_bytes("weights", "pinned") == 0
     assert sharded.standing_bytes("weights", "device") == rest + blocks // 4
     buffers = sharded.standing_bytes("transfer buffers", "device")
-    assert buffers == streamed.standing_bytes("transfer buffers", "device") == NUM_BUFFERS * blocks // NUM_BLOCKS
+    assert buffers == streamed.standing_bytes("transfer buffers", "device") == SHARDING_BUFFERS * blocks // NUM_BLOCKS
     assert sharded.prediction().peak_bytes < whole.prediction().peak_bytes
 
 

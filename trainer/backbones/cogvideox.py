@@ -6,6 +6,7 @@ Legend: B batch, F latent frames, C latent channels, H W latent size, L text tok
 import hashlib
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -38,10 +39,10 @@ class CogVideoX:
             self._config = _read_config(self.directory, "transformer")
             self._vae_config = _read_config(self.directory, "vae")
             self.native_dtype = _stored_dtype(self.directory / "transformer")
-        with torch.device("meta"):
-            self._meta = self._build_transformer()
-        c = self._meta.config
-        self.num_blocks = c.num_layers
+        with torch.device("meta"):  # for its configuration with all defaults; one block is built in a moment
+            c = self._build_transformer(num_layers=1).config
+        self.num_blocks = self._config.get("num_layers", 30)
+        self.config = c = SimpleNamespace(**{**c, "num_layers": self.num_blocks})
         self.width = c.num_attention_heads * c.attention_head_dim
         self.text_length, self.text_width = c.max_text_seq_length, c.text_embed_dim
         levels = self._vae_config.get("block_out_channels", (128, 256, 256, 512))
@@ -49,24 +50,27 @@ class CogVideoX:
         self.temporal_ratio = int(self._vae_config.get("temporal_compression_ratio", 4))
 
     def _build_transformer(self, **changes: Any) -> nn.Module:
+        from diffusers.utils import import_utils
+
+        import_utils._bitsandbytes_available = False  # its quantizers are not used here, and a second of every start
         from diffusers import CogVideoXTransformer3DModel
 
         return CogVideoXTransformer3DModel.from_config(self._config | changes)
 
     def identity(self) -> dict[str, str]:
-        text = json.dumps({k: v for k, v in sorted(self._meta.config.items()) if not k.startswith("_")}, default=str)
+        text = json.dumps({k: v for k, v in sorted(vars(self.config).items()) if not k.startswith("_")}, default=str)
         return {"name": self.name, "config_hash": hashlib.sha256(text.encode()).hexdigest()[:16]}
 
     def default_size(self) -> tuple[int, int, int]:
         if self.name in published.SIZES:
             return published.SIZES[self.name]
-        c, s = self._meta.config, self.spatial_ratio
+        c, s = self.config, self.spatial_ratio
         if c.patch_size_t is not None:  # 1.5 stores the largest grid, not the size that it was trained at
             return published.SIZES["cogvideox1.5-5b"]
         return c.sample_frames, c.sample_height * s, c.sample_width * s
 
     def latent_shape(self, num_frames: int, height: int, width: int) -> tuple[int, int, int, int]:
-        c, r = self._meta.config, self.temporal_ratio
+        c, r = self.config, self.temporal_ratio
         if num_frames < 1 or (num_frames - 1) % (2 * r):  # it decodes latent frames in pairs, the odd one first
             near = max(1, round((num_frames - 1) / (2 * r))) * 2 * r + 1
             raise UsageError(f"--frames {num_frames}: this VAE makes {2 * r}k+1 frames; {near} would work")
@@ -81,7 +85,7 @@ class CogVideoX:
 
     def num_padding_frames(self, num_latent_frames: int) -> int:
         """Latent frames that 1.5 adds in front so that its temporal patch divides them; decoding drops them again."""
-        return -num_latent_frames % (self._meta.config.patch_size_t or 1)
+        return -num_latent_frames % (self.config.patch_size_t or 1)
 
     def num_tokens(self, latent_shape: tuple[int, int, int, int]) -> int:
         """Text and video tokens of one sample: the attention's sequence length."""
@@ -89,7 +93,7 @@ class CogVideoX:
 
     def token_grid(self, latent_shape: tuple[int, int, int, int]) -> tuple[int, int, int]:
         """Video tokens as (frames, height, width), in the order of the sequence."""
-        c, (f, _, h, w) = self._meta.config, latent_shape
+        c, (f, _, h, w) = self.config, latent_shape
         return f // (c.patch_size_t or 1), h // c.patch_size, w // c.patch_size
 
     def load_transformer(self, *, dtype: torch.dtype, device: torch.device | str = "cpu") -> nn.Module:
@@ -126,7 +130,7 @@ class CogVideoX:
         from diffusers.models.embeddings import get_3d_rotary_pos_embed
         from diffusers.pipelines.cogvideo.pipeline_cogvideox import get_resize_crop_region_for_grid
 
-        c = self._meta.config
+        c = self.config
         if not c.use_rotary_positional_embeddings:
             return None
         frames, height, width = self.token_grid(latent_shape)
@@ -211,17 +215,25 @@ class CogVideoX:
         """The frozen T5 encoder."""
         return self._weighted(self._build_text_encoder(), "text_encoder", dtype, device)
 
-    def fake_text_encoder(self, *, dtype: torch.dtype) -> nn.Module:
-        """The T5 encoder without data, for use under FakeTensorMode."""
-        return randomise(self._build_text_encoder(), seed=0, dtype=dtype)
+    def fake_text_encoder(self, *, dtype: torch.dtype, num_blocks: int | None = None) -> nn.Module:
+        """The T5 encoder without data, for use under FakeTensorMode; `num_blocks`: a shorter one."""
+        return randomise(self._build_text_encoder(num_blocks), seed=0, dtype=dtype)
 
-    def _build_text_encoder(self) -> nn.Module:
-        from transformers import T5Config, T5EncoderModel
+    def num_text_blocks(self) -> int:
+        return self._text_config().num_layers
+
+    def _text_config(self) -> Any:
+        from transformers import T5Config
 
         if self.directory is None:
-            config = T5Config(**published.T5_XXL)
-        else:
-            config = T5Config.from_pretrained(self.directory / "text_encoder")
+            return T5Config(**published.T5_XXL)
+        return T5Config.from_pretrained(self.directory / "text_encoder")
+
+    def _build_text_encoder(self, num_blocks: int | None = None) -> nn.Module:
+        from transformers import T5EncoderModel
+
+        config = self._text_config()
+        config.num_layers = num_blocks or config.num_layers
         with torch.device("meta"):
             return T5EncoderModel(config)
 
