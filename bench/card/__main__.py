@@ -75,9 +75,15 @@ def calibrate(session: Session) -> None:
     before = torch.cuda.memory_allocated()
     y = x @ x
     session.workspace_bytes = torch.cuda.memory_allocated() - before - y.untyped_storage().nbytes()
+    # A product with a bias goes another way (cuBLASLt), whose workspace may be one more.
+    held = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    z = torch.nn.functional.linear(x, x, x[0])
+    more = torch.cuda.max_memory_allocated() - held - z.untyped_storage().nbytes()
     gauge.synchronize()
     free, total = torch.cuda.mem_get_info()
     session.fixed = {
+        "more_workspace_with_bias_bytes": more,
         "context_bytes": total - free - torch.cuda.memory_reserved(), "cublas_workspace_bytes": session.workspace_bytes,
         "total_bytes": total, "assumed_context_bytes": session.card.context_bytes,
         "assumed_cublas_workspace_bytes": session.card.cublas_workspace_bytes,
@@ -97,6 +103,16 @@ def run_part(name: str, session: Session, out: Path, *, seconds: float, end: flo
     write_result(name, content, out)
     session.gauge.release()
     return content
+
+
+def recovered(gauge: Gauge) -> bool:
+    """Whether the device still answers after an error; some leave no way on in this process."""
+    try:
+        gauge.release()
+    except RuntimeError as e:
+        print(f"error: the device does not answer any more: {str(e).splitlines()[0]}", file=sys.stderr)
+        return False
+    return True
 
 
 def print_table(title: str, rows: list[list[str]]) -> None:
@@ -164,7 +180,8 @@ def main(config: Card) -> int:
                 results[name] = run_part(name, session, out, seconds=seconds[name], end=started + total)
             except Exception:  # said aloud, and the parts after it are measured: the card may be here for nine minutes only
                 traceback.print_exc()
-                session.gauge.release()
+                if not recovered(session.gauge):
+                    break
                 continue
             print_table(f"{name} ({results[name]['seconds']} s)", results[name]["table"])
             if results[name]["skipped"]:

@@ -11,7 +11,7 @@ from bench.card.rig import Cell, backbone_of
 from memory.assess import Assessment, Workload
 from memory.cards import GIB, Card, available_host_bytes, detect, lookup
 from memory.plan import MemoryPlan
-from memory.search import search
+from memory.search import SEARCHED, search
 from memory.timeline import Prediction, Trace
 from trainer.rehearse import rehearse
 
@@ -48,13 +48,14 @@ def _trace(cell: Cell, plan: MemoryPlan, num_blocks: int) -> Trace:
     return rehearse(backbone_of(cell), cell.config(), plan, num_blocks=num_blocks)
 
 
-def plans_of(cell: Cell, cards: tuple[Card, ...]) -> list[tuple[Assessment | None, Assessment]]:
+def plans_of(cell: Cell, cards: tuple[Card, ...], free: tuple[str, ...] = SEARCHED) -> list[tuple[Assessment | None, Assessment]]:
     """For each card (the fastest plan of the step that fits or None, the one that needs least).
 
-    The step alone: encoding prompts, sampling and decoding are not part of a cell. Traces are shared by the cards.
+    `free`: the settings that the planner may choose; the others stay as the cell has them. The step alone: encoding prompts, sampling and decoding are not part of a cell. Traces are shared by the cards.
     """
     workload = Workload(model=cell.model, num_blocks=backbone_of(cell).num_blocks, trace=partial(_trace, cell))
-    found = [search(workload, card, base=cell.plan, tf32=False) for card in cards]
+    fixed = frozenset(SEARCHED) - frozenset(free)
+    found = [search(workload, card, base=cell.plan, fixed=fixed, tf32=False) for card in cards]
     return [(result.best, result.smallest) for result in found]
 
 

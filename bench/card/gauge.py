@@ -169,7 +169,8 @@ class Gauge:
         with profile(activities=[ProfilerActivity.CUDA]) as record:
             run()
             self.synchronize()
-        events = [e for e in record.events() if e.device_type == DeviceType.CUDA]
+        # Spans that only bear a label, such as the optimizer's, are no work.
+        events = [e for e in record.events() if e.device_type == DeviceType.CUDA and not e.is_user_annotation]
         kinds = {"to device": "Memcpy HtoD", "to host": "Memcpy DtoH"}
         spans = {kind: [(e.time_range.start, e.time_range.end) for e in events if e.name.startswith(prefix)]
                  for kind, prefix in kinds.items()}

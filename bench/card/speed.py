@@ -12,7 +12,7 @@ from bench.card.rig import Cell, measured, rigged
 from bench.card.session import Session, goal, rows
 from bench.naive import Naive
 
-BUDGET_S = 50
+BUDGET_S = 70
 
 
 def _matrix_rate(session: Session) -> dict[str, float]:
@@ -30,13 +30,24 @@ def _matrix_rate(session: Session) -> dict[str, float]:
 
 
 def _compiled(session: Session, cell: Cell) -> dict[str, Any]:
-    """Feed-forwards and norms of every block compiled, inside the strategies, which go on as they are."""
-    backend = "eager" if session.dry else "inductor"
-    with rigged(cell, session.gauge) as rig:
-        for block in rig.blocks:
-            for part in (block.norm1, block.norm2, block.ff):
-                part.compile(backend=backend)
-        return rig.run(2, num_warm=2)
+    """Feed-forwards and norms of every block compiled, inside the strategies, which go on as they are.
+
+    Not whole blocks: each has a number of its own in the erasers' hook, and would be compiled by itself.
+    """
+    import torch._dynamo
+    from torch._dynamo.utils import counters
+
+    torch._dynamo.reset()
+    counters.clear()
+    try:
+        with rigged(cell, session.gauge) as rig:
+            for block in rig.blocks:
+                for part in (block.norm1, block.norm2, block.ff):
+                    part.compile(backend="eager" if session.dry else "inductor")
+            return rig.run(2, num_warm=2) | {"num_graphs": counters["stats"]["unique_graphs"],
+                                             "num_graph_breaks": sum(counters["graph_break"].values())}
+    finally:
+        torch._dynamo.reset()  # compiled code holds what it was compiled for
 
 
 def _with_backend(session: Session, cell: Cell, backend: SDPBackend) -> dict[str, Any]:
@@ -60,7 +71,7 @@ def _naive(session: Session) -> dict[str, Any]:
 
 
 def _variants(session: Session) -> list[tuple[str, Any]]:
-    small, plain = session.cell("2b", 17), session.cell("5b", 49)
+    small, plain, streamed = session.cell("2b", 17), session.cell("5b", 49), session.cell("2b", 17, resident_blocks=0, boundaries="host")
     backends = (SDPBackend.FLASH_ATTENTION, SDPBackend.MATH) if session.dry else (
         SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION)
 
@@ -76,7 +87,10 @@ def _variants(session: Session) -> list[tuple[str, Any]]:
             ("2b 17f 8-bit Adam", run(session.cell("2b", 17, optimizer="adamw8bit"))),
             ("2b 17f student only, teacher cached", run(session.cell("2b", 17, student_only=True))), ("5b 49f filling the card", filled),
             *[(f"2b 17f {backend.name.lower()}", lambda backend=backend: _with_backend(session, small, backend)) for backend in backends],
-            ("2b 17f compiled", lambda: _compiled(session, small))]
+            (f"5b 49f {backends[1].name.lower()}", lambda: _with_backend(session, plain, backends[1])),
+            ("2b 17f compiled", lambda: _compiled(session, small)),
+            ("2b 17f streamed", lambda: measured(streamed, session.gauge, num_steps=2, num_warm=2)),
+            ("2b 17f streamed, compiled", lambda: _compiled(session, streamed))]
 
 
 def prepare(session: Session) -> None:
@@ -91,12 +105,15 @@ def measure(session: Session, out: Path) -> dict[str, Any]:
     for name, run in session.within_budget(_variants(session), skipped, name=lambda pair: pair[0]):
         found[name] = session.gauge.attempt(run, may_fail=(RuntimeError, OSError)).as_json()
     _, flops = session.forecaster.answer(peaks_of, session.cell("5b", 49), session.workspace_bytes)
-    large, small, naive = (found.get(name, {}) for name in ("5b 49f", "2b 17f smallest", "naive 2b 17f"))
-    share = flops / large["step_seconds"] / rate["matrix_flops_per_second"] if "step_seconds" in large else None
+    small, naive = (found.get(name, {}) for name in ("2b 17f smallest", "naive 2b 17f"))
+    # One and the same work; filling the card does less of it.
+    shares = {name: flops / cell["step_seconds"] / rate["matrix_flops_per_second"] for name, cell in found.items()
+              if name.startswith("5b 49f") and "filling" not in name and "step_seconds" in cell}
     both = "step_seconds" in small and "step_seconds" in naive
     return {
-        "rates": rate, "flops_5b_49f": flops, "share_of_matrix_rate": share, "cells": found, "skipped": skipped,
-        "goals": [goal("share of the matrix rate, 5b at 49 frames", share, 0.55, at_least=True),
+        "rates": rate, "flops_5b_49f": flops, "share_of_matrix_rate": shares, "cells": found, "skipped": skipped,
+        "goals": [goal("share of the matrix rate, 5b at 49 frames", shares.get("5b 49f"), 0.55, at_least=True),
+                  goal("the same with the best attention kernels", max(shares.values(), default=None), 0.55, at_least=True),
                   # by one and the same plan: the smallest
                   goal("times faster than the naive recipe, 2b at 17 frames",
                        naive["step_seconds"] / small["step_seconds"] if both else None, 5, at_least=True),

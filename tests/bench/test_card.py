@@ -46,8 +46,13 @@ def test_every_part_walks_through_and_is_not_measured_twice(tmp_path):
     ring = results["offload"]["cells"]["5b-17f ring"]["seconds_by_phase"]
     assert 0 < ring["waiting for transfers"] < sum(ring.values())
     equality = results["offload"]["equality"]
-    assert len(equality) == 2 and all(e["equal"] and e["num_tensors"] > 10 for e in equality.values())
+    assert len(equality) == 3 and all(e["equal"] and e["num_tensors"] > 10 for e in equality.values())
     assert results["offload"]["cells"]["5b-17f ring"]["bytes_streamed_a_step"] > 0
+    assert "5b-17f planner's residency" in results["offload"]["cells"]
+    for name in ("2b 17f compiled", "2b 17f streamed, compiled"):  # kinds of parts times with and without gradient, not times blocks
+        assert 3 <= results["speed"]["cells"][name]["num_graphs"] <= 8
+    losses = {name: results["speed"]["cells"][name]["loss"] for name in ("2b 17f streamed", "2b 17f compiled", "2b 17f streamed, compiled")}
+    assert len(set(losses.values())) == 1 and set(results["speed"]["share_of_matrix_rate"]) == {"5b 49f", "5b 49f math"}
     assert results["feasibility"]["naive"] and all(n["ran"] for n in results["feasibility"]["naive"].values())
 
     before = (tmp_path / "dry" / "health.json").stat().st_mtime_ns
@@ -84,6 +89,22 @@ def test_a_part_that_fails_is_told_and_the_others_are_measured(tmp_path, monkeyp
     said = capsys.readouterr()
     assert "a bug" in said.err and "--only peaks" in said.err and "health: cost" in said.out
     assert [p.name for p in (tmp_path / "dry").iterdir()] == ["health.json"]
+
+
+def test_a_device_that_is_gone_ends_the_suite_with_what_was_measured(tmp_path, monkeypatch, capsys):
+    def gone(*_):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    def fail(session, out):
+        monkeypatch.setattr(suite.Gauge, "release", gone)
+        gone()
+
+    monkeypatch.setattr(suite.peaks, "measure", lambda session, out: {"goals": [goal("error", 0.1, 1.0)], "table": [["a"]], "skipped": []})
+    monkeypatch.setattr(suite.health, "measure", fail)
+    monkeypatch.setattr(suite.offload, "measure", lambda *_: pytest.fail("measured on a device that is gone"))
+    assert suite.main(suite.Card(dry=True, out=tmp_path, only=("peaks", "health", "offload"))) == 1
+    said = capsys.readouterr()
+    assert "does not answer any more" in said.err and "--only health offload" in said.err and "peaks: error" in said.out
 
 
 def test_a_result_that_cannot_be_read_is_measured_anew(tmp_path, capsys):
