@@ -12,6 +12,8 @@ from torch import Tensor
 from memory.guidance import guide, predict_pair
 from memory.plan import GuidanceMode
 from trainer.backbones import Predict
+from trainer.errors import UsageError
+from trainer.seeding import to_device
 
 
 class Sampler:
@@ -21,6 +23,9 @@ class Sampler:
     """
 
     def __init__(self, scheduler: Any, num_steps: int, device: torch.device | str = "cpu"):
+        if scheduler.config.prediction_type != "v_prediction":
+            raise UsageError(f"the scheduler's prediction_type is {scheduler.config.prediction_type}; velocities (v_prediction) are what "
+                             "a CogVideoX predicts and an eraser is trained on")
         scheduler.set_timesteps(num_steps, device=device)
         self.scheduler, self.timesteps = scheduler, scheduler.timesteps
         self.memory: Tensor | None = None
@@ -32,9 +37,36 @@ class Sampler:
         if not self._two_step:
             return self.scheduler.step(velocity, self._values[index], latents, return_dict=False)[0].to(latents.dtype)
         before = self._values[index - 1] if index else None
-        new, self.memory = self.scheduler.step(velocity, self.memory if index else None, self._values[index], before,
-                                               latents, generator=generator, return_dict=False)
+        new, self.memory = dpm_step(self.scheduler, velocity, self.memory if index else None, self._values[index], before, latents, generator)
         return new.to(latents.dtype)
+
+
+def dpm_step(scheduler: Any, velocity: Tensor, old: Tensor | None, timestep: int, timestep_back: int | None, latents: Tensor,
+             generator: torch.Generator | list[torch.Generator] | None = None) -> tuple[Tensor, Tensor]:
+    """CogVideoXDPMScheduler's step for velocities, to the bit: (x at the next timestep, estimate of x_0).
+
+    The scheduler's own sends noise of a host generator to the device from pageable memory, and so waits for all that the device
+    has to do; here it goes through pinned memory.
+    """
+    from diffusers.utils.torch_utils import randn_tensor
+
+    def draw() -> Tensor:
+        if generator is None:
+            return torch.randn_like(latents)
+        return to_device(randn_tensor(latents.shape, generator=generator, device=torch.device("cpu"), dtype=latents.dtype), latents.device)
+
+    alphas, last = scheduler.alphas_cumprod, timestep - scheduler.config.num_train_timesteps // scheduler.num_inference_steps
+    here = alphas[timestep]
+    there = alphas[last] if last >= 0 else scheduler.final_alpha_cumprod
+    back = None if timestep_back is None else alphas[timestep_back]
+    estimate = here**0.5 * latents - (1 - here)**0.5 * velocity
+    h, r, _, _ = scheduler.get_variables(here, there, back)
+    factors = scheduler.get_mult(h, r, here, there, back)
+    spread = (1 - there)**0.5 * (1 - (-2 * h).exp())**0.5
+    noise, pointed = draw(), estimate
+    if old is not None and last >= 0:  # two steps' estimates, and a second draw, as the scheduler has it
+        noise, pointed = draw(), factors[2] * estimate - factors[3] * old
+    return factors[0] * latents - factors[1] * pointed + spread * noise, estimate
 
 
 @torch.no_grad()

@@ -10,6 +10,7 @@ Means instead of sums keep the weights' meaning at every size. Source: T2VUnlear
 Legend: B batch, F latent frames, C latent channels, H W latent size, L text tokens, D text width, N video tokens.
 """
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, fields, replace
 
@@ -41,9 +42,21 @@ class Sample:
     preserved_text: Tensor | None
     preserved_target: Tensor | None
 
+    def parked(self) -> "Sample":
+        """In host memory. From a card it goes to pinned memory and the host does not wait: read it by `to` that card only."""
+        def park(value: Tensor) -> Tensor:
+            if value.device.type == "cpu":
+                return value
+            return torch.empty_like(value, device="cpu", pin_memory=True).copy_(value, non_blocking=True)
+
+        return self._moved(park)
+
     def to(self, device: torch.device | str) -> "Sample":
-        moved = {f.name: value.to(device) for f in fields(self) if (value := getattr(self, f.name)) is not None}
-        return replace(self, **moved)
+        """On a device, in the order of its stream."""
+        return self._moved(lambda value: value.to(device, non_blocking=True))
+
+    def _moved(self, move: Callable[[Tensor], Tensor]) -> "Sample":
+        return replace(self, **{f.name: move(value) for f in fields(self) if (value := getattr(self, f.name)) is not None})
 
 
 class Teacher:
@@ -120,7 +133,7 @@ class Samples:
         index = step % self.pool
         if index not in self._kept:
             for i in range(self.teacher.latents.first_needed(index), index + 1):
-                self._kept[i] = self.teacher.sample(i).to("cpu")
+                self._kept[i] = self.teacher.sample(i).parked()
         return self._kept[index].to(self.device)
 
 

@@ -5,6 +5,7 @@ import torch
 from diffusers import CogVideoXDDIMScheduler, CogVideoXDPMScheduler
 
 from trainer.diffusion import Sampler, sample
+from trainer.errors import UsageError
 from trainer.shapes.pretrain import SCHEDULER
 
 SHAPE = (2, 3, 4, 4, 4)
@@ -56,6 +57,29 @@ def test_sampling_equals_a_hand_written_loop(kind, scale, mode, rows):
     latents, seen = _ours(kind, scale, mode)
     torch.testing.assert_close(latents, _expected(kind, scale), rtol=0, atol=1e-6)
     assert seen == rows
+
+
+@pytest.mark.parametrize("kind", [CogVideoXDDIMScheduler, CogVideoXDPMScheduler])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_step_is_the_schedulers_own_to_the_bit(kind, dtype):
+    sampler, theirs = Sampler(kind(**SCHEDULER), 4), kind(**SCHEDULER)
+    theirs.set_timesteps(4)
+    (mine, dice), old = (_dice(), _dice()), None
+    x = torch.randn(SHAPE, generator=torch.Generator().manual_seed(1)).to(dtype)
+    for i, t in enumerate(theirs.timesteps):
+        v = torch.randn(SHAPE, generator=torch.Generator().manual_seed(i))
+        if kind is CogVideoXDDIMScheduler:
+            expected = theirs.step(v, t, x, return_dict=False)[0]
+        else:
+            expected, old = theirs.step(v, old, t, theirs.timesteps[i - 1] if i else None, x, generator=dice, return_dict=False)
+            old = old.clone()
+        x = sampler.step(v, i, x, mine)
+        assert torch.equal(x, expected.to(dtype))
+
+
+def test_a_scheduler_of_something_else_than_velocities_is_refused():
+    with pytest.raises(UsageError, match="prediction_type is epsilon"):
+        Sampler(CogVideoXDDIMScheduler(**SCHEDULER | {"prediction_type": "epsilon"}), 4)
 
 
 def test_check_runs_before_every_step_and_may_stop():
