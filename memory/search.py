@@ -168,7 +168,7 @@ class _Search:
             raise PlanError(f"{', '.join(sorted(unknown))}: no such field of a plan")
         free = {name: MemoryPlan.__dataclass_fields__[name].default for name in SEARCHED if name not in fixed}
         self.workload, self.card, self.fixed = workload, card, fixed
-        self.expandable_segments, self.tf32 = expandable_segments, tf32
+        self.expandable_segments, self.tf32, self.short = expandable_segments, tf32, min(_SHORT, workload.num_blocks)
         self.base = dataclasses.replace(base, **free)
         self.num_traces = self.num_replays = self.num_candidates = self.num_unknown = 0
         self._assessed: dict[MemoryPlan, Assessment] = {}
@@ -226,7 +226,7 @@ class _Search:
         wanted = []
         for fields in self._savings():
             plan = self._resident(dataclasses.replace(self.base, **fields))
-            wanted.append((plan, _SHORT))
+            wanted.append((plan, self.short))
             if not fields or self._keeps_fixed():
                 wanted.append((plan, _SHORT + 1))
             wanted += [] if self._keeps_fixed() else self._kept(plan)
@@ -253,8 +253,8 @@ class _Search:
             if fields and self._keeps_fixed():
                 known = self._recipe(self._resident(plan))
             elif fields:
-                short = short or self._trace(plain, _SHORT)[0]
-                variant, keeps = self._trace(self._resident(plan), _SHORT)
+                short = short or self._trace(plain, self.short)[0]
+                variant, keeps = self._trace(self._resident(plan), self.short)
                 known = recipe.with_visits_of(short, variant, keeps) or self._recipe(self._resident(plan))
             self._learn_keeps(known, plan)
             yield _Variant(self.workload, self.card, plan, known, self.tf32)
@@ -275,11 +275,9 @@ class _Search:
         for kept, num_blocks in self._kept(self._resident(plan)):
             recipe.learn(*self._trace(kept, num_blocks))
 
-    @staticmethod
-    def _kept(plan: MemoryPlan) -> list[tuple[MemoryPlan, int]]:
-        layouts = [(_SHORT, _SHORT, 0), (_SHORT, 0, _SHORT)]
-        if plan.boundaries == "host":
-            layouts = [(_SHORT, _SHORT, 0), (8, 4, 0)]
+    def _kept(self, plan: MemoryPlan) -> list[tuple[MemoryPlan, int]]:
+        short, longer = self.short, min(8, self.workload.num_blocks)
+        layouts = [(short, short, 0), (longer, longer // 2, 0) if plan.boundaries == "host" else (short, 0, short)]
         return [(dataclasses.replace(plan, num_keep_attention=a, num_keep_everything=e), num_blocks) for num_blocks, a, e in layouts]
 
     @staticmethod
