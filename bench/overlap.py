@@ -66,5 +66,22 @@ def predict() -> dict[str, Any]:
     return {"predicted": True, "cells": cells}
 
 
+def count_loads() -> dict[str, float]:
+    """How often what streams crosses the link in a step of 42 blocks, none of them resident. Counted on the CPU, where the ring
+    loads what it loads on a card: order and number of loads depend on the passes over the blocks alone."""
+    import torch
+
+    from bench.card.forecasts import Forecaster, card_here
+    from bench.card.gauge import Gauge
+    from bench.card.rig import measured
+    from bench.card.session import Session, register_toys
+
+    register_toys(num_blocks=42)
+    session = Session(Gauge(torch.device("cpu")), card_here(dry=True), Forecaster(0), dry=True)
+    plans = {"a whole step": {}, "one with --guidance batched": dict(guidance="batched"), "a student's pass alone": dict(student_only=True)}
+    found = {name: measured(session.cell("5b", 49, resident_blocks=0, **plan), session.gauge, num_steps=2) for name, plan in plans.items()}
+    return {name: cell["bytes_streamed_a_step"] / cell["streamed_bytes"] for name, cell in found.items()}
+
+
 if __name__ == "__main__":
-    print(write_result("overlap", predict()))
+    print(write_result("overlap", predict() | {"loads": count_loads()}))

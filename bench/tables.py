@@ -132,9 +132,11 @@ def overlap() -> str:
     transfers = {name.split()[0]: f"{cell['block_bytes'] / 2**20:.0f} MiB, " + " / ".join(
         f"{1e3 * seconds:.1f}" for seconds in cell["transfer_seconds"].values()) + " ms" for name, cell in cells.items()}
     sizes = "; ".join(f"{model}: {text}" for model, text in transfers.items())
+    loads = ", ".join(f"{name} {times:.1f}" for name, times in result["loads"].items())
     header = ["card", *(f"{name.replace('cogvideox', '').strip('-')} frames" for name in cells)]
     return (markdown(header, rows) + f"\nA cell: a block's forward pass, over its transfer by PCIe 3 / 4 / 5. A block's weights and their "
-            f"transfers: {sizes}.\nPredicted, not measured, by `{result['provenance']['command']}`.\n")
+            f"transfers: {sizes}.\nHow often the streamed weights cross the link, counted: {loads} times.\n"
+            f"Predicted, not measured, by `{result['provenance']['command']}`.\n")
 
 
 def codes() -> str:

@@ -13,19 +13,19 @@ from memory.cards import Card
 from memory.plan import MemoryPlan
 
 _PUBLISHED = {"2b": "cogvideox-2b", "5b": "cogvideox-5b", "1.5": "cogvideox1.5-5b"}
-_TOY = dict(num_attention_heads=2, attention_head_dim=16, num_layers=3, in_channels=4, out_channels=4, time_embed_dim=16,
+_TOY = dict(num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=4, time_embed_dim=16,
             text_embed_dim=16, max_text_seq_length=6, sample_width=4, sample_height=4, sample_frames=9)
 _TOYS = {"2b": {}, "5b": dict(use_rotary_positional_embeddings=True),
          "1.5": dict(use_rotary_positional_embeddings=True, patch_size_t=2, patch_bias=False)}
 
 
-def register_toys() -> None:
+def register_toys(num_blocks: int = 3) -> None:
     """Toy configurations of the three published kinds, under the names toy-2b, toy-5b and toy-1.5."""
     from trainer.backbones import published
 
     for kind, changes in _TOYS.items():
         name, model = f"toy-{kind}", _PUBLISHED[kind]
-        published.TRANSFORMERS[name] = _TOY | changes
+        published.TRANSFORMERS[name] = _TOY | {"num_layers": num_blocks} | changes
         published.SIZES[name] = (9, 32, 32)
         published.NATIVE_DTYPES[name] = "float32"  # in 16 bit a prompt is lost in the rounding of so small a model
         published.VAES[name], published.SCHEDULERS[name] = published.VAES[model], published.SCHEDULERS[model]

@@ -9,12 +9,14 @@ import pytest
 import torch
 
 from bench.card import __main__ as suite
+from bench.card import rig
 from bench.card.gauge import covered, overlap
 from bench.card.peaks import thick, thin
 from bench.card.session import goal
-from bench.overlap import block_seconds, hiding_tokens
+from bench.overlap import block_seconds, count_loads, hiding_tokens
 from memory.cards import lookup
 from memory.snapshots import replay_snapshot
+from trainer.backbones import published
 
 ROOT = Path(__file__).parent.parent.parent
 PARTS = ("peaks", "health", "offload", "minimum", "speed", "cap", "feasibility", "choice")
@@ -137,6 +139,16 @@ def test_a_thinned_snapshot_replays_as_the_whole_one():
 @pytest.mark.parametrize("value, at_least, reached", [(0.02, False, False), (0.01, False, True), (5, True, True), (None, True, None)])
 def test_goal(value, at_least, reached):
     assert goal("", value, {False: 0.01, True: 5}[at_least], at_least=at_least)["reached"] is reached
+
+
+def test_a_pass_forward_and_back_loads_each_block_less_than_twice(monkeypatch):
+    for name in ("TRANSFORMERS", "SIZES", "NATIVE_DTYPES", "VAES", "SCHEDULERS"):
+        monkeypatch.setattr(published, name, dict(getattr(published, name)))
+    monkeypatch.setattr(rig, "_backbones", {})
+    loads = count_loads()
+    assert 1.8 < loads["a student's pass alone"] < 2
+    assert 6 < loads["a whole step"] < 7  # three passes of the teacher, two of the student there and back, what the ring still holds left out
+    assert loads["a whole step"] - loads["one with --guidance batched"] == pytest.approx(1)
 
 
 def test_a_block_that_computes_as_long_as_its_transfer_has_the_hiding_number_of_tokens():
