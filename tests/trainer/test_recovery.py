@@ -247,3 +247,43 @@ def test_the_step_down_asks_for_as_much_as_the_failed_request(config):
     much = cheaper(settings, lookup("4090"), Failure(phase="backward", whose="device", said="", requested_bytes=1 << 30, peaks={}))
     assert small.plan != much.plan and much.needed_bytes < small.needed_bytes
     assert cheaper(settings, lookup("4090"), Failure(phase="load", whose="host", said="", requested_bytes=None, peaks={})) is None
+
+
+def _under_a_cap(owner, name: str, *, call: int):
+    """(owner, name, function): at the `call`-th call this process may hold no more of the card than it does, and asks for 1 GiB."""
+    real, calls = getattr(owner, name), []
+
+    def function(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == call:
+            total = torch.cuda.mem_get_info()[1]
+            torch.cuda.set_per_process_memory_fraction(torch.cuda.memory_reserved() / total)
+            try:
+                torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
+            finally:
+                torch.cuda.set_per_process_memory_fraction(1.0)
+        return real(*args, **kwargs)
+
+    return owner, name, function
+
+
+CALLS = {"teacher": (losses, "predict_pair", 5), "student": (F, "mse_loss", 10), "backward": (torch.autograd, "backward", 10),
+         "optimizer": (torch.nn.utils, "clip_grads_with_norm_", 4)}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("phase", CALLS)
+def test_a_card_that_is_full(phase, config, monkeypatch):
+    """The allocator's own refusal, under the cap of a process, in place of an error put in."""
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA card")
+    owner, name, call = CALLS[phase]
+    settings = config(model__device="cuda")
+    with monkeypatch.context() as patch:
+        patch.setattr(*_under_a_cap(owner, name, call=call))
+        with pytest.raises(DoesNotFit) as raised:
+            _in_memory(settings, step_down=False)
+    lines = str(raised.value).splitlines()
+    assert lines[0].startswith(f"out of memory on the device in {phase}, after 3 steps: CUDA out of memory. Tried to allocate 1")
+    row = next(line for line in lines if line.startswith(phase))
+    assert float(row.split()[-3]) >= 0 and latest_checkpoint(settings.output.out).step == 3
