@@ -20,8 +20,8 @@ from trainer.metrics import require_tensorboard
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     model: str = "shapes"
-    """The frozen model: shapes (bundled), a directory in diffusers' layout, a hub id, or, with --weights random,
-    cogvideox-2b, cogvideox-5b or cogvideox1.5-5b."""
+    """The frozen model: shapes (bundled), a directory in diffusers' layout, a hub id, or cogvideox-2b, cogvideox-5b or
+    cogvideox1.5-5b for the published ones."""
     weights: Literal["stored", "random"] = "stored"
     """random: the published configuration without any download, for planning and benchmarks."""
     frames: int | None = None

@@ -67,9 +67,10 @@ class Forecast:
 def without_weights(config: TrainConfig) -> TrainConfig:
     """A published model that is not here is planned from its published configuration: planning needs no weights."""
     model = config.model
-    if model.weights == "random" or model.model not in published.TRANSFORMERS or Path(model.model).exists():
+    names = {hub_id: name for name, hub_id in published.HUB_IDS.items()} | {name: name for name in published.TRANSFORMERS}
+    if model.weights == "random" or model.model not in names or Path(model.model).exists():
         return config
-    return replace(config, model=replace(model, weights="random"))
+    return replace(config, model=replace(model, model=names[model.model], weights="random"))
 
 
 def workload(config: TrainConfig, *, num_cards: int | None = None) -> Workload:

@@ -1,10 +1,16 @@
 """The backbone against diffusers' own pipeline: shapes, predictions, text, decoding."""
 
+import json
+import shutil
+
+import huggingface_hub
 import pytest
+import sentencepiece
 import torch
 from tiny_pipelines import FRAMES, SIDE
 
 from trainer.assemble import named_scheduler
+from trainer.backbones import published
 from trainer.backbones.cogvideox import CogVideoX, check_dtype
 from trainer.errors import UsageError
 
@@ -116,6 +122,30 @@ def test_encoded_prompts_equal_the_pipelines_bitwise(backbone):
     with torch.no_grad():
         stock = pipeline._get_t5_prompt_embeds(prompts, max_sequence_length=backbone.text_length)
     assert torch.equal(backbone.encode_prompts(prompts, dtype=torch.float32), stock)
+
+
+def test_tokenizer_of_a_sentencepiece_model_alone(copied):
+    """As the published repositories have it: spiece.model and no tokenizer.json."""
+    model = copied("5b")
+    directory = model / "tokenizer"
+    shutil.rmtree(directory)
+    directory.mkdir()
+    with (directory / "spiece.model").open("wb") as written:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter([f"a {colour} ball rolls {where}" for colour in ("red", "green") for where in ("up", "down")] * 50),
+            model_writer=written, vocab_size=28, hard_vocab_limit=False, pad_id=0, eos_id=1, unk_id=2, bos_id=-1, minloglevel=2)
+    (directory / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "T5Tokenizer", "extra_ids": 100}))
+    prompt = "a red ball"
+    pieces = sentencepiece.SentencePieceProcessor(model_file=str(directory / "spiece.model")).encode(prompt)
+    backbone = CogVideoX(str(model))
+    assert backbone.token_ids(backbone.tokenizer(), [prompt])[0, :len(pieces) + 2].tolist() == [*pieces, 1, 0]
+
+
+@pytest.mark.parametrize("name, hub_id", published.HUB_IDS.items())
+def test_a_published_name_is_its_hub_id(name, hub_id, monkeypatch, pipelines):
+    asked = []
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda model, **_: asked.append(model) or str(pipelines["5b"]))
+    assert CogVideoX(name).directory == pipelines["5b"] and asked == [hub_id]
 
 
 def test_encoding_in_batches_of_two_changes_nothing_but_rounding(sincos):

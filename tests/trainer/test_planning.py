@@ -44,8 +44,9 @@ def test_settings_given_are_predicted_as_given(tiny_config):
 
 
 def test_a_published_name_without_weights_is_planned_from_its_configuration():
-    config = TrainConfig(model=ModelConfig(model="cogvideox-5b"))
-    assert planning.without_weights(config).model.weights == "random"
+    for model in ("cogvideox-5b", "THUDM/CogVideoX-5b"):
+        planned = planning.without_weights(TrainConfig(model=ModelConfig(model=model))).model
+        assert (planned.model, planned.weights) == ("cogvideox-5b", "random")
     for model in ("shapes", "/nowhere"):
         config = TrainConfig(model=ModelConfig(model=model))
         assert planning.without_weights(config) is config

@@ -25,7 +25,8 @@ class CogVideoX:
     """See `trainer.backbones.Backbone` for what each member means."""
 
     def __init__(self, model: str, *, weights: str = "stored", seed: int = 0):
-        """`model`: "shapes", a directory in diffusers' layout, a hub id, or, with `weights="random"`, a published name."""
+        """`model`: "shapes", a directory in diffusers' layout, a hub id, or a published name: with `weights="random"` its
+        configuration, otherwise its hub id."""
         self.name, self.weights, self.seed = model, weights, seed
         self.directory: Path | None = None
         if weights == "random":
@@ -290,6 +291,8 @@ def _locate(model: str) -> Path:
     if model == "shapes":
         return BUNDLED
     directory = Path(model).expanduser()
+    if not directory.exists():
+        model = published.HUB_IDS.get(model, model)
     if not directory.exists() and model.count("/") == 1 and not model.startswith((".", "/", "~")):
         from huggingface_hub import snapshot_download
         from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError

@@ -10,6 +10,7 @@ TRANSFORMERS = {
     "cogvideox1.5-5b": _TRANSFORMER_5B | dict(
         patch_size_t=2, patch_bias=False, sample_frames=81, sample_height=300, sample_width=300),
 }
+HUB_IDS = {"cogvideox-2b": "THUDM/CogVideoX-2b", "cogvideox-5b": "THUDM/CogVideoX-5b", "cogvideox1.5-5b": "THUDM/CogVideoX1.5-5B"}
 NATIVE_DTYPES = {"cogvideox-2b": "float16", "cogvideox-5b": "bfloat16", "cogvideox1.5-5b": "bfloat16"}
 SIZES = {  # frames, height, width in pixels
     "cogvideox-2b": (49, 480, 720), "cogvideox-5b": (49, 480, 720), "cogvideox1.5-5b": (81, 768, 1360)}
