@@ -31,7 +31,7 @@ SEARCHED = (
     "feed_forward_chunks",
 )
 """Fields of the plan that the search sets, unless they are fixed."""
-CHUNKS = 4
+CHUNKS = 8
 MAX_REPLAYS = 30
 _SHORT = 5  # blocks of a short trace: the outer two at either end and one that stands for all between
 

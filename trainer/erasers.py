@@ -39,21 +39,40 @@ class AdapterEraser(nn.Module):
         return F.linear(r, self.up.weight.to(h.dtype), self.up.bias.to(h.dtype))
 
 
-class _AttachLoss(torch.autograd.Function):
-    """Pass `x` through and let `loss` receive gradient 1 when x's gradient arrives.
+_CHUNK_BYTES = 32 * 2**20
+"""Of the float32 copy of some of an output's tokens."""
 
-    This adds a term to the objective from inside a block, so that the block can be recomputed in backward and the
-    term needs no tensor outside of it.
+
+class _Localised(torch.autograd.Function):
+    """Pass the eraser's output o (B, N, D) through beside mean((o * outside)²), and add `weight` times that to the objective.
+
+    The term comes from inside a block, so that the block can be recomputed in backward and nothing outside of it is needed. A
+    part of the tokens is looked at at a time: whole float32 copies were the peak of a block's backward.
     """
 
     @staticmethod
-    def forward(ctx, x: Tensor, loss: Tensor) -> Tensor:
-        ctx.loss_dtype = loss.dtype
-        return x.view_as(x)
+    def forward(ctx, o: Tensor, outside: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(o, outside, weight)
+        sums = [(part.float() * rest).square().sum() for part, rest in _parts(o, outside)]
+        term = sum(sums[1:], sums[0]) / o.numel()
+        ctx.mark_non_differentiable(term)
+        return o.view_as(o), term
 
     @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, Tensor]:
-        return gradient, torch.ones((), dtype=ctx.loss_dtype, device=gradient.device)
+    def backward(ctx, gradient: Tensor, _: Tensor) -> tuple[Tensor, None, None]:
+        o, outside, weight = ctx.saved_tensors
+        share, result = weight / o.numel(), torch.empty_like(gradient)
+        for (part, rest), (grad, out) in zip(_parts(o, outside), _parts(gradient, result)):
+            own = (2 * (part.float() * rest)).mul_(share).mul_(rest)
+            torch.add(grad, own.to(grad.dtype), out=out)
+        return result, None, None
+
+
+def _parts(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """The same few tokens of tensors (B, N, ...); the first says how many."""
+    size = tensors[0].shape
+    step = max(1, _CHUNK_BYTES // (4 * size[0] * size[2]))
+    return zip(*(tensor.split(step, 1) for tensor in tensors))
 
 
 def _in_backward() -> bool:
@@ -115,9 +134,9 @@ class Erasers:
 
     def _attach_localisation(self, index: int, o: Tensor) -> Tensor:
         outside, weight = self._localisation
-        term = (o.float() * outside).square().mean()
-        self.localisation_terms[index] = term.detach()
-        return _AttachLoss.apply(o, term * (weight / len(self.adapters)))
+        share = torch.ones((), device=o.device) * (weight / len(self.adapters))
+        o, self.localisation_terms[index] = _Localised.apply(o, outside, share)
+        return o
 
     @contextmanager
     def switched(self, on: bool) -> Iterator[None]:

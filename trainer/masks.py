@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from trainer.backbones.cogvideox import CogVideoX
+from trainer.backbones.rotary import project, project_out
 from trainer.errors import UsageError
 from trainer.prompts import PromptSet
 
@@ -52,23 +53,13 @@ class ConceptMapProcessor:
     def __call__(self, attn: nn.Module, hidden_states: Tensor, encoder_hidden_states: Tensor,
                  attention_mask: Tensor | None = None,
                  image_rotary_emb: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
-        from diffusers.models.embeddings import apply_rotary_emb
-
         length = encoder_hidden_states.shape[1]
-        x = torch.cat([encoder_hidden_states, hidden_states], dim=1)  # (B, S, D)
-        q, k, v = (proj(x).unflatten(-1, (attn.heads, -1)).transpose(1, 2)
-                   for proj in (attn.to_q, attn.to_k, attn.to_v))  # (B, A, S, d)
-        q = q if attn.norm_q is None else attn.norm_q(q)
-        k = k if attn.norm_k is None else attn.norm_k(k)
-        if image_rotary_emb is not None:
-            q[:, :, length:] = apply_rotary_emb(q[:, :, length:], image_rotary_emb)
-            k[:, :, length:] = apply_rotary_emb(k[:, :, length:], image_rotary_emb)
+        q, k, v = project(attn, hidden_states, encoder_hidden_states, image_rotary_emb)
         out, lse = attention_with_lse(q, k, v)
         if self.map is None:
             rows = slice(len(self.columns))
             self.map = concept_map(q[rows, :, length:], k[rows, :, :length], lse[rows, :, length:], self.columns)
-        out = attn.to_out[1](attn.to_out[0](out.transpose(1, 2).flatten(2)))  # (B, S, D)
-        return out[:, length:], out[:, :length]
+        return project_out(attn, out, length)
 
 
 def concept_map(q: Tensor, k: Tensor, lse: Tensor, columns: Sequence[Tensor]) -> Tensor:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from memory.offload import offload_blocks, place
 from trainer.backbones import Decode, Predict, published
+from trainer.backbones.rotary import LeanProcessor
 from trainer.backbones.weights import assign, open_shard, randomise, shards
 from trainer.errors import UsageError
 
@@ -56,7 +57,11 @@ class CogVideoX:
         import_utils._bitsandbytes_available = False  # its quantizers are not used here, and a second of every start
         from diffusers import CogVideoXTransformer3DModel
 
-        return CogVideoXTransformer3DModel.from_config(self._config | changes)
+        model = CogVideoXTransformer3DModel.from_config(self._config | changes)
+        if model.config.use_rotary_positional_embeddings:
+            for block in model.transformer_blocks:
+                block.attn1.processor = LeanProcessor()
+        return model
 
     def identity(self) -> dict[str, str]:
         text = json.dumps({k: v for k, v in sorted(vars(self.config).items()) if not k.startswith("_")}, default=str)

@@ -1,0 +1,64 @@
+"""Rotary positions in a few heads at a time, against diffusers' own."""
+
+import pytest
+import torch
+from diffusers.models.attention_processor import CogVideoXAttnProcessor2_0
+from diffusers.models.embeddings import apply_rotary_emb
+
+from trainer.backbones import rotary
+from trainer.backbones.rotary import LeanProcessor, rotate
+
+B, A, L, N, WIDTH = 2, 5, 3, 7, 8
+
+
+def _case(dtype):
+    dice = torch.Generator().manual_seed(0)
+    x = torch.randn(B, A, L + N, WIDTH, generator=dice).to(dtype).requires_grad_()
+    angles = torch.rand(N, WIDTH // 2, generator=dice).repeat_interleave(2, -1) * 6
+    return x, (angles.cos(), angles.sin()), torch.randn(B, A, L + N, WIDTH, generator=dice).to(dtype)
+
+
+def _stock(x, positions):
+    return torch.cat([x[:, :, :L], apply_rotary_emb(x[:, :, L:], positions)], 2)
+
+
+@pytest.mark.parametrize("heads_at_once", [1, 2, 5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_outputs_and_gradients_are_those_of_diffusers(monkeypatch, dtype, heads_at_once):
+    monkeypatch.setattr(rotary, "_CHUNK_BYTES", 4 * B * N * WIDTH * heads_at_once)
+    x, positions, grad = _case(dtype)
+    ours, stock = rotate(x, positions, L), _stock(x, positions)
+    assert torch.equal(ours, stock)
+    (found,), (expected,) = torch.autograd.grad(ours, x, grad), torch.autograd.grad(stock, x, grad)
+    if dtype == torch.float32:
+        assert torch.equal(found, expected)
+    else:  # nearer to the truth than autograd's own, which rounds in between
+        true = torch.autograd.grad(_stock(x.double(), positions), x, grad.double())[0].double()
+        exact = rotary._rotated(grad.double(), *positions, L, back=True)
+        assert (found - exact).abs().max() <= (expected - exact).abs().max() and true.dtype == torch.float64
+
+
+def test_backward_is_the_inverse_of_forward():
+    x, positions, _ = _case(torch.float32)
+    there = rotary._rotated(x.detach(), *positions, L, back=False)
+    torch.testing.assert_close(rotary._rotated(there, *positions, L, back=True), x.detach())
+
+
+@pytest.mark.parametrize("kind", ["5b", "1.5"])
+def test_a_transformer_predicts_and_learns_the_same_to_the_bit(pipelines, kind):
+    from trainer.backbones.cogvideox import CogVideoX
+
+    backbone = CogVideoX(str(pipelines[kind]))
+    shape = backbone.latent_shape(9, 32, 32)
+    results = []
+    for stock in (False, True):
+        model = backbone.load_transformer(dtype=torch.float32)
+        assert all(isinstance(block.attn1.processor, LeanProcessor) for block in model.transformer_blocks)
+        for block in model.transformer_blocks if stock else ():
+            block.attn1.processor = CogVideoXAttnProcessor2_0()
+        x = torch.randn(2, *shape, generator=torch.Generator().manual_seed(1), requires_grad=True)
+        text = torch.randn(2, backbone.text_length, backbone.text_width, generator=torch.Generator().manual_seed(2))
+        v = backbone.predictor(model, shape)(x, torch.tensor([500, 20]), text)
+        results.append((v, torch.autograd.grad(v.square().sum(), x)[0]))
+    for ours, theirs in zip(*results):
+        assert torch.equal(ours, theirs)

@@ -1,0 +1,78 @@
+"""Rotary positions of CogVideoX 5b and 1.5, without the float32 copies of whole queries and keys that diffusers makes.
+
+Those copies and their gradients were the peak of a block's backward: six times the size of its input. Here a few heads are
+rotated at a time, and backward rotates the gradient back. Outputs are bitwise those of diffusers' `apply_rotary_emb`; gradients
+too in float32, and in 16 bits they are rounded once where autograd rounds three times.
+Legend: B batch, A heads, S all tokens, L text tokens, N video tokens, D width, d head width.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+_CHUNK_BYTES = 64 * 2**20
+"""Of one float32 copy of some heads; up to four are held."""
+
+
+def rotate(x: Tensor, positions: tuple[Tensor, Tensor], length: int) -> Tensor:
+    """Queries or keys x (B, A, S, d) with all tokens after the first `length` rotated by their cos and sin (N, d)."""
+    return _Rotate.apply(x, *(p.to(x.device) for p in positions), length)
+
+
+class _Rotate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, cos: Tensor, sin: Tensor, length: int) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        ctx.length = length
+        return _rotated(x, cos, sin, length, back=False)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        return _rotated(grad, *ctx.saved_tensors, ctx.length, back=True), None, None, None
+
+
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor, length: int, *, back: bool) -> Tensor:
+    result = torch.empty_like(x)
+    result[:, :, :length] = x[:, :, :length]
+    step = max(1, _CHUNK_BYTES // (4 * x.shape[0] * cos.numel()))  # heads at a time
+    for heads in (slice(a, a + step) for a in range(0, x.shape[1], step)):
+        part = x[:, heads, length:].float()  # (B, step, N, d): pairs of a real and an imaginary part
+        turned = part * sin if back else part
+        real, imaginary = turned.unflatten(-1, (-1, 2)).unbind(-1)
+        turned = torch.stack([imaginary, -real] if back else [-imaginary, real], -1).flatten(-2)
+        rotated = part * cos
+        result[:, heads, length:] = rotated.add_(turned if back else turned.mul_(sin))
+    return result
+
+
+def project(attn: nn.Module, hidden_states: Tensor, encoder_hidden_states: Tensor, positions: tuple[Tensor, Tensor] | None
+            ) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k and v (B, A, S, d) of video (B, N, D) and text (B, L, D), text first, normed and rotated."""
+    x = torch.cat([encoder_hidden_states, hidden_states], dim=1)  # (B, S, D)
+    q, k, v = (proj(x).unflatten(-1, (attn.heads, -1)).transpose(1, 2)
+               for proj in (attn.to_q, attn.to_k, attn.to_v))  # (B, A, S, d)
+    q = q if attn.norm_q is None else attn.norm_q(q)
+    k = k if attn.norm_k is None else attn.norm_k(k)
+    if positions is not None:
+        length = encoder_hidden_states.shape[1]
+        q, k = rotate(q, positions, length), rotate(k, positions, length)
+    return q, k, v
+
+
+def project_out(attn: nn.Module, out: Tensor, length: int) -> tuple[Tensor, Tensor]:
+    """Video (B, N, D) and text (B, L, D) from the attention's output (B, A, S, d)."""
+    out = attn.to_out[1](attn.to_out[0](out.transpose(1, 2).flatten(2)))  # (B, S, D)
+    return out[:, length:], out[:, :length]
+
+
+class LeanProcessor:
+    """In place of diffusers' CogVideoXAttnProcessor2_0."""
+
+    def __call__(self, attn: nn.Module, hidden_states: Tensor, encoder_hidden_states: Tensor,
+                 attention_mask: Tensor | None = None,
+                 image_rotary_emb: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
+        q, k, v = project(attn, hidden_states, encoder_hidden_states, image_rotary_emb)
+        out = F.scaled_dot_product_attention(q, k, v)
+        return project_out(attn, out, encoder_hidden_states.shape[1])
