@@ -56,6 +56,7 @@ def test_every_part_walks_through_and_is_not_measured_twice(tmp_path):
     losses = {name: results["speed"]["cells"][name]["loss"] for name in ("2b 17f streamed", "2b 17f compiled", "2b 17f streamed, compiled")}
     assert len(set(losses.values())) == 1 and set(results["speed"]["share_of_matrix_rate"]) == {"5b 49f", "5b 49f math"}
     assert results["feasibility"]["naive"] and all(n["ran"] for n in results["feasibility"]["naive"].values())
+    assert results["health"]["cells"]["2b 17f"]["num_drawn"] == 2  # beside the watched rig in both rounds, and never beside the plain one
 
     before = (tmp_path / "dry" / "health.json").stat().st_mtime_ns
     assert "health: cost of the checks" in _suite("--out", str(tmp_path), "--only", "health")
