@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from trainer.assemble import open_backbone, resolve_dtype, video_size
 from trainer.config import TrainConfig
@@ -59,7 +60,8 @@ class Naive:
         self.predict = backbone.predictor(student, shape[1:])
         names = [*_PROMPTS.prompts, *_PROMPTS.safe, *_PROMPTS.preserved, ""]
         table = torch.randn(len(names), backbone.text_length, backbone.text_width).to(device, dtype)
-        latents, preserved = (make_latents(config, backbone.scheduler(), shape, stream, device) for stream in ("target", "preserved"))
+        with unset_fake_temporarily():  # a schedule's values are read
+            latents, preserved = (make_latents(config, backbone.scheduler(), shape, stream, device) for stream in ("target", "preserved"))
         self.teacher = Teacher(backbone.predictor(teacher, shape[1:]), self.erasers, list(backbone.blocks(teacher)), loss=config.loss,
                                prompts=_PROMPTS, embeddings=Embeddings(table, names), columns={"concept": torch.zeros(1, dtype=torch.int64)},
                                latents=latents, preserved_latents=preserved, seed=0, guidance="batched")

@@ -11,8 +11,9 @@ from typing import Any
 from bench.feasibility import settings
 from bench.provenance import write_result
 from memory.cards import lookup
+from memory.search import SEARCHED
 from trainer.config import replaced
-from trainer.planning import described, forecast_as_given
+from trainer.planning import described, forecast
 
 CARD = "h200"
 NOTHING = {"memory.checkpoint": "none"}
@@ -49,7 +50,7 @@ def main() -> None:
     for model, frames in CELLS:
         found = cells[f"{model}-{frames}"] = {}
         for name, changes in STRATEGIES.items():
-            a = forecast_as_given(replaced(settings(model, frames), changes), card)
+            a = forecast(replaced(settings(model, frames), changes), card, SEARCHED).chosen
             found[name] = described(a) | {"step_peak_bytes": a.prediction.peak_bytes}
             print(model, frames, name, f"{a.prediction.peak_bytes / 2**30:.2f} GiB {a.time.seconds:.2f} s", flush=True)
             write_result("strategies", {"basis": "predicted", "card": card.label, "cells": cells})
