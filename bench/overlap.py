@@ -66,8 +66,8 @@ def predict() -> dict[str, Any]:
     return {"predicted": True, "cells": cells}
 
 
-def count_loads() -> dict[str, float]:
-    """How often what streams crosses the link in a step of 42 blocks, none of them resident. Counted on the CPU, where the ring
+def count_loads(num_blocks: int) -> dict[str, float]:
+    """How often what streams crosses the link in a step of so many blocks, none of them resident. Counted on the CPU, where the ring
     loads what it loads on a card: order and number of loads depend on the passes over the blocks alone."""
     import torch
 
@@ -76,7 +76,7 @@ def count_loads() -> dict[str, float]:
     from bench.card.rig import measured
     from bench.card.session import Session, register_toys
 
-    register_toys(num_blocks=42)
+    register_toys(num_blocks)
     session = Session(Gauge(torch.device("cpu")), card_here(dry=True), Forecaster(0), dry=True)
     plans = {"a whole step": {}, "one with --guidance batched": dict(guidance="batched"), "a student's pass alone": dict(student_only=True)}
     found = {name: measured(session.cell("5b", 49, resident_blocks=0, **plan), session.gauge, num_steps=2) for name, plan in plans.items()}
@@ -84,4 +84,4 @@ def count_loads() -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    print(write_result("overlap", predict() | {"loads": count_loads()}))
+    print(write_result("overlap", predict() | {"loads": count_loads(42)}))
