@@ -127,11 +127,13 @@ def the_card() -> tuple[Card | None, Check]:
 def _driver() -> str:
     try:
         import pynvml
-
+    except ImportError:
+        return "unknown"
+    try:
         pynvml.nvmlInit()
         version = pynvml.nvmlSystemGetDriverVersion()
         pynvml.nvmlShutdown()
-    except (ImportError, pynvml.NVMLError):
+    except pynvml.NVMLError:
         return "unknown"
     return version.decode() if isinstance(version, bytes) else version
 

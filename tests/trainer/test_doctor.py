@@ -144,3 +144,5 @@ def test_the_driver_that_fails_to_say_its_version(monkeypatch):
 
     monkeypatch.setitem(sys.modules, "pynvml", SimpleNamespace(NVMLError=NVMLError, nvmlInit=fail))
     assert doctor._driver() == "unknown"
+    monkeypatch.setitem(sys.modules, "pynvml", None)  # not installed
+    assert doctor._driver() == "unknown"
