@@ -31,6 +31,15 @@ LEAVES = ("down.weight", "down.bias", "up.weight", "up.bias")
 BLOCK_NORMS = ("gradient", "update", "weight", "eraser", "residual")
 
 
+@torch.no_grad()
+def update_norms(parameters: Sequence[Tensor], update: Callable[[], object]) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+    """Norms of what `update()` changes in each parameter, and of the parameters after it. Holds a copy of all of them meanwhile."""
+    before = torch._foreach_clone([p.detach() for p in parameters])
+    update()
+    torch._foreach_sub_(before, [p.detach() for p in parameters])
+    return torch._foreach_norm(before), torch._foreach_norm([p.detach() for p in parameters])
+
+
 class Health:
     """The watcher of one run. As a context manager it holds the hooks that measure activations.
 
@@ -115,12 +124,7 @@ class Health:
         head = torch.stack([*terms.values(), total, self._teacher, self._student])
         if self.subject.config.optim.clip:
             torch.nn.utils.clip_grads_with_norm_(parameters, self.subject.config.optim.clip, total)
-        before = torch._foreach_clone([p.detach() for p in parameters])
-        self._step_optimizer(~torch.isfinite(head).all())
-        with torch.no_grad():
-            torch._foreach_sub_(before, parameters)
-            updates, weights = torch._foreach_norm(before), torch._foreach_norm([p.detach() for p in parameters])
-        del before
+        updates, weights = update_norms(parameters, lambda: self._step_optimizer(~torch.isfinite(head).all()))
         scale = self.subject.scaler.scale(torch.ones_like(self._zero))
         packed = torch.cat([head, torch.stack([scale, *gradients, *updates, *weights, *self._eraser, *self._residual])])
         more = {"lr": self.subject.optimizer.param_groups[0]["lr"], **more}

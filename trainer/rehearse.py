@@ -21,6 +21,7 @@ from trainer.backbones.cogvideox import CogVideoX
 from trainer.config import TrainConfig
 from trainer.distributed import average
 from trainer.erasers import Erasers
+from trainer.health import update_norms
 from trainer.latents import make_latents
 from trainer.losses import Teacher, student_backward
 from trainer.prompts import Embeddings, PromptSet
@@ -120,5 +121,5 @@ def _step(teacher: Teacher, predict: Predict, erasers: Erasers, optimizer: torch
         average([p.grad for p in erasers.parameters()], reduce=lambda flat: None)
     norm = torch.nn.utils.get_total_norm([p.grad for p in erasers.parameters()])
     torch.nn.utils.clip_grads_with_norm_(erasers.parameters(), 1.0, norm)
-    optimizer.step()
+    update_norms(erasers.parameters(), optimizer.step)
     optimizer.zero_grad(set_to_none=True)

@@ -37,3 +37,10 @@ def test_8bit_state_is_smaller(tiny_config):
     backbone = open_backbone(config.model)
     plain, small = (rehearse(backbone, config, replace(config.memory, optimizer=kind)) for kind in ("adamw", "adamw8bit"))
     assert small.standing_bytes("optimizer") < plain.standing_bytes("optimizer") / 2
+
+
+def test_an_update_is_measured_by_a_copy_of_the_weights(tiny_config):
+    config = tiny_config(optim__rank=256)
+    trace = rehearse(open_backbone(config.model), config, config.memory)
+    peaks, adapters = trace.peaks(), trace.standing_bytes("adapters")
+    assert 2 * adapters <= peaks["optimizer"] - peaks["load"] <= 2.5 * adapters  # gradients, and what the weights were
