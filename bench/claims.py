@@ -37,18 +37,19 @@ def _ranks(what: str, unit: float, pattern: str) -> str:
     return " / ".join(format(_rank(_DOCUMENTS, rank, what) / unit, pattern) for rank in (64, 128, 256, 512))
 
 
-def _cell(model: str, frames: int, name: str) -> dict[str, Any]:
+def _cell(model: str, frames: int | str, name: str) -> dict[str, Any]:
     return _load("strategies")["cells"][f"{model}-{frames}"][name]
 
 
-def _peak(model: str, frames: int, name: str) -> float:
+def _peak(model: str, frames: int | str, name: str) -> float:
     return _cell(model, frames, name)["step_peak_bytes"] / GIB
 
 
 def _saving(before: str, after: str) -> str:
     """Percent saved, for each model and size."""
+    cells = (name.rsplit("-", 1) for name in _load("strategies")["cells"])
     return ", ".join(f"{model} {frames} f: {1 - _peak(model, frames, after) / _peak(model, frames, before):.0%}"
-                     for model, frames in (("cogvideox-2b", 17), ("cogvideox-2b", 49), ("cogvideox-5b", 49)))
+                     for model, frames in cells)
 
 
 def _story(name: str) -> dict[str, Any]:

@@ -6,6 +6,7 @@ makes temporaries as large as its parameters. Runs on a card, on the CPU, and on
 """
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import torch
@@ -66,7 +67,7 @@ class Naive:
                                prompts=_PROMPTS, embeddings=Embeddings(table, names), columns={"concept": torch.zeros(1, dtype=torch.int64)},
                                latents=latents, preserved_latents=preserved, seed=0, guidance="batched")
         self.optimizer = torch.optim.AdamW(self.erasers.parameters(), lr=config.optim.lr, foreach=True)
-        self.num_steps = 0
+        self.num_steps, self.recomputed = 0, False
 
     def step(self) -> None:
         """One optimizer step with all three losses in one graph."""
@@ -74,9 +75,11 @@ class Naive:
         self.note("teacher")
         sample = self.teacher.sample(self.num_steps)
         self.note("student forward")
-        with self.erasers.switched(True):
-            with self.erasers.localised(sample.mask, loss.alpha):
-                v = self.predict(sample.latents, sample.timestep, sample.text)
+        with self.erasers.switched(True), ExitStack() as localised:
+            localised.enter_context(self.erasers.localised(sample.mask, loss.alpha))
+            v = self.predict(sample.latents, sample.timestep, sample.text)
+            if not self.recomputed:  # in one joint graph, a recomputation cannot tell the passes apart: both are localised
+                localised.close()
             kept = self.predict(sample.preserved_latents, sample.preserved_timestep, sample.preserved_text)
             total = F.mse_loss(v.float(), sample.target) + loss.beta * F.mse_loss(kept.float(), sample.preserved_target)
             self.note("student backward")

@@ -38,6 +38,7 @@ def rehearse_naive(config: TrainConfig, recipe: Recipe, *, checkpointed: bool = 
         naive.optimizer = make_optimizer(naive.erasers.parameters(), kind="adamw", lr=config.optim.lr)
         blocks = naive.models[0].transformer_blocks
         if checkpointed:
+            naive.recomputed = True
             checkpoint_blocks(blocks, ["inputs"] * len(blocks))
         with recording() as recorder, ExitStack() as stack:
             recorder.adopt_model(naive.models[0], blocks)

@@ -226,11 +226,20 @@ class _Search:
         wanted = []
         for fields in self._savings():
             plan = self._resident(dataclasses.replace(self.base, **fields))
-            wanted.append((plan, self.short))
+            wanted.append((self._cut(plan, self.short), self.short))
             if not fields or self._keeps_fixed():
-                wanted.append((plan, _SHORT + 1))
+                wanted.append((self._cut(plan, _SHORT + 1), _SHORT + 1))
             wanted += [] if self._keeps_fixed() else self._kept(plan)
         return wanted
+
+    def _cut(self, plan: MemoryPlan, num_blocks: int) -> MemoryPlan:
+        """The plan for fewer blocks, if all blocks keep the same; otherwise as it is."""
+        keeps = set(resolve_keeps(plan, self.workload.num_blocks))
+        if len(keeps) > 1:
+            return plan
+        attention = num_blocks if keeps == {"attention"} else 0
+        checkpoint = "none" if keeps == {"everything"} else "all"
+        return dataclasses.replace(plan, checkpoint=checkpoint, num_keep_attention=attention, num_keep_everything=0)
 
     def _recipe(self, plan: MemoryPlan) -> Recipe:
         """Of a plan that leaves everything on the device: from two short traces, if its blocks are all alike."""
@@ -238,7 +247,8 @@ class _Search:
         keeps = set(resolve_keeps(plan, num_blocks))
         if len(keeps) == 1 and num_blocks > _SHORT + 2:
             try:
-                return grow(self._trace(plan, _SHORT)[0], self._trace(plan, _SHORT + 1)[0], keeps.pop(), num_blocks)
+                short, longer = (self._trace(self._cut(plan, n), n)[0] for n in (_SHORT, _SHORT + 1))
+                return grow(short, longer, keeps.pop(), num_blocks)
             except SpliceError:
                 pass
         return Recipe.of(*self._trace(plan, num_blocks))

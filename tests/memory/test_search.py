@@ -9,7 +9,7 @@ from test_simulate import tiny_trace
 from memory.assess import Limits, PhaseNeed, Workload, assess
 from memory.cards import GIB, lookup
 from memory.plan import MemoryPlan, PlanError
-from memory.search import search
+from memory.search import SEARCHED, search
 from memory.timing import add_loads, load_of, step_time
 from memory.work import Work
 
@@ -95,6 +95,15 @@ def test_fixed_settings_are_kept(workload):
     assert result.best.plan.num_keep_everything == 0
     with pytest.raises(PlanError, match="no such field"):
         plan_for(workload, 4096, fixed={"rank"})
+
+
+@pytest.mark.parametrize("base", [MemoryPlan(num_keep_attention=12), MemoryPlan(checkpoint="none"), MemoryPlan(num_keep_everything=12),
+                                  MemoryPlan(checkpoint="first:12", boundaries="host"), MemoryPlan(checkpoint="every:2")])
+def test_a_plan_fixed_as_a_whole_is_predicted_as_a_full_trace_predicts_it(workload, base):
+    found = plan_for(workload, 1 << 20, base=base, fixed=SEARCHED).best
+    full = assess(workload, base, fixed_card(MIB << 20), margin=0.0, host_bytes=GIB)
+    assert found.plan == base and found.prediction == full.prediction and found.by_phase == full.by_phase
+    assert found.time.seconds == pytest.approx(full.time.seconds)
 
 
 def test_nothing_fits_a_card_that_is_too_small(workload):
