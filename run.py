@@ -7,6 +7,7 @@ import logging
 import os
 import runpy
 import sys
+from pathlib import Path
 
 _INPUT_OUTPUT = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOSPC, errno.EDQUOT, errno.EIO)
 
@@ -19,12 +20,26 @@ def main() -> int:
     if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
         os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:2:16:8")
-    if sys.argv[1:3] == ["bench", "card"]:  # by name: nothing imports the benchmarks
-        sys.argv[1:3] = []
-        runpy.run_module("bench.card", run_name="__main__", alter_sys=True)
+    if sys.argv[1:2] == ["bench"]:
+        return _bench(sys.argv[2:])
     if sys.stdout is None:  # closed by the caller
         sys.stdout = open(os.devnull, "w")
     return _leave(_run())
+
+
+def _bench(words: list[str]) -> int:
+    """Run a benchmark by name: nothing imports them. `peaks` is a suite of pytest-benchmark."""
+    here = Path(__file__).parent
+    known = sorted({"peaks", "card"} | {f.stem for f in (here / "bench").glob("*.py") if "\nif __name__" in f.read_text()})
+    if not words or words[0] not in known:
+        return _say(2, f"error: bench {' '.join(words[:1])}: one of {', '.join(known)}")
+    if words[0] == "peaks":
+        import pytest
+
+        return pytest.main([str(here / "bench" / "test_peaks.py"), "--benchmark-enable", *words[1:]])
+    sys.argv[1:3] = []
+    runpy.run_module(f"bench.{words[0]}", run_name="__main__", alter_sys=True)
+    return 0
 
 
 def _run() -> int:

@@ -3,7 +3,7 @@
     python -m bench.strategies
 
 Also batch size (memory by slope and intercept), rank, frames and guidance. Measured peaks at small size on the CPU, and at
-full size on a card, are `python -m pytest bench --benchmark-enable`.
+full size on a card, are `python run.py bench peaks`.
 """
 
 from typing import Any
