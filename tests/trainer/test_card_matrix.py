@@ -1,0 +1,36 @@
+"""What the planner says of the published models on the cards that people have."""
+
+import pytest
+
+from memory.cards import GIB, lookup
+from trainer.config import TrainConfig, replaced
+from trainer.planning import forecast
+
+pytestmark = pytest.mark.slow
+CARDS = ("8gb", "12gb", "24gb", "4090", "48gb", "h20", "h200")
+
+
+def _plans(model: str, frames: int, cards=CARDS):
+    config = replaced(TrainConfig(), {"model.model": model, "model.weights": "random", "model.frames": frames})
+    return {card: forecast(config, lookup(card)) for card in cards}
+
+
+@pytest.mark.parametrize("model, frames", [("cogvideox-2b", 17), ("cogvideox-2b", 49), ("cogvideox-5b", 49)])
+def test_every_card_gets_a_plan_of_its_own_that_fills_it(model, frames):
+    found = _plans(model, frames)
+    assert all(f.result.best and f.result.num_candidates >= 1000 for f in found.values())
+    best = {card: f.result.best for card, f in found.items()}
+    assert best["h200"].plan.resident_blocks is None and best["h200"].plan.boundaries == best["h200"].plan.kept == "device"
+    assert best["8gb"].plan != best["12gb"].plan != best["24gb"].plan != best["h200"].plan
+    for card, f in found.items():
+        used = f.chosen.needed_bytes / f.card.usable_bytes
+        assert used <= 0.98
+        # The fastest plan, not the smallest: memory is left over only where there is nothing left to buy with it.
+        assert used > 0.9 or f.chosen.plan.checkpoint == "none", card
+        assert all(miss.time.seconds < f.chosen.time.seconds for miss in f.result.near_misses)
+
+
+def test_5b_at_49_frames_fits_4_gb_with_everything_streamed():
+    found = _plans("cogvideox-5b", 49, ["4gb"])["4gb"]
+    assert found.result.best and found.chosen.plan.resident_blocks == 0 and found.chosen.plan.boundaries == "host"
+    assert max(found.chosen.by_phase.values()) <= 3 * GIB
