@@ -3,6 +3,7 @@
 Legend: B batch, F latent frames, C latent channels, H W latent size, L text tokens, D text width, T video frames.
 """
 
+import difflib
 import hashlib
 import json
 from pathlib import Path
@@ -314,7 +315,10 @@ def _locate(model: str) -> Path:
             what = f"lacks {missing[0]}/" if missing else "lacks model_index.json"
         elif directory.exists():
             what = "is not a directory"
-        raise UsageError(f"--model {model}: {what}; name a directory in diffusers' layout "
+        near = difflib.get_close_matches(model, [*published.TRANSFORMERS, "shapes"], n=1)
+        if near:
+            what += f"; did you mean {near[0]}? Or"
+        raise UsageError(f"--model {model}: {what}{'' if near else ';'} name a directory in diffusers' layout "
                          f"({', '.join(COMPONENTS)}), a hub id, or shapes")
     return directory
 
