@@ -9,11 +9,15 @@ import json
 from collections.abc import Callable
 from typing import Any
 
+import torch
+from diffusers import CogVideoXTransformer3DModel
+
 from bench.erasure import summary
 from bench.provenance import RESULTS, write_result
+from trainer.backbones import published
 from trainer.config import SHAPES
 
-HOLDS, CONTRADICTED, MEASURED = "holds", "contradicted", "here"
+HOLDS, CONTRADICTED, PREDICTED = "holds", "contradicted", "predicted here"
 GIB = 2**30
 _DOCUMENTS = "documents' 5b"
 
@@ -94,13 +98,16 @@ def batch() -> tuple[str, str]:
 
 def full_finetuning() -> tuple[str, str]:
     naive = _load("feasibility")["cells"]["cogvideox-2b-17"]["naive"]["96gb"]
-    return MEASURED, (f"2b weights, gradients and AdamW in fp32 alone are {16 * 1_693_882_624 / GIB:.1f} GiB before activations; "
+    with torch.device("meta"):
+        model = CogVideoXTransformer3DModel.from_config(published.TRANSFORMERS["cogvideox-2b"])
+    train_bytes = 16 * sum(p.numel() for p in model.parameters())
+    return PREDICTED, (f"2b weights, gradients and AdamW in fp32 alone are {train_bytes / GIB:.1f} GiB before activations; "
                       f"the naive eraser step needs {naive['needed_bytes'] / GIB:.1f} GiB (predicted)")
 
 
 def step_seconds() -> tuple[str, str]:
     planned = _load("feasibility")["cells"]["cogvideox-2b-17"]
-    return MEASURED, (f"on an H20, whole step with all three losses: naive fp32 {planned['naive']['h20']['step_seconds']:.1f} s, "
+    return PREDICTED, (f"on an H20, whole step with all three losses: naive fp32 {planned['naive']['h20']['step_seconds']:.1f} s, "
                       f"planned {planned['planned']['h20']['step_seconds']:.1f} s (predicted)")
 
 
@@ -138,22 +145,22 @@ VERDICTS: dict[str, tuple[str, str, Callable[[], tuple[str, str]]]] = {
         CONTRADICTED, f"{_rank('cogvideox-2b', 128, 'params_per_block'):,}: `up` was left out")),
     "tokens": ("002", "[2, 6976, 1920] after the last feed-forward at 17 frames with CFG", lambda: (HOLDS, "226 + 5 x 30 x 45 = 6,976")),
     "offload": ("000, 001", "CPU offload saves 60-70 % / 85-90 %; 120-170 GB down to 15-25 GB", lambda: (
-        MEASURED, f"streaming all blocks, over checkpointing: {_saving('checkpoint all', 'stream all')} (predicted)")),
+        PREDICTED, f"streaming all blocks, over checkpointing: {_saving('checkpoint all', 'stream all')} (predicted)")),
     "fp16": ("000, 001", "fp16 saves about 50 %", lambda: (
-        MEASURED, f"16-bit over fp32, nothing else: {_saving('float32, nothing', 'nothing')} (predicted)")),
+        PREDICTED, f"16-bit over fp32, nothing else: {_saving('float32, nothing', 'nothing')} (predicted)")),
     "batch": ("000", "memory is linear in batch size", batch),
     "train-total": ("001", "training takes 120-170 GB, two copies of the model", lambda: (CONTRADICTED, (
         f"5b, 49 f, one backbone, nothing saved: {_peak('cogvideox-5b', 49, 'nothing'):.1f} GiB; checkpointed "
         f"{_peak('cogvideox-5b', 49, 'checkpoint all'):.1f} GiB; the second copy is not needed (predicted)"))),
-    "infer-total": ("001", "inference 20-30 GB", lambda: (MEASURED, (
+    "infer-total": ("001", "inference 20-30 GB", lambda: (PREDICTED, (
         f"5b, 49 f, all blocks resident: sampling {_cell('cogvideox-5b', 49, 'checkpoint all')['predicted']['by_phase']['sample'] / GIB:.1f} GiB, "
         f"all streamed {_cell('cogvideox-5b', 49, 'stream all')['predicted']['by_phase']['sample'] / GIB:.1f} GiB (predicted)"))),
     "24gb-oom": ("002", "24 GB runs out as soon as the transformer runs (2b, fp32, 17 f)", lambda: (
-        MEASURED, "two copies, T5 and VAE: " + _fits("as in the log, without CFG", "24gb") + " (predicted)")),
+        PREDICTED, "two copies, T5 and VAE: " + _fits("as in the log, without CFG", "24gb") + " (predicted)")),
     "96gb-ok": ("002", "the same run fits 96 GB without CFG", lambda: (
-        MEASURED, _fits("as in the log, without CFG", "96gb") + " (predicted, with all three losses)")),
+        PREDICTED, _fits("as in the log, without CFG", "96gb") + " (predicted, with all three losses)")),
     "96gb-cfg": ("002", "with CFG batching it does not fit 96 GB", lambda: (
-        MEASURED, _fits("as in the log, with CFG", "96gb") + "; with checkpointing " + _fits("with CFG, checkpointing", "96gb") + " (predicted)")),
+        PREDICTED, _fits("as in the log, with CFG", "96gb") + "; with checkpointing " + _fits("with CFG, checkpointing", "96gb") + " (predicted)")),
     "full-ft": ("002", "full-parameter fine-tuning needs 47-65 GB", full_finetuning),
     "step-time": ("002", "11.9 s a step on an H20, 2b fp32 17 f", step_seconds),
     "fp16-nan": ("002", "fp16 adapters: NaN at step 2; fp32 adapters: no NaN", lambda: (
