@@ -1,6 +1,6 @@
 """One constructor for the optimizers, and what their state weighs."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 
@@ -47,6 +47,15 @@ def make_optimizer(
     paged = kind == "paged-adamw8bit" and params[0].device.type == "cuda"
     optimizer = bitsandbytes.optim.PagedAdamW8bit if paged else bitsandbytes.optim.AdamW8bit
     return optimizer(params, **settings)
+
+
+@torch.no_grad()
+def update_norms(parameters: Sequence[torch.Tensor], update: Callable[[], object]) -> tuple[Sequence[torch.Tensor], Sequence[torch.Tensor]]:
+    """Norms of what `update()` changes in each parameter, and of the parameters after it. Holds a copy of all of them meanwhile."""
+    before = torch._foreach_clone([p.detach() for p in parameters])
+    update()
+    torch._foreach_sub_(before, [p.detach() for p in parameters])
+    return torch._foreach_norm(before), torch._foreach_norm([p.detach() for p in parameters])
 
 
 def predict_state_bytes(numels: Iterable[int], kind: OptimizerKind) -> int:

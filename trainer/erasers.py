@@ -39,7 +39,7 @@ class AdapterEraser(nn.Module):
         return F.linear(r, self.up.weight.to(h.dtype), self.up.bias.to(h.dtype))
 
 
-_CHUNK_BYTES = 32 * 2**20
+_CHUNK_BYTES = 64 * 2**20
 """Of the float32 copy of some of an output's tokens."""
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from memory.optimizers import update_norms
 from trainer.distributed import average, everyones, num_ranks, rank
 from trainer.errors import InputOutputError
 from trainer.findings import Bill, Finding, finding, gone_by
@@ -29,15 +30,6 @@ FINDINGS = "findings.json"
 MAX_SKIPS = 20  # in a row; a loss scale that starts at 65536 is below 1 after 17
 LEAVES = ("down.weight", "down.bias", "up.weight", "up.bias")
 BLOCK_NORMS = ("gradient", "update", "weight", "eraser", "residual")
-
-
-@torch.no_grad()
-def update_norms(parameters: Sequence[Tensor], update: Callable[[], object]) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
-    """Norms of what `update()` changes in each parameter, and of the parameters after it. Holds a copy of all of them meanwhile."""
-    before = torch._foreach_clone([p.detach() for p in parameters])
-    update()
-    torch._foreach_sub_(before, [p.detach() for p in parameters])
-    return torch._foreach_norm(before), torch._foreach_norm([p.detach() for p in parameters])
 
 
 class Health:

@@ -12,7 +12,7 @@ from dataclasses import replace
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from memory.optimizers import BLOCK_NUMEL_8BIT, MIN_8BIT_NUMEL, make_optimizer
+from memory.optimizers import BLOCK_NUMEL_8BIT, MIN_8BIT_NUMEL, make_optimizer, update_norms
 from memory.plan import SHARDING_BUFFERS, MemoryPlan, apply_plan
 from memory.simulate import BACKWARD, FORWARD, OPTIMIZER, Storage, Trace, recording
 from trainer.assemble import resolve_dtype, video_size
@@ -21,7 +21,6 @@ from trainer.backbones.cogvideox import CogVideoX
 from trainer.config import TrainConfig
 from trainer.distributed import average
 from trainer.erasers import Erasers
-from trainer.health import update_norms
 from trainer.latents import make_latents
 from trainer.losses import Teacher, student_backward
 from trainer.prompts import Embeddings, PromptSet

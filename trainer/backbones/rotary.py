@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-_CHUNK_BYTES = 64 * 2**20
+_CHUNK_BYTES = 104 * 2**20
 """Of one float32 copy of some heads; up to four are held."""
 
 
