@@ -40,8 +40,8 @@ class Workload:
     the blocks watched and all that stands declared (`Recorder.adopt_model`). Any dtype conversion already done."""
     phases: Callable[[MemoryPlan], Sequence[PhaseNeed]] = lambda plan: ()
     """The other phases of the run under a plan; what `memory.search` sets on its own account does not matter to them."""
-    prepare: Callable[[Sequence[tuple[MemoryPlan, int]]], None] = lambda wanted: None
-    """Is told which traces a search will ask for, most of them and in about this order; empty: no more."""
+    prepare: Callable[[Sequence[tuple[MemoryPlan, int]], Sequence[MemoryPlan]], None] = lambda traces, phases: None
+    """Is told which traces, in about this order, and which phases a search will ask for, most of them; empty: no more."""
     host_bytes: int = 3 * GIB
     """What the process takes of the host besides: interpreter, libraries, CUDA's own (assumed)."""
 

@@ -88,8 +88,8 @@ class Card:
 
     @property
     def available_bytes(self) -> int:
-        """What the caching allocator may reserve: usable, less the context and what others hold."""
-        return max(0, self.usable_bytes - self.context_bytes - self.used_by_others_bytes)
+        """What the caching allocator may reserve: usable, less the context and what others hold. Negative: not even those fit."""
+        return self.usable_bytes - self.context_bytes - self.used_by_others_bytes
 
 
 def card_names() -> list[str]:

@@ -26,7 +26,7 @@ SHARDING_BUFFERS = 3
 """Whole blocks on a device at a time under sharding: the one that runs, the buffer it was gathered in, the next one ahead."""
 
 
-class PlanError(ValueError):
+class PlanError(Exception):
     """A plan that contradicts itself or the model. The message names the field and what would work."""
 
 

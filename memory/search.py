@@ -71,6 +71,8 @@ class _Variant:
         self.workspace = round_request(card.cublas_workspace_bytes) if card.cublas_workspace_bytes else 0
         self._loads: dict[int, Load] = {}
         self.num_unknown = 0
+        self.fits = True
+        """Whether some of its plans may: the live bytes of the one that keeps least do."""
         weights = recipe.standing(0, base.offload_buffers)
         self.flats = [s.num_bytes for s in weights if s.place == "pinned" and s.category == "weights"]
 
@@ -124,6 +126,11 @@ class _Variant:
                     self,
                 )
 
+    def least_bytes(self, residents: Sequence[int | None]) -> int:
+        """Live bytes of the step as the plan stands, with as few resident blocks as may be."""
+        standing = min(self._standing_bytes(num_resident)[0] for num_resident in residents)
+        return standing + self.recipe.peak_bytes(resolve_keeps(self.base, self.recipe.num_blocks))
+
     def _standing_bytes(self, num_resident: int | None) -> tuple[int, int]:
         storages = self.recipe.standing(num_resident, self.base.offload_buffers)
         device = self.workspace
@@ -171,19 +178,19 @@ class _Search:
         self.expandable_segments, self.tf32, self.short = expandable_segments, tf32, min(_SHORT, workload.num_blocks)
         self.base = dataclasses.replace(base, **free)
         self.num_traces = self.num_replays = self.num_candidates = self.num_unknown = 0
+        self._announced: set[tuple[MemoryPlan, int]] = set()
         self._assessed: dict[MemoryPlan, Assessment] = {}
 
     def run(self, limits: Limits) -> SearchResult:
         """The search; see `search`."""
-        self.workload.prepare(self._wanted())
         try:
             return self._run(limits)
         finally:
-            self.workload.prepare(())
+            self.workload.prepare((), ())
 
     def _run(self, limits: Limits) -> SearchResult:
         candidates: list[_Candidate] = []
-        for variant in self._variants():
+        for variant in self._variants(limits):
             found = list(self._candidates_of(variant, limits))
             self.num_candidates += len(found)
             self.num_unknown += variant.num_unknown
@@ -191,12 +198,15 @@ class _Search:
             best = self._first_that_fits(sorted(candidates), limits)
             if best is not None and self._is_settled(variant, best.plan):
                 break
+        # Of plans with the same peak, the slowest keeps least, and leaves least in pieces.
+        smallest = self._assess(min(candidates, key=lambda c: (max(c.device_bytes, c.phases_bytes), -c.seconds)), limits)
+        if best is None and smallest.fits:  # what was seen of faster ones made it look too large
+            best = smallest
         misses = self._near_misses(sorted(candidates), best, limits)
-        smallest = min(candidates, key=lambda c: (max(c.device_bytes, c.phases_bytes), c.seconds))
         return SearchResult(
             best=best,
             near_misses=tuple(misses),
-            smallest=self._assess(smallest, limits),
+            smallest=smallest,
             num_candidates=self.num_candidates,
             num_unknown=self.num_unknown,
             num_replays=self.num_replays,
@@ -219,55 +229,69 @@ class _Search:
         self.num_traces += 1
         return self.workload.trace(plan, num_blocks), resolve_keeps(plan, num_blocks)
 
-    def _wanted(self) -> list[tuple[MemoryPlan, int]]:
-        """The traces that `_variants` will ask for, if all goes well and nothing is settled early."""
-        if self.workload.num_blocks <= _SHORT + 2:
-            return []  # all of them full, and short
-        wanted = []
-        for fields in self._savings():
-            plan = self._resident(dataclasses.replace(self.base, **fields))
-            wanted.append((self._cut(plan, self.short), self.short))
-            if not fields or self._keeps_fixed():
-                wanted.append((self._cut(plan, _SHORT + 1), _SHORT + 1))
-            wanted += [] if self._keeps_fixed() else self._kept(plan)
-        return wanted
+    def _prepare(self, plans: Sequence[MemoryPlan]) -> None:
+        """Announce the traces that `_variant` needs of the plans, and what `_learn_keeps` needs of the first of them."""
+        wanted: list[tuple[MemoryPlan, int]] = []
+        for plan in map(self._resident, plans):
+            whole = plan == self._resident(self.base) or self._keeps_fixed()
+            wanted += self._traces_of_recipe(plan) if whole else [(plan, self.short)]
+        wanted += [] if self._keeps_fixed() else self._kept(self._resident(plans[0]))
+        if not self._announced.issuperset(wanted):  # otherwise somebody may be at it
+            self._announced = set(wanted)
+            self.workload.prepare(wanted, [self.base])
 
     def _cut(self, plan: MemoryPlan, num_blocks: int) -> MemoryPlan:
-        """The plan for fewer blocks, if all blocks keep the same; otherwise as it is."""
+        """A plan under which all blocks keep the same, for fewer blocks."""
         keeps = set(resolve_keeps(plan, self.workload.num_blocks))
-        if len(keeps) > 1:
-            return plan
         attention = num_blocks if keeps == {"attention"} else 0
         checkpoint = "none" if keeps == {"everything"} else "all"
         return dataclasses.replace(plan, checkpoint=checkpoint, num_keep_attention=attention, num_keep_everything=0)
 
     def _recipe(self, plan: MemoryPlan) -> Recipe:
         """Of a plan that leaves everything on the device: from two short traces, if its blocks are all alike."""
-        num_blocks = self.workload.num_blocks
-        keeps = set(resolve_keeps(plan, num_blocks))
-        if len(keeps) == 1 and num_blocks > _SHORT + 2:
+        num_blocks, needed = self.workload.num_blocks, self._traces_of_recipe(plan)
+        if len(needed) == 2:
             try:
-                short, longer = (self._trace(self._cut(plan, n), n)[0] for n in (_SHORT, _SHORT + 1))
-                return grow(short, longer, keeps.pop(), num_blocks)
+                return grow(*(self._trace(*wanted)[0] for wanted in needed), resolve_keeps(plan, num_blocks)[0], num_blocks)
             except SpliceError:
                 pass
         return Recipe.of(*self._trace(plan, num_blocks))
 
-    def _variants(self) -> Iterator[_Variant]:
+    def _traces_of_recipe(self, plan: MemoryPlan) -> list[tuple[MemoryPlan, int]]:
+        num_blocks = self.workload.num_blocks
+        if len(set(resolve_keeps(plan, num_blocks))) > 1 or num_blocks <= _SHORT + 2:
+            return [(plan, num_blocks)]
+        return [(self._cut(plan, n), n) for n in (_SHORT, _SHORT + 1)]
+
+    def _variants(self, limits: Limits) -> Iterator[_Variant]:
         """Recipes from the fastest to the most frugal; each is traced only when the one before did not settle it."""
-        plain = self._resident(self.base)
-        recipe, short = self._recipe(plain), None
-        for fields in self._savings():
-            plan = dataclasses.replace(self.base, **fields)
-            known = recipe
-            if fields and self._keeps_fixed():
-                known = self._recipe(self._resident(plan))
-            elif fields:
-                short = short or self._trace(plain, self.short)[0]
-                variant, keeps = self._trace(self._resident(plan), self.short)
-                known = recipe.with_visits_of(short, variant, keeps) or self._recipe(self._resident(plan))
-            self._learn_keeps(known, plan)
-            yield _Variant(self.workload, self.card, plan, known, self.tf32)
+        plans = [dataclasses.replace(self.base, **fields) for fields in self._savings()]
+        plain = None
+        for plan in plans:
+            if plain is None or found.fits:  # otherwise this one is likely to be too large as well
+                self._prepare([plan])
+            found = self._variant(plan, plain, limits)
+            if found.fits and not self._keeps_fixed():
+                self._learn_keeps(found.recipe, plan)
+            yield found
+            if plain is None and not found.fits and len(plans) > 1:
+                self._prepare([plans[-1], *plans[1:-1]])
+                last = self._variant(plans[-1], found, limits)
+                if not last.fits:  # then nothing does
+                    yield last
+                    return
+            plain = plain or found
+
+    def _variant(self, plan: MemoryPlan, plain: _Variant | None, limits: Limits) -> _Variant:
+        resident = self._resident(plan)
+        if plain is None or self._keeps_fixed():
+            recipe = self._recipe(resident)
+        else:
+            short, _ = self._trace(self._resident(plain.base), self.short)
+            recipe = plain.recipe.with_visits_of(short, *self._trace(resident, self.short)) or self._recipe(resident)
+        found = _Variant(self.workload, self.card, plan, recipe, self.tf32)
+        found.fits = found.least_bytes(self._residents()) <= limits.reservable_bytes
+        return found
 
     def _savings(self) -> list[dict]:
         savings = [{}]
@@ -280,14 +304,13 @@ class _Search:
 
     def _learn_keeps(self, recipe: Recipe, plan: MemoryPlan) -> None:
         """Short traces of the other things that blocks may keep; with boundaries on the host neighbours matter too."""
-        if self._keeps_fixed():
-            return
+        self._prepare([plan])
         for kept, num_blocks in self._kept(self._resident(plan)):
             recipe.learn(*self._trace(kept, num_blocks))
 
     def _kept(self, plan: MemoryPlan) -> list[tuple[MemoryPlan, int]]:
         short, longer = self.short, min(8, self.workload.num_blocks)
-        layouts = [(short, short, 0), (longer, longer // 2, 0) if plan.boundaries == "host" else (short, 0, short)]
+        layouts = [(longer, longer // 2, 0) if plan.boundaries == "host" else (short, 0, short), (short, short, 0)]
         return [(dataclasses.replace(plan, num_keep_attention=a, num_keep_everything=e), num_blocks) for num_blocks, a, e in layouts]
 
     @staticmethod
@@ -306,7 +329,7 @@ class _Search:
 
     def _candidates_of(self, variant: _Variant, limits: Limits) -> Iterator[_Candidate]:
         plan, num_blocks = variant.base, self.workload.num_blocks
-        if self._keeps_fixed():
+        if self._keeps_fixed() or not variant.fits:
             yield from variant.candidates([plan], self._residents())
             return
         # Attention outputs first: they save most for their size. Then everything, block by block.

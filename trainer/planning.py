@@ -74,7 +74,9 @@ def without_weights(config: TrainConfig) -> TrainConfig:
 
 
 def workload(config: TrainConfig, *, num_cards: int | None = None) -> Workload:
-    """A run as `memory.search` sees it, on one of `num_cards`; None: of as many as train together now. Traces are remembered: they are the same for every card.
+    """A run as `memory.search` sees it, on one of `num_cards`; None: of as many as train together now.
+
+    Traces and needs are remembered: they are the same for every card.
 
     Raises UsageError for settings that cannot be.
     """
@@ -84,22 +86,23 @@ def workload(config: TrainConfig, *, num_cards: int | None = None) -> Workload:
     if config.memory.guidance == "none":
         raise UsageError("--guidance none: training needs the anchor's prediction beside the prompt's; "
                          "use batched or sequential")
-    what = (backbone, replace(config, memory=MemoryPlan(), output=replace(config.output, out=None)), num_cards or num_ranks())
-    traces = _traces.setdefault(what, {})
-    beside = Beside(lambda wanted: rehearse(*what[:2], wanted[0], num_blocks=wanted[1], num_cards=what[2]))
+    run = replace(config, memory=MemoryPlan(), output=replace(config.output, out=None))
 
-    def trace(*wanted: Any) -> Trace:
-        if wanted not in traces:
-            traces[wanted] = beside(wanted)
-        return traces[wanted]
+    def trace(plan: MemoryPlan, num_blocks: int) -> tuple:
+        return rehearse, backbone, run, plan, num_blocks, num_cards or num_ranks()
+
+    def phases(plan: MemoryPlan) -> tuple:  # of the plan's fields, these matter
+        return _phases, backbone, run, MemoryPlan(dtype=plan.dtype, guidance=plan.guidance, num_shards=plan.num_shards)
 
     return Workload(
-        model=config.model.model, num_blocks=backbone.num_blocks, trace=trace, phases=lambda plan: _phases(backbone, config, plan),
-        prepare=lambda wanted: beside.start([w for w in wanted if w not in traces]))
+        model=config.model.model, num_blocks=backbone.num_blocks,
+        trace=lambda plan, num_blocks: _calls(trace(plan, num_blocks)), phases=lambda plan: _calls(phases(plan)),
+        prepare=lambda traces, plans: _calls.announce([*(trace(*wanted) for wanted in traces[:2]), *map(phases, plans),
+                                                       *(trace(*wanted) for wanted in traces[2:])]))
 
 
 _opened: Callable[[ModelConfig], CogVideoX] = lru_cache(maxsize=8)(open_backbone)
-_traces: dict[tuple[CogVideoX, TrainConfig, int], dict[tuple[MemoryPlan, int], Trace]] = {}
+_calls = Beside(lambda call: call[0](*call[1:]))
 
 
 def _dtype_name(config: TrainConfig) -> str:

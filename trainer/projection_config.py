@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Literal
 
-from memory.plan import MemoryPlan
+from memory.plan import MemoryPlan, PlanError
 from trainer.errors import CheckpointError, UsageError
 
 
@@ -116,5 +116,5 @@ def read_forget_config(run_dir: Path) -> ForgetConfig:
                 value = tuple(value)
             found[f.name] = value
         return ForgetConfig(**found)
-    except (OSError, KeyError, TypeError, ValueError) as e:
+    except (OSError, KeyError, TypeError, ValueError, PlanError) as e:
         raise CheckpointError(f"{run_dir}: not a run of `forget` (config.json: {e!r})") from e

@@ -28,7 +28,7 @@ from trainer.prompts import Embeddings, PromptSet
 _PROMPTS = PromptSet("concept", ("concept",), ("safe",), ("preserved",))
 
 
-def rehearse(backbone: CogVideoX, config: TrainConfig, plan: MemoryPlan, *, num_blocks: int | None = None,
+def rehearse(backbone: CogVideoX, config: TrainConfig, plan: MemoryPlan, num_blocks: int | None = None,
              num_cards: int = 1) -> Trace:
     """The trace of one training step under `plan`. `num_blocks`: with fewer blocks; all are alike.
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from memory.plan import PlanError
 from trainer.config import TrainConfig, as_json, from_json
 from trainer.errors import CheckpointError, InputOutputError, UsageError
 
@@ -95,5 +96,5 @@ def read_config(run_dir: Path) -> tuple[TrainConfig, dict[str, Any]]:
     try:
         content = json.loads((run_dir / CONFIG).read_text())
         return from_json(content["config"]), content
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, UsageError) as e:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, PlanError, UsageError) as e:
         raise CheckpointError(f"{run_dir}: not a run directory ({CONFIG}: {e})") from e

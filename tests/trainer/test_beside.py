@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import time
 
 import pytest
 
@@ -22,20 +23,30 @@ def two_cores(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1}, raising=False)
 
 
-def test_every_other_call_is_made_elsewhere(two_cores):
-    run = Beside(_where)
-    run.start("abcdef")
-    found = {call: run(call) for call in "abdfxe"}  # c and e were not for the other process; x nobody announced
-    run.stop()
-    assert all(result[0] == call for call, result in found.items())
-    assert [call for call, (_, pid) in found.items() if pid != os.getpid()] == ["b", "d", "f"]
-    assert not multiprocessing.active_children() and run("b") == ("b", os.getpid())
+def test_what_was_announced_is_shared_and_remembered(two_cores, tmp_path):
+    def slow(call):
+        with (tmp_path / call).open("a") as f:
+            f.write(f"{os.getpid()}\n")
+        time.sleep(0.2)
+        return call.upper()
+
+    run = Beside(slow)
+    run.announce("abcdef")
+    assert [run(call) for call in "abxfdec"] == list("ABXFDEC")  # x nobody announced
+    run.announce(())
+    pids = {call: (tmp_path / call).read_text().split() for call in "abcdefx"}
+    assert all(len(made) == 1 for made in pids.values())  # each once, wherever
+    here = [call for call in pids if pids[call] == [str(os.getpid())]]
+    assert "a" in here and "x" in here and 3 <= len(here) <= 5
+    assert run("b") == "B" and (tmp_path / "b").read_text().split() == pids["b"]
+    assert not multiprocessing.active_children()
 
 
 @pytest.mark.parametrize("call", ["bad", "dead"])
 def test_what_fails_there_is_done_here(two_cores, call):
     run = Beside(_where)
-    run.start(["a", call, "b", "c"])
+    run.announce(["a", call])
+    assert run._pipe.poll(60)  # the other process has ended
     if call == "bad":
         with pytest.raises(ValueError, match="bad"):
             run(call)
@@ -44,8 +55,17 @@ def test_what_fails_there_is_done_here(two_cores, call):
     assert run("c") == ("c", os.getpid()) and not multiprocessing.active_children()
 
 
+def test_calls_need_not_be_equal_once_copied(two_cores):
+    backbone = object()
+    run = Beside(lambda call: os.getpid())
+    run.announce([(backbone, 0), (backbone, 1)])
+    assert run._pipe.poll(60)
+    assert run((backbone, 1)) != os.getpid()
+    run.announce(())
+
+
 def test_with_one_core_all_is_done_here(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0}, raising=False)
     run = Beside(_where)
-    run.start("abcd")
+    run.announce("abcd")
     assert {run(call)[1] for call in "abcd"} == {os.getpid()} and not beside._may_fork()

@@ -22,13 +22,16 @@ def _python(*argv: str) -> subprocess.CompletedProcess:
 
 @pytest.mark.parametrize("command", [[], ["generate"], ["evaluate"], ["export"]], ids=lambda c: "".join(c) or "train")
 def test_help_answers_at_once(command):
-    """Processor time, not the clock: other processes may have the machine."""
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    done = _python("run.py", *command, "--help")
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    assert done.returncode == 0 and done.stderr == ""
-    assert "run.py" in done.stdout and "--memory." not in done.stdout
-    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 0.5
+    """Processor time, not the clock, and the best of a few: other processes may have the machine."""
+    seconds = []
+    while len(seconds) < 5 and min(seconds, default=1.0) >= 0.5:
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        done = _python("run.py", *command, "--help")
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        assert done.returncode == 0 and done.stderr == ""
+        assert "run.py" in done.stdout and "--memory." not in done.stdout
+        seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+    assert min(seconds) < 0.5, seconds
 
 
 def test_help_imports_no_torch():

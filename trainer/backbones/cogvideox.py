@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from memory.offload import offload_blocks, place
 from trainer.backbones import Decode, Predict, published
 from trainer.backbones.rotary import LeanProcessor
-from trainer.backbones.weights import assign, open_shard, randomise, shards
+from trainer.backbones.weights import allocate, assign, open_shard, randomise, shards
 from trainer.errors import UsageError
 
 BUNDLED = Path(__file__).parent.parent / "shapes" / "pipeline"
@@ -113,7 +113,7 @@ class CogVideoX:
         """The transformer without data, for use under FakeTensorMode; `num_blocks`: a shorter one."""
         with torch.device("meta"):
             model = self._build_transformer(num_layers=num_blocks or self.num_blocks)
-        return self._with_positions(randomise(model, seed=0, dtype=dtype), dtype, "cpu")
+        return self._with_positions(allocate(model, dtype=dtype), dtype, "cpu")
 
     def _with_positions(self, model: nn.Module, dtype: torch.dtype, device: torch.device | str) -> nn.Module:
         """Sin-cos positions are computed, not stored: a model built on meta lacks them."""
@@ -224,7 +224,7 @@ class CogVideoX:
 
     def fake_text_encoder(self, *, dtype: torch.dtype, num_blocks: int | None = None) -> nn.Module:
         """The T5 encoder without data, for use under FakeTensorMode; `num_blocks`: a shorter one."""
-        return randomise(self._build_text_encoder(num_blocks), seed=0, dtype=dtype)
+        return allocate(self._build_text_encoder(num_blocks), dtype=dtype)
 
     def num_text_blocks(self) -> int:
         return self._text_config().num_layers
@@ -250,7 +250,7 @@ class CogVideoX:
 
     def fake_vae(self, *, dtype: torch.dtype) -> nn.Module:
         """The autoencoder without data, for use under FakeTensorMode."""
-        return randomise(self._build_vae(), seed=0, dtype=dtype)
+        return allocate(self._build_vae(), dtype=dtype)
 
     def _build_vae(self) -> nn.Module:
         from diffusers import AutoencoderKLCogVideoX

@@ -89,20 +89,25 @@ def _place(model: nn.Module, name: str, tensor: torch.Tensor, expected: torch.Te
         module._buffers[leaf] = tensor
 
 
+def allocate(model: nn.Module, *, dtype: torch.dtype, device: torch.device | str = "cpu") -> nn.Module:
+    """Give a model built on meta frozen weights without values."""
+    for module in model.modules():
+        for leaf, parameter in list(module._parameters.items()):
+            if parameter is not None:
+                tensor = torch.empty(parameter.shape, dtype=dtype, device=device)
+                module._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
+    if hasattr(model, "tie_weights"):
+        model.tie_weights()
+    return model.eval()
+
+
 @torch.no_grad()
 def randomise(model: nn.Module, *, seed: int, dtype: torch.dtype, device: torch.device | str = "cpu") -> nn.Module:
     """Give a model built on meta random weights: N(0, 0.02) matrices, unit norm gains, zero biases, frozen."""
     generator = torch.Generator(device).manual_seed(seed)
-    for module in model.modules():
-        for leaf, parameter in list(module._parameters.items()):
-            if parameter is None:
-                continue
-            tensor = torch.empty(parameter.shape, dtype=dtype, device=device)
-            if parameter.ndim > 1:
-                tensor.normal_(0, 0.02, generator=generator)
-            else:
-                tensor.fill_(1.0 if leaf == "weight" else 0.0)
-            module._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
-    if hasattr(model, "tie_weights"):
-        model.tie_weights()
-    return model.requires_grad_(False).eval()
+    for name, parameter in allocate(model, dtype=dtype, device=device).named_parameters():
+        if parameter.ndim > 1:
+            parameter.normal_(0, 0.02, generator=generator)
+        else:
+            parameter.fill_(1.0 if name.endswith("weight") else 0.0)
+    return model
