@@ -11,16 +11,15 @@ they are taken as given.
 
 import dataclasses
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-from memory.allocator import round_request
-from memory.assess import MARGIN, Assessment, Limits, Workload, assess_in_full, assess_trace, other_phases
+from memory.assess import MARGIN, Assessment, Limits, Workload, assess_in_full
 from memory.cards import Card
 from memory.growth import grow
 from memory.plan import MemoryPlan, PlanError, parse_checkpoint, resolve_keeps
 from memory.splice import Recipe, SpliceError
-from memory.timeline import Trace, pinned_bytes
-from memory.timing import Load, StepTime, add_loads, load_of, step_time
+from memory.timeline import Trace
+from memory.variants import Candidate, Variant
 
 SEARCHED = (
     "resident_blocks",
@@ -51,98 +50,6 @@ class SearchResult:
     """Choices of what blocks keep that were left out, because no recorded visit tells what they would do."""
     num_replays: int
     num_traces: int
-
-
-@dataclass(frozen=True, order=True)
-class _Candidate:
-    seconds: float
-    device_bytes: int  # sum of live bytes in the step: reserved is never less
-    phases_bytes: int  # reserved in the other phases
-    host_bytes: int
-    plan: MemoryPlan = field(compare=False)
-    variant: "_Variant" = field(compare=False)
-
-
-class _Variant:
-    """Plans that differ in keeps and resident blocks only: one recipe."""
-
-    def __init__(self, workload: Workload, card: Card, base: MemoryPlan, recipe: Recipe, tf32: bool):
-        self.workload, self.card, self.base, self.recipe, self.tf32 = workload, card, base, recipe, tf32
-        self.workspace = round_request(card.cublas_workspace_bytes) if card.cublas_workspace_bytes else 0
-        self._loads: dict[int, Load] = {}
-        self.num_unknown = 0
-        self.fits = True
-        """Whether some of its plans may: the live bytes of the one that keeps least do."""
-        weights = recipe.standing(0, base.offload_buffers)
-        self.flats = [s.num_bytes for s in weights if s.place == "pinned" and s.category == "weights"]
-
-    def loads(self, keeps: Sequence[str]) -> tuple[Load, list[Load]]:
-        """What lies between walks, and each walk."""
-        between, walks = [], {}
-        for visit, cell in self.recipe.visits(keeps):
-            load = self._loads.get(id(cell))
-            if load is None:
-                load = self._loads[id(cell)] = load_of(cell.work, self.card, tf32=self.tf32)
-            if visit is None:
-                between.append(load)
-            else:
-                walks.setdefault(visit[0], []).append(load)
-        return add_loads(between), [add_loads(loads) for loads in walks.values()]
-
-    def time(self, loads: tuple[Load, list[Load]], num_resident: int | None) -> StepTime:
-        between, walks = loads
-        num_streamed = 0 if num_resident is None else len(self.flats) - num_resident
-        streamed_bytes = num_streamed * max(self.flats, default=0)
-        walked = [(walk, streamed_bytes) for walk in walks]
-        return step_time(between, walked, self.card, streamed_share=num_streamed / max(1, len(self.flats)))
-
-    def candidates(self, plans: Sequence[MemoryPlan], residents: Sequence[int | None]) -> Iterator[_Candidate]:
-        """Every plan with every number of resident blocks, as far as the recipe knows it."""
-        standing, needs = {}, self.workload.phases(self.base)
-        for plan in plans:
-            keeps = resolve_keeps(plan, self.recipe.num_blocks)
-            try:
-                gain, loads, slabs = self.recipe.peak_bytes(keeps), self.loads(keeps), sum(self.recipe.slabs(keeps))
-            except SpliceError:
-                self.num_unknown += 1
-                continue
-            for num_resident in residents:
-                if num_resident not in standing:
-                    standing[num_resident] = self._standing_bytes(num_resident)
-                device, host = standing[num_resident]
-                chosen = dataclasses.replace(plan, resident_blocks=num_resident)
-                others = other_phases(
-                    needs,
-                    standing_bytes=device,
-                    workspace_bytes=self.workspace,
-                    masters_bytes=host + slabs,
-                )
-                yield _Candidate(
-                    self.time(loads, num_resident).seconds,
-                    device + gain,
-                    others.reserved_bytes,
-                    max(host + slabs, others.host_bytes) + self.workload.host_bytes,
-                    chosen,
-                    self,
-                )
-
-    def least_bytes(self, residents: Sequence[int | None]) -> int:
-        """Live bytes of the step as the plan stands, with as few resident blocks as may be."""
-        standing = min(self._standing_bytes(num_resident)[0] for num_resident in residents)
-        return standing + self.recipe.peak_bytes(resolve_keeps(self.base, self.recipe.num_blocks))
-
-    def _standing_bytes(self, num_resident: int | None) -> tuple[int, int]:
-        storages = self.recipe.standing(num_resident, self.base.offload_buffers)
-        device = self.workspace
-        device += sum(round_request(s.num_bytes) for s in storages if s.place == "device" and s.num_bytes)
-        host = sum(pinned_bytes(s.num_bytes) for s in storages if s.place == "pinned" and s.category == "weights")
-        return device, host
-
-    def assess(self, plan: MemoryPlan, limits: Limits, expandable_segments: bool) -> Assessment:
-        keeps = resolve_keeps(plan, self.recipe.num_blocks)
-        trace = self.recipe.splice(keeps, num_resident=plan.resident_blocks, num_buffers=plan.offload_buffers)
-        time = self.time(self.loads(keeps), plan.resident_blocks)
-        return assess_trace(self.workload, plan, trace, time, limits, expandable_segments)
 
 
 def search(
@@ -189,7 +96,7 @@ class _Search:
             self.workload.prepare((), ())
 
     def _run(self, limits: Limits) -> SearchResult:
-        candidates: list[_Candidate] = []
+        candidates: list[Candidate] = []
         for variant in self._variants(limits):
             found = list(self._candidates_of(variant, limits))
             self.num_candidates += len(found)
@@ -213,7 +120,7 @@ class _Search:
             num_traces=self.num_traces,
         )
 
-    def _is_settled(self, variant: _Variant, plan: MemoryPlan) -> bool:
+    def _is_settled(self, variant: Variant, plan: MemoryPlan) -> bool:
         """Whether the variants to come are not worth their traces: they save memory and never time.
 
         Once no attention is recomputed, they could buy a block or two that keep everything. Feed-forward chunks, which
@@ -263,7 +170,7 @@ class _Search:
             return [(plan, num_blocks)]
         return [(self._cut(plan, n), n) for n in (_SHORT, _SHORT + 1)]
 
-    def _variants(self, limits: Limits) -> Iterator[_Variant]:
+    def _variants(self, limits: Limits) -> Iterator[Variant]:
         """Recipes from the fastest to the most frugal; each is traced only when the one before did not settle it."""
         plans = [dataclasses.replace(self.base, **fields) for fields in self._savings()]
         plain = None
@@ -282,14 +189,14 @@ class _Search:
                     return
             plain = plain or found
 
-    def _variant(self, plan: MemoryPlan, plain: _Variant | None, limits: Limits) -> _Variant:
+    def _variant(self, plan: MemoryPlan, plain: Variant | None, limits: Limits) -> Variant:
         resident = self._resident(plan)
         if plain is None or self._keeps_fixed():
             recipe = self._recipe(resident)
         else:
             short, _ = self._trace(self._resident(plain.base), self.short)
             recipe = plain.recipe.with_visits_of(short, *self._trace(resident, self.short)) or self._recipe(resident)
-        found = _Variant(self.workload, self.card, plan, recipe, self.tf32)
+        found = Variant(self.workload, self.card, plan, recipe, self.tf32)
         found.fits = found.least_bytes(self._residents()) <= limits.reservable_bytes
         return found
 
@@ -327,7 +234,7 @@ class _Search:
             return [self.base.resident_blocks]
         return [None, *range(self.workload.num_blocks)]
 
-    def _candidates_of(self, variant: _Variant, limits: Limits) -> Iterator[_Candidate]:
+    def _candidates_of(self, variant: Variant, limits: Limits) -> Iterator[Candidate]:
         plan, num_blocks = variant.base, self.workload.num_blocks
         if self._keeps_fixed() or not variant.fits:
             yield from variant.candidates([plan], self._residents())
@@ -343,10 +250,10 @@ class _Search:
         if plan.feed_forward_chunks == 1 and nearly and min(nearly) <= limits.reservable_bytes:
             # Without any recomputation what blocks share lives differently: a trace of its own.
             nothing = dataclasses.replace(plan, checkpoint="none")
-            plain = _Variant(self.workload, self.card, nothing, self._recipe(self._resident(nothing)), self.tf32)
+            plain = Variant(self.workload, self.card, nothing, self._recipe(self._resident(nothing)), self.tf32)
             yield from plain.candidates([nothing], self._residents())
 
-    def _assess(self, candidate: _Candidate, limits: Limits) -> Assessment:
+    def _assess(self, candidate: Candidate, limits: Limits) -> Assessment:
         if candidate.plan not in self._assessed:
             self.num_replays += 1
             try:
@@ -357,7 +264,7 @@ class _Search:
             self._assessed[candidate.plan] = found
         return self._assessed[candidate.plan]
 
-    def _first_that_fits(self, ranked: list[_Candidate], limits: Limits) -> Assessment | None:
+    def _first_that_fits(self, ranked: list[Candidate], limits: Limits) -> Assessment | None:
         """The first of the candidates, ranked by time, that fits."""
         excess: dict[int, int] = {}  # by variant: reserved over live bytes, as last seen
         for candidate in ranked:
@@ -373,11 +280,11 @@ class _Search:
         return None
 
     def _near_misses(
-        self, ranked: list[_Candidate], best: Assessment | None, limits: Limits
+        self, ranked: list[Candidate], best: Assessment | None, limits: Limits
     ) -> list[Assessment]:
         """The fastest plan of all, and the best plan's faster neighbours: one for each setting that costs it time."""
         faster = ranked if best is None else [c for c in ranked if c.seconds < best.time.seconds]
-        picks: dict[str, _Candidate] = {}
+        picks: dict[str, Candidate] = {}
         for candidate in faster:
             plan = candidate.plan
             picks.setdefault("fastest", candidate)

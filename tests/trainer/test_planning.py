@@ -9,7 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from memory.cards import lookup
 from memory.plan import MemoryPlan
-from trainer import planning
+from trainer import phases, planning
 from trainer.backbones.cogvideox import CogVideoX, enable_tiles
 from trainer.config import ModelConfig, TrainConfig
 from trainer.errors import UsageError
@@ -63,7 +63,7 @@ def test_settings_that_cannot_be_are_one_line(tiny_config):
 @pytest.mark.parametrize("frames, height, width", [(9, 96, 144), (17, 96, 144), (13, 32, 100), (9, 16, 16)])  # tiles are 32 x 48 latents; the last ones smaller
 def test_one_tile_stands_for_all(pipelines, frames, height, width):
     backbone, num_frames = CogVideoX(str(pipelines["2b"])), (frames - 1) // 4 + 1
-    predicted = planning._decoding_bytes(backbone, torch.float32, frames, (num_frames, 4, height, width))
+    predicted = phases._decoding_bytes(backbone, torch.float32, frames, (num_frames, 4, height, width))
     with FakeTensorMode(), torch.no_grad():
         vae = backbone.fake_vae(dtype=torch.float32)
         enable_tiles(vae)

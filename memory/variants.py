@@ -1,0 +1,108 @@
+"""Plans that share a recipe, and what each needs in time and live bytes: what `memory.search` ranks."""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+from memory.allocator import round_request
+from memory.assess import Assessment, Limits, Workload, assess_trace, other_phases
+from memory.cards import Card
+from memory.plan import MemoryPlan, resolve_keeps
+from memory.splice import Recipe, SpliceError
+from memory.timeline import pinned_bytes
+from memory.timing import Load, StepTime, add_loads, load_of, step_time
+
+
+@dataclass(frozen=True, order=True)
+class Candidate:
+    """One plan, ordered by time."""
+
+    seconds: float
+    device_bytes: int  # sum of live bytes in the step: reserved is never less
+    phases_bytes: int  # reserved in the other phases
+    host_bytes: int
+    plan: MemoryPlan = field(compare=False)
+    variant: "Variant" = field(compare=False)
+
+
+class Variant:
+    """Plans that differ in keeps and resident blocks only: one recipe."""
+
+    def __init__(self, workload: Workload, card: Card, base: MemoryPlan, recipe: Recipe, tf32: bool):
+        self.workload, self.card, self.base, self.recipe, self.tf32 = workload, card, base, recipe, tf32
+        self.workspace = round_request(card.cublas_workspace_bytes) if card.cublas_workspace_bytes else 0
+        self._loads: dict[int, Load] = {}
+        self.num_unknown = 0
+        self.fits = True
+        """Whether some of its plans may: the live bytes of the one that keeps least do."""
+        weights = recipe.standing(0, base.offload_buffers)
+        self.flats = [s.num_bytes for s in weights if s.place == "pinned" and s.category == "weights"]
+
+    def loads(self, keeps: Sequence[str]) -> tuple[Load, list[Load]]:
+        """What lies between walks, and each walk."""
+        between, walks = [], {}
+        for visit, cell in self.recipe.visits(keeps):
+            load = self._loads.get(id(cell))
+            if load is None:
+                load = self._loads[id(cell)] = load_of(cell.work, self.card, tf32=self.tf32)
+            if visit is None:
+                between.append(load)
+            else:
+                walks.setdefault(visit[0], []).append(load)
+        return add_loads(between), [add_loads(loads) for loads in walks.values()]
+
+    def time(self, loads: tuple[Load, list[Load]], num_resident: int | None) -> StepTime:
+        """Of a step with so many blocks resident."""
+        between, walks = loads
+        num_streamed = 0 if num_resident is None else len(self.flats) - num_resident
+        streamed_bytes = num_streamed * max(self.flats, default=0)
+        walked = [(walk, streamed_bytes) for walk in walks]
+        return step_time(between, walked, self.card, streamed_share=num_streamed / max(1, len(self.flats)))
+
+    def candidates(self, plans: Sequence[MemoryPlan], residents: Sequence[int | None]) -> Iterator[Candidate]:
+        """Every plan with every number of resident blocks, as far as the recipe knows it."""
+        standing, needs = {}, self.workload.phases(self.base)
+        for plan in plans:
+            keeps = resolve_keeps(plan, self.recipe.num_blocks)
+            try:
+                gain, loads, slabs = self.recipe.peak_bytes(keeps), self.loads(keeps), sum(self.recipe.slabs(keeps))
+            except SpliceError:
+                self.num_unknown += 1
+                continue
+            for num_resident in residents:
+                if num_resident not in standing:
+                    standing[num_resident] = self._standing_bytes(num_resident)
+                device, host = standing[num_resident]
+                chosen = dataclasses.replace(plan, resident_blocks=num_resident)
+                others = other_phases(
+                    needs,
+                    standing_bytes=device,
+                    workspace_bytes=self.workspace,
+                    masters_bytes=host + slabs,
+                )
+                yield Candidate(
+                    self.time(loads, num_resident).seconds,
+                    device + gain,
+                    others.reserved_bytes,
+                    max(host + slabs, others.host_bytes) + self.workload.host_bytes,
+                    chosen,
+                    self,
+                )
+
+    def least_bytes(self, residents: Sequence[int | None]) -> int:
+        """Live bytes of the step as the plan stands, with as few resident blocks as may be."""
+        standing = min(self._standing_bytes(num_resident)[0] for num_resident in residents)
+        return standing + self.recipe.peak_bytes(resolve_keeps(self.base, self.recipe.num_blocks))
+
+    def _standing_bytes(self, num_resident: int | None) -> tuple[int, int]:
+        storages = self.recipe.standing(num_resident, self.base.offload_buffers)
+        device = self.workspace
+        device += sum(round_request(s.num_bytes) for s in storages if s.place == "device" and s.num_bytes)
+        host = sum(pinned_bytes(s.num_bytes) for s in storages if s.place == "pinned" and s.category == "weights")
+        return device, host
+
+    def assess(self, plan: MemoryPlan, limits: Limits, expandable_segments: bool) -> Assessment:
+        keeps = resolve_keeps(plan, self.recipe.num_blocks)
+        trace = self.recipe.splice(keeps, num_resident=plan.resident_blocks, num_buffers=plan.offload_buffers)
+        time = self.time(self.loads(keeps), plan.resident_blocks)
+        return assess_trace(self.workload, plan, trace, time, limits, expandable_segments)
