@@ -43,6 +43,9 @@ class DataConfig:
     prompts: Path | None = None
     """Prompts that show the concept: a text file, one a line, or a CSV with a `prompt` column and optionally a
     `safe` column (the same prompt without the concept). Without it, prompts are made from the concept."""
+    instead: str = ""
+    """What safe prompts name in the concept's place (--concept circle --instead square), where the file has none.
+    Empty: they leave the concept unsaid."""
     preserve: tuple[str, ...] = ()
     """Related concepts to keep, as prompts or words."""
     preserve_file: Path | None = None

@@ -4,6 +4,7 @@ import csv
 import hashlib
 import logging
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,27 +40,46 @@ def collect(data: DataConfig, *, bundled: bool) -> PromptSet:
     concepts = list(data.preserve) + (_lines(data.preserve_file, "--preserve-file") if data.preserve_file else [])
     pairs = _pairs(data.prompts) if data.prompts else None
     if bundled:
-        pairs, preserved = _world(data.concept, pairs, concepts)
+        pairs, preserved = _world(data, pairs, concepts)
     else:
-        pairs = pairs or [(t.format(data.concept), "") for t in _TEMPLATES]
+        pairs = _instead(pairs or [(t.format(data.concept), "") for t in _TEMPLATES], data.concept, data.instead)
         preserved = [t.format(c) if " " not in c else c for c in concepts for t in _TEMPLATES[: 1 if " " in c else None]]
     return PromptSet(data.concept, tuple(p for p, _ in pairs), tuple(s for _, s in pairs), tuple(preserved))
 
 
-def _world(concept: str, pairs: list[tuple[str, str]] | None, concepts: list[str]
+def _instead(pairs: list[tuple[str, str]], concept: str, instead: str) -> list[tuple[str, str]]:
+    """The pairs; those without a safe prompt get one that names `instead` in the concept's place, unless that is empty."""
+    if not instead:
+        return pairs
+    words = re.compile(rf"\b{re.escape(concept)}\b", re.IGNORECASE)
+    for prompt, safe in pairs:
+        if not safe and not words.search(prompt):
+            raise UsageError(f"--instead {instead}: the prompt {prompt!r} does not hold {concept!r}; give it a safe prompt of its own, "
+                             "in the column `safe` of a CSV")
+    return [(prompt, safe or words.sub(lambda match: instead, prompt)) for prompt, safe in pairs]
+
+
+def _world(data: DataConfig, pairs: list[tuple[str, str]] | None, concepts: list[str]
            ) -> tuple[list[tuple[str, str]], list[str]]:
     """The shapes world's captions of a concept, and of what shares its kind."""
     from trainer.shapes import world
 
-    names = ", ".join(name for kind in world.ATTRIBUTES.values() for name in kind)
+    concept, names = data.concept, ", ".join(name for kind in world.ATTRIBUTES.values() for name in kind)
     try:
         others, erased = world.preserved_concepts(concept), world.kind_of(concept)[1]
-        pairs = pairs or world.erasure_pairs(concept)
     except KeyError:
         if pairs is None:
             raise UsageError(f"--concept {concept}: the bundled model does not know it; it knows {names}. "
                              "Another concept needs --prompts FILE") from None
         others, erased = [], concept
+    if data.instead and others and data.instead not in others:
+        raise UsageError(f"--instead {data.instead}: what {concept} can be on the bundled model is {', '.join(others)}")
+    if pairs is not None:
+        pairs = _instead(pairs, concept, data.instead)
+    else:
+        pairs = world.erasure_pairs(concept)
+        if data.instead:
+            pairs = _instead([(prompt, "") for prompt, _ in pairs], erased, data.instead)
     preserved = []
     for name in concepts or others:
         if " " in name:

@@ -97,6 +97,27 @@ def test_bundled_model_does_not_know_every_word(tmp_path):
     assert found.prompts == ("a giraffe",) and found.preserved == ()
 
 
+def test_safe_prompts_may_name_something_instead(tmp_path):
+    found = collect(DataConfig(concept="nudity", instead="clothes"), bundled=False)
+    assert found.safe == tuple(p.replace("nudity", "clothes") for p in found.prompts) and "a video of clothes" in found.safe
+    path = _file(tmp_path, "p.csv", "prompt,safe\nA Red Circle,\na red circles ring,a ring\nthe red circle's circle,\n")
+    found = collect(DataConfig(concept="red circle", instead=r"b\1ue", prompts=path), bundled=False)
+    assert found.safe == (r"A b\1ue", "a ring", r"the b\1ue's circle")
+    for concept in ("circle", "ball"):
+        found = collect(DataConfig(concept=concept, instead="square"), bundled=True)
+        assert found.prompts == tuple(p for p, _ in world.erasure_pairs("circle"))
+        assert found.safe == tuple(p.replace("circle", "square") for p in found.prompts)
+
+
+def test_what_cannot_be_named_instead(tmp_path):
+    path = _file(tmp_path, "p.txt", "a red circle\na round shape\n")
+    with pytest.raises(UsageError, match="--instead square: the prompt 'a round shape' does not hold 'circle'.*`safe`"):
+        collect(DataConfig(concept="circle", instead="square", prompts=path), bundled=False)
+    for instead in ("hexagon", "circle", "red"):
+        with pytest.raises(UsageError, match=f"--instead {instead}: what circle can be .* is square, triangle"):
+            collect(DataConfig(concept="circle", instead=instead), bundled=True)
+
+
 class _Counting:
     """A backbone that counts how many prompts it encodes."""
 
