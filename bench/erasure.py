@@ -30,6 +30,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     **{f"eta-{eta}": {"loss.eta": float(eta)} for eta in (1, 3, 5, 7)},
     **{f"rank-{rank}": {"optim.rank": rank} for rank in (4, 8, 16, 32, 64)},
     "anchor-empty": {"loss.anchor": "empty"},
+    "anchor-named": {"data.instead": "green", "loss.eta": 1.0},
     "two-steps": {"optim.steps": 2},
 }
 

@@ -1,6 +1,7 @@
 """The main job as a user runs it: `run.py` on the bundled model, timed, for one concept of each kind.
 
-    python -m bench.main_run
+    python -m bench.main_run                            all of RUNS
+    python -m bench.main_run --only circle-to-square    some of them; the others are kept from the file
 
 Writes bench/results/main.json, and the before/after sheets to assets/.
 """
@@ -21,12 +22,21 @@ from bench.provenance import RESULTS, write_result
 ROOT = Path(__file__).parent.parent
 
 
+RUNS: dict[str, tuple[str, ...]] = {
+    "red": ("--concept", "red"),
+    "circle": ("--concept", "circle"),
+    "circle-to-square": ("--concept", "circle", "--instead", "square", "--eta", "1"),
+    "left": ("--concept", "left"),
+    "left-to-up": ("--concept", "left", "--instead", "up", "--eta", "1"),
+}
+
+
 @dataclass(frozen=True, kw_only=True)
 class MainRun:
     """Run the main job and keep what it measures."""
 
-    concepts: tuple[str, ...] = ("red", "circle", "left")
-    """What to erase, one run each."""
+    only: tuple[str, ...] = ()
+    """Names of runs; by default all."""
     out: Path = RESULTS
     """Directory of the result."""
     assets: Path = ROOT / "assets"
@@ -36,18 +46,19 @@ class MainRun:
 def main(config: MainRun) -> None:
     path = config.out / "main.json"
     runs = json.loads(path.read_text())["runs"] if path.exists() else {}
-    for concept in config.concepts:
+    for name in config.only or RUNS:
         with tempfile.TemporaryDirectory() as directory:
-            out = Path(directory) / concept
+            out = Path(directory) / name
             started = time.monotonic()
-            done = subprocess.run([sys.executable, "run.py", "--concept", concept, "--out", str(out)], cwd=ROOT,
+            done = subprocess.run([sys.executable, "run.py", *RUNS[name], "--out", str(out)], cwd=ROOT,
                                   stdout=subprocess.PIPE, text=True, check=True)
             seconds = time.monotonic() - started
             print(done.stdout, flush=True)
-            runs[concept] = {"seconds": seconds, "evaluation": json.loads((out / "evaluation.json").read_text())}
+            runs[name] = {"flags": " ".join(RUNS[name]), "seconds": seconds,
+                          "evaluation": json.loads((out / "evaluation.json").read_text())}
             config.assets.mkdir(exist_ok=True)
-            shutil.copyfile(out / "before-after.png", config.assets / f"erased-{concept}.png")
-        write_result("main", {"runs": runs}, config.out)
+            shutil.copyfile(out / "before-after.png", config.assets / f"erased-{name}.png")
+        write_result("main", {"runs": {n: runs[n] for n in RUNS if n in runs}}, config.out)
     print(path)
 
 

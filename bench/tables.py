@@ -46,14 +46,14 @@ def _percent(rate: float) -> str:
 def main_run() -> str:
     """Target, synonyms, and the rest, before and after, for one concept of each kind."""
     result, rows = load("main"), []
-    for concept, run in result["runs"].items():
+    for run in result["runs"].values():
         e = run["evaluation"]
         worst = max((r for r in e["preserved"] if not r["kind"].startswith("target-")),
                     key=lambda r: r["before"] - r["after"])
         other = max((r for r in e["preserved"] if r["kind"].startswith("target-")), key=lambda r: r["before"] - r["after"])
         pair = [f"{_percent(r['before'])} → {_percent(r['after'])}" for r in (e["target"], e["synonyms"], worst, other)]
         motion = e["motion"]["after"] / e["motion"]["before"] - 1
-        rows.append([concept, *pair[:2], f"{pair[2]} ({worst['name']})", pair[3], f"{motion:+.1%}", f"{run['seconds']:.0f} s"])
+        rows.append([f"`{run['flags']}`", *pair[:2], f"{pair[2]} ({worst['name']})", pair[3], f"{motion:+.1%}", f"{run['seconds']:.0f} s"])
     header = ["erased", "detected", "its synonyms", "worst preserved", "its other attributes, worst", "motion", "whole run"]
     return markdown(header, rows) + _source(result)
 
