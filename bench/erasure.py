@@ -101,7 +101,7 @@ def main(config: Erasure) -> None:
     variants = json.loads(path.read_text())["variants"] if path.exists() else {}
     for name in config.only or VARIANTS:
         variants[name] = measure(name, config.num_videos, pictures)
-        write_result("erasure", {"variants": {n: variants[n] for n in VARIANTS if n in variants}}, config.out)
+        write_result("erasure", {"variants": {n: variants[n] for n in VARIANTS if n in variants}}, config.out, in_parts=True)
         row = summary(variants[name]["evaluation"])
         print(name, "  ".join(f"{k} {v:.3f}" for k, v in row.items()), flush=True)
     if set(PICTURED) <= {p.stem for p in pictures.iterdir()}:

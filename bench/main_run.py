@@ -58,7 +58,7 @@ def main(config: MainRun) -> None:
                           "evaluation": json.loads((out / "evaluation.json").read_text())}
             config.assets.mkdir(exist_ok=True)
             shutil.copyfile(out / "before-after.png", config.assets / f"erased-{name}.png")
-        write_result("main", {"runs": {n: runs[n] for n in RUNS if n in runs}}, config.out)
+        write_result("main", {"runs": {n: runs[n] for n in RUNS if n in runs}}, config.out, in_parts=True)
     print(path)
 
 

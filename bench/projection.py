@@ -58,7 +58,7 @@ def main(config: Projection) -> None:
                         "seconds": time.monotonic() - started, "cpu_seconds": _cpu_seconds() - used,
                         "evaluation": json.loads((out / "evaluation.json").read_text())}
                 print(f"{encoder} {name} {target}: {runs[f'{encoder}/{name}/{target}']['seconds']:.0f} s", flush=True)
-                write_result("projection", {"runs": runs}, config.out)
+                write_result("projection", {"runs": runs}, config.out, in_parts=True)
     print(path)
 
 

@@ -35,9 +35,14 @@ def provenance() -> dict[str, Any]:
     }
 
 
-def write_result(name: str, content: dict[str, Any], directory: Path = RESULTS) -> Path:
-    """Write `bench/results/NAME.json` with provenance beside the content; returns the path."""
-    path = directory / f"{name}.json"
+def write_result(name: str, content: dict[str, Any], directory: Path = RESULTS, *, in_parts: bool = False) -> Path:
+    """Write `bench/results/NAME.json` with provenance beside the content; returns the path.
+
+    `in_parts`: some of the content may come from earlier calls; what makes all of it is the command without options.
+    """
+    path, source = directory / f"{name}.json", provenance()
+    if in_parts:
+        source["command"] = " ".join(source["command"].split()[:3])
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"provenance": provenance(), **content}, indent=1) + "\n")
+    path.write_text(json.dumps({"provenance": source, **content}, indent=1) + "\n")
     return path

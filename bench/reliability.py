@@ -181,7 +181,7 @@ def main(argv: list[str]) -> int:
         print(f"{'holds' if found[name]['holds'] else 'FAILS':<6} {name:<11} {found[name]['figure']}", flush=True)
         known = json.loads(path.read_text())["rows"] if path.exists() else {}
         known |= found
-        write_result("reliability", {"rows": {n: known[n] for n in ROWS if n in known}})
+        write_result("reliability", {"rows": {n: known[n] for n in ROWS if n in known}}, in_parts=True)
     return 0 if all(row["holds"] for row in found.values()) else 1
 
 
