@@ -30,12 +30,16 @@ class Beside:
             self._process.terminate()
             self._process.join()
             self._pipe.close()
-        self._process, self._announced = None, [call for call in calls if call not in self._results]
-        if len(self._announced) < 2 or not _may_fork():
-            self._announced = []
+        self._process, self._announced = None, []
+        wanted = [call for call in calls if call not in self._results]
+        if len(wanted) < 2 or not _may_fork():
             return
         context = multiprocessing.get_context("fork")
-        self._taken = context.Array("b", len(self._announced))
+        try:
+            self._taken = context.Array("b", len(wanted))
+        except OSError:  # no shared memory here
+            return
+        self._announced = wanted
         self._pipe, their_end = context.Pipe(duplex=False)
         self._process = context.Process(target=self._work, args=(their_end,), daemon=True)
         self._process.start()

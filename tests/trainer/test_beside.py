@@ -69,3 +69,13 @@ def test_with_one_core_all_is_done_here(monkeypatch):
     run = Beside(_where)
     run.announce("abcd")
     assert {run(call)[1] for call in "abcd"} == {os.getpid()} and not beside._may_fork()
+
+
+def test_without_shared_memory_all_is_done_here(two_cores, monkeypatch):
+    def refuse(*args):
+        raise OSError("no /dev/shm")
+
+    monkeypatch.setattr(multiprocessing.get_context("fork"), "Array", refuse)
+    run = Beside(_where)
+    run.announce("abcd")
+    assert {run(call)[1] for call in "abcd"} == {os.getpid()} and not multiprocessing.active_children()
