@@ -1,8 +1,12 @@
 """The command line: commands, and how settings are put together. Heavy imports wait until a command runs."""
 
+import contextlib
 import difflib
 import gc
+import io
+import itertools
 import json
+import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -129,14 +133,27 @@ def main(argv: Sequence[str]) -> None:
 
 
 def _parse(kind: type, argv: Sequence[str], command: str, default: Any = None) -> Any:
-    parsed, unknown = tyro.cli(kind, args=list(argv), prog=f"run.py {command}".strip(), default=default, config=_FLAT,
-                               return_unknown_args=True)
+    program, complaint = f"run.py {command}".strip(), io.StringIO()
+    try:
+        with contextlib.redirect_stderr(complaint):
+            parsed, unknown = tyro.cli(kind, args=list(argv), prog=program, default=default, config=_FLAT, return_unknown_args=True)
+    except SystemExit as e:
+        if not e.code:  # --help
+            raise
+        raise UsageError(f"{_unboxed(complaint.getvalue())}; {program} --help says more") from e
     if unknown:
         options = ["--" + path.split(".")[-1].replace("_", "-") for path in settings.leaves(parsed)]
         near = difflib.get_close_matches(unknown[0].split("=")[0], options, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"{' '.join(['run.py', command]).strip()} --help lists them all"
+        hint = f"did you mean {near[0]}?" if near else f"{program} --help lists them all"
         raise UsageError(f"there is no option {unknown[0]}; {hint}")
     return parsed
+
+
+def _unboxed(text: str) -> str:
+    """The complaint in one of tyro's boxes, in one line: what follows its title, up to a line drawn across."""
+    lines = [re.sub(r"^[\s│╭╰]*[─-]*(?=\s|$)\s*|[\s│╮╯─]*$", "", line) for line in text.strip().splitlines()]
+    said = itertools.takewhile(bool, itertools.dropwhile(lambda line: not line, lines[1:]))
+    return " ".join(said).removeprefix("Error parsing ").rstrip(".")
 
 
 def _early(argv: Sequence[str], flag: str) -> str | None:

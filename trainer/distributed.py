@@ -36,7 +36,10 @@ def joined(device: str) -> Iterator[int]:
         yield 0
         return
     backend = _take_card(device)
-    dist.init_process_group(backend, timeout=TIMEOUT)
+    store, number, count = next(dist.rendezvous("env://", timeout=TIMEOUT))
+    # torchrun keeps one store for all restarts (torch 2.13), and a first attempt's addresses would be found in it.
+    store = dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    dist.init_process_group(backend, store=store, rank=number, world_size=count, timeout=TIMEOUT)
     parting = dist.new_group(backend="gloo", timeout=PARTING)
     level = logging.getLogger().level
     if rank():
