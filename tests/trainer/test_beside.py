@@ -24,20 +24,24 @@ def two_cores(monkeypatch):
 
 
 def test_what_was_announced_is_shared_and_remembered(two_cores, tmp_path):
-    def slow(call):
+    def noted(call):
+        """Here it takes until the other process has taken a call."""
         with (tmp_path / call).open("a") as f:
             f.write(f"{os.getpid()}\n")
-        time.sleep(0.2)
+        deadline = time.monotonic() + 60
+        while not multiprocessing.parent_process() and len(list(tmp_path.iterdir())) < 2:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
         return call.upper()
 
-    run = Beside(slow)
+    run = Beside(noted)
     run.announce("abcdef")
     assert [run(call) for call in "abxfdec"] == list("ABXFDEC")  # x nobody announced
     run.announce(())
     pids = {call: (tmp_path / call).read_text().split() for call in "abcdefx"}
     assert all(len(made) == 1 for made in pids.values())  # each once, wherever
     here = [call for call in pids if pids[call] == [str(os.getpid())]]
-    assert "a" in here and "x" in here and 3 <= len(here) <= 5
+    assert "a" in here and "x" in here and len(here) < 7
     assert run("b") == "B" and (tmp_path / "b").read_text().split() == pids["b"]
     assert not multiprocessing.active_children()
 
