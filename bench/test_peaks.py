@@ -7,13 +7,13 @@ On the CPU peaks are the allocator's events as the profiler sees them, beyond wh
 caching allocator's own counters, and what stands is in them. They lie in `extra_info`, beside what was predicted for the step.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
 
-from bench.card.gauge import Gauge
+from bench.card.gauge import Gauge, profiled_peak
 from bench.card.rig import Cell, backbone_of, rigged
 from bench.card.session import register_toys
 from memory.plan import MemoryPlan
@@ -31,18 +31,6 @@ PLANS: dict[str, dict[str, Any]] = {
     "keep all on host": {"checkpoint": "none", "kept": "host"}, "8-bit AdamW": {"optimizer": "adamw8bit"},
     "guidance batched": {"guidance": "batched"}, "guidance sequential": {"guidance": "sequential"},
 }
-
-
-def profiled_peak(run: Callable[[], object]) -> int:
-    """Peak bytes over the start, as the CPU's allocator reports them to the profiler."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        run()
-    events = [(e.start_ns(), e.nbytes()) for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
-    total = peak = 0
-    for _, num_bytes in sorted(events, key=lambda pair: pair[0]):
-        total += num_bytes
-        peak = max(peak, total)
-    return peak
 
 
 def measure(benchmark: Any, cell: Cell) -> dict[str, Any]:

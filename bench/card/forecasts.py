@@ -51,7 +51,8 @@ def _trace(cell: Cell, plan: MemoryPlan, num_blocks: int) -> Trace:
 def plans_of(cell: Cell, cards: tuple[Card, ...], free: tuple[str, ...] = SEARCHED) -> list[tuple[Assessment | None, Assessment]]:
     """For each card (the fastest plan of the step that fits or None, the one that needs least).
 
-    `free`: the settings that the planner may choose; the others stay as the cell has them. The step alone: encoding prompts, sampling and decoding are not part of a cell. Traces are shared by the cards.
+    `free`: the settings that the planner may choose; the others stay as the cell has them. The step alone: encoding prompts,
+    sampling and decoding are not part of a cell. Traces are shared by the cards.
     """
     workload = Workload(model=cell.model, num_blocks=backbone_of(cell).num_blocks, trace=partial(_trace, cell))
     fixed = frozenset(SEARCHED) - frozenset(free)

@@ -6,6 +6,7 @@ from tiny_transformer import BOUNDARY_NAMES, _make
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from bench.card.gauge import profiled_peak
 from memory.plan import MemoryPlan, apply_plan, resolve_keeps
 from memory.simulate import BACKWARD, FORWARD, OPTIMIZER, recording
 from memory.splice import Recipe, SpliceError
@@ -125,22 +126,6 @@ def test_every_event_is_paired_and_spans_cover_the_step():
         if span.visit:
             walks.setdefault(span.visit[0], []).append(span.visit[1])
     assert walks == {0: [0, 1, 2, 3, 4], 1: [0, 1, 2, 3, 4], 2: [4, 3, 2, 1, 0]}
-
-
-def profiled_peak(step):
-    """Peak bytes over the start, as the CPU allocator reports them to the profiler: not by our own hooks."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        step()
-    events = [
-        (event.start_ns(), event.nbytes())
-        for event in profile.profiler.kineto_results.events()
-        if event.name() == "[memory]"
-    ]
-    total = peak = 0
-    for _, num_bytes in sorted(events, key=lambda pair: pair[0]):
-        total += num_bytes
-        peak = max(peak, total)
-    return peak
 
 
 PLANS = [

@@ -124,7 +124,7 @@ def test_videos_destroyed_by_the_eraser_show_in_the_rows_of_the_target():
 @pytest.fixture
 def bundled(pipelines, monkeypatch) -> CogVideoX:
     """The tiny pipeline in place of the bundled model."""
-    monkeypatch.setattr("trainer.backbones.cogvideox.BUNDLED", pipelines["2b"])
+    monkeypatch.setattr("trainer.backbones.location.BUNDLED", pipelines["2b"])
     return CogVideoX("shapes")
 
 
@@ -184,7 +184,7 @@ def test_unknown_concept_and_missing_run(eraser, tmp_path):
 
 
 def test_eraser_of_another_model_is_refused(eraser, pipelines, monkeypatch):
-    monkeypatch.setattr("trainer.backbones.cogvideox.BUNDLED", pipelines["5b"])
+    monkeypatch.setattr("trainer.backbones.location.BUNDLED", pipelines["5b"])
     with pytest.raises(CheckpointError, match="made for shapes"):
         evaluate(_config(eraser))
     assert not (eraser / "evaluation.json").exists()

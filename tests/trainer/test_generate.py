@@ -89,7 +89,7 @@ def test_eraser_changes_the_video_and_compare_shows_both(sincos, written, eraser
 
 def test_eraser_brings_its_own_base_model(eraser, written, tmp_path, monkeypatch):
     model = ModelConfig(frames=FRAMES, height=SIDE, width=SIDE, device="cpu")
-    monkeypatch.setattr("trainer.backbones.cogvideox.BUNDLED", tmp_path / "not-there")
+    monkeypatch.setattr("trainer.backbones.location.BUNDLED", tmp_path / "not-there")
     module.generate(_config("shapes", tmp_path / "x.mp4", no_eraser=False, eraser=eraser, model=model))
     assert "x.mp4" in written
 

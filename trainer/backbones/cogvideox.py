@@ -3,7 +3,6 @@
 Legend: B batch, F latent frames, C latent channels, H W latent size, L text tokens, D text width, T video frames.
 """
 
-import difflib
 import hashlib
 import json
 from pathlib import Path
@@ -15,12 +14,10 @@ from torch import Tensor, nn
 
 from memory.offload import offload_blocks, place
 from trainer.backbones import Decode, Predict, published
+from trainer.backbones.location import locate, read_config, stored_dtype
 from trainer.backbones.rotary import LeanProcessor
-from trainer.backbones.weights import allocate, assign, open_shard, randomise, shards
+from trainer.backbones.weights import allocate, assign, randomise
 from trainer.errors import UsageError
-
-BUNDLED = Path(__file__).parent.parent / "shapes" / "pipeline"
-COMPONENTS = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")
 
 
 class CogVideoX:
@@ -38,10 +35,10 @@ class CogVideoX:
             self._vae_config: dict[str, Any] = dict(published.VAES[model])
             self.native_dtype = getattr(torch, published.NATIVE_DTYPES[model])
         else:
-            self.directory = _locate(model)
-            self._config = _read_config(self.directory, "transformer")
-            self._vae_config = _read_config(self.directory, "vae")
-            self.native_dtype = _stored_dtype(self.directory / "transformer")
+            self.directory = locate(model)
+            self._config = read_config(self.directory, "transformer")
+            self._vae_config = read_config(self.directory, "vae")
+            self.native_dtype = stored_dtype(self.directory / "transformer")
         with torch.device("meta"):  # for its configuration with all defaults; one block is built in a moment
             c = self._build_transformer(num_layers=1).config
         self.num_blocks = self._config.get("num_layers", 30)
@@ -290,53 +287,6 @@ def enable_tiles(vae: nn.Module) -> None:
     vae.enable_tiling(tile_sample_min_height=128, tile_sample_min_width=192,
                       tile_overlap_factor_height=0.25, tile_overlap_factor_width=0.25)
     vae.enable_slicing()
-
-
-def _locate(model: str) -> Path:
-    """The local directory of a model; hub ids are downloaded (safetensors and configurations only)."""
-    if model == "shapes":
-        return BUNDLED
-    directory = Path(model).expanduser()
-    if not directory.exists():
-        model = published.HUB_IDS.get(model, model)
-    if not directory.exists() and model.count("/") == 1 and not model.startswith((".", "/", "~")):
-        from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
-
-        try:
-            return Path(snapshot_download(model, allow_patterns=["*.json", "*.safetensors", "*.model"]))
-        except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as e:
-            raise UsageError(f"--model {model}: no such directory, and the hub did not give it ({type(e).__name__}); "
-                             "name a local directory in diffusers' layout, or shapes") from e
-    missing = [c for c in COMPONENTS if not (directory / c).is_dir()]
-    if not (directory / "model_index.json").is_file() or missing:
-        what = "is not there"
-        if directory.is_dir():
-            what = f"lacks {missing[0]}/" if missing else "lacks model_index.json"
-        elif directory.exists():
-            what = "is not a directory"
-        near = difflib.get_close_matches(model, [*published.TRANSFORMERS, "shapes"], n=1)
-        if near:
-            what += f"; did you mean {near[0]}? Or"
-        raise UsageError(f"--model {model}: {what}{'' if near else ';'} name a directory in diffusers' layout "
-                         f"({', '.join(COMPONENTS)}), a hub id, or shapes")
-    return directory
-
-
-def _read_config(directory: Path, component: str) -> dict[str, Any]:
-    try:
-        config = json.loads((directory / component / "config.json").read_text())
-    except (OSError, ValueError) as e:
-        raise UsageError(f"{directory / component / 'config.json'} cannot be read: {e}") from e
-    return {k: v for k, v in config.items() if not k.startswith("_")}
-
-
-def _stored_dtype(directory: Path) -> torch.dtype:
-    """The dtype that the weights are stored in: the model's native one."""
-    name, file = next(iter(shards(directory).items()))
-    with open_shard(file) as f:
-        stored = f.get_slice(name).get_dtype()
-    return {"F16": torch.float16, "BF16": torch.bfloat16}.get(stored, torch.float32)
 
 
 def _random_text(prompt: str, length: int, width: int, dtype: torch.dtype) -> Tensor:

@@ -1,0 +1,63 @@
+"""Where a model is, and what its files say before any weight is read."""
+
+import difflib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from trainer.backbones import published
+from trainer.backbones.weights import open_shard, shards
+from trainer.errors import UsageError
+
+BUNDLED = Path(__file__).parent.parent / "shapes" / "pipeline"
+COMPONENTS = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")
+
+
+def locate(model: str) -> Path:
+    """The local directory of a model; hub ids are downloaded (safetensors and configurations only). Raises UsageError."""
+    if model == "shapes":
+        return BUNDLED
+    directory = Path(model).expanduser()
+    if not directory.exists():
+        model = published.HUB_IDS.get(model, model)
+    if not directory.exists() and model.count("/") == 1 and not model.startswith((".", "/", "~")):
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
+
+        try:
+            return Path(snapshot_download(model, allow_patterns=["*.json", "*.safetensors", "*.model"]))
+        except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as e:
+            raise UsageError(f"--model {model}: no such directory, and the hub did not give it ({type(e).__name__}); "
+                             "name a local directory in diffusers' layout, or shapes") from e
+    missing = [c for c in COMPONENTS if not (directory / c).is_dir()]
+    if not (directory / "model_index.json").is_file() or missing:
+        what = "is not there"
+        if directory.is_dir():
+            what = f"lacks {missing[0]}/" if missing else "lacks model_index.json"
+        elif directory.exists():
+            what = "is not a directory"
+        near = difflib.get_close_matches(model, [*published.TRANSFORMERS, "shapes"], n=1)
+        if near:
+            what += f"; did you mean {near[0]}? Or"
+        raise UsageError(f"--model {model}: {what}{'' if near else ';'} name a directory in diffusers' layout "
+                         f"({', '.join(COMPONENTS)}), a hub id, or shapes")
+    return directory
+
+
+def read_config(directory: Path, component: str) -> dict[str, Any]:
+    """A component's settings, without the entries that diffusers keeps for itself. Raises UsageError."""
+    try:
+        config = json.loads((directory / component / "config.json").read_text())
+    except (OSError, ValueError) as e:
+        raise UsageError(f"{directory / component / 'config.json'} cannot be read: {e}") from e
+    return {k: v for k, v in config.items() if not k.startswith("_")}
+
+
+def stored_dtype(directory: Path) -> torch.dtype:
+    """The dtype that the weights are stored in: the model's native one."""
+    name, file = next(iter(shards(directory).items()))
+    with open_shard(file) as f:
+        stored = f.get_slice(name).get_dtype()
+    return {"F16": torch.float16, "BF16": torch.bfloat16}.get(stored, torch.float32)
