@@ -41,7 +41,7 @@ def link_rates() -> dict[str, float]:
 def predict() -> dict[str, Any]:
     """Compute and transfer seconds of a block by model and size, for every listed card and PCIe 3, 4 and 5."""
     import torch
-    from torch._subclasses.fake_tensor import FakeTensorMode
+    from memory.fake import FakeMode
 
     from trainer.backbones.cogvideox import CogVideoX
 
@@ -51,7 +51,7 @@ def predict() -> dict[str, Any]:
         backbone = backbones[model]
         _, height, width = backbone.default_size()
         num_tokens = backbone.num_tokens(backbone.latent_shape(frames, height, width))
-        with FakeTensorMode():
+        with FakeMode():
             block = backbone.blocks(backbone.fake_transformer(dtype=torch.bfloat16, num_blocks=1))[0]
             num_bytes = sum(p.nbytes for p in block.parameters())
         transfer = {link: num_bytes / rate for link, rate in rates.items()}

@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
+from memory.fake import FakeMode
 
 from bench.naive import Naive, Recipe
 from bench.provenance import write_result
@@ -30,7 +30,7 @@ LOG = replaced(TrainConfig(), {"model.model": "cogvideox-2b", "model.weights": "
 
 def rehearse_naive(config: TrainConfig, recipe: Recipe, *, checkpointed: bool = False) -> Trace:
     """The trace of one step of the naive recipe; both guidance passes of the teacher one after the other."""
-    with FakeTensorMode(allow_non_fake_inputs=True):
+    with FakeMode(allow_non_fake_inputs=True):
         naive = Naive(config, torch.device("cpu"), recipe, lambda stage: None, fake=True)
         naive.teacher.guidance = "sequential"
         # The foreach form reads its step counts, which fake tensors do not have. Its temporaries, four times the

@@ -10,6 +10,7 @@ they are taken as given.
 """
 
 import dataclasses
+import itertools
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -174,14 +175,15 @@ class _Search:
         """Recipes from the fastest to the most frugal; each is traced only when the one before did not settle it."""
         plans = [dataclasses.replace(self.base, **fields) for fields in self._savings()]
         plain = None
-        for plan in plans:
-            if plain is None or found.fits:  # otherwise this one is likely to be too large as well
-                self._prepare([plan])
+        self._prepare(plans[:1])
+        for plan, following in itertools.zip_longest(plans, plans[1:]):
             found = self._variant(plan, plain, limits)
             if found.fits and not self._keeps_fixed():
                 self._learn_keeps(found.recipe, plan)
+            if found.fits and following:  # otherwise that one is likely to be too large as well
+                self._prepare([following])  # somebody may be at it while this one is looked through
             yield found
-            if plain is None and not found.fits and len(plans) > 1:
+            if plain is None and not found.fits and following:
                 self._prepare([plans[-1], *plans[1:-1]])
                 last = self._variant(plans[-1], found, limits)
                 if not last.fits:  # then nothing does

@@ -5,7 +5,7 @@ tensors. Everything here is predicted.
 from functools import lru_cache
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
+from memory.fake import FakeMode
 from torch.utils._pytree import tree_leaves
 
 from memory.allocator import round_request
@@ -41,14 +41,14 @@ def phases_around(backbone: CogVideoX, config: TrainConfig, plan: MemoryPlan) ->
 
 @lru_cache(maxsize=8)
 def _transformer_bytes(backbone: CogVideoX, dtype: torch.dtype) -> int:
-    with FakeTensorMode():
+    with FakeMode():
         return sum(p.nbytes for p in backbone.fake_transformer(dtype=dtype).parameters())
 
 
 @lru_cache(maxsize=8)
 def _encoding_bytes(backbone: CogVideoX, dtype: torch.dtype) -> dict[str, int]:
     """A batch of prompts through the text encoder, its blocks streaming through two buffers: `PhaseNeed`'s figures."""
-    with FakeTensorMode(), torch.no_grad():
+    with FakeMode(), torch.no_grad():
         encoder = backbone.fake_text_encoder(dtype=dtype, num_blocks=3)  # the others are like the last of them
         more = (backbone.num_text_blocks() - 3) * sum(p.nbytes for p in encoder.encoder.block[-1].parameters())
         offload = offload_blocks(encoder.encoder.block, device="cpu")
@@ -62,7 +62,7 @@ def _encoding_bytes(backbone: CogVideoX, dtype: torch.dtype) -> dict[str, int]:
 
 @lru_cache(maxsize=8)
 def _sampling_bytes(backbone: CogVideoX, dtype: torch.dtype, shape: tuple[int, ...], batch: int) -> int:
-    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+    with FakeMode(allow_non_fake_inputs=True), torch.no_grad():
         transformer = backbone.fake_transformer(dtype=dtype, num_blocks=3)
         predict = backbone.predictor(transformer, shape)
         text = torch.empty(batch, backbone.text_length, backbone.text_width, dtype=dtype)
@@ -77,7 +77,7 @@ def _decoding_bytes(backbone: CogVideoX, dtype: torch.dtype, frames: int, shape:
     others would be, as much is allocated as those needed and kept for the next call, by area.
     """
     num_frames = (frames - 1) // backbone.temporal_ratio + 1
-    with FakeTensorMode(), torch.no_grad():
+    with FakeMode(), torch.no_grad():
         vae = backbone.fake_vae(dtype=dtype)
         enable_tiles(vae)
         height, width = min(shape[2], vae.tile_latent_min_height), min(shape[3], vae.tile_latent_min_width)

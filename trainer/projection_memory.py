@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
+from memory.fake import FakeMode
 
 from memory.optimizers import make_optimizer
 from memory.simulate import recording
@@ -23,7 +23,7 @@ def predict_step(problem: Problem, config: ForgetConfig) -> Trace:
     Phases: load (what stands throughout), forward, backward, optimizer. What an allocator adds is not in it.
     """
     layer, rows = problem.layer, (problem.forget, problem.preserve, problem.target)
-    with FakeTensorMode():
+    with FakeMode():
         weight, bias, *shaped = (None if t is None else torch.empty(t.shape) for t in (layer.weight, layer.bias, *rows))
         fake = Problem(Layer(layer.name, weight, bias), *shaped)
         lora = Lora(fake.layer, rank=config.rank, alpha=config.alpha, seed=config.seed)

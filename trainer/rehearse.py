@@ -10,7 +10,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
+from memory.fake import FakeMode
 
 from memory.optimizers import BLOCK_NUMEL_8BIT, MIN_8BIT_NUMEL, make_optimizer, update_norms
 from memory.plan import SHARDING_BUFFERS, MemoryPlan, apply_plan
@@ -46,7 +46,7 @@ def rehearse(backbone: CogVideoX, config: TrainConfig, plan: MemoryPlan, num_blo
     for stream in filter(None, (latents, preserved)):
         stream.rows = slice(shape[0] // num_cards)
     applicable = plan if plan.num_shards == 1 else replace(plan, num_shards=1, resident_blocks=0, offload_buffers=SHARDING_BUFFERS)
-    with FakeTensorMode(allow_non_fake_inputs=True):
+    with FakeMode(allow_non_fake_inputs=True):
         transformer = backbone.fake_transformer(dtype=dtype, num_blocks=num_blocks)
         blocks = backbone.blocks(transformer)
         erasers = Erasers(blocks, config.optim.rank)

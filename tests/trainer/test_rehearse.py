@@ -2,8 +2,13 @@
 
 from dataclasses import replace
 
+import pytest
+from torch._subclasses.fake_tensor import FakeTensorMode
+
 from memory.optimizers import predict_state_bytes
 from memory.plan import MemoryPlan
+from trainer import phases
+from trainer import rehearse as rehearsing
 from trainer.assemble import open_backbone
 from trainer.rehearse import rehearse
 
@@ -44,3 +49,19 @@ def test_an_update_is_measured_by_a_copy_of_the_weights(tiny_config):
     trace = rehearse(open_backbone(config.model), config, config.memory)
     peaks, adapters = trace.peaks(), trace.standing_bytes("adapters")
     assert 2 * adapters <= peaks["optimizer"] - peaks["load"] <= 2.5 * adapters  # gradients, and what the weights were
+
+
+@pytest.mark.parametrize("plan", [
+    MemoryPlan(),
+    MemoryPlan(resident_blocks=1, num_keep_attention=1, num_keep_everything=1, feed_forward_chunks=2),
+    MemoryPlan(dtype="bfloat16", resident_blocks=0, boundaries="host", guidance="batched"),
+], ids=["plain", "kept", "parked"])
+def test_torchs_own_fake_tensors_leave_the_same_trace(tiny_config, monkeypatch, plan):
+    config = tiny_config()
+    backbone = open_backbone(config.model)
+    traces = [rehearse(backbone, config, plan) for _ in range(2)]  # unknown, then known
+    needs = phases.phases_around(backbone, config, plan)
+    for module in (rehearsing, phases):
+        monkeypatch.setattr(module, "FakeMode", FakeTensorMode)
+    assert traces == [rehearse(backbone, config, plan)] * 2
+    assert needs == phases.phases_around(backbone, config, plan)
