@@ -205,6 +205,16 @@ def feasibility() -> str:
     return markdown(["", *result["cards"]], rows) + _predicted(result)
 
 
+def planning() -> str:
+    """Seconds of a search and of the whole process, and how many plans were ranked."""
+    result, rows = load("planning"), []
+    for name, cell in result["cells"].items():
+        model, frames = name.rsplit("-", 1)
+        rows.append([f"{model}, {frames} frames", *(
+            f"{c['search_seconds']:.1f} s ({c['process_seconds']:.1f} s), {c['num_candidates']}" for c in map(cell.get, result["cards"]))])
+    return markdown(["search (whole process), candidates", *result["cards"]], rows) + _source(result)
+
+
 def strategies() -> str:
     """Peak of the step and its time under each strategy, and against full checkpointing."""
     if absent := _absent("strategies"):
@@ -261,7 +271,7 @@ def reliability() -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     "reliability": reliability,
-    "rank": rank, "feasibility": feasibility, "strategies": strategies, "story": story, "claims": claims,
+    "rank": rank, "feasibility": feasibility, "planning": planning, "strategies": strategies, "story": story, "claims": claims,
     "main": main_run, "pretrained": pretrained, "erasure": erasure, "overlap": overlap, "codes": codes, "faults": faults, "projection": projection, "leak": leak}
 
 

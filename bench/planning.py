@@ -1,0 +1,54 @@
+"""How long planning takes: every cell in a fresh process, which knows no traces yet.
+
+    python -m bench.planning                              into bench/results/planning.json
+    python -m bench.planning cogvideox-5b 49 4gb          one cell, as JSON on stdout
+"""
+
+import json
+import subprocess
+import sys
+import time
+from typing import Any
+
+CARDS = ("2gb", "4gb", "8gb", "12gb", "24gb", "4090", "48gb", "h20", "h200")
+CELLS = (("cogvideox-2b", 17), ("cogvideox-2b", 49), ("cogvideox-5b", 49))
+
+
+def search_once(model: str, frames: int, name: str) -> dict[str, Any]:
+    """Seconds of the search, once the model's configuration is read, and what it looked at."""
+    from bench.feasibility import settings
+    from memory.cards import lookup
+    from trainer.planning import forecast, workload
+
+    config = settings(model, frames)
+    workload(config)
+    started = time.perf_counter()
+    result = forecast(config, lookup(name)).result
+    return {"search_seconds": time.perf_counter() - started, "fits": result.best is not None,
+            "num_candidates": result.num_candidates, "num_traces": result.num_traces, "num_replays": result.num_replays}
+
+
+def measure(model: str, frames: int, name: str) -> dict[str, Any]:
+    """`search_once` in a process of its own, and the seconds of all of that process, imports included."""
+    started = time.perf_counter()
+    words = [sys.executable, "-m", "bench.planning", model, str(frames), name]
+    done = subprocess.run(words, check=True, capture_output=True, text=True)
+    return {**json.loads(done.stdout), "process_seconds": time.perf_counter() - started}
+
+
+def main() -> None:
+    if sys.argv[1:]:
+        model, frames, name = sys.argv[1:]
+        print(json.dumps(search_once(model, int(frames), name)))
+        return
+    from bench.provenance import write_result
+
+    cells: dict[str, Any] = {}
+    for model, frames in CELLS:
+        cells[f"{model}-{frames}"] = {name: measure(model, frames, name) for name in CARDS}
+        print(model, frames, {name: round(c["search_seconds"], 1) for name, c in cells[f"{model}-{frames}"].items()}, flush=True)
+    write_result("planning", {"cards": CARDS, "cells": cells})
+
+
+if __name__ == "__main__":
+    main()
