@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from trainer.assemble import open_backbone, resolve_dtype, video_size
 from trainer.config import TrainConfig
-from trainer.erasers import Erasers
+from trainer.erasers import Erasers, Localisation
 from trainer.latents import make_latents
 from trainer.losses import Teacher
 from trainer.prompts import Embeddings, PromptSet
@@ -76,7 +76,7 @@ class Naive:
         sample = self.teacher.sample(self.num_steps)
         self.note("student forward")
         with self.erasers.switched(True), ExitStack() as localised:
-            localised.enter_context(self.erasers.localised(sample.mask, loss.alpha))
+            localised.enter_context(self.erasers.localised(Localisation(sample.mask, loss.alpha)))
             v = self.predict(sample.latents, sample.timestep, sample.text)
             if not self.recomputed:  # in one joint graph, a recomputation cannot tell the passes apart: both are localised
                 localised.close()

@@ -95,14 +95,14 @@ def _checkpointed_forward(handle: Checkpointing, index: int, block: nn.Module, k
             return inner(*args, **kwargs)
         # Only positional arguments become saved tensors, which a strategy around this one may move to the host.
         leaves, structure = tree_flatten((args, kwargs))
-        calls = iter(("forward",))
+        calls, notes = iter(("forward",)), {}
 
         def run(*leaves):
             region = next(calls, "recompute")
             if region == "recompute":
                 handle.num_recomputes[index] += 1
             args, kwargs = tree_unflatten(leaves, structure)
-            with checkpoint_region(region):
+            with checkpoint_region(region, notes):
                 return inner(*args, **kwargs)
 
         kept: list = []

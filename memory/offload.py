@@ -25,7 +25,7 @@ import torch
 from torch import nn
 
 from memory.patching import Handle, replace_forward, require_modules
-from memory.saving import current_region, packing
+from memory.saving import current_region, packing, will_return
 from memory.streams import Lane, resolve_device
 
 ALIGNMENT = 256  # bytes, as cudaMalloc aligns: kernels choose by alignment, and must choose as for ordinary weights
@@ -283,7 +283,7 @@ def place(module: nn.Module, device: torch.device, *, skip: Sequence[nn.Paramete
 def _streamed_forward(ring: _Ring, index: int, inner):
     def forward(*args, **kwargs):
         region = current_region()
-        way = "backward" if region == "recompute" else "turn" if torch.is_grad_enabled() else "forward"
+        way = "backward" if region == "recompute" else "turn" if will_return() else "forward"
         slot = ring.acquire(index, way)
         if slot is None:
             return inner(*args, **kwargs)
@@ -291,7 +291,7 @@ def _streamed_forward(ring: _Ring, index: int, inner):
         for parameter, view in zip(master.parameters, slot.views(master.layout), strict=True):
             parameter.data = view
         try:
-            if way == "turn" and region is None:
+            if region is None and torch.is_grad_enabled():
                 with packing(functools.partial(_refer_to_weight, ring, index, slot)):
                     return inner(*args, **kwargs)
             return inner(*args, **kwargs)

@@ -19,6 +19,7 @@ Dtype = Literal["native", "float32", "bfloat16", "float16"]
 Where = Literal["device", "host"]
 OptimizerKind = Literal["adamw", "adamw8bit", "paged-adamw8bit"]
 GuidanceMode = Literal["batched", "sequential", "none"]
+Passes = Literal["sequential", "lockstep"]
 Keep = Literal["inputs", "attention", "everything"]
 
 
@@ -44,6 +45,9 @@ class MemoryPlan:
     runs. All of the run's, or 1: every process holds whole blocks. In place of offload."""
     offload_buffers: int = 2
     """Device buffers of one block each that streamed blocks pass through. At least 2: one loads while one computes."""
+    passes: Passes = "sequential"
+    """How the passes of a step take turns. sequential: each over all blocks. lockstep: block by block for all of them, so that
+    streamed blocks cross the link twice a step; more is held at once. It pays where the link is what limits."""
     checkpoint: str = "all"
     """Which blocks are recomputed in backward: all, none, every:N (every N-th, from the first), first:K."""
     num_keep_attention: int = 0
@@ -78,6 +82,9 @@ class MemoryPlan:
         if self.num_shards > 1 and self.resident_blocks is not None:
             raise PlanError(f"num_shards is {self.num_shards} and resident_blocks {self.resident_blocks}: a block's weights are "
                             "either divided among processes or streamed from the host; leave one out")
+        if self.num_shards > 1 and self.passes == "lockstep":
+            raise PlanError(f"num_shards is {self.num_shards} and passes lockstep: divided blocks are gathered for one pass at a time; "
+                            "use passes = sequential")
         self._check_checkpointing()
 
     def _check_checkpointing(self) -> None:
@@ -104,6 +111,7 @@ _CHOICES = {
     "kept": get_args(Where),
     "optimizer": get_args(OptimizerKind),
     "guidance": get_args(GuidanceMode),
+    "passes": get_args(Passes),
     "backbone_copies": (1, 2),
     "text_encoder_resident": (False, True),
 }
@@ -169,6 +177,8 @@ class AppliedPlan:
     def __init__(self, plan: MemoryPlan, keeps: tuple[Keep, ...]):
         self.plan, self.keeps = plan, keeps
         self.sharding = self.offload = self.checkpointing = self.activations = None
+        self.lockstep = None
+        """Runs several passes together (memory.lockstep), where the plan has them run so."""
         self._undos: list = []
 
     @property
@@ -265,6 +275,7 @@ def _apply(applied: AppliedPlan, model, blocks, device, boundary_names, feed_for
     from memory.activations import offload_activations
     from memory.checkpointing import checkpoint_blocks
     from memory.chunking import chunk_feed_forwards
+    from memory.lockstep import Lockstep
     from memory.offload import offload_blocks, place
     from memory.precision import cast_frozen
     from memory.sharding import shard_blocks
@@ -318,3 +329,7 @@ def _apply(applied: AppliedPlan, model, blocks, device, boundary_names, feed_for
             kept=plan.kept == "host",
         )
         applied._undos.append(applied.activations.undo)
+
+    # 6. Lockstep changes nothing: it runs blocks, whatever is around them.
+    if plan.passes == "lockstep":
+        applied.lockstep = Lockstep(model, blocks, boundary_names)

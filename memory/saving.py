@@ -24,6 +24,8 @@ class _ThreadState(threading.local):
     def __init__(self):
         self.packers: tuple[Callable[[torch.Tensor], Packed | None], ...] = ()
         self.region: str | None = None
+        self.notes: dict | None = None
+        self.returns = False
 
 
 _state = _ThreadState()
@@ -56,16 +58,36 @@ def unpack(packed: Any) -> torch.Tensor:
 
 
 @contextmanager
-def checkpoint_region(name: str) -> Iterator[None]:
-    """Mark this thread as inside a checkpointed block: `name` is "forward" or "recompute"."""
-    outer = _state.region
-    _state.region = name
+def checkpoint_region(name: str, notes: dict) -> Iterator[None]:
+    """Mark this thread as inside a checkpointed block: `name` is "forward" or "recompute"; `notes` are those of the call."""
+    outer = _state.region, _state.notes
+    _state.region, _state.notes = name, notes
     try:
         yield
     finally:
-        _state.region = outer
+        _state.region, _state.notes = outer
 
 
 def current_region() -> str | None:
     """"forward" or "recompute" inside a checkpointed block, else None."""
     return _state.region
+
+
+def current_notes() -> dict | None:
+    """Inside a checkpointed block: what its forward wants its recomputation to know, for whoever has something. Else None."""
+    return _state.notes
+
+
+@contextmanager
+def returning(returns: bool) -> Iterator[None]:
+    """Within: whether a backward over the blocks follows, even if what runs now records nothing for it."""
+    outer, _state.returns = _state.returns, returns
+    try:
+        yield
+    finally:
+        _state.returns = outer
+
+
+def will_return() -> bool:
+    """Whether a backward over the blocks follows what runs now on this thread."""
+    return _state.returns or torch.is_grad_enabled()

@@ -83,7 +83,7 @@ class Recorder(TorchDispatchMode):
         self._live: dict[int, tuple[int, weakref.ref]] = {}  # storage's C++ address -> (record, its weak reference)
         self._phase = OUTSIDE
         self._marks = [_Mark(event=0, work=0, phase=OUTSIDE, visit=None, records_graph=False)]
-        self._num_blocks = 0
+        self._num_blocks, self._together = 0, False
         self._num_traversals = 0
         self._forward: _Traversal | None = None
         self._hooks: list = []
@@ -122,9 +122,12 @@ class Recorder(TorchDispatchMode):
             if trainable:
                 self._hooks.append(tensor.register_post_accumulate_grad_hook(self._settle_gradient))
 
-    def watch(self, blocks: Sequence[nn.Module]) -> None:
-        """Mark the visits of `blocks`, which run in this order, forward and backward."""
-        self._num_blocks = len(blocks)
+    def watch(self, blocks: Sequence[nn.Module], *, together: bool = False) -> None:
+        """Mark the visits of `blocks`, which run in this order, forward and backward.
+
+        `together`: several passes run in lockstep (memory.lockstep), and their visits of one block are one.
+        """
+        self._num_blocks, self._together = len(blocks), together
         for index, block in enumerate(blocks):
             self._hooks.append(block.register_forward_pre_hook(self._enter(index)))
             self._hooks.append(block.register_forward_hook(self._leave(index)))
@@ -277,8 +280,10 @@ class Recorder(TorchDispatchMode):
 
     def _enter(self, index: int) -> Callable:
         def hook(module, args):
+            if self._together and self._forward is not None and index == self._forward.last_block:
+                return  # one more pass through the same block
             if self._forward is None or index <= self._forward.last_block:
-                self._forward = self._new_traversal(torch.is_grad_enabled())
+                self._forward = self._new_traversal(self._together or torch.is_grad_enabled())
             self._forward.last_block = index
             self._mark((self._forward.number, index), self._forward.records_graph)
 
@@ -290,7 +295,7 @@ class Recorder(TorchDispatchMode):
             for output in outputs if isinstance(outputs, tuple) else (outputs,):
                 if isinstance(output, torch.Tensor) and output.requires_grad and traversal.records_graph:
                     output.register_hook(lambda grad: self._enter_backward(traversal, index))
-            if index == self._num_blocks - 1:
+            if index == self._num_blocks - 1 and not self._together:  # together, the next phase ends the last visit
                 self._mark(None)
                 self._forward = None
 

@@ -6,14 +6,17 @@ With the erasers on, the backbone is the student; with them off, it is the teach
 Source: T2VUnlearning (section 3), Receler. Legend: B batch, N video tokens, D width, R rank.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from memory.offload import place
+from memory.saving import current_notes
 from trainer.errors import UsageError
 
 
@@ -44,28 +47,30 @@ _CHUNK_BYTES = 64 * 2**20
 
 
 class _Localised(torch.autograd.Function):
-    """Pass the eraser's output o (B, N, D) through beside mean((o * outside)²), and add `weight` times that to the objective.
+    """Pass the eraser's output o (B, N, D) through, and add `weight * mean((o * outside())²)` to the objective.
 
-    The term comes from inside a block, so that the block can be recomputed in backward and nothing outside of it is needed. A
+    The term comes from inside a block, so that the block can be recomputed in backward and nothing outside of it is needed. All
+    of it happens in backward: only then `outside` is asked for (B, N, 1), and the unweighted term is handed to `report`. A
     part of the tokens is looked at at a time: whole float32 copies were the peak of a block's backward.
     """
 
     @staticmethod
-    def forward(ctx, o: Tensor, outside: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-        ctx.save_for_backward(o, outside, weight)
-        sums = [(part.float() * rest).square().sum() for part, rest in _parts(o, outside)]
-        term = sum(sums[1:], sums[0]) / o.numel()
-        ctx.mark_non_differentiable(term)
-        return o.view_as(o), term
+    def forward(ctx, o: Tensor, weight: Tensor, outside: Callable[[], Tensor], report: Callable[[Tensor], None]) -> Tensor:
+        ctx.save_for_backward(o, weight)
+        ctx.outside, ctx.report = outside, report
+        return o.view_as(o)
 
     @staticmethod
-    def backward(ctx, gradient: Tensor, _: Tensor) -> tuple[Tensor, None, None]:
-        o, outside, weight = ctx.saved_tensors
-        share, result = weight / o.numel(), torch.empty_like(gradient)
-        for (part, rest), (grad, out) in zip(_parts(o, outside), _parts(gradient, result)):
-            own = (2 * (part.float() * rest)).mul_(share).mul_(rest)
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+        o, weight = ctx.saved_tensors
+        share, result, sums = weight / o.numel(), torch.empty_like(gradient), []
+        for (part, rest), (grad, out) in zip(_parts(o, ctx.outside()), _parts(gradient, result)):
+            own = part.float() * rest
+            sums.append(torch.linalg.vector_norm(own).square())
+            own.mul_(2).mul_(share).mul_(rest)
             torch.add(grad, own.to(grad.dtype), out=out)
-        return result, None, None
+        ctx.report(sum(sums[1:], sums[0]) / o.numel())
+        return result, None, None, None
 
 
 def _parts(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
@@ -77,6 +82,33 @@ def _parts(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
 
 def _in_backward() -> bool:
     return torch._C._current_graph_task_id() != -1
+
+
+class Localisation:
+    """L_loc of one pass: `weight * mean over blocks of mean((o_l * (1 - M))²)`. Source: T2VUnlearning.
+
+    mask: (B, N) in 0..1, 1 where the concept is; or what gives it, asked for in backward only. Backward leaves every block's
+    unweighted term in `terms`.
+    """
+
+    def __init__(self, mask: Tensor | Callable[[], Tensor], weight: float | Tensor):
+        self.mask, self.weight = mask, weight
+        self.terms: dict[int, Tensor] = {}
+
+    def outside(self) -> Tensor:
+        """1 - M (B, N, 1)."""
+        return (1 - (self.mask() if callable(self.mask) else self.mask)).unsqueeze(-1)
+
+    def mean(self) -> Tensor:
+        """The unweighted loss, after backward."""
+        return torch.stack([self.terms[index] for index in sorted(self.terms)]).mean()
+
+
+class _Mode(NamedTuple):
+    """What a pass does with the erasers."""
+
+    enabled: bool = True
+    localisation: Localisation | None = None
 
 
 class Erasers:
@@ -91,13 +123,11 @@ class Erasers:
             raise UsageError("no transformer blocks to put erasers into")
         if any(hasattr(block.attn1, "adapter") for block in blocks):
             raise UsageError("this transformer has erasers already; undo() the first ones")
-        self.rank, self.enabled = rank, True
+        self.rank, self._mode = rank, _Mode()
         self.attentions = [block.attn1 for block in blocks]
         self.width = self.attentions[0].to_v.weight.shape[-1]
         self.adapters: list[AdapterEraser] = []
-        self._localisation: tuple[Tensor, float | Tensor] | None = None
-        self._seen_enabled: dict[int, bool] = {}
-        self.localisation_terms: dict[int, Tensor] = {}
+        self._seen: dict[int, _Mode] = {}
         device = self.attentions[0].to_v.weight.device
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -109,57 +139,61 @@ class Erasers:
             attention.adapter = adapter
             self._handles.append(attention.register_forward_hook(self._hook(index)))
 
+    @property
+    def enabled(self) -> bool:
+        """Whether what runs now is the student."""
+        return self._mode.enabled
+
     def _hook(self, index: int):
         def add_eraser(attention: nn.Module, args: tuple, output: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-            if torch.is_grad_enabled():
-                self._check_recompute(index)
-            if not self.enabled:
+            mode = self._mode_of(index) if torch.is_grad_enabled() else self._mode
+            if not mode.enabled:
                 return output
             h, e = output
             o = self.adapters[index](h)
-            if self._localisation is not None and torch.is_grad_enabled():
-                o = self._attach_localisation(index, o)
+            if (loc := mode.localisation) is not None and torch.is_grad_enabled():
+                share = torch.ones((), device=o.device) * (loc.weight / len(self.adapters))
+                o = _Localised.apply(o, share, loc.outside, partial(loc.terms.__setitem__, index))
             return h + o, e
 
         return add_eraser
 
-    def _check_recompute(self, index: int) -> None:
+    def _mode_of(self, index: int) -> _Mode:
+        """The mode of this pass; of the forward pass that is recomputed, in backward."""
+        notes = current_notes()
+        if notes is not None:  # checkpointed by the memory plan: several passes may wait for their backward
+            return notes.setdefault((id(self), index), self._mode)
         if not _in_backward():
-            self._seen_enabled[index] = self.enabled
-        elif self._seen_enabled.get(index) != self.enabled:
+            self._seen[index] = self._mode
+        elif self._seen[index].enabled != self.enabled:
             state = "on" if self.enabled else "off"
             raise RuntimeError(
                 f"block {index} is recomputed in backward with its eraser {state}, but its forward ran with the "
                 f"eraser {'off' if self.enabled else 'on'}: run backward() inside the same `with erasers.switched(...)`")
-
-    def _attach_localisation(self, index: int, o: Tensor) -> Tensor:
-        outside, weight = self._localisation
-        share = torch.ones((), device=o.device) * (weight / len(self.adapters))
-        o, self.localisation_terms[index] = _Localised.apply(o, outside, share)
-        return o
+        return self._mode
 
     @contextmanager
     def switched(self, on: bool) -> Iterator[None]:
         """Erasers on (student) or off (teacher) inside the block, as before after it."""
-        before, self.enabled = self.enabled, on
-        try:
+        with self._in(self._mode._replace(enabled=on)):
             yield
-        finally:
-            self.enabled = before
 
     @contextmanager
-    def localised(self, mask: Tensor, weight: float | Tensor) -> Iterator[None]:
-        """Add `weight * mean over blocks of mean((o_l * (1 - M))²)` to the objective of what runs inside (L_loc).
+    def localised(self, localisation: Localisation) -> Iterator[None]:
+        """Add `localisation` to the objective of what runs inside.
 
-        mask: (B, N) in 0..1, 1 where the concept is. Backward must run inside, too. Each block's unweighted term is
-        left in `localisation_terms`. Source: T2VUnlearning, L_loc.
+        Backward runs inside, too, unless the memory plan does the checkpointing.
         """
-        self._localisation = ((1 - mask).unsqueeze(-1), weight)  # (B, N, 1)
-        self.localisation_terms = {}
+        with self._in(self._mode._replace(localisation=localisation)):
+            yield
+
+    @contextmanager
+    def _in(self, mode: _Mode) -> Iterator[None]:
+        before, self._mode = self._mode, mode
         try:
             yield
         finally:
-            self._localisation = None
+            self._mode = before
 
     def parameters(self) -> list[nn.Parameter]:
         return [p for _, p in self.named_parameters()]

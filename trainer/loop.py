@@ -28,7 +28,7 @@ from trainer.health import Health
 from trainer.inspection import Subject
 from trainer.lock import RunLock
 from trainer.latents import make_latents
-from trainer.losses import Samples, Teacher, student_backward
+from trainer.losses import Samples, Teacher, lockstep_backward, student_backward
 from trainer.masks import prompt_columns
 from trainer.metrics import MetricsLog
 from trainer.memory_file import keep_forecast
@@ -92,7 +92,7 @@ def train(config: TrainConfig, origins: Mapping[str, str], *, resume: Path | Non
     # The run directory, and where an earlier half of the run stopped. Of several processes, the first one writes.
     run_dir = resume or shared(make_run_directory, config)
     clock = PhaseClock(device, on_phase=meter.turn_to)
-    student = clock.around(predict, during="student", after="backward")
+    student, together = (f and clock.around(f, during="student", after="backward") for f in (predict, assembly.applied.lockstep))
     assembly.applied.count_waits(clock.waiting)
     health = Health(Subject(config=config, native_dtype=backbone.native_dtype, assembly=assembly, teacher=samples.teacher,
                             optimizer=optimizer, scaler=state.scaler), run_dir=run_dir, resumed=bool(resume))
@@ -122,9 +122,12 @@ def train(config: TrainConfig, origins: Mapping[str, str], *, resume: Path | Non
             totals: dict[str, torch.Tensor] = {}
             for k in range(num_passes):
                 clock.phase("teacher")
-                sample = samples(state.step * num_passes + k)
-                share = scaler.scale(torch.full((), 1 / num_passes, device=device))
-                for name, value in student_backward(student, erasers, sample, config.loss, scale=share).items():
+                number, share = state.step * num_passes + k, scaler.scale(torch.full((), 1 / num_passes, device=device))
+                if together:
+                    terms = lockstep_backward(together, predict, erasers, samples, number, config.loss, scale=share)
+                else:
+                    terms = student_backward(student, erasers, samples(number), config.loss, scale=share)
+                for name, value in terms.items():
                     totals[name] = totals.get(name, 0.0) + value / num_passes
             clock.phase("optimizer")
             totals = health.reduce(totals)

@@ -10,20 +10,23 @@ Means instead of sums keep the weights' meaning at every size. Source: T2VUnlear
 Legend: B batch, F latent frames, C latent channels, H W latent size, L text tokens, D text width, N video tokens.
 """
 
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, fields, replace
+from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from memory.guidance import predict_pair
+from memory.lockstep import Pass
 from trainer.backbones import Predict
 from trainer.config import LossConfig
-from trainer.erasers import Erasers
+from trainer.erasers import Erasers, Localisation
 from trainer.latents import Latents
-from trainer.masks import captured_maps, concept_mask
+from trainer.masks import ConceptMaps
 from trainer.prompts import Embeddings, PromptSet
 from trainer.seeding import order
 
@@ -59,6 +62,21 @@ class Sample:
         return replace(self, **{f.name: move(value) for f in fields(self) if (value := getattr(self, f.name)) is not None})
 
 
+@dataclass(frozen=True)
+class Draw:
+    """What a step begins with, before the teacher has said anything. Shapes as in `Sample`."""
+
+    step: int
+    latents: Tensor
+    timestep: Tensor
+    text: Tensor
+    anchor_text: Tensor
+    maps: ConceptMaps | None
+    preserved_latents: Tensor | None = None
+    preserved_timestep: Tensor | None = None
+    preserved_text: Tensor | None = None
+
+
 class Teacher:
     """Makes the samples of every step; `step` counts student passes from 0 and comes in order."""
 
@@ -74,46 +92,73 @@ class Teacher:
         self.latents, self.preserved_latents = latents, preserved_latents
         self.seed, self.guidance, self.trajectory_guidance = seed, guidance, trajectory_guidance
 
-    @torch.no_grad()
     def sample(self, step: int) -> Sample:
         """The sample of one step; trajectories are advanced past it."""
-        with self.erasers.switched(False):
-            x, t = self.latents.at(step)
-            picked = self._order(len(self.prompts.prompts), "prompts", self.latents, step)
-            texts = [self.prompts.prompts[i] for i in picked]
-            anchors = [self.prompts.safe[i] if self.loss.anchor == "safe" else "" for i in picked]
-            text = self.embeddings(texts)
-            with self._maps(texts) as maps:
-                v, v_anchor = predict_pair(self.predict, x, t, text, self.embeddings(anchors), mode=self.guidance)
-            v, v_anchor = v.float(), v_anchor.float()
-            target = v_anchor - self.loss.eta * (v - v_anchor)
-            mask = concept_mask([m.map for m in maps], threshold=self.loss.mask_threshold) if maps else None
-            self._advance(self.latents, step, x, t, v)
-            return Sample(x, t, text, target, mask, *self._preserved(step))
+        draw = self.draw(step)
+        return self.answered(draw, {name: each() for name, each in self.passes(draw).items()})
 
-    def _preserved(self, step: int) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    @torch.no_grad()
+    def draw(self, step: int) -> Draw:
+        """Latents and prompts of one step."""
+        x, t = self.latents.at(step)
+        picked = self._order(len(self.prompts.prompts), "prompts", self.latents, step)
+        texts = [self.prompts.prompts[i] for i in picked]
+        anchors = [self.prompts.safe[i] if self.loss.anchor == "safe" else "" for i in picked]
+        maps = None if self.columns is None else ConceptMaps(self.blocks, [self.columns[p] for p in texts])
+        drawn = Draw(step, x, t, self.embeddings(texts), self.embeddings(anchors), maps)
         if self.preserved_latents is None:
-            return None, None, None, None
+            return drawn
         x, t = self.preserved_latents.at(step)
         picked = self._order(len(self.prompts.preserved), "preserved", self.preserved_latents, step)
-        text = self.embeddings([self.prompts.preserved[i] for i in picked])
-        v = self.predict(x, t, text).float()
-        self._advance(self.preserved_latents, step, x, t, v)
-        return x, t, text, v
+        return replace(drawn, preserved_latents=x, preserved_timestep=t,
+                       preserved_text=self.embeddings([self.prompts.preserved[i] for i in picked]))
+
+    def passes(self, draw: Draw) -> dict[str, Pass]:
+        """What the teacher has to be asked, in this order or together; for `answered`."""
+        def ask(latents: Tensor, timestep: Tensor, text: Tensor, maps: ConceptMaps | None = None) -> Pass:
+            return Pass(partial(self.predict, latents, timestep, text), partial(self._switched_off, maps))
+
+        target, preserved = (draw.latents, draw.timestep), (draw.preserved_latents, draw.preserved_timestep)
+        if self.guidance == "batched":
+            pair = partial(predict_pair, self.predict, *target, draw.text, draw.anchor_text, mode="batched")
+            asked = {"pair": Pass(pair, partial(self._switched_off, draw.maps))}
+        else:  # with maps, both of them: by the same attention kernel
+            asked = {"concept": ask(*target, draw.text, draw.maps), "anchor": ask(*target, draw.anchor_text, draw.maps)}
+        if draw.preserved_latents is not None:
+            asked["preserved"] = ask(*preserved, draw.preserved_text)
+        if self.trajectory_guidance != 1.0:
+            empty = self.embeddings([""] * len(draw.latents))
+            asked["empty"] = ask(*target, empty)
+            if draw.preserved_latents is not None:
+                asked["preserved empty"] = ask(*preserved, empty)
+        return asked
+
+    @torch.no_grad()
+    def answered(self, draw: Draw, answers: Mapping[str, Any]) -> Sample:
+        """The sample, from what every pass returned; trajectories are advanced past it."""
+        v, v_anchor = (each.float() for each in answers.get("pair") or (answers["concept"], answers["anchor"]))
+        target = v_anchor - self.loss.eta * (v - v_anchor)
+        mask = draw.maps and draw.maps.mask(threshold=self.loss.mask_threshold)
+        self._advance(self.latents, draw.step, v, answers.get("empty"))
+        v = None
+        if draw.preserved_latents is not None:
+            v = answers["preserved"].float()
+            self._advance(self.preserved_latents, draw.step, v, answers.get("preserved empty"))
+        return Sample(draw.latents, draw.timestep, draw.text, target, mask, draw.preserved_latents, draw.preserved_timestep,
+                      draw.preserved_text, v)
+
+    @contextmanager
+    def _switched_off(self, maps: ConceptMaps | None = None) -> Iterator[None]:
+        with torch.no_grad(), self.erasers.switched(False), maps.captured() if maps else nullcontext():
+            yield
 
     def _order(self, count: int, purpose: str, latents: Latents, step: int) -> list[int]:
         return order(count, latents.shape[0], self.seed, purpose, latents.prompt_index(step))[latents.rows]
 
-    def _advance(self, latents: Latents, step: int, x: Tensor, t: Tensor, v: Tensor) -> None:
-        if self.trajectory_guidance != 1.0:
-            empty = self.predict(x, t, self.embeddings([""] * len(x))).float()
-            v = empty + self.trajectory_guidance * (v - empty)
+    def _advance(self, latents: Latents, step: int, v: Tensor, empty: Tensor | None) -> None:
+        if empty is not None:
+            v = empty.float() + self.trajectory_guidance * (v - empty.float())
         latents.advance(step, v)
-
-    def _maps(self, texts: list[str]):
-        if self.columns is None:
-            return nullcontext([])
-        return captured_maps(self.blocks, [self.columns[p] for p in texts])
 
 
 class Samples:
@@ -147,21 +192,52 @@ def student_backward(predict: Predict, erasers: Erasers, sample: Sample, loss: L
     their gradients is that of the joint loss.
     """
     terms = {}
-    localised = sample.mask is not None and loss.alpha > 0
+    loc = Localisation(sample.mask, loss.alpha * scale) if sample.mask is not None and loss.alpha > 0 else None
     with erasers.switched(True):
-        with erasers.localised(sample.mask, loss.alpha * scale) if localised else nullcontext():
+        with erasers.localised(loc) if loc else nullcontext():
             v = predict(sample.latents, sample.timestep, sample.text)
             unlearn = F.mse_loss(v.float(), sample.target)
             del v
             (scale * unlearn).backward()
         terms["unlearn"] = unlearn.detach()
-        if localised:
-            terms["loc"] = torch.stack(list(erasers.localisation_terms.values())).mean()
         if sample.preserved_target is not None:
             v = predict(sample.preserved_latents, sample.preserved_timestep, sample.preserved_text)
             preserve = F.mse_loss(v.float(), sample.preserved_target)
             del v
             (scale * loss.beta * preserve).backward()
             terms["pre"] = preserve.detach()
-    terms["loss"] = terms["unlearn"] + loss.alpha * terms.get("loc", 0.0) + loss.beta * terms.get("pre", 0.0)
-    return terms
+    return _with_total(terms, loc, loss)
+
+
+def lockstep_backward(together: Callable[[Sequence[Pass]], list[Any]], predict: Predict, erasers: Erasers, samples: "Samples",
+                      step: int, loss: LossConfig, *, scale: float | Tensor = 1.0) -> dict[str, Tensor]:
+    """A step's teacher and student in one, block by block; `together` runs passes so (memory.lockstep). Else as
+    `student_backward`, with the same gradients: the sum of two numbers does not depend on their order.
+    """
+    drawn = samples(step) if samples.pool else samples.teacher.draw(step)
+    asked = {} if samples.pool else samples.teacher.passes(drawn)
+    # The mask is made of what this very pass shows, and wanted in backward only.
+    loc = Localisation(lambda: sample.mask, loss.alpha * scale) if samples.teacher.columns is not None and loss.alpha > 0 else None
+
+    @contextmanager
+    def student(loc: Localisation | None = None) -> Iterator[None]:
+        with erasers.switched(True), erasers.localised(loc) if loc else nullcontext():
+            yield
+
+    own = {"unlearn": Pass(partial(predict, drawn.latents, drawn.timestep, drawn.text), partial(student, loc), True)}
+    if drawn.preserved_latents is not None:
+        preserved = partial(predict, drawn.preserved_latents, drawn.preserved_timestep, drawn.preserved_text)
+        own["pre"] = Pass(preserved, student, True)
+    results = dict(zip([*asked, *own], together([*asked.values(), *own.values()])))
+    sample = drawn if samples.pool else samples.teacher.answered(drawn, results)
+    targets = {"unlearn": sample.target, "pre": sample.preserved_target}
+    terms = {name: F.mse_loss(results.pop(name).float(), targets[name]) for name in own}
+    weights = {"unlearn": scale, "pre": scale * loss.beta}
+    sum(weights[name] * term for name, term in terms.items()).backward()
+    return _with_total({name: term.detach() for name, term in terms.items()}, loc, loss)
+
+
+def _with_total(terms: dict[str, Tensor], loc: Localisation | None, loss: LossConfig) -> dict[str, Tensor]:
+    found = {"unlearn": terms["unlearn"], **({"loc": loc.mean()} if loc else {}), **terms}
+    found["loss"] = found["unlearn"] + loss.alpha * found.get("loc", 0.0) + loss.beta * found.get("pre", 0.0)
+    return found

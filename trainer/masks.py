@@ -79,18 +79,27 @@ def concept_map(q: Tensor, k: Tensor, lse: Tensor, columns: Sequence[Tensor]) ->
     return result / q.shape[1]
 
 
-@contextmanager
-def captured_maps(blocks: Sequence[nn.Module], columns: Sequence[Tensor]) -> Iterator[list[ConceptMapProcessor]]:
-    """Within the context every given block's attention also leaves its concept map; processors are restored after."""
-    before = [block.attn1.processor for block in blocks]
-    processors = [ConceptMapProcessor(columns) for _ in blocks]
-    for block, processor in zip(blocks, processors):
-        block.attn1.processor = processor
-    try:
-        yield processors
-    finally:
-        for block, processor in zip(blocks, before):
+class ConceptMaps:
+    """The concept maps of one pass: every given block's attention leaves its own while `captured` is entered."""
+
+    def __init__(self, blocks: Sequence[nn.Module], columns: Sequence[Tensor]):
+        self._blocks, self.processors = list(blocks), [ConceptMapProcessor(columns) for _ in blocks]
+
+    @contextmanager
+    def captured(self) -> Iterator[None]:
+        """Within, maps are taken; the blocks' processors are restored after. May be entered again to go on."""
+        before = [block.attn1.processor for block in self._blocks]
+        for block, processor in zip(self._blocks, self.processors):
             block.attn1.processor = processor
+        try:
+            yield
+        finally:
+            for block, processor in zip(self._blocks, before):
+                block.attn1.processor = processor
+
+    def mask(self, *, threshold: float) -> Tensor:
+        """`concept_mask` of them, once every block has run."""
+        return concept_mask([processor.map for processor in self.processors], threshold=threshold)
 
 
 def concept_mask(maps: Sequence[Tensor], *, threshold: float, soft: bool = False) -> Tensor:

@@ -43,6 +43,7 @@ PHASES = {
     ("trainer.assemble", "assemble"): "load",
     ("trainer.losses", "sample"): "teacher",
     ("trainer.losses", "student_backward"): "student",
+    ("memory.lockstep", "__call__"): "student",
     ("trainer.preflight", "_prediction"): "student",
     ("torch._tensor", "backward"): "backward",
     ("trainer.health", "apply"): "optimizer",

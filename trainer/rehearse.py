@@ -8,9 +8,11 @@ Legend: B batch, F latent frames, C latent channels, H W latent size, L text tok
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
+from typing import Any
 
 import torch
 from memory.fake import FakeMode
+from memory.lockstep import Lockstep
 
 from memory.optimizers import BLOCK_NUMEL_8BIT, MIN_8BIT_NUMEL, make_optimizer, update_norms
 from memory.plan import SHARDING_BUFFERS, MemoryPlan, apply_plan
@@ -22,7 +24,7 @@ from trainer.config import TrainConfig
 from trainer.distributed import average
 from trainer.erasers import Erasers
 from trainer.latents import make_latents
-from trainer.losses import Teacher, student_backward
+from trainer.losses import Samples, Teacher, lockstep_backward, student_backward
 from trainer.prompts import Embeddings, PromptSet
 
 _PROMPTS = PromptSet("concept", ("concept",), ("safe",), ("preserved",))
@@ -67,13 +69,13 @@ def rehearse(backbone: CogVideoX, config: TrainConfig, plan: MemoryPlan, num_blo
             recorder.adopt_model(transformer, blocks, applied)
             recorder.adopt([embeddings.table], "other")
             recorder.adopt([p for model in extra for p in model.parameters()], "weights")
-            recorder.watch(blocks)
+            recorder.watch(blocks, together=applied.lockstep is not None)
 
             def phase(name: str) -> None:
                 stack.close()
                 stack.enter_context(recorder.phase(name))
 
-            _step(teacher, predict, erasers, optimizer, config, phase, num_cards)
+            _step(teacher, predict, applied.lockstep, erasers, optimizer, config, phase, num_cards)
             if applied.activations:  # the slabs that this step made; masters are known
                 recorder.adopt(applied.activations.host_buffers, "saved activations", place="pinned")
         trace = recorder.trace()
@@ -103,18 +105,24 @@ def _with_8bit_state(trace: Trace) -> Trace:
     return replace(trace, storages=tuple(map(smaller, trace.storages)))
 
 
-def _step(teacher: Teacher, predict: Predict, erasers: Erasers, optimizer: torch.optim.Optimizer, config: TrainConfig,
-          phase: Callable[[str], None], num_cards: int) -> None:
+def _step(teacher: Teacher, predict: Predict, lockstep: Lockstep | None, erasers: Erasers, optimizer: torch.optim.Optimizer,
+          config: TrainConfig, phase: Callable[[str], None], num_cards: int) -> None:
     """One optimizer step as in `trainer.loop`; `phase(name)` is called where a phase begins."""
-    def student(*args: torch.Tensor) -> torch.Tensor:
-        phase(FORWARD)
-        velocity = predict(*args)
-        phase(BACKWARD)
-        return velocity
+    def student(run: Callable) -> Callable:
+        def phased(*args: Any) -> Any:
+            phase(FORWARD)
+            result = run(*args)
+            phase(BACKWARD)
+            return result
+
+        return phased
 
     phase("teacher")
-    sample = teacher.sample(0)
-    student_backward(student, erasers, sample, config.loss)
+    if lockstep:
+        samples = Samples(teacher, 0, torch.device("cpu"))
+        lockstep_backward(student(lockstep), predict, erasers, samples, 0, config.loss)
+    else:
+        student_backward(student(predict), erasers, teacher.sample(0), config.loss)
     phase(OPTIMIZER)
     if num_cards > 1:
         average([p.grad for p in erasers.parameters()], reduce=lambda flat: None)

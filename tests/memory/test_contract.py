@@ -138,6 +138,17 @@ def test_joint_backward_of_two_passes(plan, device, poison, plain_joint):
     assert_equal(joint_gradients(tiny), plain_joint[device], tolerance_of(plan))
 
 
+@pytest.mark.skipif("shard" in PLANS, reason="sharded blocks are gathered pass by pass")
+def test_lockstep_is_the_same_step(plan, kind, device, poison):
+    tiny = make_tiny(kind, device)
+    applied = apply(tiny, plan, device)
+    for _ in range(2):
+        assert_equal([tiny.step_in_lockstep()], [plain_run(kind, device)[0]], tolerance_of(plan))
+        assert_equal(tiny.gradients(), plain_run(kind, device)[1], tolerance_of(plan))
+    applied.require_recomputed()
+    assert applied.num_recomputes == 2 * 2 * sum(keep != "everything" for keep in applied.keeps)
+
+
 def train(tiny, num_steps=3):
     optimizer = torch.optim.AdamW(tiny.adapters, lr=1e-2, fused=True)
     for _ in range(num_steps):

@@ -2,11 +2,15 @@
 
 import copy
 import dataclasses
+from contextlib import nullcontext
+from functools import partial
 
 import pytest
 import torch
 from diffusers import CogVideoXTransformer3DModel
 from torch import nn
+
+from memory.lockstep import Lockstep, Pass
 
 BOUNDARY_NAMES = ("hidden_states", "encoder_hidden_states")
 NUM_BLOCKS = 5
@@ -73,6 +77,15 @@ class Tiny:
             loss.backward()
             losses.append(loss.detach())
         return torch.stack(losses)
+
+    def step_in_lockstep(self):
+        """`step`, all four passes block by block together; student passes share one backward."""
+        teacher = [Pass(partial(self.predict, self.embeds[i : i + 1]), torch.no_grad, False) for i in (0, 1)]
+        student = [Pass(partial(self.predict, self.embeds[1 - i : 2 - i]), nullcontext, True) for i in (0, 1)]
+        *targets, first, second = Lockstep(self.model, self.blocks, BOUNDARY_NAMES)([*teacher, *student])
+        losses = [(out + (i + 2) * target).square().mean() for i, (out, target) in enumerate(zip((first, second), targets))]
+        sum(losses).backward()
+        return torch.stack(losses).detach()
 
     def gradients(self):
         gradients = [parameter.grad for parameter in self.adapters]

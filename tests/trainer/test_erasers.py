@@ -6,7 +6,7 @@ from tiny_pipelines import FRAMES, SIDE
 from torch.utils.checkpoint import checkpoint
 
 from memory.plan import MemoryPlan, apply_plan
-from trainer.erasers import AdapterEraser, Erasers
+from trainer.erasers import AdapterEraser, Erasers, Localisation
 from trainer.errors import UsageError
 
 RANK = 4
@@ -218,12 +218,14 @@ def test_localised_equals_autograd_on_an_explicit_joint_loss(model, plan):
 
     if plan:
         apply_plan(model.transformer, model.blocks, MemoryPlan(checkpoint=plan), device="cpu")
-    with erasers.switched(True), erasers.localised(mask, weight):
+    localisation = Localisation(mask, weight)
+    with erasers.switched(True), erasers.localised(localisation):
         model.predict(*model.inputs).square().mean().backward()
     for (name, p), e in zip(erasers.named_parameters(), expected):
         torch.testing.assert_close(p.grad, e, rtol=1e-4, atol=1e-8, msg=name)
     for index, term in enumerate(terms):
-        torch.testing.assert_close(erasers.localisation_terms[index], term.detach())
+        torch.testing.assert_close(localisation.terms[index], term.detach())
+    torch.testing.assert_close(localisation.mean(), sum(terms).detach() / len(terms))
 
 
 def test_localisation_alone_has_gradients_that_differ_from_none(model):
@@ -234,7 +236,7 @@ def test_localisation_alone_has_gradients_that_differ_from_none(model):
     for weight in (0.0, 5.0):
         for p in erasers.parameters():
             p.grad = None
-        with erasers.localised(mask, weight):
+        with erasers.localised(Localisation(mask, weight)):
             model.predict(*model.inputs).square().mean().backward()
         found[weight] = torch.cat([p.grad.flatten() for p in erasers.parameters()])
     for p in erasers.parameters():
@@ -246,9 +248,10 @@ def test_localisation_alone_has_gradients_that_differ_from_none(model):
 
 def test_full_mask_costs_nothing(model):
     erasers = model.inject()
-    with erasers.localised(torch.ones(2, model.num_tokens), 1.0):
+    localisation = Localisation(torch.ones(2, model.num_tokens), 1.0)
+    with erasers.localised(localisation):
         model.predict(*model.inputs).square().mean().backward()
-    assert all(term == 0 for term in erasers.localisation_terms.values())
+    assert len(localisation.terms) == len(erasers.adapters) and all(term == 0 for term in localisation.terms.values())
 
 
 def test_state_dict_copies_and_loads_into_the_same_parameters(model):

@@ -12,7 +12,7 @@ from test_erasers import Model
 
 from memory.guidance import predict_pair
 from trainer.errors import UsageError
-from trainer.masks import ConceptMapProcessor, attention_with_lse, captured_maps, concept_map, concept_mask, prompt_columns
+from trainer.masks import ConceptMapProcessor, ConceptMaps, attention_with_lse, concept_map, concept_mask, prompt_columns
 from trainer.prompts import PromptSet
 
 COLUMNS = [torch.tensor([2, 3]), torch.tensor([5])]  # positions of the concept's tokens, by sample
@@ -52,7 +52,7 @@ def _brute_force(model, text):
 
 def test_capturing_changes_no_bit_of_the_output_and_is_gone_after(model):
     processors = [block.attn1.processor for block in model.blocks]
-    with captured_maps(model.blocks, COLUMNS):
+    with ConceptMaps(model.blocks, COLUMNS).captured():
         assert torch.equal(model.run(), model.before)
     assert [block.attn1.processor for block in model.blocks] == processors
 
@@ -73,7 +73,9 @@ def test_maps_equal_the_brute_force_softmax_in_both_guidance_modes(model, mode):
     """After QK-norm and RoPE, and of the conditional pass only. Also: block 0's map is block 0's alone."""
     x, t, text = model.inputs
     expected = _brute_force(model, text)
-    with torch.no_grad(), captured_maps(model.blocks, COLUMNS) as processors:
+    captured = ConceptMaps(model.blocks, COLUMNS)
+    processors = captured.processors
+    with torch.no_grad(), captured.captured():
         predict_pair(model.predict, x, t, text, torch.zeros_like(text), mode=mode)
     maps = torch.stack([p.map for p in processors])
     assert maps.dtype == torch.float32 and maps.shape == (2, 2, model.num_tokens)

@@ -17,6 +17,9 @@ PLANS = {
     "some resident, some kept": ["--resident-blocks", "2", "--num-keep-attention", "2", "--num-keep-everything", "1"],
     "boundaries on the host": ["--resident-blocks", "0", "--boundaries", "host"],
     "all on the host": ["--checkpoint", "none", "--kept", "host"],
+    "in lockstep": ["--passes", "lockstep"],
+    "in lockstep, streamed": ["--passes", "lockstep", "--resident-blocks", "1", "--boundaries", "host", "--num-keep-attention", "2"],
+    "in lockstep, without checkpointing": ["--passes", "lockstep", "--resident-blocks", "0", "--checkpoint", "none"],
     "planned for a 4090": ["--profile", "4090"],
     "planned for 0.8 GB": ["--profile", "0.8gb"],
 }

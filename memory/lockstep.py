@@ -1,0 +1,106 @@
+"""Several passes over the same blocks, block by block together: each block is fetched once for all of them.
+
+The passes of a step (teacher, anchor, student, …) all walk over the same frozen blocks. One after the other, each has
+its blocks streamed anew. In lockstep a block runs for every pass before the next block is fetched, and a backward over all
+of them comes back in the same way, since autograd runs the newest nodes first: streamed weights cross the link once forward
+and once back. That costs what keeping the passes side by side costs: their hidden states, and what the blocks of every pass
+that records a graph keep. The same schedule, over batches, is FlexGen's (arXiv:2303.06865).
+
+A model's own forward is left as it is: it runs up to its first block, which is where the pass waits, and once more from
+its last block on.
+"""
+
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from memory.saving import returning
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One pass over the blocks."""
+
+    call: Callable[[], Any]
+    """Runs the model once and returns what the pass is for. It is called twice, so it must not change anything."""
+    within: Callable[[], AbstractContextManager]
+    """The state in which it runs: gradient mode, switches. Entered anew for every block."""
+    returns: bool = False
+    """Whether a backward over it follows."""
+
+    def __call__(self) -> Any:
+        """The pass on its own."""
+        with self.within():
+            return self.call()
+
+
+class _Reached(Exception):
+    """A pass has come to its first block."""
+
+    def __init__(self, arguments: dict[str, Any]):
+        self.arguments = arguments
+
+
+class _Gate(nn.Module):
+    """Stands where the blocks were. Shut, it stops a pass and takes its arguments; open, it gives what the blocks returned."""
+
+    def __init__(self, names: inspect.Signature, outputs: Any = None):
+        super().__init__()
+        self._names, self._outputs = names, outputs
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if self._outputs is None:
+            raise _Reached(self._names.bind(*args, **kwargs).arguments)
+        return self._outputs
+
+
+class Lockstep:
+    """Runs passes over `blocks` of `model` together."""
+
+    def __init__(self, model: nn.Module, blocks: Sequence[nn.Module], boundary_names: Sequence[str]):
+        """`boundary_names`: the arguments of a block's forward that the block before it returns, in order.
+
+        Raises ValueError if the blocks are not all that one ModuleList of the model holds, in this order.
+        """
+        self._blocks, self._boundary_names = list(blocks), tuple(boundary_names)
+        lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and list(m) == self._blocks]
+        if not lists:
+            raise ValueError("lockstep matched nothing: no ModuleList of the model holds just these blocks in this order")
+        self._list, self._names = lists[0], inspect.signature(self._blocks[0].forward)
+
+    def __call__(self, passes: Sequence[Pass]) -> list[Any]:
+        """What each pass returns. A backward over those that record a graph should be one for all."""
+        waiting = [self._arguments(each) for each in passes]
+        with returning(any(each.returns for each in passes)):
+            for block in self._blocks:
+                for number, each in enumerate(passes):
+                    with each.within():
+                        outputs = block(**waiting[number])
+                    waiting[number].update(zip(self._boundary_names, outputs, strict=True))
+                    del outputs  # it must not outlive the next block
+        return [self._rest(each, waiting) for each in passes]
+
+    def _arguments(self, each: Pass) -> dict[str, Any]:
+        with self._gated(_Gate(self._names)):
+            try:
+                each()
+            except _Reached as reached:
+                return reached.arguments
+        raise RuntimeError("a pass in lockstep never reached the blocks")
+
+    def _rest(self, each: Pass, waiting: list[dict[str, Any]]) -> Any:
+        arguments = waiting.pop(0)
+        with self._gated(_Gate(self._names, tuple(arguments[name] for name in self._boundary_names))):
+            return each()
+
+    @contextmanager
+    def _gated(self, gate: _Gate) -> Iterator[None]:
+        blocks, self._list._modules = self._list._modules, {"0": gate}
+        try:
+            yield
+        finally:
+            self._list._modules = blocks
