@@ -160,7 +160,7 @@ def assess_in_full(
     trace = workload.trace(plan, workload.num_blocks)
     walks: dict[int | None, list[Load]] = {None: []}
     for span in trace.spans:
-        number = None if span.visit is None else span.visit[0]
+        number = None if span.visit is None else span.visit.walk
         walks.setdefault(number, []).append(load_of(span.work, limits.card, tf32=tf32))
     between = add_loads(walks.pop(None))
     streamed = 0 if plan.resident_blocks is None else workload.num_blocks - plan.resident_blocks

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from itertools import groupby
 
 from memory.splice import EDGE, Cell, Layout, Recipe, SpliceError, cells_of, device_bytes
-from memory.timeline import Storage, Trace
+from memory.timeline import Storage, Trace, Visit
 from memory.work import Work
 
 _LONGEST_PATTERN = 48  # a block has 28 parameters
@@ -75,20 +75,21 @@ def _layout(trace: Trace) -> Layout:
     return [(span.visit, cell) for span, cell in cells_of(trace)]
 
 
-def _walk_of(entry: tuple[tuple[int, int] | None, Cell]) -> int | None:
-    return None if entry[0] is None else entry[0][0]
+def _walk_of(entry: tuple[Visit | None, Cell]) -> int | None:
+    return None if entry[0] is None else entry[0].walk
 
 
 def _stretched(walk: int, here: Layout, there: Layout, num_blocks: int) -> Layout:
     """A walk over more blocks. Blocks of the longer trace must be those of the shorter one, and one more."""
-    cells, more = ({visit[1]: cell for visit, cell in spans} for spans in (here, there))
-    length = len(cells)
-    if len(here) != length or len(there) != length + 1 or len(more) != length + 1:
+    cells, more = ({(visit.block, visit.part): cell for visit, cell in spans} for spans in (here, there))
+    parts = [visit.part for visit, _ in here if visit.block == here[0][0].block]
+    length = len(here) // len(parts)
+    if (len(cells), len(more), len(there)) != (len(here), len(there), len(here) + len(parts)):
         raise SpliceError(f"walk {walk} does not visit every block once")
-    if not all(cell.same_as(cells[_counterpart(block, length + 1, length)]) for block, cell in more.items()):
+    if not all(cell.same_as(cells[_counterpart(block, length + 1, length), part]) for (block, part), cell in more.items()):
         raise SpliceError(f"blocks differ in walk {walk}")
-    blocks = range(num_blocks) if here[0][0][1] == 0 else reversed(range(num_blocks))
-    return [((walk, block), cells[_counterpart(block, num_blocks, length)]) for block in blocks]
+    blocks = range(num_blocks) if here[0][0].block == 0 else reversed(range(num_blocks))
+    return [(Visit(walk, block, part), cells[_counterpart(block, num_blocks, length), part]) for block in blocks for part in parts]
 
 
 def _counterpart(block: int, num_blocks: int, length: int) -> int:
@@ -167,9 +168,9 @@ def _carried_on(short: Cell, longer: Cell, num_more: int, before: Sequence[Cell]
         elif kind[0] == "between":
             gone, reference = before[whole[0]].storages[whole[1]], ("between", *whole)
         else:
-            traversal, block, num_bytes, k = whole
+            walk, block, part, num_bytes, k = whole
             gone = Storage(num_bytes=num_bytes, category=kind[1], place="device")
-            reference = ("walk", traversal, block, num_bytes, kind[1], k)
+            reference = ("walk", walk, block, part, num_bytes, kind[1], k)
         deaths.append((len(storages), reference))
         level -= device_bytes(gone)
     work = [Work(kind[0], numbers[0], int(numbers[1]))
@@ -185,8 +186,8 @@ def _events(cell: Cell) -> list[_Item]:
         items += [_born(storage) for storage in cell.storages[born:births]]
         born = births
         if kind == "walk":
-            traversal, block, num_bytes, category, k = where
-            items.append(((kind, category), (traversal, block, num_bytes, k)))
+            walk, block, part, num_bytes, category, k = where
+            items.append(((kind, category), (walk, block, part, num_bytes, k)))
         else:
             items.append(((kind,), tuple(where)))
     return items + [_born(storage) for storage in cell.storages[born:]]

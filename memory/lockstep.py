@@ -62,7 +62,7 @@ class Lockstep:
     """Runs passes over `blocks` of `model` together."""
 
     def __init__(self, model: nn.Module, blocks: Sequence[nn.Module], boundary_names: Sequence[str]):
-        """`boundary_names`: the arguments of a block's forward that the block before it returns, in order.
+        """`boundary_names`: the arguments of a block's forward that the block before it returns, as a tuple if they are several.
 
         Raises ValueError if the blocks are not all that one ModuleList of the model holds, in this order.
         """
@@ -80,6 +80,7 @@ class Lockstep:
                 for number, each in enumerate(passes):
                     with each.within():
                         outputs = block(**waiting[number])
+                    outputs = outputs if len(self._boundary_names) > 1 else (outputs,)
                     waiting[number].update(zip(self._boundary_names, outputs, strict=True))
                     del outputs  # it must not outlive the next block
         return [self._rest(each, waiting) for each in passes]
@@ -94,7 +95,8 @@ class Lockstep:
 
     def _rest(self, each: Pass, waiting: list[dict[str, Any]]) -> Any:
         arguments = waiting.pop(0)
-        with self._gated(_Gate(self._names, tuple(arguments[name] for name in self._boundary_names))):
+        outputs = tuple(arguments[name] for name in self._boundary_names)
+        with self._gated(_Gate(self._names, outputs if len(outputs) > 1 else outputs[0])):
             return each()
 
     @contextmanager

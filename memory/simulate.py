@@ -25,7 +25,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from memory.timeline import CATEGORIES, PLACES, Span, Storage, Trace
+from memory.timeline import CATEGORIES, PLACES, Span, Storage, Trace, Visit
 from memory.work import Work, scratch_bytes, work_of
 
 FORWARD, BACKWARD, OPTIMIZER = "student forward", "student backward", "optimizer"
@@ -52,15 +52,16 @@ class _Mark:
     event: int
     work: int
     phase: str
-    visit: tuple[int, int] | None
+    visit: Visit | None
     records_graph: bool
 
 
 @dataclass
 class _Traversal:
     number: int
-    records_graph: bool
     last_block: int = -1
+    part: int = 0
+    num_parts: int = 1
     backward: int | None = None
     """Number of the traversal that walks back over this one."""
 
@@ -125,7 +126,7 @@ class Recorder(TorchDispatchMode):
     def watch(self, blocks: Sequence[nn.Module], *, together: bool = False) -> None:
         """Mark the visits of `blocks`, which run in this order, forward and backward.
 
-        `together`: several passes run in lockstep (memory.lockstep), and their visits of one block are one.
+        `together`: several passes run in lockstep (memory.lockstep), one walk in parts.
         """
         self._num_blocks, self._together = len(blocks), together
         for index, block in enumerate(blocks):
@@ -267,7 +268,7 @@ class Recorder(TorchDispatchMode):
     def _settle_gradient(self, parameter: torch.Tensor) -> None:
         self._records[self._see(parameter.grad, standing=False)].category = "gradients"
 
-    def _mark(self, visit: tuple[int, int] | None, records_graph: bool = False) -> None:
+    def _mark(self, visit: Visit | None, records_graph: bool = False) -> None:
         self._marks.append(
             _Mark(
                 event=len(self._events),
@@ -280,40 +281,41 @@ class Recorder(TorchDispatchMode):
 
     def _enter(self, index: int) -> Callable:
         def hook(module, args):
-            if self._together and self._forward is not None and index == self._forward.last_block:
-                return  # one more pass through the same block
-            if self._forward is None or index <= self._forward.last_block:
-                self._forward = self._new_traversal(self._together or torch.is_grad_enabled())
-            self._forward.last_block = index
-            self._mark((self._forward.number, index), self._forward.records_graph)
+            again = self._together and self._forward is not None and index == self._forward.last_block
+            if self._forward is None or (index <= self._forward.last_block and not again):
+                self._forward = self._new_traversal()
+            walk = self._forward
+            walk.last_block, walk.part = index, walk.part + 1 if again else 0
+            walk.num_parts = max(walk.num_parts, walk.part + 1)
+            self._mark(Visit(walk.number, index, walk.part), torch.is_grad_enabled())
 
         return hook
 
     def _leave(self, index: int) -> Callable:
         def hook(module, args, outputs):
-            traversal = self._forward
+            traversal, part = self._forward, self._forward.part
             for output in outputs if isinstance(outputs, tuple) else (outputs,):
-                if isinstance(output, torch.Tensor) and output.requires_grad and traversal.records_graph:
-                    output.register_hook(lambda grad: self._enter_backward(traversal, index))
-            if index == self._num_blocks - 1 and not self._together:  # together, the next phase ends the last visit
+                if isinstance(output, torch.Tensor) and output.requires_grad:
+                    output.register_hook(lambda grad: self._enter_backward(traversal, index, part))
+            if index == self._num_blocks - 1 and part + 1 == traversal.num_parts:
                 self._mark(None)
                 self._forward = None
 
         return hook
 
-    def _enter_backward(self, traversal: _Traversal, index: int) -> None:
-        """The first gradient of a block's outputs is known: backward has reached this block."""
+    def _enter_backward(self, traversal: _Traversal, index: int, part: int) -> None:
+        """Backward has reached this block: it runs what made one of its outputs."""
         if traversal.backward is None:
-            traversal.backward = self._new_traversal(True).number
-        visit = (traversal.backward, index)
+            traversal.backward = self._new_traversal().number
+        visit = Visit(traversal.backward, index, part)
         if self._marks[-1].visit != visit:
             self._mark(visit, records_graph=True)
             if index == 0:  # what follows backward is no part of its last block
                 torch.autograd.Variable._execution_engine.queue_callback(lambda: self._mark(None))
 
-    def _new_traversal(self, records_graph: bool) -> _Traversal:
+    def _new_traversal(self) -> _Traversal:
         self._num_traversals += 1
-        return _Traversal(self._num_traversals - 1, records_graph)
+        return _Traversal(self._num_traversals - 1)
 
 
 @contextlib.contextmanager

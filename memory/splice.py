@@ -17,13 +17,13 @@ from functools import cached_property
 
 from memory.allocator import round_request
 from memory.offload import ALIGNMENT, resident_indices
-from memory.timeline import Span, Storage, Trace, pinned_bytes
+from memory.timeline import Span, Storage, Trace, Visit, pinned_bytes
 from memory.work import Work
 
 EDGE = 2  # blocks this near to either end may differ: inputs that need no gradient, nothing to prefetch
 
 # A death's address: ("here", k), the k-th birth of the same span; ("between", number, k), of a span between visits; or
-# ("walk", traversal, block relative or absolute, bytes, category, k), the k-th last of the storages of that size and
+# ("walk", walk, block relative or absolute, part, bytes, category, k), the k-th last of the storages of that size and
 # category that a visit leaves behind: what a block passes on comes last, whatever it keeps.
 _Reference = tuple
 
@@ -91,10 +91,10 @@ def cells_of(trace: Trace) -> Iterator[tuple[Span, Cell]]:
             elif trace.spans[origin].visit is None:
                 reference = ("between", number_between[origin], k)
             else:
-                traversal, block = trace.spans[origin].visit
+                walk, block, part = trace.spans[origin].visit
                 left = [s for s in births[origin][k:] if _kind(trace.storages[s]) == _kind(storage) and dies_in[s] != origin]
-                relative = block - (span.visit[1] if span.visit else 0)
-                reference = ("walk", traversal, relative, *_kind(storage), len(left))
+                relative = block - (span.visit.block if span.visit else 0)
+                reference = ("walk", walk, relative, part, *_kind(storage), len(left))
             deaths.append((num_births, reference))
         yield span, Cell(
             storages=tuple(trace.storages[storage] for storage in births[number]),
@@ -107,7 +107,7 @@ def cells_of(trace: Trace) -> Iterator[tuple[Span, Cell]]:
         )
 
 
-Layout = list[tuple[tuple[int, int] | None, Cell]]
+Layout = list[tuple[Visit | None, Cell]]
 """A step in order: each span's visit (None between visits) and cell."""
 
 
@@ -174,7 +174,7 @@ class Recipe:
         other.learn(variant, keeps)
         return other
 
-    def visits(self, keeps: Sequence[str]) -> Iterator[tuple[tuple[int, int] | None, Cell]]:
+    def visits(self, keeps: Sequence[str]) -> Iterator[tuple[Visit | None, Cell]]:
         """(visit, cell) of every span of the step, in order. Raises SpliceError."""
         if any(keep != "everything" for keep in keeps) != self._is_checkpointed:
             # What blocks share (the time embedding) is saved by checkpoints, so its life depends on there being one.
@@ -182,14 +182,14 @@ class Recipe:
         for visit, cell in self._layout:
             yield visit, cell if visit is None else self._cell(visit, keeps, cell.records_graph)
 
-    def _cell(self, visit: tuple[int, int], keeps: Sequence[str], records_graph: bool) -> Cell:
+    def _cell(self, visit: Visit, keeps: Sequence[str], records_graph: bool) -> Cell:
         for key in _keys(visit, keeps, records_graph):
             cell = self._cells.get(key)
             if cell is not None:
                 return cell
-        kept = keeps[visit[1]] if records_graph else "anything"
+        kept = keeps[visit.block] if records_graph else "anything"
         problem = "differ among blocks" if key in self._cells else "were not recorded"
-        where = f"visits of block {visit[1]} of {self.num_blocks} keeping {kept}"
+        where = f"visits of block {visit.block} of {self.num_blocks} keeping {kept}"
         raise SpliceError(f"{where} {problem}; trace this plan in full")
 
     def peak_bytes(self, keeps: Sequence[str]) -> int:
@@ -296,18 +296,18 @@ def _resolve(reference: _Reference, here: int, visit, first: dict[tuple, tuple[i
         return here + where[0]
     if kind == "between":
         return first["between", where[0]][0] + where[1]
-    traversal, block, num_bytes, category, k = where
-    start, cell = first.get(("walk", traversal, block + (visit[1] if visit else 0)), (0, None))
+    walk, block, part, num_bytes, category, k = where
+    start, cell = first.get(("walk", walk, block + (visit.block if visit else 0), part), (0, None))
     left = cell.left_behind.get((num_bytes, category), ()) if cell else ()
     if k > len(left):
-        raise SpliceError(f"a visit frees what was never made (walk {traversal}, {category}); trace this plan in full")
+        raise SpliceError(f"a visit frees what was never made (walk {walk}, {category}); trace this plan in full")
     return start + left[-k]
 
 
-def _keys(visit: tuple[int, int], keeps: Sequence[str], records_graph: bool) -> list[tuple]:
+def _keys(visit: Visit, keeps: Sequence[str], records_graph: bool) -> list[tuple]:
     """What a visit is filed under, from the narrowest description to the widest that may do."""
-    traversal, block = visit
-    place = (traversal, min(block, EDGE), min(len(keeps) - 1 - block, EDGE))
+    walk, block, part = visit
+    place = (walk, part, min(block, EDGE), min(len(keeps) - 1 - block, EDGE))
     if not records_graph:
         return [place]
     window = tuple(keeps[max(0, block - 2) : block + 2])

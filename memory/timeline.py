@@ -6,6 +6,7 @@ that come out of here are *predicted*.
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from memory.allocator import AllocatorStats, replay, round_request
 from memory.work import Work
@@ -34,6 +35,16 @@ class Storage:
     """The block whose frozen weight this is, if any."""
 
 
+class Visit(NamedTuple):
+    """One pass in one block, forward or back."""
+
+    walk: int
+    """Number of the walk over all blocks, in order of their beginnings."""
+    block: int
+    part: int = 0
+    """Number of the pass, of several that walk together."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Span:
     """A stretch of the timeline within one phase, and within one visit of one block or between blocks."""
@@ -45,8 +56,8 @@ class Span:
     """One past the last event."""
     work: tuple[Work, ...]
     """What the operators compute and move, in order."""
-    visit: tuple[int, int] | None = None
-    """(traversal, block): the how-manieth walk over the blocks, and which block. None between blocks."""
+    visit: Visit | None = None
+    """None between blocks."""
     records_graph: bool = False
     """Whether this visit belongs to a forward with gradient, or its backward: what a block keeps matters here."""
 

@@ -48,7 +48,7 @@ class Variant:
             if visit is None:
                 between.append(load)
             else:
-                walks.setdefault(visit[0], []).append(load)
+                walks.setdefault(visit.walk, []).append(load)
         return add_loads(between), [add_loads(loads) for loads in walks.values()]
 
     def time(self, loads: tuple[Load, list[Load]], num_resident: int | None) -> StepTime:

@@ -88,6 +88,20 @@ def test_a_plan_that_keeps_nearly_everything_is_compared_with_none_checkpointed(
     assert result.best.plan.num_keep_attention > 0 and "none" in {miss.plan.checkpoint for miss in result.near_misses}
 
 
+@pytest.mark.parametrize("bandwidth, passes", [(1e8, "lockstep"), (1e12, "sequential")])
+def test_passes_walk_together_where_the_link_is_what_limits(workload, bandwidth, passes):
+    """Streaming cannot be avoided here, and the slow link is waited for."""
+    card = fixed_card(180 * MIB, host_link_bandwidth=bandwidth)
+    found = search(workload, card, margin=0.0, host_bytes=GIB)
+    assert found.best.plan.passes == passes and found.best.plan.resident_blocks is not None
+    alone = search(workload, card, base=MemoryPlan(), fixed={"passes"}, margin=0.0, host_bytes=GIB)
+    assert alone.best.plan.passes == "sequential"
+    assert (found.best.time.seconds < 0.9 * alone.best.time.seconds) == (passes == "lockstep")
+    assert (found.num_candidates > alone.num_candidates) == (passes == "lockstep")
+    full = assess(workload, found.best.plan, card, margin=0.0, host_bytes=GIB)
+    assert full.fits and full.prediction == found.best.prediction
+
+
 def test_fixed_settings_are_kept(workload):
     base = MemoryPlan(resident_blocks=4, num_keep_attention=3)
     result = plan_for(workload, 4096, base=base, fixed={"resident_blocks", "num_keep_attention"})

@@ -1,5 +1,8 @@
 """Recorded traces against the allocator's own account of a real run, and spliced traces against full ones."""
 
+from contextlib import nullcontext
+from functools import partial
+
 import pytest
 import torch
 from tiny_transformer import BOUNDARY_NAMES, _make
@@ -7,10 +10,11 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from bench.card.gauge import profiled_peak
+from memory.lockstep import Pass
 from memory.plan import MemoryPlan, apply_plan, resolve_keeps
 from memory.simulate import BACKWARD, FORWARD, OPTIMIZER, recording
 from memory.splice import Recipe, SpliceError
-from memory.timeline import CATEGORIES, pinned_bytes
+from memory.timeline import CATEGORIES, Visit, pinned_bytes
 from memory.work import flash_backward_scratch_bytes
 
 MIB = 1 << 20
@@ -72,12 +76,21 @@ def recorded_step(tiny, applied=None):
     optimizer = torch.optim.AdamW(tiny.adapters, fused=True)
     with recording() as recorder:
         recorder.adopt_model(tiny.model, tiny.blocks, applied)
-        recorder.watch(tiny.blocks)
-        with recorder.phase("teacher"), torch.no_grad():
-            target = tiny.predict(tiny.embeds[:1])
-        with recorder.phase(FORWARD):
-            loss = (tiny.predict(tiny.embeds[1:]) - target).square().mean()
-            del target
+        lockstep = applied and applied.lockstep
+        recorder.watch(tiny.blocks, together=bool(lockstep))
+        if lockstep:
+            passes = [Pass(partial(tiny.predict, tiny.embeds[:1]), torch.no_grad)]
+            passes += [Pass(partial(tiny.predict, tiny.embeds[i : i + 1]), nullcontext, True) for i in (1, 0)]
+            with recorder.phase(FORWARD):
+                target, *students = lockstep(passes)
+                loss = sum((student - target).square().mean() for student in students)
+                del target, students
+        else:
+            with recorder.phase("teacher"), torch.no_grad():
+                target = tiny.predict(tiny.embeds[:1])
+            with recorder.phase(FORWARD):
+                loss = (tiny.predict(tiny.embeds[1:]) - target).square().mean()
+                del target
         with recorder.phase(BACKWARD):
             loss.backward()
         with recorder.phase(OPTIMIZER):
@@ -124,7 +137,7 @@ def test_every_event_is_paired_and_spans_cover_the_step():
     walks = {}
     for span in trace.spans:
         if span.visit:
-            walks.setdefault(span.visit[0], []).append(span.visit[1])
+            walks.setdefault(span.visit.walk, []).append(span.visit.block)
     assert walks == {0: [0, 1, 2, 3, 4], 1: [0, 1, 2, 3, 4], 2: [4, 3, 2, 1, 0]}
 
 
@@ -266,7 +279,7 @@ def assert_splice_is_exact(recipe, plan, num_blocks, kind):
 CASES = [(0, 0, None), (8, 0, 0), (1, 7, 5), (3, 2, 1), (0, 3, 8)]
 
 
-@pytest.mark.parametrize("fields", [{}, {"feed_forward_chunks": 2}], ids=str)
+@pytest.mark.parametrize("fields", [{}, {"feed_forward_chunks": 2}, {"passes": "lockstep"}], ids=str)
 def test_spliced_and_full_traces_are_the_same(fields):
     recipe = Recipe.of(tiny_trace(MemoryPlan(**fields)), ["inputs"] * 8)
     learn(recipe, [(5, 5, 0), (5, 0, 5)], "stack", **fields)
@@ -276,14 +289,16 @@ def test_spliced_and_full_traces_are_the_same(fields):
 
 
 @pytest.mark.parametrize("kind", ["sincos", "rope"])
-def test_spliced_and_full_traces_of_the_real_transformer_are_the_same(kind):
-    recipe = Recipe.of(tiny_trace(MemoryPlan(), 7, kind), ["inputs"] * 7)
-    learn(recipe, [(5, 5, 0), (5, 0, 5)], kind)
-    assert_splice_is_exact(recipe, keeping(2, 2, resident_blocks=3), 7, kind)
+@pytest.mark.parametrize("passes", ["sequential", "lockstep"])
+def test_spliced_and_full_traces_of_the_real_transformer_are_the_same(kind, passes):
+    recipe = Recipe.of(tiny_trace(MemoryPlan(passes=passes), 7, kind), ["inputs"] * 7)
+    learn(recipe, [(5, 5, 0), (5, 0, 5)], kind, passes=passes)
+    assert_splice_is_exact(recipe, keeping(2, 2, resident_blocks=3, passes=passes), 7, kind)
 
 
-def test_spliced_and_full_traces_are_the_same_with_boundaries_on_the_host():
-    fields = {"boundaries": "host"}
+@pytest.mark.parametrize("passes", ["sequential", "lockstep"])
+def test_spliced_and_full_traces_are_the_same_with_boundaries_on_the_host(passes):
+    fields = {"boundaries": "host", "passes": passes}
     recipe = Recipe.of(tiny_trace(MemoryPlan(**fields)), ["inputs"] * 8)
     learn(recipe, [(5, 5, 0), (8, 4, 0)], "stack", **fields)
     for num_attention, num_resident in [(0, 0), (8, None), (1, 3), (4, 0), (7, 7)]:
@@ -291,10 +306,12 @@ def test_spliced_and_full_traces_are_the_same_with_boundaries_on_the_host():
 
 
 @pytest.mark.parametrize("kind", ["stack", "sincos"])
-@pytest.mark.parametrize("fields", [{"feed_forward_chunks": 2}, {"boundaries": "host"}], ids=str)
+@pytest.mark.parametrize("fields", [{"feed_forward_chunks": 2}, {"boundaries": "host"},
+                                    {"boundaries": "host", "passes": "lockstep"}], ids=str)  # fmt: skip
 def test_a_variant_needs_no_full_trace(kind, fields):
-    base = Recipe.of(tiny_trace(MemoryPlan(), 7, kind), ["inputs"] * 7)
-    short, variant = (tiny_trace(plan, 5, kind) for plan in (MemoryPlan(), MemoryPlan(**fields)))
+    plain = MemoryPlan(passes=fields.get("passes", "sequential"))
+    base = Recipe.of(tiny_trace(plain, 7, kind), ["inputs"] * 7)
+    short, variant = (tiny_trace(plan, 5, kind) for plan in (plain, MemoryPlan(**fields)))
     recipe = base.with_visits_of(short, variant, ["inputs"] * 5)
     assert_splice_is_exact(recipe, MemoryPlan(resident_blocks=2, **fields), 7, kind)
 
@@ -325,7 +342,7 @@ def test_what_follows_backward_is_no_part_of_a_visit():
                 loss.backward()
                 torch.empty(3)  # a tail whose size may depend on the number of blocks
     spans = recorder.trace().spans
-    assert [span.visit for span in spans if span.visit][-1] == (1, 0)
+    assert [span.visit for span in spans if span.visit][-1] == Visit(1, 0)
     assert spans[-1].visit is None and spans[-1].stop - spans[-1].start >= 2
 
 
