@@ -78,7 +78,8 @@ def count_loads(num_blocks: int) -> dict[str, float]:
 
     register_toys(num_blocks)
     session = Session(Gauge(torch.device("cpu")), card_here(dry=True), Forecaster(0), dry=True)
-    plans = {"a whole step": {}, "one with --guidance batched": dict(guidance="batched"), "a student's pass alone": dict(student_only=True)}
+    plans = {"a whole step": {}, "one with --guidance batched": dict(guidance="batched"), "one with --passes lockstep": dict(passes="lockstep"),
+             "a student's pass alone": dict(student_only=True)}
     found = {name: measured(session.cell("5b", 49, resident_blocks=0, **plan), session.gauge, num_steps=2) for name, plan in plans.items()}
     return {name: cell["bytes_streamed_a_step"] / cell["streamed_bytes"] for name, cell in found.items()}
 

@@ -26,8 +26,11 @@ STRATEGIES: dict[str, dict[str, Any]] = {
     "stream all, checkpoint none": {"memory.resident_blocks": 0} | NOTHING,
     "stream all": {"memory.resident_blocks": 0},
     "stream all, 4 buffers": {"memory.resident_blocks": 0, "memory.offload_buffers": 4},
+    "stream all, lockstep": {"memory.resident_blocks": 0, "memory.passes": "lockstep"},
     "boundaries on host": {"memory.boundaries": "host"},
     "stream all, boundaries on host": {"memory.resident_blocks": 0, "memory.boundaries": "host"},
+    "stream all, boundaries on host, lockstep": {
+        "memory.resident_blocks": 0, "memory.boundaries": "host", "memory.passes": "lockstep"},
     "4 chunks": {"memory.feed_forward_chunks": 4},
     "stream all, boundaries on host, 4 chunks": {
         "memory.resident_blocks": 0, "memory.boundaries": "host", "memory.feed_forward_chunks": 4},
@@ -41,7 +44,7 @@ STRATEGIES: dict[str, dict[str, Any]] = {
     "batch 2": {"data.batch_size": 2}, "batch 4": {"data.batch_size": 4},
     "rank 64": {"optim.rank": 64}, "rank 512": {"optim.rank": 512},
 }
-CELLS = (("cogvideox-2b", 49), ("cogvideox-5b", 49))
+CELLS = (("cogvideox-2b", 49), ("cogvideox-5b", 17), ("cogvideox-5b", 49))
 
 
 def main() -> None:

@@ -29,6 +29,8 @@ PLANS: dict[str, dict[str, Any]] = {
     "stream, boundaries on host": STREAMED | {"boundaries": "host"}, "chunks": {"feed_forward_chunks": 4},
     "stream, boundaries on host, chunks": STREAMED | {"boundaries": "host", "feed_forward_chunks": 4},
     "keep all on host": {"checkpoint": "none", "kept": "host"}, "8-bit AdamW": {"optimizer": "adamw8bit"},
+    "lockstep": {"passes": "lockstep"}, "stream, lockstep": STREAMED | {"passes": "lockstep"},
+    "stream, lockstep, boundaries on host": STREAMED | {"passes": "lockstep", "boundaries": "host"},
     "guidance batched": {"guidance": "batched"}, "guidance sequential": {"guidance": "sequential"},
 }
 

@@ -104,6 +104,8 @@ def _changes(plan: MemoryPlan, num_blocks: int) -> Iterator[tuple[dict, str]]:
         yield {"text_encoder_resident": False}, "prompts are encoded before training, and the encoder leaves"
     if plan.guidance == "batched":
         yield {"guidance": "sequential"}, "conditional and unconditional passes run one after the other"
+    if plan.passes == "lockstep":
+        yield {"passes": "sequential"}, "the passes of a step walk over the blocks one after the other"
     if plan.checkpoint != "all":
         yield {"checkpoint": "all", "kept": "device"}, "every block is recomputed in backward"
     if plan.num_keep_everything:

@@ -12,7 +12,7 @@ from torch import nn
 
 from memory.plan import AppliedPlan, MemoryPlan, apply_plan
 from trainer.backbones import Predict
-from trainer.backbones.cogvideox import CogVideoX, check_dtype
+from trainer.backbones.cogvideox import BOUNDARY_NAMES, CogVideoX, check_dtype
 from trainer.config import ModelConfig
 from trainer.erasers import Erasers
 from trainer.errors import UsageError
@@ -101,6 +101,6 @@ def assemble(backbone: CogVideoX, model: ModelConfig, plan: MemoryPlan, *, rank:
     blocks = backbone.blocks(transformer)
     erasers = None if rank is None else Erasers(blocks, rank, seed=seed)
     applied = apply_plan(transformer, blocks, plan, device=device, feed_forwards=[block.ff for block in blocks],
-                         boundary_names=("hidden_states", "encoder_hidden_states"))
+                         boundary_names=BOUNDARY_NAMES)
     return Assembly(transformer, blocks, backbone.predictor(transformer, latent_shape), applied, erasers, device, dtype,
                     latent_shape)

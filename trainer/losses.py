@@ -211,8 +211,9 @@ def student_backward(predict: Predict, erasers: Erasers, sample: Sample, loss: L
 
 def lockstep_backward(together: Callable[[Sequence[Pass]], list[Any]], predict: Predict, erasers: Erasers, samples: "Samples",
                       step: int, loss: LossConfig, *, scale: float | Tensor = 1.0) -> dict[str, Tensor]:
-    """A step's teacher and student in one, block by block; `together` runs passes so (memory.lockstep). Else as
-    `student_backward`, with the same gradients: the sum of two numbers does not depend on their order.
+    """A step's teacher and student in one, block by block: `together` runs passes so (memory.lockstep). Else as `student_backward`.
+
+    Both student passes' gradients are added up before they meet what was there: the same to the last bit, if nothing was.
     """
     drawn = samples(step) if samples.pool else samples.teacher.draw(step)
     asked = {} if samples.pool else samples.teacher.passes(drawn)

@@ -119,14 +119,15 @@ def forecast(config: TrainConfig, card: Card, fixed: Collection[str] = (), *, nu
     check_card(config, card)
     check_batch(config, num_cards)
     sharded = unsharded = None
-    if num_cards > 1 and "resident_blocks" not in fixed and (config.memory.num_shards > 1 or "num_shards" not in fixed):
+    divisible = "resident_blocks" not in fixed and config.memory.passes == "sequential"
+    if num_cards > 1 and divisible and (config.memory.num_shards > 1 or "num_shards" not in fixed):
         sharded = assess_sharded(run, card, config.memory, num_cards, fixed)
     if config.memory.num_shards == 1:
         unsharded = search(run, card, base=config.memory, fixed=[name for name in SEARCHED if name in fixed], tf32=False,
                            host_bytes=host_share(card, num_cards))
     if sharded is None and unsharded is None:
         raise UsageError(f"--num-shards {config.memory.num_shards}: blocks are divided among the cards of a run, and there is "
-                         f"{num_cards}; say --cards {config.memory.num_shards} (training: torchrun), and no --resident-blocks")
+                         f"{num_cards}; say --cards {config.memory.num_shards} (training: torchrun), no --resident-blocks and no --passes")
     result = faster(sharded, unsharded) if sharded and unsharded else sharded or unsharded
     return Forecast(card, config, result, num_cards, sharded, unsharded)
 

@@ -19,7 +19,7 @@ from memory.plan import SHARDING_BUFFERS, MemoryPlan, apply_plan
 from memory.simulate import BACKWARD, FORWARD, OPTIMIZER, Storage, Trace, recording
 from trainer.assemble import resolve_dtype, video_size
 from trainer.backbones import Predict
-from trainer.backbones.cogvideox import CogVideoX
+from trainer.backbones.cogvideox import BOUNDARY_NAMES, CogVideoX
 from trainer.config import TrainConfig
 from trainer.distributed import average
 from trainer.erasers import Erasers
@@ -53,7 +53,7 @@ def rehearse(backbone: CogVideoX, config: TrainConfig, plan: MemoryPlan, num_blo
         blocks = backbone.blocks(transformer)
         erasers = Erasers(blocks, config.optim.rank)
         applied = apply_plan(transformer, blocks, applicable, device=device, feed_forwards=[b.ff for b in blocks],
-                             boundary_names=("hidden_states", "encoder_hidden_states"))
+                             boundary_names=BOUNDARY_NAMES)
         predict = backbone.predictor(transformer, shape[1:])
         names = [*_PROMPTS.prompts, *_PROMPTS.safe, *_PROMPTS.preserved, ""]
         embeddings = Embeddings(torch.empty(len(names), backbone.text_length, backbone.text_width, dtype=dtype), names)

@@ -19,14 +19,14 @@ from memory.plan import AppliedPlan, MemoryPlan, apply_plan
 from memory.precision import make_scaler
 from memory.simulate import BACKWARD, FORWARD, OPTIMIZER
 from trainer.assemble import Assembly, open_backbone, resolve_dtype, video_size
-from trainer.backbones.cogvideox import CogVideoX
+from trainer.backbones.cogvideox import BOUNDARY_NAMES, CogVideoX
 from trainer.clock import PhaseClock
 from trainer.config import TrainConfig, replaced
 from trainer.erasers import Erasers
 from trainer.health import Health
 from trainer.inspection import Subject
 from trainer.latents import make_latents
-from trainer.losses import Samples, Teacher, student_backward
+from trainer.losses import Samples, Teacher, lockstep_backward, student_backward
 from trainer.prompts import Embeddings, PromptSet
 
 PROMPTS = PromptSet("concept", ("concept",), ("safe",), ("preserved",))
@@ -74,7 +74,7 @@ def backbone_of(cell: Cell) -> CogVideoX:
 
 def _apply_plan(transformer: nn.Module, blocks: nn.ModuleList, plan: MemoryPlan, device: torch.device) -> AppliedPlan:
     return apply_plan(transformer, blocks, plan, device=device, feed_forwards=[block.ff for block in blocks],
-                      boundary_names=("hidden_states", "encoder_hidden_states"))
+                      boundary_names=BOUNDARY_NAMES)
 
 
 class Rig:
@@ -120,10 +120,12 @@ class Rig:
     def step(self) -> None:
         """One optimizer step, as in `trainer.loop`. The host does not wait."""
         self._phase("teacher")
-        sample = self.samples(self.num_steps)
         share = self.scaler.scale(torch.ones((), device=self.gauge.device))
-        terms = student_backward(self._student, self.erasers, sample, self.config.loss, scale=share)
-        del sample
+        number, loss = self.num_steps, self.config.loss
+        if self.applied is not None and (lockstep := self.applied.lockstep):
+            terms = lockstep_backward(self._phased(lockstep), self.predict, self.erasers, self.samples, number, loss, scale=share)
+        else:
+            terms = student_backward(self._phased(self.predict), self.erasers, self.samples(number), loss, scale=share)
         self._phase(OPTIMIZER)
         self.scaler.unscale_(self.optimizer)
         if self.health is not None:
@@ -143,12 +145,16 @@ class Rig:
         self.clock.phase(name)
         self.gauge.phase(name)
 
-    def _student(self, *args: Tensor) -> Tensor:
-        self._phase(FORWARD)
-        with self._around_student():
-            velocity = self.predict(*args)
-        self._phase(BACKWARD)
-        return velocity
+    def _phased(self, run: Callable) -> Callable:
+        """The student's forward pass; backward comes after it."""
+        def phased(*args: Any) -> Any:
+            self._phase(FORWARD)
+            with self._around_student():
+                result = run(*args)
+            self._phase(BACKWARD)
+            return result
+
+        return phased
 
     def run(self, num_steps: int, *, num_warm: int = 1) -> dict[str, Any]:
         """Median seconds a step, in all and by phase, and the peaks of the steps after `num_warm` others."""

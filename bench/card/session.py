@@ -52,6 +52,8 @@ class Session:
             return Cell(model=_PUBLISHED[kind], frames=frames, rank=rank, student_only=student_only, plan=MemoryPlan(**plan))
         scaled = {name: min(value, 3) if name in _COUNTS and value is not None else value for name, value in plan.items()}
         scaled["num_keep_attention"] = min(scaled.get("num_keep_attention", 0), 3 - scaled.get("num_keep_everything", 0))
+        if scaled.get("checkpoint", "").startswith("first:"):
+            scaled["checkpoint"] = "first:3"
         return Cell(model=f"toy-{kind}", frames=9, rank=4, student_only=student_only, plan=MemoryPlan(**scaled))
 
     def recipe(self) -> Recipe:

@@ -9,7 +9,7 @@ from memory.advice import flag_of, next_cheaper
 from memory.plan import MemoryPlan, resolve_keeps
 
 LAVISH = MemoryPlan(
-    backbone_copies=2, text_encoder_resident=True, guidance="batched", checkpoint="none", resident_blocks=None
+    backbone_copies=2, text_encoder_resident=True, guidance="batched", passes="lockstep", checkpoint="none", resident_blocks=None
 )
 
 

@@ -153,6 +153,8 @@ PLANS = [
     MemoryPlan(resident_blocks=0, boundaries="host", feed_forward_chunks=4),
     MemoryPlan(num_keep_everything=2, kept="host"),
     MemoryPlan(feed_forward_chunks=4),
+    MemoryPlan(passes="lockstep"),
+    MemoryPlan(passes="lockstep", resident_blocks=0, boundaries="host", num_keep_attention=1),
 ]
 
 
@@ -167,7 +169,11 @@ def test_predicted_peak_is_the_allocators_within_one_percent(plan):
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=True)
 
         def step():
-            loss = model(hidden).square().mean()
+            if applied.lockstep:
+                passes = [Pass(partial(model, hidden), context, context is nullcontext) for context in (torch.no_grad, nullcontext)]
+                loss = sum(output.square().mean() for output in applied.lockstep([*passes, passes[-1]]))
+            else:
+                loss = model(hidden).square().mean()
             loss.backward()
             del loss
             optimizer.step()

@@ -7,10 +7,12 @@ from tiny_pipelines import FRAMES, SIDE
 from diffusers import CogVideoXDDIMScheduler
 from test_erasers import shake
 
+from memory.plan import MemoryPlan, apply_plan
+from trainer.backbones.cogvideox import BOUNDARY_NAMES
 from trainer.config import LossConfig
 from trainer.erasers import Erasers
 from trainer.latents import NoiseLatents, TrajectoryLatents
-from trainer.losses import Samples, Teacher, student_backward
+from trainer.losses import Samples, Teacher, lockstep_backward, student_backward
 from trainer.masks import prompt_columns
 from trainer.prompts import Embeddings, PromptSet
 from trainer.shapes.pretrain import SCHEDULER
@@ -222,3 +224,30 @@ def test_pool_resumes_bitwise(sincos, latents, resumed_at):
     later = Samples(after.teacher, 6, CPU)
     for step in range(resumed_at, 14):
         assert _same(later(step), expected[step]), step
+
+
+@pytest.mark.parametrize("options", [
+    {}, {"guidance": "batched"}, {"trajectory_guidance": 6.0}, {"latents": "noise"}, {"preserve": False, "loss": LossConfig(beta=0.0)},
+    {"loss": LossConfig(alpha=0.0)}, {"loss": LossConfig(alpha=0.7, beta=0.3, mask_threshold=0.3, anchor="empty")},
+], ids=str)
+@pytest.mark.parametrize("pool", [0, 2])
+@pytest.mark.parametrize("checkpoint", ["all", "none"])
+def test_lockstep_learns_what_the_passes_one_by_one_learn(sincos, options, pool, checkpoint):
+    """Terms and gradients of several steps, bit for bit, and trajectories that stand where they stood."""
+    one_by_one, together = Setup(sincos, **options), Setup(sincos, **options)
+    applied = [apply_plan(s.transformer, s.transformer.transformer_blocks, MemoryPlan(passes=passes, checkpoint=checkpoint),
+                          device="cpu", boundary_names=BOUNDARY_NAMES)
+               for s, passes in ((one_by_one, "sequential"), (together, "lockstep"))]
+    samples, drawn = Samples(one_by_one.teacher, pool, CPU), Samples(together.teacher, pool, CPU)
+    scale = torch.tensor(0.5)
+    for step in range(4):
+        terms, expected = one_by_one.backward(samples(step), scale=scale)
+        together.erasers_zero()
+        found = lockstep_backward(applied[1].lockstep, together.predict, together.erasers, drawn, step, together.loss, scale=scale)
+        assert found.keys() == terms.keys() and all(torch.equal(found[name], terms[name]) for name in terms), step
+        assert not any(term.requires_grad for term in found.values())
+        gradients = together.gradients()
+        assert all(torch.equal(gradients[name], g) for name, g in expected.items()), step
+    stands = pool or 4
+    assert torch.equal(one_by_one.teacher.latents.at(stands)[0], together.teacher.latents.at(stands)[0])
+    assert applied[1].num_recomputes == applied[0].num_recomputes and together.erasers.enabled

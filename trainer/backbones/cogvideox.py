@@ -19,6 +19,9 @@ from trainer.backbones.rotary import LeanProcessor
 from trainer.backbones.weights import allocate, assign, randomise
 from trainer.errors import UsageError
 
+BOUNDARY_NAMES = ("hidden_states", "encoder_hidden_states")
+"""The arguments of a block's forward that the block before it returns."""
+
 
 class CogVideoX:
     """See `trainer.backbones.Backbone` for what each member means."""
