@@ -11,6 +11,7 @@ everything exactly once; such a plan has to be traced in full.
 """
 
 import copy
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -224,20 +225,19 @@ class Recipe:
         from memory.activations import MAX_SLAB_BYTES
 
         slabs: list[int] = []
-        used = 0
-        free: dict[int, int] = {}
-        for _, cell in self.visits(keeps):
-            for work in cell.work:
-                if work.kind == "to host":
-                    num_bytes = -(-work.num_bytes // GRAIN) * GRAIN
-                    if free.get(num_bytes):
-                        free[num_bytes] -= 1
-                    else:
-                        if not slabs or used + num_bytes > slabs[-1]:
-                            wanted = max(num_bytes, min(num_bytes * self.num_blocks, MAX_SLAB_BYTES))
-                            slabs.append(pinned_bytes(wanted))
-                            used = 0
-                        used += num_bytes
+        used, free = 0, Counter()
+        for work in (work for _, cell in self.visits(keeps) for work in cell.work):
+            num_bytes = -(-work.num_bytes // GRAIN) * GRAIN
+            if work.kind == "to device":
+                free[num_bytes] += 1  # brought back, and not stored again by the same pass
+            elif work.kind == "to host" and free[num_bytes]:
+                free[num_bytes] -= 1
+            elif work.kind == "to host":
+                if not slabs or used + num_bytes > slabs[-1]:
+                    wanted = max(num_bytes, min(num_bytes * self.num_blocks, MAX_SLAB_BYTES))
+                    slabs.append(pinned_bytes(wanted))
+                    used = 0
+                used += num_bytes
         return slabs
 
     def splice(self, keeps: Sequence[str], *, num_resident: int | None = None, num_buffers: int = 2) -> Trace:

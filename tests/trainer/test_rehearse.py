@@ -5,8 +5,10 @@ from dataclasses import replace
 import pytest
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+import memory.activations
 from memory.optimizers import predict_state_bytes
-from memory.plan import MemoryPlan
+from memory.plan import MemoryPlan, resolve_keeps
+from memory.splice import Recipe
 from trainer import phases
 from trainer import rehearse as rehearsing
 from trainer.assemble import open_backbone
@@ -67,3 +69,16 @@ def test_torchs_own_fake_tensors_leave_the_same_trace(tiny_config, monkeypatch, 
         remembered.cache_clear()
     assert traces == [rehearse(backbone, config, plan)] * 2
     assert needs == phases.phases_around(backbone, config, plan)
+
+
+@pytest.mark.parametrize("passes", ["sequential", "lockstep"])
+@pytest.mark.parametrize("parked", [{"boundaries": "host"}, {"kept": "host", "checkpoint": "none"},
+                                    {"boundaries": "host", "kept": "host", "num_keep_attention": 2}], ids=str)
+def test_host_memory_of_parked_activations_is_told_without_a_trace(tiny_config, parked, passes, monkeypatch):
+    """Student passes one by one use the same host memory; in lockstep each has its own."""
+    monkeypatch.setitem(memory.activations.offload_activations.__kwdefaults__, "min_bytes", 0)
+    config = tiny_config()
+    backbone, plan = open_backbone(config.model), MemoryPlan(passes=passes, **parked)
+    trace, keeps = rehearse(backbone, config, plan), resolve_keeps(plan, backbone.num_blocks)
+    held = sorted(s.num_bytes for s in trace.storages if s.place == "pinned")
+    assert held and sorted(Recipe.of(trace, keeps).slabs(keeps)) == held
