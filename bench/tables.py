@@ -191,6 +191,12 @@ def _feasible(cell: dict[str, Any], needed: int) -> str:
     return f"{needed / GIB:.1f} GiB, {seconds:.{0 if seconds >= 100 else 1}f} s" if cell["fits"] else f"no: {needed / GIB:.1f} GiB"
 
 
+def _hosted(cell: dict[str, Any], without: dict[str, Any]) -> str:
+    if cell["settings"] == without["settings"]:
+        return "the same"
+    return f"{_feasible(cell, cell['predicted']['needed_bytes'])}, host {cell['predicted']['host_bytes'] / GIB:.0f} GiB"
+
+
 def feasibility() -> str:
     """Fits or not, peak and step time, by model, frames and card; naive / planned."""
     if absent := _absent("feasibility"):
@@ -202,6 +208,9 @@ def feasibility() -> str:
         rows.append([f"{model}, {frames} frames, naive", *(_feasible(naive[c], naive[c]["needed_bytes"]) for c in result["cards"])])
         rows.append([f"{model}, {frames} frames, planned", *(
             _feasible(planned[c], planned[c]["predicted"]["needed_bytes"]) for c in result["cards"])])
+        hosted = cell["planned with host"]
+        rows.append([f"{model}, {frames} frames, planned, {result['host_gib']} GiB of host memory", *(
+            _hosted(hosted[c], planned[c]) for c in result["cards"])])
     return markdown(["", *result["cards"]], rows) + _predicted(result)
 
 

@@ -123,6 +123,12 @@ def lookup(profile: str) -> Card:
     raise UnknownCard(f"unknown card {profile!r}; {hint} A size (24gb) or auto works too.")
 
 
+def size_bytes(text: str) -> int | None:
+    """Bytes of a size such as "64gb" (of 2**30); None if it is none."""
+    size = _SIZE.fullmatch(text.strip())
+    return int(float(size[1]) * GIB) if size else None
+
+
 def detect(index: int = 0) -> Card:
     """The card in this machine, with what other processes hold now, by NVML; the host itself if there is none."""
     reading = _read_nvml(index)

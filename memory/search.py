@@ -29,10 +29,16 @@ SEARCHED = (
     "num_keep_everything",
     "checkpoint",
     "boundaries",
+    "kept",
     "feed_forward_chunks",
 )
-"""Fields of the plan that the search sets, unless they are fixed."""
+"""Fields of the plan that the search sets, unless they are fixed; `kept` only where it is known what the host has."""
+_COUNTS = ("num_keep_attention", "num_keep_everything")
 CHUNKS = 8
+HOST_SHARE = 0.8
+"""Of the host's memory that is available: at most so much, where what blocks keep goes there."""
+HOST_GAIN = 0.03
+"""A plan that takes so much of the host has to be faster by so much. Predictions of time are not finer."""
 MAX_REPLAYS = 30
 _SHORT = 5  # blocks of a short trace: the outer two at either end and one that stands for all between
 
@@ -73,20 +79,38 @@ def search(
     Raises PlanError, when `base` with its fixed fields cannot be.
     """
     base, fixed, limits = base or MemoryPlan(), frozenset(fixed), Limits(card, margin=margin, host_bytes=host_bytes)
-    found = _Search(workload, card, base, fixed, expandable_segments, tf32).run(limits)
-    if found.best is None or "passes" in fixed or not _waits_for_link(found.best):
-        return found
-    # In lockstep the link is asked for less, and more memory is.
-    lockstep = dataclasses.replace(base, passes="lockstep")
-    other = _Search(workload, card, lockstep, fixed | {"passes"}, expandable_segments, tf32).run(limits)
-    faster = other.best is not None and other.best.time.seconds < found.best.time.seconds
-    counts = {f.name: getattr(found, f.name) + getattr(other, f.name) for f in dataclasses.fields(found) if f.name.startswith("num_")}
-    smallest = min(found.smallest, other.smallest, key=lambda smallest: smallest.needed_bytes)
-    return dataclasses.replace(other if faster else found, smallest=smallest, **counts)
+
+    def over(base: MemoryPlan, fixed: frozenset[str]) -> _Search:
+        return _Search(workload, card, base, fixed, expandable_segments, tf32)
+
+    found = over(base, fixed).run(limits)
+    if found.best is not None and "passes" not in fixed and _waits_for_link(found.best):
+        # In lockstep the link is asked for less, and more memory is.
+        found = _merged(found, over(dataclasses.replace(base, passes="lockstep"), fixed | {"passes"}).run(limits))
+    if limits.host_bytes is not None and not card.is_cpu and not fixed & {"kept", "checkpoint", "boundaries", *_COUNTS} and (
+        found.best is None or set(resolve_keeps(found.best.plan, workload.num_blocks)) != {"everything"}
+    ):
+        parked = over(base, fixed).without_recomputation(limits)
+        if found.best and parked.best and parked.best.time.seconds > (1 - HOST_GAIN) * found.best.time.seconds:
+            parked = dataclasses.replace(parked, best=None)
+        found = _merged(found, parked)
+    return found
 
 
 def _waits_for_link(assessment: Assessment) -> bool:
     return assessment.plan.resident_blocks is not None and assessment.time.by_bound["host link"] > 0.01 * assessment.time.seconds
+
+
+def _merged(one: SearchResult, two: SearchResult) -> SearchResult:
+    best = min((found.best for found in (one, two) if found.best), key=lambda best: best.time.seconds, default=None)
+    misses = {miss.plan: miss for miss in (*one.near_misses, *two.near_misses) if best is None or miss.time.seconds < best.time.seconds}
+    counts = {f.name: getattr(one, f.name) + getattr(two, f.name) for f in dataclasses.fields(one) if f.name.startswith("num_")}
+    return SearchResult(
+        best=best,
+        near_misses=tuple(sorted(misses.values(), key=lambda miss: miss.needed_bytes)),
+        smallest=min(one.smallest, two.smallest, key=lambda smallest: smallest.needed_bytes),
+        **counts,
+    )
 
 
 class _Search:
@@ -133,6 +157,24 @@ class _Search:
             num_replays=self.num_replays,
             num_traces=self.num_traces,
         )
+
+    def without_recomputation(self, limits: Limits) -> SearchResult:
+        """Plans that keep everything, in host memory. A part of that is left free: what is pinned cannot be swapped out."""
+        limits = Limits(limits.card, margin=limits.margin, host_bytes=int(HOST_SHARE * limits.host_bytes))
+        candidates, best = [], None
+        for chunks in (self.base.feed_forward_chunks,) if "feed_forward_chunks" in self.fixed else (1, CHUNKS):
+            plan = dataclasses.replace(self.base, checkpoint="none", kept="host", feed_forward_chunks=chunks)
+            self.workload.prepare(self._traces_of_recipe(self._resident(plan)), [self.base])
+            variant = Variant(self.workload, self.card, plan, self._recipe(self._resident(plan)), self.tf32)
+            candidates += variant.candidates([plan], self._residents())
+            best = self._first_that_fits(sorted(candidates), limits)
+            if best is not None:
+                break
+        self.workload.prepare((), ())
+        smallest = self._assess(min(candidates, key=lambda c: c.device_bytes), limits)
+        misses = self._near_misses(sorted(candidates), best, limits)
+        return SearchResult(best=best, near_misses=tuple(misses), smallest=smallest, num_candidates=len(candidates), num_unknown=0,
+                            num_replays=self.num_replays, num_traces=self.num_traces)  # fmt: skip
 
     def _is_settled(self, variant: Variant, plan: MemoryPlan) -> bool:
         """Whether the variants to come are not worth their traces: they save memory and never time.
@@ -240,7 +282,7 @@ class _Search:
         return dataclasses.replace(plan, resident_blocks=None)
 
     def _keeps_fixed(self) -> bool:
-        return bool(self.fixed & {"checkpoint", "num_keep_attention", "num_keep_everything"})
+        return bool(self.fixed & {"checkpoint", *_COUNTS})
 
     # ---- candidates ----------------------------------------------------------------------------------------------
 

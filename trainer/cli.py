@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import tyro
 
-from memory.cards import Card, CardUnreadable, UnknownCard, lookup
+from memory.cards import Card, CardUnreadable, UnknownCard, lookup, size_bytes
 from trainer import config as settings
 from trainer.config import EvaluateConfig, GenerateConfig, TrainConfig
 from trainer.errors import DoesNotFit, UsageError
@@ -99,6 +99,8 @@ class PlanCommand:
     """A TOML file with settings."""
     json: bool = False
     """Print JSON in place of tables."""
+    host: str | None = None
+    """The host's memory that is free, such as 64gb: what blocks keep may go there. auto knows it; of other cards it is not known."""
     cards: int = 1
     """Cards of this kind in one machine, as torchrun would use them; the batch is divided among them."""
     explain: bool = False
@@ -108,6 +110,8 @@ class PlanCommand:
     def __post_init__(self):
         if self.cards < 1:
             raise UsageError(f"--cards {self.cards}: must be 1 or more")
+        if self.host is not None and not size_bytes(self.host):
+            raise UsageError(f"--host {self.host}: a size such as 64gb")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -257,7 +261,10 @@ def _forecast(command: PlanCommand, origins: dict[str, str]) -> None:
     config = command.settings
     if command.cards > config.data.batch_size and origins["data.batch_size"] == "default":  # the least that can be divided
         config, origins["data.batch_size"] = settings.replaced(config, {"data.batch_size": command.cards}), "flag"
-    found = planning.forecast(planning.without_weights(config), _card(command.profile), _fixed(origins), num_cards=command.cards)
+    card = _card(command.profile)
+    if command.host:
+        card = replace(card, host_bytes=size_bytes(command.host))
+    found = planning.forecast(planning.without_weights(config), card, _fixed(origins), num_cards=command.cards)
     if command.json:
         print(json.dumps(planning.as_json(found, origins), indent=2))
     else:

@@ -29,11 +29,15 @@ def card_here(*, dry: bool) -> Card:
     return card
 
 
-def shrunk(card: Card, gib: float) -> Card:
-    """A card with the rates of `card` and the memory of one of `gib` GiB."""
+def shrunk(card: Card, gib: float, *, with_host: bool = False) -> Card:
+    """A card with the rates of `card` and the memory of one of `gib` GiB.
+
+    `with_host`: what blocks keep may go to the host, tens of GiB that take a while to pin.
+    """
     small = lookup(f"{gib:g}gb")
-    return dataclasses.replace(card, name=f"{card.name}-{gib:g}gb", capacity_bytes=small.capacity_bytes,
-                               usable_bytes=small.usable_bytes, used_by_others_bytes=0)
+    return dataclasses.replace(card, name=f"{card.name}-{gib:g}gb" + "-host" * with_host, capacity_bytes=small.capacity_bytes,
+                               usable_bytes=small.usable_bytes, used_by_others_bytes=0,
+                               host_bytes=card.host_bytes if with_host else None)
 
 
 def peaks_of(cell: Cell, workspace_bytes: int) -> tuple[Prediction, float]:

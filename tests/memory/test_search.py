@@ -8,8 +8,8 @@ from test_simulate import tiny_trace
 
 from memory.assess import Limits, PhaseNeed, Workload, assess
 from memory.cards import GIB, lookup
-from memory.plan import MemoryPlan, PlanError
-from memory.search import SEARCHED, search
+from memory.plan import MemoryPlan, PlanError, resolve_keeps
+from memory.search import HOST_GAIN, HOST_SHARE, SEARCHED, search
 from memory.timing import add_loads, load_of, step_time
 from memory.work import Work
 
@@ -100,6 +100,23 @@ def test_passes_walk_together_where_the_link_is_what_limits(workload, bandwidth,
     assert (found.num_candidates > alone.num_candidates) == (passes == "lockstep")
     full = assess(workload, found.best.plan, card, margin=0.0, host_bytes=GIB)
     assert full.fits and full.prediction == found.best.prediction
+
+
+def test_where_the_host_has_room_nothing_is_computed_twice(workload):
+    """On cards too small to keep everything. What the host has must be known, and some of it is left free."""
+    card = fixed_card(300 * MIB, host_link_bandwidth=1e12)
+    unknown = search(workload, card, margin=0.0)
+    assert unknown.best.plan.kept == "device" and "attention" in resolve_keeps(unknown.best.plan, NUM_BLOCKS)
+    found = search(workload, card, margin=0.0, host_bytes=4 * GIB)
+    assert (found.best.plan.kept, found.best.plan.checkpoint) == ("host", "none")
+    assert found.best.time.seconds < (1 - HOST_GAIN) * unknown.best.time.seconds
+    full = assess(workload, found.best.plan, card, margin=0.0, host_bytes=4 * GIB)
+    assert full.fits and full.prediction == found.best.prediction and full.host_bytes == found.best.host_bytes
+    needed = found.best.host_bytes
+    assert search(workload, card, margin=0.0, host_bytes=int(needed / HOST_SHARE) + MIB).best.plan == found.best.plan
+    assert search(workload, card, margin=0.0, host_bytes=int(needed / HOST_SHARE) - MIB).best.plan != found.best.plan
+    for name in ("kept", "checkpoint", "num_keep_attention"):
+        assert search(workload, card, fixed={name}, margin=0.0, host_bytes=4 * GIB).best.plan.kept == "device"
 
 
 def test_fixed_settings_are_kept(workload):
