@@ -11,7 +11,7 @@ from typing import Any
 from bench.feasibility import settings
 from bench.provenance import write_result
 from memory.cards import lookup
-from memory.search import SEARCHED
+from memory.ranking import SEARCHED
 from trainer.config import replaced
 from trainer.planning import described, forecast
 

@@ -69,7 +69,7 @@ class Limits:
     """What a card and a host have to give, and the margin kept free of it."""
 
     def __init__(self, card: Card, *, margin: float = MARGIN, host_bytes: int | None = None):
-        self.card, self.margin = card, margin
+        self.card = card
         self.reservable_bytes = card.available_bytes - int(margin * card.usable_bytes)
         self.host_bytes = card.host_bytes if host_bytes is None else host_bytes
 

@@ -17,7 +17,7 @@ buffers that streaming and activation offload hand out. All other storages are o
 import contextlib
 import gc
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -26,6 +26,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from memory.timeline import CATEGORIES, PLACES, Span, Storage, Trace, Visit
+from memory.walks import Walks
 from memory.work import Work, scratch_bytes, work_of
 
 FORWARD, BACKWARD, OPTIMIZER = "student forward", "student backward", "optimizer"
@@ -56,16 +57,6 @@ class _Mark:
     records_graph: bool
 
 
-@dataclass
-class _Traversal:
-    number: int
-    last_block: int = -1
-    part: int = 0
-    num_parts: int = 1
-    backward: int | None = None
-    """Number of the traversal that walks back over this one."""
-
-
 class Recorder(TorchDispatchMode):
     """Records births and deaths of storages while it is active: `with FakeTensorMode(), Recorder() as recorder`.
 
@@ -84,9 +75,7 @@ class Recorder(TorchDispatchMode):
         self._live: dict[int, tuple[int, weakref.ref]] = {}  # storage's C++ address -> (record, its weak reference)
         self._phase = OUTSIDE
         self._marks = [_Mark(event=0, work=0, phase=OUTSIDE, visit=None, records_graph=False)]
-        self._num_blocks, self._together = 0, False
-        self._num_traversals = 0
-        self._forward: _Traversal | None = None
+        self._num_blocks = 0
         self._hooks: list = []
 
     # ---- what the caller declares --------------------------------------------------------------------------------
@@ -128,10 +117,8 @@ class Recorder(TorchDispatchMode):
 
         `together`: several passes run in lockstep (memory.lockstep), one walk in parts.
         """
-        self._num_blocks, self._together = len(blocks), together
-        for index, block in enumerate(blocks):
-            self._hooks.append(block.register_forward_pre_hook(self._enter(index)))
-            self._hooks.append(block.register_forward_hook(self._leave(index)))
+        self._num_blocks = len(blocks)
+        self._hooks += Walks(blocks, self._mark, together=together).hooks
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -278,44 +265,6 @@ class Recorder(TorchDispatchMode):
                 records_graph=records_graph,
             )
         )
-
-    def _enter(self, index: int) -> Callable:
-        def hook(module, args):
-            again = self._together and self._forward is not None and index == self._forward.last_block
-            if self._forward is None or (index <= self._forward.last_block and not again):
-                self._forward = self._new_traversal()
-            walk = self._forward
-            walk.last_block, walk.part = index, walk.part + 1 if again else 0
-            walk.num_parts = max(walk.num_parts, walk.part + 1)
-            self._mark(Visit(walk.number, index, walk.part), torch.is_grad_enabled())
-
-        return hook
-
-    def _leave(self, index: int) -> Callable:
-        def hook(module, args, outputs):
-            traversal, part = self._forward, self._forward.part
-            for output in outputs if isinstance(outputs, tuple) else (outputs,):
-                if isinstance(output, torch.Tensor) and output.requires_grad:
-                    output.register_hook(lambda grad: self._enter_backward(traversal, index, part))
-            if index == self._num_blocks - 1 and part + 1 == traversal.num_parts:
-                self._mark(None)
-                self._forward = None
-
-        return hook
-
-    def _enter_backward(self, traversal: _Traversal, index: int, part: int) -> None:
-        """Backward has reached this block: it runs what made one of its outputs."""
-        if traversal.backward is None:
-            traversal.backward = self._new_traversal().number
-        visit = Visit(traversal.backward, index, part)
-        if self._marks[-1].visit != visit:
-            self._mark(visit, records_graph=True)
-            if index == 0:  # what follows backward is no part of its last block
-                torch.autograd.Variable._execution_engine.queue_callback(lambda: self._mark(None))
-
-    def _new_traversal(self) -> _Traversal:
-        self._num_traversals += 1
-        return _Traversal(self._num_traversals - 1)
 
 
 @contextlib.contextmanager

@@ -11,7 +11,8 @@ from typing import Any
 from memory.assess import MARGIN, Assessment, Workload, assess
 from memory.cards import GIB, Card, card_names, lookup
 from memory.plan import MemoryPlan
-from memory.search import SEARCHED, SearchResult, search
+from memory.ranking import SEARCHED, SearchResult
+from memory.search import search
 from trainer.assemble import open_backbone, resolve_dtype, video_size
 from trainer.backbones import published
 from trainer.backbones.cogvideox import CogVideoX

@@ -24,7 +24,7 @@ from memory.cards import GIB, Card
 from memory.exhaustion import exhausted, requested_bytes
 from memory.meter import Meter, PhasePeak
 from memory.plan import MemoryPlan
-from memory.search import SEARCHED
+from memory.ranking import SEARCHED
 from trainer.assemble import open_backbone
 from trainer.checkpoint import latest_checkpoint, save_checkpoint
 from trainer.config import TrainConfig

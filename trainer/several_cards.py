@@ -8,7 +8,7 @@ from dataclasses import replace
 from memory.assess import Assessment, Workload, assess
 from memory.cards import Card
 from memory.plan import MemoryPlan
-from memory.search import CHUNKS, SEARCHED, SearchResult
+from memory.ranking import CHUNKS, SEARCHED, SearchResult
 from trainer.config import TrainConfig
 from trainer.errors import UsageError
 

@@ -11,7 +11,8 @@ from bench.card.rig import Cell, backbone_of
 from memory.assess import Assessment, Workload
 from memory.cards import GIB, Card, available_host_bytes, detect, lookup
 from memory.plan import MemoryPlan
-from memory.search import SEARCHED, search
+from memory.ranking import SEARCHED
+from memory.search import search
 from memory.timeline import Prediction, Trace
 from trainer.rehearse import rehearse
 

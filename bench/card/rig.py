@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from bench.card.gauge import Gauge
 from memory.optimizers import make_optimizer

@@ -9,7 +9,8 @@ from test_simulate import tiny_trace
 from memory.assess import Limits, PhaseNeed, Workload, assess
 from memory.cards import GIB, lookup
 from memory.plan import MemoryPlan, PlanError, resolve_keeps
-from memory.search import HOST_GAIN, HOST_SHARE, SEARCHED, search
+from memory.ranking import SEARCHED
+from memory.search import HOST_GAIN, HOST_SHARE, search
 from memory.timing import add_loads, load_of, step_time
 from memory.work import Work
 

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from trainer.cli import main
 from trainer.config import TrainConfig
 from trainer.diagnose import diagnose_eraser, diagnose_path, diagnose_run, diagnose_settings, prepare
-from trainer.eraser_files import WEIGHTS, load_eraser, save_eraser, save_released
+from trainer.eraser_files import WEIGHTS, save_released
 from trainer.errors import CheckpointError
 from trainer.findings import CODES, Bill, Unhealthy, codes_as_markdown, finding, from_json, print_bill
 from trainer.health import FINDINGS

@@ -4,7 +4,6 @@ import json
 import math
 from collections.abc import Callable
 from contextlib import ExitStack
-from pathlib import Path
 
 import pytest
 import torch

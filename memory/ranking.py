@@ -1,0 +1,298 @@
+"""Plans ranked by predicted time, and the first of them that fits: what `memory.search` runs, once or more often.
+
+Recipes from a few traces rank thousands of candidates. They are taken in that order: the sum of live bytes rules most
+out, and the caching allocator's simulator decides on *reserved* bytes for those that are left.
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from memory.assess import Assessment, Limits, Workload, assess_in_full
+from memory.cards import Card
+from memory.growth import grow
+from memory.plan import MemoryPlan, PlanError, parse_checkpoint, resolve_keeps
+from memory.splice import Recipe, SpliceError
+from memory.timeline import Trace
+from memory.variants import Candidate, Variant
+
+SEARCHED = (
+    "resident_blocks",
+    "passes",
+    "num_keep_attention",
+    "num_keep_everything",
+    "checkpoint",
+    "boundaries",
+    "kept",
+    "feed_forward_chunks",
+)
+"""Fields of the plan that the search sets, unless they are fixed; `kept` only where it is known what the host has."""
+COUNTS = ("num_keep_attention", "num_keep_everything")
+CHUNKS = 8
+MAX_REPLAYS = 30
+_SHORT = 5  # blocks of a short trace: the outer two at either end and one that stands for all between
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchResult:
+    """What a search found."""
+
+    best: Assessment | None
+    """The fastest plan that fits; None if nothing does."""
+    near_misses: tuple[Assessment, ...]
+    """Faster plans that do not fit, the one that misses by least first."""
+    smallest: Assessment
+    """The plan that needs least of the device: says what card would do if nothing fits."""
+    num_candidates: int
+    num_unknown: int
+    """Choices of what blocks keep that were left out, because no recorded visit tells what they would do."""
+    num_replays: int
+    num_traces: int
+
+
+class Ranking:
+    """The plans of a workload on one card that leave all but the searched settings as in `base`; `fixed` ones too."""
+
+    def __init__(self, workload: Workload, card: Card, base: MemoryPlan, fixed: frozenset[str], expandable_segments: bool,
+                 tf32: bool):  # fmt: skip
+        """Raises PlanError for a field in `fixed` that no plan has."""
+        unknown = fixed - {f.name for f in dataclasses.fields(MemoryPlan)}
+        if unknown:
+            raise PlanError(f"{', '.join(sorted(unknown))}: no such field of a plan")
+        free = {name: MemoryPlan.__dataclass_fields__[name].default for name in SEARCHED if name not in fixed}
+        self.workload, self.card, self.fixed = workload, card, fixed
+        self.expandable_segments, self.tf32, self.short = expandable_segments, tf32, min(_SHORT, workload.num_blocks)
+        self.base = dataclasses.replace(base, **free)
+        self.num_traces = self.num_replays = self.num_candidates = self.num_unknown = 0
+        self._announced: set[tuple[MemoryPlan, int]] = set()
+        self._assessed: dict[MemoryPlan, Assessment] = {}
+
+    def run(self, limits: Limits) -> SearchResult:
+        """The fastest plan that fits, the faster ones that do not, and the smallest."""
+        try:
+            return self._run(limits)
+        finally:
+            self.workload.prepare((), ())
+
+    def _run(self, limits: Limits) -> SearchResult:
+        candidates: list[Candidate] = []
+        for variant in self._variants(limits):
+            found = list(self._candidates_of(variant, limits))
+            self.num_candidates += len(found)
+            self.num_unknown += variant.num_unknown
+            candidates += found
+            best = self._first_that_fits(sorted(candidates), limits)
+            if best is not None and self._is_settled(variant, best.plan):
+                break
+        # Of plans with the same peak, the slowest keeps least, and leaves least in pieces.
+        smallest = self._assess(min(candidates, key=lambda c: (max(c.device_bytes, c.phases_bytes), -c.seconds)), limits)
+        if best is None and smallest.fits:  # what was seen of faster ones made it look too large
+            best = smallest
+        misses = self._near_misses(sorted(candidates), best, limits)
+        return SearchResult(
+            best=best,
+            near_misses=tuple(misses),
+            smallest=smallest,
+            num_candidates=self.num_candidates,
+            num_unknown=self.num_unknown,
+            num_replays=self.num_replays,
+            num_traces=self.num_traces,
+        )
+
+    def without_recomputation(self, limits: Limits) -> SearchResult:
+        """Plans that keep everything, in host memory."""
+        candidates, best = [], None
+        for chunks in (self.base.feed_forward_chunks,) if "feed_forward_chunks" in self.fixed else (1, CHUNKS):
+            plan = dataclasses.replace(self.base, checkpoint="none", kept="host", feed_forward_chunks=chunks)
+            self.workload.prepare(self._traces_of_recipe(self._resident(plan)), [self.base])
+            variant = Variant(self.workload, self.card, plan, self._recipe(self._resident(plan)), self.tf32)
+            candidates += variant.candidates([plan], self._residents())
+            best = self._first_that_fits(sorted(candidates), limits)
+            if best is not None:
+                break
+        self.workload.prepare((), ())
+        smallest = self._assess(min(candidates, key=lambda c: c.device_bytes), limits)
+        misses = self._near_misses(sorted(candidates), best, limits)
+        return SearchResult(best=best, near_misses=tuple(misses), smallest=smallest, num_candidates=len(candidates), num_unknown=0,
+                            num_replays=self.num_replays, num_traces=self.num_traces)  # fmt: skip
+
+    def _is_settled(self, variant: Variant, plan: MemoryPlan) -> bool:
+        """Whether the variants to come are not worth their traces: they save memory and never time.
+
+        Once no attention is recomputed, they could buy a block or two that keep everything. Feed-forward chunks, which
+        come last, cost about as much as keeping the attention of half the blocks gains.
+        """
+        num_recomputed = resolve_keeps(plan, self.workload.num_blocks).count("inputs")
+        allowed = self.workload.num_blocks // 2 if variant.base.boundaries == "host" else 0
+        return num_recomputed <= allowed
+
+    # ---- traces --------------------------------------------------------------------------------------------------
+
+    def _trace(self, plan: MemoryPlan, num_blocks: int) -> tuple[Trace, Sequence[str]]:
+        self.num_traces += 1
+        return self.workload.trace(plan, num_blocks), resolve_keeps(plan, num_blocks)
+
+    def _prepare(self, plans: Sequence[MemoryPlan]) -> None:
+        """Announce the traces that `_variant` needs of the plans, and what `_learn_keeps` needs of the first of them."""
+        wanted: list[tuple[MemoryPlan, int]] = []
+        for plan in map(self._resident, plans):
+            whole = plan == self._resident(self.base) or self._keeps_fixed()
+            wanted += self._traces_of_recipe(plan) if whole else [(plan, self.short)]
+        wanted += [] if self._keeps_fixed() else self._kept(self._resident(plans[0]))
+        if not self._announced.issuperset(wanted):  # otherwise somebody may be at it
+            self._announced = set(wanted)
+            self.workload.prepare(wanted, [self.base])
+
+    def _cut(self, plan: MemoryPlan, num_blocks: int) -> MemoryPlan:
+        """A plan under which all blocks keep the same, for fewer blocks."""
+        keeps = set(resolve_keeps(plan, self.workload.num_blocks))
+        attention = num_blocks if keeps == {"attention"} else 0
+        checkpoint = "none" if keeps == {"everything"} else "all"
+        return dataclasses.replace(plan, checkpoint=checkpoint, num_keep_attention=attention, num_keep_everything=0)
+
+    def _recipe(self, plan: MemoryPlan) -> Recipe:
+        """Of a plan that leaves everything on the device: from two short traces, if its blocks are all alike."""
+        num_blocks, needed = self.workload.num_blocks, self._traces_of_recipe(plan)
+        if len(needed) == 2:
+            try:
+                return grow(*(self._trace(*wanted)[0] for wanted in needed), resolve_keeps(plan, num_blocks)[0], num_blocks)
+            except SpliceError:
+                pass
+        return Recipe.of(*self._trace(plan, num_blocks))
+
+    def _traces_of_recipe(self, plan: MemoryPlan) -> list[tuple[MemoryPlan, int]]:
+        num_blocks = self.workload.num_blocks
+        if len(set(resolve_keeps(plan, num_blocks))) > 1 or num_blocks <= _SHORT + 2:
+            return [(plan, num_blocks)]
+        return [(self._cut(plan, n), n) for n in (_SHORT, _SHORT + 1)]
+
+    def _variants(self, limits: Limits) -> Iterator[Variant]:
+        """Recipes from the fastest to the most frugal; each is traced only when the one before did not settle it."""
+        plans = [dataclasses.replace(self.base, **fields) for fields in self._savings()]
+        plain = None
+        self._prepare(plans[:1])
+        for plan, following in itertools.zip_longest(plans, plans[1:]):
+            found = self._variant(plan, plain, limits)
+            if found.fits and not self._keeps_fixed():
+                self._learn_keeps(found.recipe, plan)
+            if found.fits and following:  # otherwise that one is likely to be too large as well
+                self._prepare([following])  # somebody may be at it while this one is looked through
+            yield found
+            if plain is None and not found.fits and following:
+                self._prepare([plans[-1], *plans[1:-1]])
+                last = self._variant(plans[-1], found, limits)
+                if not last.fits:  # then nothing does
+                    yield last
+                    return
+            plain = plain or found
+
+    def _variant(self, plan: MemoryPlan, plain: Variant | None, limits: Limits) -> Variant:
+        resident = self._resident(plan)
+        if plain is None or self._keeps_fixed():
+            recipe = self._recipe(resident)
+        else:
+            short, _ = self._trace(self._resident(plain.base), self.short)
+            recipe = plain.recipe.with_visits_of(short, *self._trace(resident, self.short)) or self._recipe(resident)
+        found = Variant(self.workload, self.card, plan, recipe, self.tf32)
+        found.fits = found.least_bytes(self._residents()) <= limits.reservable_bytes
+        return found
+
+    def _savings(self) -> list[dict]:
+        savings = [{}]
+        checkpointed = parse_checkpoint(self.base.checkpoint) != ("first", 0)
+        if "boundaries" not in self.fixed and checkpointed:
+            savings.append({"boundaries": "host"})
+        if "feed_forward_chunks" not in self.fixed:
+            savings += [{**fields, "feed_forward_chunks": CHUNKS} for fields in savings]
+        return savings
+
+    def _learn_keeps(self, recipe: Recipe, plan: MemoryPlan) -> None:
+        """Short traces of the other things that blocks may keep; with boundaries on the host neighbours matter too."""
+        self._prepare([plan])
+        for kept, num_blocks in self._kept(self._resident(plan)):
+            recipe.learn(*self._trace(kept, num_blocks))
+
+    def _kept(self, plan: MemoryPlan) -> list[tuple[MemoryPlan, int]]:
+        short, longer = self.short, min(8, self.workload.num_blocks)
+        layouts = [(longer, longer // 2, 0) if plan.boundaries == "host" else (short, 0, short), (short, short, 0)]
+        return [(dataclasses.replace(plan, num_keep_attention=a, num_keep_everything=e), num_blocks) for num_blocks, a, e in layouts]
+
+    @staticmethod
+    def _resident(plan: MemoryPlan) -> MemoryPlan:
+        return dataclasses.replace(plan, resident_blocks=None)
+
+    def _keeps_fixed(self) -> bool:
+        return bool(self.fixed & {"checkpoint", *COUNTS})
+
+    # ---- candidates ----------------------------------------------------------------------------------------------
+
+    def _residents(self) -> list[int | None]:
+        if "resident_blocks" in self.fixed:
+            return [self.base.resident_blocks]
+        return [None, *range(self.workload.num_blocks)]
+
+    def _candidates_of(self, variant: Variant, limits: Limits) -> Iterator[Candidate]:
+        plan, num_blocks = variant.base, self.workload.num_blocks
+        if self._keeps_fixed() or not variant.fits:
+            yield from variant.candidates([plan], self._residents())
+            return
+        # Attention outputs first: they save most for their size. Then everything, block by block.
+        counts = [(number, 0) for number in range(num_blocks + 1)]
+        counts += [(num_blocks - number, number) for number in range(1, num_blocks)]
+        counts += [(0, number) for number in range(1, num_blocks)]
+        plans = [dataclasses.replace(plan, num_keep_attention=a, num_keep_everything=e) for a, e in counts]
+        found = list(variant.candidates(plans, self._residents()))
+        yield from found
+        nearly = [c.device_bytes for c in found if c.plan.num_keep_everything == num_blocks - 1]
+        if plan.feed_forward_chunks == 1 and nearly and min(nearly) <= limits.reservable_bytes:
+            # Without any recomputation what blocks share lives differently: a trace of its own.
+            nothing = dataclasses.replace(plan, checkpoint="none")
+            plain = Variant(self.workload, self.card, nothing, self._recipe(self._resident(nothing)), self.tf32)
+            yield from plain.candidates([nothing], self._residents())
+
+    def _assess(self, candidate: Candidate, limits: Limits) -> Assessment:
+        if candidate.plan not in self._assessed:
+            self.num_replays += 1
+            try:
+                found = candidate.variant.assess(candidate.plan, limits, self.expandable_segments)
+            except SpliceError:  # the visits are known, but do not fit together
+                self.num_traces += 1
+                found = assess_in_full(self.workload, candidate.plan, limits, self.expandable_segments, self.tf32)
+            self._assessed[candidate.plan] = found
+        return self._assessed[candidate.plan]
+
+    def _first_that_fits(self, ranked: list[Candidate], limits: Limits) -> Assessment | None:
+        """The first of the candidates, ranked by time, that fits."""
+        excess: dict[int, int] = {}  # by variant: reserved over live bytes, as last seen
+        for candidate in ranked:
+            expected = candidate.device_bytes + int(0.8 * excess.get(id(candidate.variant), 0))  # forgiving: it varies
+            if self.num_replays >= MAX_REPLAYS:
+                expected = int(1.15 * candidate.device_bytes)  # out of budget: only look where there is room to spare
+            if any(limits.shortage(max(expected, candidate.phases_bytes), candidate.host_bytes)):
+                continue
+            assessment = self._assess(candidate, limits)
+            if assessment.fits:
+                return assessment
+            excess[id(candidate.variant)] = max(0, assessment.prediction.reserved_bytes - candidate.device_bytes)
+        return None
+
+    def _near_misses(
+        self, ranked: list[Candidate], best: Assessment | None, limits: Limits
+    ) -> list[Assessment]:
+        """The fastest plan of all, and the best plan's faster neighbours: one for each setting that costs it time."""
+        faster = ranked if best is None else [c for c in ranked if c.seconds < best.time.seconds]
+        picks: dict[str, Candidate] = {}
+        for candidate in faster:
+            plan = candidate.plan
+            picks.setdefault("fastest", candidate)
+            if plan.resident_blocks is None:
+                picks.setdefault("all resident", candidate)
+            if best is not None:
+                different = {name for name in MemoryPlan.__dataclass_fields__ if getattr(plan, name) != getattr(best.plan, name)}
+                if different in ({"boundaries"}, {"feed_forward_chunks"}, {"resident_blocks"}):
+                    picks.setdefault(*different, candidate)
+                if different <= {"num_keep_attention", "num_keep_everything"}:
+                    picks["keep more"] = candidate  # the last one is the nearest
+        misses = {candidate.plan: self._assess(candidate, limits) for candidate in picks.values()}
+        return sorted((miss for miss in misses.values() if not miss.fits), key=lambda miss: miss.needed_bytes)
