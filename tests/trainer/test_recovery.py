@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from test_state import _same_run
 from torch._subclasses.fake_tensor import FakeTensor
 
+import memory.lockstep
 import run
 from memory.cards import lookup
 from memory.plan import MemoryPlan
@@ -19,6 +20,7 @@ from trainer import checkpoint, loop, losses, samples, tracing
 from trainer.assemble import Assembly
 from trainer.backbones.cogvideox import CogVideoX
 from trainer.checkpoint import latest_checkpoint
+from trainer.eraser_files import load_eraser
 from trainer.errors import DoesNotFit, OutOfMemory
 from trainer.latents import TrajectoryLatents
 from trainer.loop import train
@@ -58,10 +60,10 @@ def config(tiny_config):
 # phase -> (what fails, finished steps, newest checkpoint afterwards)
 PHASES = {
     "load": (lambda: _failing(CogVideoX, "load_transformer", call=1), None, None),
-    "teacher of the pre-flight": (lambda: _failing(losses, "predict_pair", call=1), 0, None),
+    "teacher of the pre-flight": (lambda: _failing(losses.Teacher, "passes", call=1), 0, None),
     "backward of the pre-flight": (lambda: _failing(torch.autograd, "backward", call=1), 0, None),
     "optimizer of the pre-flight": (lambda: _failing(torch.optim.AdamW, "step", call=1), 0, None),
-    "teacher": (lambda: _failing(losses, "predict_pair", call=5), 3, 3),
+    "teacher": (lambda: _failing(losses.Teacher, "passes", call=5), 3, 3),
     "teacher, latents already moved": (lambda: _failing(TrajectoryLatents, "advance", call=9, after=True), 3, 3),
     "student": (lambda: _failing(F, "mse_loss", call=10), 3, 3),
     "backward": (lambda: _failing(torch.autograd, "backward", call=10), 3, 3),
@@ -116,6 +118,22 @@ def test_a_step_down_in_any_phase_ends_with_the_same_bits(phase, config, referen
     metrics = (run_dir / "metrics.jsonl").read_text()
     (run_dir / "metrics.jsonl").write_text(re.sub(r', "events": \[\{.*?\}\]', "", metrics))
     _same_run(straight, run_dir)
+
+
+@pytest.mark.parametrize("phase, fault", [
+    ("student", lambda: _failing(memory.lockstep.Lockstep, "_rest", call=11)),  # five a step: in the third
+    ("teacher", lambda: _failing(losses.Teacher, "_advance", call=7)),  # two a step, the pre-flight's too
+    ("backward", lambda: _failing(torch.autograd, "backward", call=5)),  # one a step; two in the pre-flight, which is not in lockstep
+])
+def test_a_step_down_from_lockstep_ends_with_the_same_bits(phase, fault, config, reference, tmp_path_factory, monkeypatch, caplog):
+    straight = reference(config(output__out=tmp_path_factory.getbasetemp() / "recovery-straight"))
+    with monkeypatch.context() as patch, caplog.at_level(logging.WARNING, "trainer.recovery"):
+        patch.setattr(*fault())
+        run_dir = _in_memory(config(memory__passes="lockstep"), step_down=True)
+    said = next(r.getMessage() for r in caplog.records if r.name == "trainer.recovery")
+    assert f"out of memory on the device in {phase}, after 2 steps" in said and read_config(run_dir)[0].memory != MemoryPlan(passes="lockstep")
+    expected, found = (load_eraser(run).state for run in (straight, run_dir))
+    assert all(expected[name].equal(found[name]) for name in expected)
 
 
 @pytest.mark.parametrize("phase", ["backward of the pre-flight", "backward", pytest.param("load", marks=pytest.mark.slow),
@@ -267,7 +285,7 @@ def _under_a_cap(owner, name: str, *, call: int):
     return owner, name, function
 
 
-CALLS = {"teacher": (losses, "predict_pair", 5), "student": (F, "mse_loss", 10), "backward": (torch.autograd, "backward", 10),
+CALLS = {"teacher": (losses.Teacher, "passes", 5), "student": (F, "mse_loss", 10), "backward": (torch.autograd, "backward", 10),
          "optimizer": (torch.nn.utils, "clip_grads_with_norm_", 4)}
 
 
