@@ -18,15 +18,21 @@ Not simulated: CUDA graphs' private pools, `max_split_size_mb` and garbage colle
 The driver's own address choice is unknown; addresses here grow, which decides ties between equal blocks only.
 """
 
-from bisect import bisect_left, insort
+from bisect import bisect_left
 from dataclasses import dataclass
 
-MIN_BLOCK_BYTES = 512
-SMALL_REQUEST_BYTES = 1 << 20
-SMALL_SEGMENT_BYTES = 2 << 20
-LARGE_SEGMENT_BYTES = 20 << 20
-LARGE_REQUEST_BYTES = 10 << 20
-LARGE_ROUND_BYTES = 2 << 20
+from memory.pools import (
+    LARGE_REQUEST_BYTES,
+    LARGE_ROUND_BYTES,
+    LARGE_SEGMENT_BYTES,
+    MIN_BLOCK_BYTES,
+    SMALL_REQUEST_BYTES,
+    SMALL_SEGMENT_BYTES,
+    Block,
+    Pool,
+    link,
+    room_of,
+)
 
 _ENDLESS = 1 << 60  # address space of an expandable segment; the real one is 9/8 of the card, mapped in part
 
@@ -78,37 +84,6 @@ class AllocatorStats:
     num_ooms: int = 0
 
 
-class _Block:
-    """A range of one segment; neighbours are linked by address."""
-
-    __slots__ = ("address", "size", "pool", "prev", "next", "in_use", "mapped")
-
-    def __init__(self, address: int, size: int, pool: "_Pool"):
-        self.address, self.size, self.pool = address, size, pool
-        self.prev: _Block | None = None
-        self.next: _Block | None = None
-        self.in_use = False
-        self.mapped = True
-
-
-class _Pool:
-    """Free blocks of one size class and stream."""
-
-    __slots__ = ("is_small", "page_bytes", "free", "segment_head")
-
-    def __init__(self, is_small: bool):
-        self.is_small = is_small
-        self.page_bytes = SMALL_SEGMENT_BYTES if is_small else LARGE_SEGMENT_BYTES
-        self.free: list[tuple[int, int, _Block]] = []  # (size, address, block), sorted: best fit by bisection
-        self.segment_head: _Block | None = None  # first block of the expandable segment
-
-    def add(self, block: _Block) -> None:
-        insort(self.free, (block.size, block.address, block))
-
-    def remove(self, block: _Block) -> None:
-        del self.free[bisect_left(self.free, (block.size, block.address))]
-
-
 class CachingAllocator:
     """One device's allocator.
 
@@ -120,8 +95,8 @@ class CachingAllocator:
         self.capacity_bytes = capacity_bytes
         self.expandable_segments = expandable_segments
         self.stats = AllocatorStats()
-        self._pools: dict[tuple[bool, int], _Pool] = {}
-        self._live: dict[int, _Block] = {}  # address -> block that is active
+        self._pools: dict[tuple[bool, int], Pool] = {}
+        self._live: dict[int, Block] = {}  # address -> block that is active
         self._pending: set[int] = set()  # addresses freed by the program, but still awaited by a stream
         self._next_address = LARGE_ROUND_BYTES
 
@@ -136,7 +111,7 @@ class CachingAllocator:
         is_small = size <= SMALL_REQUEST_BYTES
         pool = self._pools.get((is_small, stream))
         if pool is None:
-            pool = self._pools[is_small, stream] = _Pool(is_small)
+            pool = self._pools[is_small, stream] = Pool(is_small)
         block = self._best_fit(pool, size)
         if block is None:
             block = self._reserve(pool, size)
@@ -196,18 +171,18 @@ class CachingAllocator:
 
     # ---- finding memory ------------------------------------------------------------------------------------------
 
-    def _best_fit(self, pool: _Pool, size: int) -> _Block | None:
+    def _best_fit(self, pool: Pool, size: int) -> Block | None:
         free = pool.free
         index = bisect_left(free, (size,))
         if index == len(free):
             return None
         if pool.segment_head is not None:
             # The block at the growing end counts with the room it could grow into, so it is taken last.
-            while index + 1 < len(free) and _room(free[index + 1][2]) < _room(free[index][2]):
+            while index + 1 < len(free) and room_of(free[index + 1][2]) < room_of(free[index][2]):
                 index += 1
         return free.pop(index)[2]
 
-    def _reserve(self, pool: _Pool, size: int) -> _Block:
+    def _reserve(self, pool: Pool, size: int) -> Block:
         for attempt in range(2):
             block = self._grow(pool, size) if self.expandable_segments else self._new_segment(pool, size)
             if block is not None:
@@ -227,25 +202,25 @@ class CachingAllocator:
         stats.peak_reserved_bytes = max(stats.peak_reserved_bytes, stats.reserved_bytes)
         return True
 
-    def _new_segment(self, pool: _Pool, size: int) -> _Block | None:
+    def _new_segment(self, pool: Pool, size: int) -> Block | None:
         num_bytes = segment_bytes(size)
         if not self._take(num_bytes):
             return None
-        block = _Block(self._next_address, num_bytes, pool)
+        block = Block(self._next_address, num_bytes, pool)
         self._next_address += num_bytes
         return block
 
-    def _split(self, block: _Block, size: int) -> None:
+    def _split(self, block: Block, size: int) -> None:
         rest = block.size - size
         fine_grained = block.pool.is_small or self.expandable_segments
         if rest < MIN_BLOCK_BYTES if fine_grained else rest <= SMALL_REQUEST_BYTES:
             return
-        remainder = _Block(block.address + size, rest, block.pool)
+        remainder = Block(block.address + size, rest, block.pool)
         block.size = size
-        _link(remainder, block, block.next)
+        link(remainder, block, block.next)
         block.pool.add(remainder)
 
-    def _merge(self, block: _Block) -> None:
+    def _merge(self, block: Block) -> None:
         """Absorb free neighbours of the same kind (mapped or not). The block itself is in no list."""
         for neighbour in (block.prev, block.next):
             if neighbour is None or neighbour.in_use or neighbour.mapped != block.mapped:
@@ -256,17 +231,17 @@ class CachingAllocator:
                 neighbour.pool.segment_head = block
             if neighbour is block.prev:
                 block.address = neighbour.address
-                _link(block, neighbour.prev, block.next)
+                link(block, neighbour.prev, block.next)
             else:
-                _link(block, block.prev, neighbour.next)
+                link(block, block.prev, neighbour.next)
             block.size += neighbour.size
 
     # ---- expandable segments -------------------------------------------------------------------------------------
 
-    def _grow(self, pool: _Pool, size: int) -> _Block | None:
+    def _grow(self, pool: Pool, size: int) -> Block | None:
         """Map pages at the lowest address where free and unmapped neighbours together hold `size`."""
         if pool.segment_head is None:
-            pool.segment_head = _Block(self._next_address, _ENDLESS, pool)
+            pool.segment_head = Block(self._next_address, _ENDLESS, pool)
             pool.segment_head.mapped = False
             self._next_address += _ENDLESS
         candidate = self._growth_start(pool, size)
@@ -281,7 +256,7 @@ class CachingAllocator:
         return candidate
 
     @staticmethod
-    def _growth_start(pool: _Pool, size: int) -> _Block:
+    def _growth_start(pool: Pool, size: int) -> Block:
         block = pool.segment_head
         while True:  # ends: the last block is unmapped and endless
             if not block.mapped:
@@ -294,22 +269,22 @@ class CachingAllocator:
                     return start
             block = block.next
 
-    def _map_pages(self, block: _Block, size: int) -> bool:
+    def _map_pages(self, block: Block, size: int) -> bool:
         page = block.pool.page_bytes
         num_bytes = -(-size // page) * page
         if not self._take(num_bytes):
             return False
-        rest = _Block(block.address + num_bytes, block.size - num_bytes, block.pool)
+        rest = Block(block.address + num_bytes, block.size - num_bytes, block.pool)
         rest.mapped = False
         block.mapped = True
         block.size = num_bytes
         if rest.size:
-            _link(rest, block, block.next)
+            link(rest, block, block.next)
         self._merge(block)
         block.pool.add(block)
         return True
 
-    def _unmap_pages(self, block: _Block) -> None:
+    def _unmap_pages(self, block: Block) -> None:
         """Give back the whole pages inside a free block; what lies before and after them stays mapped."""
         page, pool = block.pool.page_bytes, block.pool
         origin = LARGE_ROUND_BYTES  # segments start at multiples of _ENDLESS above this, pages are relative to it
@@ -320,31 +295,18 @@ class CachingAllocator:
         pool.remove(block)
         before, after = begin - offset, offset + block.size - end
         if before:
-            head = _Block(block.address, before, pool)
-            _link(head, block.prev, block)
+            head = Block(block.address, before, pool)
+            link(head, block.prev, block)
             if pool.segment_head is block:
                 pool.segment_head = head
             pool.add(head)
         if after:
-            tail = _Block(block.address + block.size - after, after, pool)
-            _link(tail, block, block.next)
+            tail = Block(block.address + block.size - after, after, pool)
+            link(tail, block, block.next)
             pool.add(tail)
         block.address, block.size, block.mapped = block.address + before, end - begin, False
         self.stats.reserved_bytes -= block.size
         self._merge(block)
-
-
-def _link(block: _Block, before: _Block | None, after: _Block | None) -> None:
-    block.prev, block.next = before, after
-    if before is not None:
-        before.next = block
-    if after is not None:
-        after.prev = block
-
-
-def _room(block: _Block) -> int:
-    following = block.next
-    return block.size + (following.size if following is not None and not following.mapped else 0)
 
 
 def replay(

@@ -1,0 +1,108 @@
+"""What each command of the command line takes. Field docstrings are its --help; nothing here imports torch."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from memory.cards import size_bytes
+from trainer.config import TrainConfig
+from trainer.errors import UsageError
+from trainer.projection_config import ForgetConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainCommand:
+    """Train concept erasers on a frozen text-to-video transformer.
+
+    Settings: defaults < profile < TOML file < flags. Other commands: plan, generate, evaluate, report,
+    diagnose, doctor, export, forget; each has a --help.
+    """
+
+    profile: str = "auto"
+    """The card to fit: a name (4090), a size (24gb), or auto for the card that is present, or the CPU."""
+    config: Path | None = None
+    """A TOML file with settings: sections model, data, loss, optim, output, memory."""
+    resume: Path | None = None
+    """Go on with the run in this directory, with its settings."""
+    on_oom: Literal["stop", "step-down"] = "stop"
+    """Out of memory: stop and name the next cheaper memory plan, or take it and go on from the last step."""
+    settings: TrainConfig = field(default_factory=TrainConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportCommand:
+    """Write an eraser in the released layout: eraser_weights.pt + eraser_config.json."""
+
+    eraser: Path
+    """A run directory or an eraser file."""
+    out: Path
+    """The directory to write into."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiagnoseCommand:
+    """Say what is wrong, with evidence, cause and fix: with a run, with an eraser, or with settings.
+
+    Without a target, all settings of training are understood, as in `diagnose --model DIR --dtype float16`: one step of
+    such a run is examined before any training. Exit status 4 if a finding is fatal.
+    """
+
+    target: Path | None = None
+    """A run directory or an eraser file."""
+    json: bool = False
+    """Print JSON in place of a table."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportCommand:
+    """Write what a run was as one HTML file that needs no network."""
+
+    run: Path
+    """A run directory."""
+    out: Path | None = None
+    """The file to write; RUN/report.html by default."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DoctorCommand:
+    """Say whether this machine is fit to train: packages, card, memory, disk, link, the bundled model; and what to do if not."""
+
+    json: bool = False
+    """Print JSON in place of a table."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanCommand:
+    """Say what a run will need on a card and which settings are fastest there, without the card and without weights.
+
+    Takes all settings of training; those given as flags are honoured and predicted as given. Exit status 3 if nothing fits.
+    """
+
+    profile: str = "auto"
+    """A card (4090), a size (24gb), or auto for the card that is present, or the CPU."""
+    config: Path | None = None
+    """A TOML file with settings."""
+    json: bool = False
+    """Print JSON in place of tables."""
+    host: str | None = None
+    """The host's memory that is free, such as 64gb: what blocks keep may go there. auto knows it; of other cards it is not known."""
+    cards: int = 1
+    """Cards of this kind in one machine, as torchrun would use them; the batch is divided among them."""
+    explain: bool = False
+    """Also say what limits the step, and which figures of the card are assumed."""
+    settings: TrainConfig = field(default_factory=TrainConfig)
+
+    def __post_init__(self):
+        if self.cards < 1:
+            raise UsageError(f"--cards {self.cards}: must be 1 or more")
+        if self.host is not None and not size_bytes(self.host):
+            raise UsageError(f"--host {self.host}: a size such as 64gb")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ForgetCommand:
+    """Forget a class in the linear layer after a frozen encoder: CLIP's text_projection, or Qwen3-VL's merger."""
+
+    resume: Path | None = None
+    """Go on with the run in this directory, with its settings."""
+    settings: ForgetConfig = field(default_factory=ForgetConfig)
