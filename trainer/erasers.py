@@ -127,7 +127,7 @@ class Erasers:
         self.attentions = [block.attn1 for block in blocks]
         self.width = self.attentions[0].to_v.weight.shape[-1]
         self.adapters: list[AdapterEraser] = []
-        self._seen: dict[int, _Mode] = {}
+        self._seen_enabled: dict[int, bool] = {}
         device = self.attentions[0].to_v.weight.device
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -164,8 +164,8 @@ class Erasers:
         if notes is not None:  # checkpointed by the memory plan: several passes may wait for their backward
             return notes.setdefault((id(self), index), self._mode)
         if not _in_backward():
-            self._seen[index] = self._mode
-        elif self._seen[index].enabled != self.enabled:
+            self._seen_enabled[index] = self.enabled
+        elif self._seen_enabled[index] != self.enabled:
             state = "on" if self.enabled else "off"
             raise RuntimeError(
                 f"block {index} is recomputed in backward with its eraser {state}, but its forward ran with the "
