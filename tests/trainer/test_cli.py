@@ -11,7 +11,7 @@ from tiny_pipelines import FRAMES, SIDE
 
 import run
 from trainer import cli
-from trainer.errors import UsageError
+from trainer.errors import DoesNotFit, UsageError
 
 ROOT = Path(__file__).parents[2]
 
@@ -206,3 +206,20 @@ def test_origins_name_flags_only_where_they_were_given():
 def test_unknown_option_of_another_command():
     with pytest.raises(UsageError, match="--help lists them all"):
         cli.main(["evaluate", "somewhere", "--zzzzzz"])
+
+
+def test_the_hosts_memory_is_a_size_and_reaches_the_planner(monkeypatch):
+    seen = []
+
+    def forecast(config, card, fixed, *, num_cards):
+        seen.append(card.host_bytes)
+        raise DoesNotFit("seen")
+
+    monkeypatch.setattr("trainer.planning.forecast", forecast)
+    for words in ([], ["--host", "64gb"], ["--host", "1.5 GiB"]):
+        with pytest.raises(DoesNotFit, match="seen"):
+            cli.main(["plan", "--profile", "4090", *words])
+    assert seen == [None, 64 * 2**30, 3 * 2**29]
+    for wrong in ("foo", "0gb", "64"):
+        with pytest.raises(UsageError, match=f"--host {wrong}: a size such as 64gb"):
+            cli.main(["plan", "--profile", "4090", "--host", wrong])
