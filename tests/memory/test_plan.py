@@ -26,6 +26,8 @@ def test_importable_without_torch():
         ({"feed_forward_chunks": True}, "feed_forward_chunks is True"),
         ({"optimizer": "sgd"}, "optimizer is 'sgd'"),
         ({"guidance": "both"}, "guidance is 'both'"),
+        ({"passes": "together"}, "passes is 'together'; one of sequential, lockstep"),
+        ({"num_shards": 2, "passes": "lockstep"}, "num_shards is 2 and passes lockstep"),
         ({"backbone_copies": 3}, "backbone_copies is 3; one of 1, 2"),
         ({"checkpoint": "some"}, "checkpoint is 'some'; one of all, none, every:N"),
         ({"checkpoint": "every:0"}, "every:0"),
