@@ -18,7 +18,7 @@ from typing import Any
 
 from torch import nn
 
-from memory.saving import returning
+from memory.saving import returning, will_return
 
 
 @dataclass(frozen=True)
@@ -29,8 +29,6 @@ class Pass:
     """Runs the model once and returns what the pass is for. It is called twice, so it must not change anything."""
     within: Callable[[], AbstractContextManager]
     """The state in which it runs: gradient mode, switches. Entered anew for every block."""
-    returns: bool = False
-    """Whether a backward over it follows."""
 
     def __call__(self) -> Any:
         """The pass on its own."""
@@ -42,7 +40,7 @@ class _Reached(Exception):
     """A pass has come to its first block."""
 
     def __init__(self, arguments: dict[str, Any]):
-        self.arguments = arguments
+        self.arguments, self.returns = arguments, will_return()
 
 
 class _Gate(nn.Module):
@@ -74,8 +72,9 @@ class Lockstep:
 
     def __call__(self, passes: Sequence[Pass]) -> list[Any]:
         """What each pass returns. A backward over those that record a graph should be one for all."""
-        waiting = [self._arguments(each) for each in passes]
-        with returning(any(each.returns for each in passes)):
+        reached = [self._first_block(each) for each in passes]
+        waiting = [each.arguments for each in reached]
+        with returning(any(each.returns for each in reached)):
             for block in self._blocks:
                 for number, each in enumerate(passes):
                     with each.within():
@@ -85,12 +84,12 @@ class Lockstep:
                     del outputs  # it must not outlive the next block
         return [self._rest(each, waiting) for each in passes]
 
-    def _arguments(self, each: Pass) -> dict[str, Any]:
+    def _first_block(self, each: Pass) -> _Reached:
         with self._gated(_Gate(self._names)):
             try:
                 each()
             except _Reached as reached:
-                return reached.arguments
+                return reached.with_traceback(None)  # its frames hold tensors
         raise RuntimeError("a pass in lockstep never reached the blocks")
 
     def _rest(self, each: Pass, waiting: list[dict[str, Any]]) -> Any:

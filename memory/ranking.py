@@ -70,12 +70,6 @@ class Ranking:
 
     def run(self, limits: Limits) -> SearchResult:
         """The fastest plan that fits, the faster ones that do not, and the smallest."""
-        try:
-            return self._run(limits)
-        finally:
-            self.workload.prepare((), ())
-
-    def _run(self, limits: Limits) -> SearchResult:
         candidates: list[Candidate] = []
         for variant in self._variants(limits):
             found = list(self._candidates_of(variant, limits))
@@ -89,7 +83,24 @@ class Ranking:
         smallest = self._assess(min(candidates, key=lambda c: (max(c.device_bytes, c.phases_bytes), -c.seconds)), limits)
         if best is None and smallest.fits:  # what was seen of faster ones made it look too large
             best = smallest
-        misses = self._near_misses(sorted(candidates), best, limits)
+        return self._result(candidates, best, smallest, limits)
+
+    def without_recomputation(self, limits: Limits) -> SearchResult:
+        """The same of plans that keep everything, in host memory."""
+        candidates: list[Candidate] = []
+        for chunks in (self.base.feed_forward_chunks,) if "feed_forward_chunks" in self.fixed else (1, CHUNKS):
+            plan = dataclasses.replace(self.base, checkpoint="none", kept="host", feed_forward_chunks=chunks)
+            self.workload.prepare(self._traces_of_recipe(self._resident(plan)), [self.base])
+            candidates += self._resident_variant(plan).candidates([plan], self._residents())
+            best = self._first_that_fits(sorted(candidates), limits)
+            if best is not None:
+                break
+        self.num_candidates = len(candidates)
+        smallest = self._assess(min(candidates, key=lambda c: c.device_bytes), limits)
+        return self._result(candidates, best, smallest, limits)
+
+    def _result(self, candidates: list[Candidate], best: Assessment | None, smallest: Assessment, limits: Limits) -> SearchResult:
+        misses = self._near_misses(sorted(candidates), best, limits)  # replays some more
         return SearchResult(
             best=best,
             near_misses=tuple(misses),
@@ -99,23 +110,6 @@ class Ranking:
             num_replays=self.num_replays,
             num_traces=self.num_traces,
         )
-
-    def without_recomputation(self, limits: Limits) -> SearchResult:
-        """Plans that keep everything, in host memory."""
-        candidates, best = [], None
-        for chunks in (self.base.feed_forward_chunks,) if "feed_forward_chunks" in self.fixed else (1, CHUNKS):
-            plan = dataclasses.replace(self.base, checkpoint="none", kept="host", feed_forward_chunks=chunks)
-            self.workload.prepare(self._traces_of_recipe(self._resident(plan)), [self.base])
-            variant = Variant(self.workload, self.card, plan, self._recipe(self._resident(plan)), self.tf32)
-            candidates += variant.candidates([plan], self._residents())
-            best = self._first_that_fits(sorted(candidates), limits)
-            if best is not None:
-                break
-        self.workload.prepare((), ())
-        smallest = self._assess(min(candidates, key=lambda c: c.device_bytes), limits)
-        misses = self._near_misses(sorted(candidates), best, limits)
-        return SearchResult(best=best, near_misses=tuple(misses), smallest=smallest, num_candidates=len(candidates), num_unknown=0,
-                            num_replays=self.num_replays, num_traces=self.num_traces)  # fmt: skip
 
     def _is_settled(self, variant: Variant, plan: MemoryPlan) -> bool:
         """Whether the variants to come are not worth their traces: they save memory and never time.
@@ -160,6 +154,10 @@ class Ranking:
             except SpliceError:
                 pass
         return Recipe.of(*self._trace(plan, num_blocks))
+
+    def _resident_variant(self, plan: MemoryPlan) -> Variant:
+        """A variant with a recipe of its own."""
+        return Variant(self.workload, self.card, plan, self._recipe(self._resident(plan)), self.tf32)
 
     def _traces_of_recipe(self, plan: MemoryPlan) -> list[tuple[MemoryPlan, int]]:
         num_blocks = self.workload.num_blocks
@@ -248,8 +246,7 @@ class Ranking:
         if plan.feed_forward_chunks == 1 and nearly and min(nearly) <= limits.reservable_bytes:
             # Without any recomputation what blocks share lives differently: a trace of its own.
             nothing = dataclasses.replace(plan, checkpoint="none")
-            plain = Variant(self.workload, self.card, nothing, self._recipe(self._resident(nothing)), self.tf32)
-            yield from plain.candidates([nothing], self._residents())
+            yield from self._resident_variant(nothing).candidates([nothing], self._residents())
 
     def _assess(self, candidate: Candidate, limits: Limits) -> Assessment:
         if candidate.plan not in self._assessed:

@@ -46,17 +46,20 @@ def search(
     def ranking(base: MemoryPlan, fixed: frozenset[str]) -> Ranking:
         return Ranking(workload, card, base, fixed, expandable_segments, tf32)
 
-    found = ranking(base, fixed).run(limits)
-    if found.best is not None and "passes" not in fixed and _waits_for_link(found.best):
-        # In lockstep the link is asked for less, and more memory is.
-        found = _merged(found, ranking(dataclasses.replace(base, passes="lockstep"), fixed | {"passes"}).run(limits))
-    if found.best is not None and limits.host_bytes is not None and _could_park(found.best, workload, card, fixed):
-        some = Limits(card, margin=margin, host_bytes=int(HOST_SHARE * limits.host_bytes))
-        parked = ranking(base, fixed).without_recomputation(some)
-        if parked.best and parked.best.time.seconds > (1 - HOST_GAIN) * found.best.time.seconds:
-            parked = dataclasses.replace(parked, best=None)
-        found = _merged(found, parked)
-    return found
+    try:
+        found = ranking(base, fixed).run(limits)
+        if found.best is not None and "passes" not in fixed and _waits_for_link(found.best):
+            # In lockstep the link is asked for less, and more memory is.
+            found = _merged(found, ranking(dataclasses.replace(base, passes="lockstep"), fixed | {"passes"}).run(limits))
+        if found.best is not None and limits.host_bytes is not None and _could_park(found.best, workload, card, fixed):
+            some = Limits(card, margin=margin, host_bytes=int(HOST_SHARE * limits.host_bytes))
+            parked = ranking(base, fixed).without_recomputation(some)
+            if parked.best and parked.best.time.seconds > (1 - HOST_GAIN) * found.best.time.seconds:
+                parked = dataclasses.replace(parked, best=None)
+            found = _merged(found, parked)
+        return found
+    finally:
+        workload.prepare((), ())  # no trace is wanted any more
 
 
 def _could_park(best: Assessment, workload: Workload, card: Card, fixed: frozenset[str]) -> bool:

@@ -225,10 +225,10 @@ def lockstep_backward(together: Callable[[Sequence[Pass]], list[Any]], predict: 
         with erasers.switched(True), erasers.localised(loc) if loc else nullcontext():
             yield
 
-    own = {"unlearn": Pass(partial(predict, drawn.latents, drawn.timestep, drawn.text), partial(student, loc), True)}
+    own = {"unlearn": Pass(partial(predict, drawn.latents, drawn.timestep, drawn.text), partial(student, loc))}
     if drawn.preserved_latents is not None:
         preserved = partial(predict, drawn.preserved_latents, drawn.preserved_timestep, drawn.preserved_text)
-        own["pre"] = Pass(preserved, student, True)
+        own["pre"] = Pass(preserved, student)
     results = dict(zip([*asked, *own], together([*asked.values(), *own.values()])))
     sample = drawn if samples.pool else samples.teacher.answered(drawn, results)
     targets = {"unlearn": sample.target, "pre": sample.preserved_target}

@@ -6,7 +6,7 @@ Sharding needs several processes: started by torchrun, this file holds it to the
 import pytest
 import torch
 import torch.distributed as dist
-from tiny_transformer import BOUNDARY_NAMES, DEVICES, assert_equal, make_tiny, plain_run, snapshot
+from tiny_transformer import BOUNDARY_NAMES, DEVICES, Tiny, assert_equal, make_tiny, plain_run, snapshot
 from torch import nn
 
 import memory.activations
@@ -97,15 +97,19 @@ def tolerance_of(plan):
     return CHUNK_TOLERANCE if plan.feed_forward_chunks > 1 else 0.0
 
 
-def test_same_losses_and_gradients(plan, kind, device):
+def assert_two_steps_are_the_plain_ones(step, plan, kind, device):
     tiny = make_tiny(kind, device)
     applied = apply(tiny, plan, device)
     for _ in range(2):
-        assert_equal([tiny.step()], [plain_run(kind, device)[0]], tolerance_of(plan))
+        assert_equal([step(tiny)], [plain_run(kind, device)[0]], tolerance_of(plan))
         assert_equal(tiny.gradients(), plain_run(kind, device)[1], tolerance_of(plan))
     applied.require_recomputed()
     num_checkpointed = sum(keep != "everything" for keep in applied.keeps)
     assert applied.num_recomputes == 2 * 2 * num_checkpointed
+
+
+def test_same_losses_and_gradients(plan, kind, device):
+    assert_two_steps_are_the_plain_ones(Tiny.step, plan, kind, device)
 
 
 @pytest.mark.skipif("shard" in PLANS, reason="about offload")
@@ -140,13 +144,7 @@ def test_joint_backward_of_two_passes(plan, device, poison, plain_joint):
 
 @pytest.mark.skipif("shard" in PLANS, reason="sharded blocks are gathered pass by pass")
 def test_lockstep_is_the_same_step(plan, kind, device, poison):
-    tiny = make_tiny(kind, device)
-    applied = apply(tiny, plan, device)
-    for _ in range(2):
-        assert_equal([tiny.step_in_lockstep()], [plain_run(kind, device)[0]], tolerance_of(plan))
-        assert_equal(tiny.gradients(), plain_run(kind, device)[1], tolerance_of(plan))
-    applied.require_recomputed()
-    assert applied.num_recomputes == 2 * 2 * sum(keep != "everything" for keep in applied.keeps)
+    assert_two_steps_are_the_plain_ones(Tiny.step_in_lockstep, plan, kind, device)
 
 
 def train(tiny, num_steps=3):

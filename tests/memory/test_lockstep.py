@@ -44,7 +44,7 @@ def test_every_pass_runs_in_its_own_state():
     for block in tiny.blocks:
         block.register_forward_pre_hook(lambda module, args: seen.append(torch.is_grad_enabled()))
     call = partial(tiny.predict, tiny.embeds[:1])
-    off, on = Lockstep(tiny.model, tiny.blocks, BOUNDARY_NAMES)([Pass(call, torch.no_grad, False), Pass(call, nullcontext, True)])
+    off, on = Lockstep(tiny.model, tiny.blocks, BOUNDARY_NAMES)([Pass(call, torch.no_grad), Pass(call, nullcontext)])
     assert seen == [False, True] * len(tiny.blocks)
     assert not off.requires_grad and on.requires_grad and torch.equal(off, on) and torch.equal(off, tiny.predict(tiny.embeds[:1]))
 
@@ -54,7 +54,7 @@ def test_forward_hooks_of_the_model_see_each_pass_once():
     seen = []
     tiny.model.register_forward_hook(lambda module, args, output: seen.append(output[0]))
     outputs = Lockstep(tiny.model, tiny.blocks, BOUNDARY_NAMES)(
-        [Pass(partial(tiny.predict, tiny.embeds[i : i + 1]), torch.no_grad, False) for i in (0, 1)])
+        [Pass(partial(tiny.predict, tiny.embeds[i : i + 1]), torch.no_grad) for i in (0, 1)])
     assert len(seen) == 2 and all(torch.equal(a, b) for a, b in zip(seen, outputs))
 
 
@@ -86,7 +86,7 @@ def test_nothing_is_held_once_the_results_are_gone():
     gc.disable()
     try:
         Lockstep(tiny.model, tiny.blocks, BOUNDARY_NAMES)(
-            [Pass(partial(tiny.predict, tiny.embeds[i : i + 1]), torch.no_grad, False) for i in (0, 1)])
+            [Pass(partial(tiny.predict, tiny.embeds[i : i + 1]), torch.no_grad) for i in (0, 1)])
         assert len(storages) == 4 * len(tiny.blocks) and not any(storage() is not None for storage in storages)
     finally:
         gc.enable()
@@ -100,4 +100,4 @@ def test_wrong_use_is_told():
     with pytest.raises(ValueError, match="no ModuleList"):
         Lockstep(nn.Linear(2, 2), tiny.blocks, BOUNDARY_NAMES)
     with pytest.raises(RuntimeError, match="never reached the blocks"):
-        Lockstep(tiny.model, tiny.blocks, BOUNDARY_NAMES)([Pass(lambda: None, nullcontext, False)])
+        Lockstep(tiny.model, tiny.blocks, BOUNDARY_NAMES)([Pass(lambda: None, nullcontext)])

@@ -80,7 +80,7 @@ def recorded_step(tiny, applied=None):
         recorder.watch(tiny.blocks, together=bool(lockstep))
         if lockstep:
             passes = [Pass(partial(tiny.predict, tiny.embeds[:1]), torch.no_grad)]
-            passes += [Pass(partial(tiny.predict, tiny.embeds[i : i + 1]), nullcontext, True) for i in (1, 0)]
+            passes += [Pass(partial(tiny.predict, tiny.embeds[i : i + 1]), nullcontext) for i in (1, 0)]
             with recorder.phase(FORWARD):
                 target, *students = lockstep(passes)
                 loss = sum((student - target).square().mean() for student in students)
@@ -170,7 +170,7 @@ def test_predicted_peak_is_the_allocators_within_one_percent(plan):
 
         def step():
             if applied.lockstep:
-                passes = [Pass(partial(model, hidden), context, context is nullcontext) for context in (torch.no_grad, nullcontext)]
+                passes = [Pass(partial(model, hidden), context) for context in (torch.no_grad, nullcontext)]
                 loss = sum(output.square().mean() for output in applied.lockstep([*passes, passes[-1]]))
             else:
                 loss = model(hidden).square().mean()

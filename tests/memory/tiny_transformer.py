@@ -80,8 +80,8 @@ class Tiny:
 
     def step_in_lockstep(self):
         """`step`, all four passes block by block together; student passes share one backward."""
-        teacher = [Pass(partial(self.predict, self.embeds[i : i + 1]), torch.no_grad, False) for i in (0, 1)]
-        student = [Pass(partial(self.predict, self.embeds[1 - i : 2 - i]), nullcontext, True) for i in (0, 1)]
+        teacher = [Pass(partial(self.predict, self.embeds[i : i + 1]), torch.no_grad) for i in (0, 1)]
+        student = [Pass(partial(self.predict, self.embeds[1 - i : 2 - i]), nullcontext) for i in (0, 1)]
         *targets, first, second = Lockstep(self.model, self.blocks, BOUNDARY_NAMES)([*teacher, *student])
         losses = [(out + (i + 2) * target).square().mean() for i, (out, target) in enumerate(zip((first, second), targets))]
         sum(losses).backward()
