@@ -11,6 +11,7 @@ import torch
 from diffusers.models.transformers.cogvideox_transformer_3d import CogVideoXBlock
 
 from bench.provenance import write_result
+from memory.optimizers import update_norms
 from trainer.erasers import Erasers
 
 WIDTH, NUM_TEXT_TOKENS, RANK = 1920, 226, 128
@@ -38,10 +39,7 @@ def measure(*, num_tokens: int = 4276, device: str = "cuda" if torch.cuda.is_ava
 
     def reductions() -> None:
         torch._foreach_norm([p.grad for p in parameters])
-        before = torch._foreach_clone([p.detach() for p in parameters])
-        torch._foreach_sub_(before, [p.detach() for p in parameters])
-        torch._foreach_norm(before)
-        torch._foreach_norm([p.detach() for p in parameters])
+        update_norms(parameters, lambda: None)
         for activation in (video, video):  # the eraser's output has the shape of the residual stream
             torch.linalg.vector_norm(activation, dtype=torch.float32)
 

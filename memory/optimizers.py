@@ -52,7 +52,7 @@ def make_optimizer(
 @torch.no_grad()
 def update_norms(parameters: Sequence[torch.Tensor], update: Callable[[], object]) -> tuple[Sequence[torch.Tensor], Sequence[torch.Tensor]]:
     """Norms of what `update()` changes in each parameter, and of the parameters after it. Holds a copy of all of them meanwhile."""
-    before = torch._foreach_clone([p.detach() for p in parameters])
+    before = torch._foreach_mul([p.detach() for p in parameters], 1)  # a copy; torch 2.11 has no _foreach_clone
     update()
     torch._foreach_sub_(before, [p.detach() for p in parameters])
     return torch._foreach_norm(before), torch._foreach_norm([p.detach() for p in parameters])

@@ -1,8 +1,9 @@
 """Rotary positions of CogVideoX 5b and 1.5, without the float32 copies of whole queries and keys that diffusers makes.
 
-Those copies and their gradients were the peak of a block's backward: six times the size of its input. Here a few heads are
-rotated at a time, and backward rotates the gradient back. Outputs are bitwise those of diffusers' `apply_rotary_emb`; gradients
-too in float32, and in 16 bits they are rounded once where autograd rounds three times.
+Those copies and their gradients were the peak of a block's backward: six times the size of its input, and half of what all
+element-wise kernels of a block moved. Here pairs are multiplied as complex numbers in place, a few heads at a time, and backward
+rotates the gradient back. The products and sums are those of diffusers' `apply_rotary_emb`, of which a kernel may round two
+together; gradients in 16 bits are rounded once where autograd rounds three times.
 Legend: B batch, A heads, S all tokens, L text tokens, N video tokens, D width, d head width.
 """
 
@@ -11,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-_CHUNK_BYTES = 104 * 2**20
-"""Of one float32 copy of some heads; up to four are held."""
+_CHUNK_BYTES = 208 * 2**20
+"""Of the float32 copy of some heads."""
 
 
 def rotate(x: Tensor, positions: tuple[Tensor, Tensor], length: int) -> Tensor:
@@ -36,14 +37,12 @@ class _Rotate(torch.autograd.Function):
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor, length: int, *, back: bool) -> Tensor:
     result = torch.empty_like(x)
     result[:, :, :length] = x[:, :, :length]
+    turn = torch.complex(cos[:, ::2], -sin[:, ::2] if back else sin[:, ::2])  # (N, d/2): both of a pair turn by one angle
     step = max(1, _CHUNK_BYTES // (4 * x.shape[0] * cos.numel()))  # heads at a time
     for heads in (slice(a, a + step) for a in range(0, x.shape[1], step)):
-        part = x[:, heads, length:].float()  # (B, step, N, d): pairs of a real and an imaginary part
-        turned = part * sin if back else part
-        real, imaginary = turned.unflatten(-1, (-1, 2)).unbind(-1)
-        turned = torch.stack([imaginary, -real] if back else [-imaginary, real], -1).flatten(-2)
-        rotated = part * cos
-        result[:, heads, length:] = rotated.add_(turned if back else turned.mul_(sin))
+        part = x[:, heads, length:].to(torch.float32, copy=True)  # (B, step, N, d): pairs of a real and an imaginary part
+        torch.view_as_complex(part.unflatten(-1, (-1, 2))).mul_(turn)
+        result[:, heads, length:] = part
     return result
 
 
