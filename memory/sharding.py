@@ -41,6 +41,9 @@ def shard_blocks(model: nn.Module, blocks: Sequence[nn.Module], *, num_shards: i
     if num_processes != num_shards:
         raise PlanError(f"num_shards is {num_shards}, but the number of processes {num_processes}: start with "
                         f"torchrun --nproc-per-node={num_shards}, or use resident_blocks to stream blocks from the host")
+    if not hasattr(FSDPModule, "reset_iter_state"):
+        raise PlanError(f"num_shards is {num_shards}, which torch {torch.__version__} cannot: FSDP2 there does not recover from an "
+                        "exception; install torch 2.13, or use resident_blocks to stream blocks from the host")
     if any(isinstance(module, FSDPModule) for module in (model, *blocks)):
         raise RuntimeError("sharding is applied to this model already; undo() it first")
     for index, block in enumerate(blocks):

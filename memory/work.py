@@ -73,8 +73,8 @@ _FLASH_BACKWARD = (
 )
 
 
-# Operators that only make an uninitialised tensor or an alias.
-_IDLE = {aten.empty.memory_format, aten.empty_strided.default, aten.empty_like.default, aten.detach.default}
+# Operators that only make an uninitialised tensor or an alias (whose schema may not say so).
+_IDLE = {aten.empty.memory_format, aten.empty_strided.default, aten.empty_like.default, aten.detach.default, aten._unsafe_view.default}
 _idle_by_schema: dict = {}
 
 

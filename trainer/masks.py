@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from trainer.backbones.cogvideox import CogVideoX
-from trainer.backbones.rotary import project, project_out
+from trainer.backbones.attention import project, project_out
 from trainer.errors import UsageError
 from trainer.prompts import PromptSet
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from memory.offload import offload_blocks, place
 from trainer.backbones import Decode, Predict, published
 from trainer.backbones.location import locate, read_config, stored_dtype
-from trainer.backbones.rotary import LeanProcessor
+from trainer.backbones.attention import LeanProcessor
 from trainer.backbones.weights import allocate, assign, randomise
 from trainer.errors import UsageError
 
@@ -59,9 +59,8 @@ class CogVideoX:
         from diffusers import CogVideoXTransformer3DModel
 
         model = CogVideoXTransformer3DModel.from_config(self._config | changes)
-        if model.config.use_rotary_positional_embeddings:
-            for block in model.transformer_blocks:
-                block.attn1.processor = LeanProcessor()
+        for block in model.transformer_blocks:
+            block.attn1.processor = LeanProcessor()
         return model
 
     def identity(self) -> dict[str, str]:

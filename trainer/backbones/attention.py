@@ -1,9 +1,13 @@
-"""Rotary positions of CogVideoX 5b and 1.5, without the float32 copies of whole queries and keys that diffusers makes.
+"""CogVideoX's attention, bitwise that of diffusers but for a rounding in its rotary positions, with fewer and smaller copies.
 
-Those copies and their gradients were the peak of a block's backward: six times the size of its input, and half of what all
-element-wise kernels of a block moved. Here pairs are multiplied as complex numbers in place, a few heads at a time, and backward
-rotates the gradient back. The products and sums are those of diffusers' `apply_rotary_emb`, of which a kernel may round two
-together; gradients in 16 bits are rounded once where autograd rounds three times.
+Queries and keys are normed before they are transposed: a norm makes a contiguous copy of what is not, forward and backward, and the
+output of attention would be laid out so that it must be copied once more.
+
+Rotary positions (5b and 1.5) go without the float32 copies of whole queries and keys that diffusers makes. Those and their
+gradients were the peak of a block's backward: six times the size of its input, and half of what all element-wise kernels of a
+block moved. Here pairs are multiplied as complex numbers in place, a few heads at a time, and backward rotates the gradient back.
+The products and sums are those of `apply_rotary_emb`, of which a kernel may round two together; gradients in 16 bits are
+rounded once where autograd rounds three times.
 Legend: B batch, A heads, S all tokens, L text tokens, N video tokens, D width, d head width.
 """
 
@@ -50,10 +54,10 @@ def project(attn: nn.Module, hidden_states: Tensor, encoder_hidden_states: Tenso
             ) -> tuple[Tensor, Tensor, Tensor]:
     """q, k and v (B, A, S, d) of video (B, N, D) and text (B, L, D), text first, normed and rotated."""
     x = torch.cat([encoder_hidden_states, hidden_states], dim=1)  # (B, S, D)
-    q, k, v = (proj(x).unflatten(-1, (attn.heads, -1)).transpose(1, 2)
-               for proj in (attn.to_q, attn.to_k, attn.to_v))  # (B, A, S, d)
+    q, k, v = (proj(x).unflatten(-1, (attn.heads, -1)) for proj in (attn.to_q, attn.to_k, attn.to_v))  # (B, S, A, d)
     q = q if attn.norm_q is None else attn.norm_q(q)
     k = k if attn.norm_k is None else attn.norm_k(k)
+    q, k, v = (each.transpose(1, 2) for each in (q, k, v))  # (B, A, S, d)
     if positions is not None:
         length = encoder_hidden_states.shape[1]
         q, k = rotate(q, positions, length), rotate(k, positions, length)

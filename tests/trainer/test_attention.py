@@ -1,12 +1,12 @@
-"""Rotary positions in a few heads at a time, against diffusers' own."""
+"""Attention with rotary positions a few heads at a time, against diffusers' own."""
 
 import pytest
 import torch
 from diffusers.models.attention_processor import CogVideoXAttnProcessor2_0
 from diffusers.models.embeddings import apply_rotary_emb
 
-from trainer.backbones import rotary
-from trainer.backbones.rotary import LeanProcessor, rotate
+from trainer.backbones import attention
+from trainer.backbones.attention import LeanProcessor, rotate
 
 B, A, L, N, WIDTH = 2, 5, 3, 7, 8
 ROUNDING = 5e-7  # of float32, at the values here: a product and its sum may be rounded together
@@ -26,7 +26,7 @@ def _stock(x, positions):
 @pytest.mark.parametrize("heads_at_once", [1, 2, 5])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_outputs_and_gradients_are_those_of_diffusers(monkeypatch, dtype, heads_at_once):
-    monkeypatch.setattr(rotary, "_CHUNK_BYTES", 4 * B * N * WIDTH * heads_at_once)
+    monkeypatch.setattr(attention, "_CHUNK_BYTES", 4 * B * N * WIDTH * heads_at_once)
     x, positions, grad = _case(dtype)
     ours, stock = rotate(x, positions, L), _stock(x, positions)
     torch.testing.assert_close(ours, stock, rtol=0, atol=ROUNDING if dtype == torch.float32 else 0)
@@ -35,14 +35,14 @@ def test_outputs_and_gradients_are_those_of_diffusers(monkeypatch, dtype, heads_
         torch.testing.assert_close(found, expected, rtol=0, atol=ROUNDING)
     else:  # nearer to the truth than autograd's own, which rounds in between
         true = torch.autograd.grad(_stock(x.double(), positions), x, grad.double())[0].double()
-        exact = rotary._rotated(grad.double(), *positions, L, back=True)
+        exact = attention._rotated(grad.double(), *positions, L, back=True)
         assert (found - exact).abs().max() <= (expected - exact).abs().max() and true.dtype == torch.float64
 
 
 def test_backward_is_the_inverse_of_forward():
     x, positions, _ = _case(torch.float32)
-    there = rotary._rotated(x.detach(), *positions, L, back=False)
-    torch.testing.assert_close(rotary._rotated(there, *positions, L, back=True), x.detach())
+    there = attention._rotated(x.detach(), *positions, L, back=False)
+    torch.testing.assert_close(attention._rotated(there, *positions, L, back=True), x.detach())
 
 
 @pytest.mark.parametrize("kind", ["5b", "1.5"])
