@@ -143,7 +143,13 @@ class _Kept:
         return unpack(self._packed)
 
 
-class _KeepAttention(TorchDispatchMode):
+class _AttentionMode(TorchDispatchMode):
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        return True  # compiled code has no attention in it (memory.compiling)
+
+
+class _KeepAttention(_AttentionMode):
     """Forward: remember what fused attention returned."""
 
     def __init__(self, kept: list):
@@ -157,7 +163,7 @@ class _KeepAttention(TorchDispatchMode):
         return outputs
 
 
-class _ReuseAttention(TorchDispatchMode):
+class _ReuseAttention(_AttentionMode):
     """Recomputation: return what was remembered, in the same order, in place of running attention again."""
 
     def __init__(self, kept: list):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Literal, get_args
 
 if TYPE_CHECKING:
@@ -60,6 +60,9 @@ class MemoryPlan:
     """Where all else that blocks keep (attention outputs, everything) waits between forward and backward."""
     feed_forward_chunks: int = 1
     """Token chunks of a feed-forward: more chunks, smaller working set."""
+    compile: bool = False
+    """Whether blocks are compiled (torch.compile), which fuses their element-wise work. Takes a minute once; results differ by
+    rounding. Memory and time are predicted for blocks that are not."""
     optimizer: OptimizerKind = "adamw"
     """adamw: float32 state, 8 bytes a parameter. adamw8bit: 2.03 bytes. paged-adamw8bit: those pageable to the host."""
     guidance: GuidanceMode = "sequential"
@@ -112,6 +115,7 @@ _CHOICES = {
     "optimizer": get_args(OptimizerKind),
     "guidance": get_args(GuidanceMode),
     "passes": get_args(Passes),
+    "compile": (False, True),
     "backbone_copies": (1, 2),
     "text_encoder_resident": (False, True),
 }
@@ -217,6 +221,12 @@ class AppliedPlan:
             for lane in part.lanes if part else ():
                 lane.waiting = waiting
 
+    def hooked(self) -> AbstractContextManager:
+        """Within: hooks on every module inside of a block are called, which compiled blocks would pass over."""
+        from memory.compiling import uncompiled
+
+        return uncompiled() if self.plan.compile else nullcontext()
+
     def require_recomputed(self) -> None:
         """RuntimeError if checkpointing is silently off; call it after a backward pass."""
         if self.checkpointing:
@@ -275,6 +285,7 @@ def _apply(applied: AppliedPlan, model, blocks, device, boundary_names, feed_for
     from memory.activations import offload_activations
     from memory.checkpointing import checkpoint_blocks
     from memory.chunking import chunk_feed_forwards
+    from memory.compiling import compile_blocks
     from memory.lockstep import Lockstep
     from memory.offload import offload_blocks, place
     from memory.precision import cast_frozen
@@ -293,7 +304,11 @@ def _apply(applied: AppliedPlan, model, blocks, device, boundary_names, feed_for
     if plan.feed_forward_chunks > 1:
         applied._undos.append(chunk_feed_forwards(feed_forwards, plan.feed_forward_chunks).undo)
 
-    # 3. Blocks divided among processes, or streamed from the host. Sharding gathers a block in module hooks, which run
+    # 3. Compilation inside of all that is put around a block.
+    if plan.compile:
+        applied._undos.append(compile_blocks(blocks, device=device).undo)
+
+    # 4. Blocks divided among processes, or streamed from the host. Sharding gathers a block in module hooks, which run
     #    around whatever replaces a forward, in backward too, so that the block is there when it is recomputed.
     #    Block offload before anything else moves to the device, so that a model larger than the device never has to
     #    be on it; and inside checkpointing, so that a recomputation fetches its weights again.
@@ -314,12 +329,12 @@ def _apply(applied: AppliedPlan, model, blocks, device, boundary_names, feed_for
         ]
     applied._undos.append(place(model, device, skip=streamed))
 
-    # 4. Checkpointing around the weights' streaming.
+    # 5. Checkpointing around the weights' streaming.
     if any(keep != "everything" for keep in keeps):
         applied.checkpointing = checkpoint_blocks(blocks, keeps)
         applied._undos.append(applied.checkpointing.undo)
 
-    # 5. Activations to the host outermost: they see what checkpointing saves, and nothing of its inside.
+    # 6. Activations to the host outermost: they see what checkpointing saves, and nothing of its inside.
     if "host" in (plan.boundaries, plan.kept):
         applied.activations = offload_activations(
             blocks,
@@ -330,6 +345,6 @@ def _apply(applied: AppliedPlan, model, blocks, device, boundary_names, feed_for
         )
         applied._undos.append(applied.activations.undo)
 
-    # 6. Lockstep changes nothing: it runs blocks, whatever is around them.
+    # 7. Lockstep changes nothing: it runs blocks, whatever is around them.
     if plan.passes == "lockstep":
         applied.lockstep = Lockstep(model, blocks, boundary_names)

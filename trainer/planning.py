@@ -220,7 +220,8 @@ def print_forecast(found: Forecast, origins: dict[str, str], *, explain: bool) -
     from rich.table import Table
 
     console, a = Console(), found.chosen
-    console.print(f"[bold]{verdict(found)}[/bold]\n(all figures predicted; {found.result.num_candidates} candidates)",
+    uncompiled = ", as if no block were compiled" if a.plan.compile else ""
+    console.print(f"[bold]{verdict(found)}[/bold]\n(all figures predicted{uncompiled}; {found.result.num_candidates} candidates)",
                   highlight=False)
     settings = Table("setting", "value", "origin", title="settings", title_justify="left")
     for f in fields(MemoryPlan):

@@ -47,7 +47,9 @@ def rehearse(backbone: CogVideoX, config: TrainConfig, plan: MemoryPlan, num_blo
     preserved = make_latents(config, backbone.scheduler(), shape, "preserved", device) if config.loss.beta > 0 else None
     for stream in filter(None, (latents, preserved)):
         stream.rows = slice(shape[0] // num_cards)
-    applicable = plan if plan.num_shards == 1 else replace(plan, num_shards=1, resident_blocks=0, offload_buffers=SHARDING_BUFFERS)
+    applicable = replace(plan, compile=False)  # no trace sees into compiled code
+    if plan.num_shards > 1:
+        applicable = replace(applicable, num_shards=1, resident_blocks=0, offload_buffers=SHARDING_BUFFERS)
     with FakeMode(allow_non_fake_inputs=True):
         transformer = backbone.fake_transformer(dtype=dtype, num_blocks=num_blocks)
         blocks = backbone.blocks(transformer)

@@ -49,7 +49,7 @@ def trace(subject: Subject, index: int, *, scale: float = 1.0, loss: float = 0.0
     erasers, first = subject.assembly.erasers, _First()
     _clear_gradients(erasers)
     try:
-        with _hooked(subject, first):
+        with subject.assembly.applied.hooked(), _hooked(subject, first):
             teacher = subject.teacher_copy()
             for i in range(teacher.latents.first_needed(index), index + 1):
                 sample = teacher.sample(i)

@@ -51,10 +51,8 @@ def test_every_part_walks_through_and_is_not_measured_twice(tmp_path):
     assert len(equality) == 4 and all(e["equal"] and e["num_tensors"] > 10 for e in equality.values())
     assert results["offload"]["cells"]["5b-17f ring"]["bytes_streamed_a_step"] > 0
     assert "5b-17f planner's residency" in results["offload"]["cells"]
-    for name in ("2b 17f compiled", "2b 17f streamed, compiled"):  # kinds of parts times with and without gradient, not times blocks
-        assert 3 <= results["speed"]["cells"][name]["num_graphs"] <= 8
-    losses = {name: results["speed"]["cells"][name]["loss"] for name in ("2b 17f streamed", "2b 17f compiled", "2b 17f streamed, compiled")}
-    assert len(set(losses.values())) == 1 and set(results["speed"]["share_of_matrix_rate"]) == {"5b 49f", "5b 49f math"}
+    losses = {results["speed"]["cells"][name]["loss"] for name in ("2b 17f compiled", "2b 17f streamed, compiled")}
+    assert len(losses) == 1 and set(results["speed"]["share_of_matrix_rate"]) == {"5b 49f", "5b 49f math", "5b 49f compiled"}
     assert results["feasibility"]["naive"] and all(n["ran"] for n in results["feasibility"]["naive"].values())
     assert results["health"]["cells"]["2b 17f"]["num_drawn"] == 2  # beside the watched rig in both rounds, and never beside the plain one
 

@@ -2,11 +2,13 @@
 
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from bench.faults import FAULTS, PIPELINES, Fault, healthy_settings, run_fault, settings, tiny_pipeline, watch
+from memory.compiling import compile_blocks
 from trainer.findings import CODES
 
 NUM_HEALTHY, NUM_HEALTHY_SLOW = 52, 150
@@ -26,6 +28,13 @@ def tiny_pipelines(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Directories by kind; read only."""
     root = tmp_path_factory.mktemp("tiny")
     return {name: tiny_pipeline(root / name, **kind) for name, kind in PIPELINES.items()}
+
+
+@pytest.fixture
+def compiled(monkeypatch: pytest.MonkeyPatch) -> dict[str, bool]:
+    """The setting; compiled as far as autograd goes, which takes a tenth of the time."""
+    monkeypatch.setitem(compile_blocks.__kwdefaults__, "backend", "aot_eager")
+    return {"memory__compile": True}
 
 
 def _case(fault: Fault, at: int):
@@ -48,6 +57,25 @@ def test_a_fault_is_named(fault: Fault, at: int, tiny_pipelines: dict[str, Path]
 
 def test_every_code_is_put_to_the_test() -> None:
     assert {fault.code for fault in FAULTS} | NOT_INJECTED == set(CODES)
+
+
+IN_COMPILED_BLOCKS = (
+    "NaN in the student alone, block 1", "overflow of an fp16-native model, block 1", "NaN in one gradient, block 1",
+    "checkpointing silently off, block 1", "eraser diverged, block 1", "untrained eraser acts, block 1", "switched off before recompute")
+
+
+@pytest.mark.parametrize("name", IN_COMPILED_BLOCKS)
+def test_a_fault_is_named_in_compiled_blocks(name: str, tiny_pipelines: dict[str, Path], compiled) -> None:
+    fault = next(fault for fault in FAULTS if fault.name == name)
+    outcome = run_fault(replace(fault, settings=fault.settings | compiled), fault.at[0], tiny_pipelines[fault.pipeline])
+
+    assert outcome.named == (fault.code, fault.block), [str(f) for f in outcome.bill.findings]
+
+
+@pytest.mark.parametrize("kind", PIPELINES)
+def test_compiled_blocks_raise_no_alarm(kind: str, tiny_pipelines: dict[str, Path], compiled) -> None:
+    outcome = watch(settings(tiny_pipelines[kind], **compiled), num_steps=2)
+    assert (outcome.named[0], outcome.stopped, outcome.touched) == ("healthy", None, True), outcome.bill.findings
 
 
 def _healthy(first: int, last: int):

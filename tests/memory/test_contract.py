@@ -10,6 +10,7 @@ from tiny_transformer import BOUNDARY_NAMES, DEVICES, Tiny, assert_equal, make_t
 from torch import nn
 
 import memory.activations
+import memory.compiling
 import memory.offload
 from memory.plan import MemoryPlan, apply_plan
 from memory.sharding import whole
@@ -43,6 +44,7 @@ PLANS = {
         "boundaries": "host", "kept": "host", "feed_forward_chunks": 2,
     },
 }  # fmt: skip
+PLANS |= {f"{name}-compiled": PLANS[name] | {"compile": True} for name in ("keep-attention", "kept-offload", "everything-at-once")}
 if dist.is_torchelastic_launched():
     PLANS = {
         "shard": {"num_shards": 2},
@@ -64,6 +66,8 @@ def plan(request):
 def device(request, monkeypatch):
     # The tiny model's activations are below the size from which moving one to the host pays.
     monkeypatch.setitem(memory.activations.offload_activations.__kwdefaults__, "min_bytes", 0)
+    # Compiled as far as autograd goes, and then run as it is: in a tenth of the time. test_compiling.py goes all the way.
+    monkeypatch.setitem(memory.compiling.compile_blocks.__kwdefaults__, "backend", "aot_eager")
     if request.param == "cuda":
         monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:2:16:8")
         torch.use_deterministic_algorithms(True)
@@ -222,7 +226,7 @@ def test_nothing_matched_raises(plan):
 def test_survives_an_exception(plan, device, num_calls_before):
     """In a teacher pass, and in a student's recomputation (without one, in the next student's forward)."""
     tiny = make_tiny("sincos", device)
-    apply(tiny, plan, device)
+    applied = apply(tiny, plan, device)
     calls = iter(range(1000))
 
     def fail_once(module, args, kwargs):
@@ -230,7 +234,7 @@ def test_survives_an_exception(plan, device, num_calls_before):
             raise ArithmeticError("as an out-of-memory error would")
 
     hooks = [block.norm2.register_forward_pre_hook(fail_once, with_kwargs=True) for block in tiny.blocks]
-    with pytest.raises(ArithmeticError):
+    with applied.hooked(), pytest.raises(ArithmeticError):
         tiny.step()
     for hook in hooks:
         hook.remove()

@@ -1,0 +1,57 @@
+"""Blocks compiled all the way. That strategies go on around compiled blocks is in test_contract.py."""
+
+import pytest
+import torch
+from tiny_transformer import BOUNDARY_NAMES, NUM_BLOCKS, assert_equal, make_tiny, plain_run
+from torch._dynamo.utils import counters
+
+from memory.compiling import compile_blocks
+from memory.plan import MemoryPlan, PlanError, apply_plan
+
+ROUNDING = 1e-5
+
+
+@pytest.fixture(autouse=True)
+def fresh():
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("kind", ["sincos", "rope"])
+@pytest.mark.parametrize("fields", [
+    {"num_keep_attention": 5},  # compiled code would reuse its memory, if attention were part of it
+    {"resident_blocks": 1, "num_keep_attention": 2, "num_keep_everything": 1, "boundaries": "host", "kept": "host", "feed_forward_chunks": 2},
+], ids=str)  # fmt: skip
+def test_compiled_blocks_learn_the_same(kind, fields):
+    tiny = make_tiny(kind, "cpu")
+    applied = apply_plan(tiny.model, tiny.blocks, MemoryPlan(compile=True, **fields), device="cpu", boundary_names=BOUNDARY_NAMES,
+                         feed_forwards=tiny.feed_forwards)
+    for _ in range(2):
+        assert_equal([tiny.step()], [plain_run(kind, "cpu")[0]], ROUNDING)
+        assert_equal(tiny.gradients(), plain_run(kind, "cpu")[1], ROUNDING)
+    assert counters["inductor"]["extern_calls"] > 0  # it did compile
+    with applied.hooked():
+        assert_equal([tiny.step()], [plain_run(kind, "cpu")[0]], ROUNDING)
+
+
+def test_blocks_share_what_is_compiled():
+    """What is compiled for three blocks serves five: the first, whose input needs no gradient, and another, with and without one."""
+    def num_graphs(num_blocks):
+        torch._dynamo.reset()
+        counters.clear()
+        tiny = make_tiny("rope", "cpu")
+        handle = compile_blocks(tiny.blocks[:num_blocks], device=torch.device("cpu"), backend="aot_eager")
+        tiny.step()
+        handle.undo()
+        return counters["stats"]["unique_graphs"]
+
+    assert 0 < num_graphs(3) == num_graphs(NUM_BLOCKS)
+
+
+def test_without_a_compiler_it_says_so():
+    tiny = make_tiny("sincos", "cpu")
+    with torch._inductor.config.patch({"cpp.cxx": ("no-such-compiler",)}), pytest.raises(PlanError, match="C\\+\\+ compiler"):
+        apply_plan(tiny.model, tiny.blocks, MemoryPlan(compile=True), device="cpu", boundary_names=BOUNDARY_NAMES)
+    assert_equal([tiny.step()], [plain_run("sincos", "cpu")[0]])
