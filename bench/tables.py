@@ -246,6 +246,19 @@ def strategies() -> str:
     return markdown(["strategy (change against checkpoint all)", *cells], rows) + note + _predicted(result)
 
 
+def compiled() -> str:
+    """Peak and time of two blocks as they are and compiled."""
+    if absent := _absent("compiled"):
+        return absent
+    result, rows = load("compiled"), []
+    for name, cell in result["cells"].items():
+        plain, found = cell["as it is"], cell["compiled"]
+        rows.append([name, f"{plain['peak_bytes'] / 2**20:.0f} MiB, {plain['seconds']:.2f} s", *(
+            f"{found[what] / unit:.{digits}f} {word} ({found[what] / plain[what] - 1:+.1%})"
+            for what, unit, digits, word in (("peak_bytes", 2**20, 0, "MiB"), ("seconds", 1, 2, "s"))), f"{found['first_seconds']:.0f} s"])
+    return markdown(["two blocks, what they keep", "as they are", "compiled: peak", "time", "first pass"], rows) + _source(result)
+
+
 def story() -> str:
     """The reproduction log, replayed."""
     if absent := _absent("story"):
@@ -281,7 +294,7 @@ def reliability() -> str:
 TABLES: dict[str, Callable[[], str]] = {
     "reliability": reliability,
     "rank": rank, "feasibility": feasibility, "planning": planning, "strategies": strategies, "story": story, "claims": claims,
-    "main": main_run, "pretrained": pretrained, "erasure": erasure, "overlap": overlap, "codes": codes, "faults": faults, "projection": projection, "leak": leak}
+    "main": main_run, "pretrained": pretrained, "erasure": erasure, "overlap": overlap, "compiled": compiled, "codes": codes, "faults": faults, "projection": projection, "leak": leak}
 
 
 def rendered(text: str) -> str:

@@ -26,6 +26,9 @@ from memory.patching import Handle, replace_forward, require_modules
 from memory.plan import PlanError
 
 STRATEGY = "compilation"
+NUM_VARIANTS = 64
+"""Of the same code: the first block and the others, each with and without gradient, for every size of a batch. What comes after
+torch's own 8 would silently not be compiled."""
 
 
 def compile_blocks(blocks: Sequence[nn.Module], *, device: torch.device, backend: str = "inductor") -> Handle:
@@ -41,8 +44,10 @@ def compile_blocks(blocks: Sequence[nn.Module], *, device: torch.device, backend
     torch._dynamo.trace_rules.add("memory")
     warnings.filterwarnings("ignore", message="Dynamo does not know how to trace the builtin `torch._C._nn.scaled_dot_product")
     compiled = functools.partial(torch.compile, dynamic=False, backend=backend)
-    handle = Handle()
+    handle, config = Handle(), torch._dynamo.config
     handle._undos.append(torch._dynamo.reset)  # compiled code holds on to what it was compiled for
+    handle._undos.append(functools.partial(setattr, config, "recompile_limit", config.recompile_limit))
+    config.recompile_limit = NUM_VARIANTS
     for block in blocks:
         for module in block.modules():
             if module is not block and (module._forward_pre_hooks or module._forward_hooks):

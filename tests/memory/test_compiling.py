@@ -34,6 +34,7 @@ def test_compiled_blocks_learn_the_same(kind, fields):
     assert counters["inductor"]["extern_calls"] > 0  # it did compile
     with applied.hooked():
         assert_equal([tiny.step()], [plain_run(kind, "cpu")[0]], ROUNDING)
+    applied.undo()
 
 
 def test_blocks_share_what_is_compiled():
@@ -48,6 +49,21 @@ def test_blocks_share_what_is_compiled():
         return counters["stats"]["unique_graphs"]
 
     assert 0 < num_graphs(3) == num_graphs(NUM_BLOCKS)
+
+
+def test_many_variants_are_all_compiled():
+    tiny, limit = make_tiny("rope", "cpu"), torch._dynamo.config.recompile_limit
+    handle = compile_blocks(tiny.blocks, device=torch.device("cpu"), backend="aot_eager")
+    seen = []
+    for batch in range(1, limit + 1):
+        sample = torch.randn(batch, *tiny.latents.shape[1:])
+        embeds = torch.randn(batch, *tiny.embeds.shape[1:])
+        with torch.no_grad():
+            tiny.model(sample, embeds, tiny.timestep.expand(batch), image_rotary_emb=tiny.rotary)
+        seen.append(counters["stats"]["unique_graphs"])
+    assert all(after > before for before, after in zip(seen, seen[1:]))
+    handle.undo()
+    assert torch._dynamo.config.recompile_limit == limit
 
 
 def test_without_a_compiler_it_says_so():

@@ -45,6 +45,13 @@ def test_backward_is_the_inverse_of_forward():
     torch.testing.assert_close(attention._rotated(there, *positions, L, back=True), x.detach())
 
 
+def test_gradients_may_lie_in_any_order():
+    x, positions, grad = _case(torch.float32)
+    turned = grad.transpose(-1, -2).contiguous().transpose(-1, -2)  # as the unfused attention's backward gives them
+    results = [torch.autograd.grad(rotate(x, positions, L), x, each)[0] for each in (grad, turned)]
+    assert torch.equal(*results)
+
+
 @pytest.mark.parametrize("kind", ["5b", "1.5"])
 def test_a_transformer_predicts_and_learns_the_same_to_the_bit(pipelines, kind):
     from trainer.backbones.cogvideox import CogVideoX

@@ -44,7 +44,8 @@ def _rotated(x: Tensor, cos: Tensor, sin: Tensor, length: int, *, back: bool) ->
     turn = torch.complex(cos[:, ::2], -sin[:, ::2] if back else sin[:, ::2])  # (N, d/2): both of a pair turn by one angle
     step = max(1, _CHUNK_BYTES // (4 * x.shape[0] * cos.numel()))  # heads at a time
     for heads in (slice(a, a + step) for a in range(0, x.shape[1], step)):
-        part = x[:, heads, length:].to(torch.float32, copy=True)  # (B, step, N, d): pairs of a real and an imaginary part
+        # (B, step, N, d): pairs of a real and an imaginary part, side by side however x lies
+        part = x[:, heads, length:].to(torch.float32, copy=True, memory_format=torch.contiguous_format)
         torch.view_as_complex(part.unflatten(-1, (-1, 2))).mul_(turn)
         result[:, heads, length:] = part
     return result
