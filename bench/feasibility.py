@@ -10,15 +10,15 @@ from bench.naive import Recipe
 from bench.provenance import write_result
 from bench.story import rehearse_naive
 from memory.assess import assess_trace, Limits
-from memory.cards import GIB, lookup
+from memory.cards import GIB, Card, lookup
 from memory.plan import MemoryPlan
 from memory.timing import Load, add_loads, load_of, step_time
 from trainer.config import TrainConfig, replaced
 from trainer.planning import described, forecast, workload
 
 CARDS = ("8gb", "12gb", "16gb", "24gb", "48gb", "96gb", "4090", "h20", "h200")
-HOST_GIB = 128
-"""Of the host in the last row of a cell; in the others it is not known, and what blocks keep stays on the card."""
+HOSTS_GIB = (64, 128)
+"""Of the host in the last rows of a cell; in the others it is not known, and what blocks keep stays on the card."""
 CELLS = (("cogvideox-2b", 17), ("cogvideox-2b", 49), ("cogvideox-5b", 17), ("cogvideox-5b", 49),
          ("cogvideox1.5-5b", 17), ("cogvideox1.5-5b", 81))
 
@@ -42,15 +42,20 @@ def naive(config: TrainConfig) -> dict[str, Any]:
     return found
 
 
+def _planned(config: TrainConfig, cards: dict[str, Card]) -> dict[str, Any]:
+    return {name: described(forecast(config, card).chosen) for name, card in cards.items()}
+
+
 def main() -> None:
     cells: dict[str, Any] = {}
     for model, frames in CELLS:
-        config = settings(model, frames)
-        cells[f"{model}-{frames}"] = {"naive": naive(config), "planned": {
-            name: described(forecast(config, lookup(name)).chosen) for name in CARDS}, "planned with host": {
-            name: described(forecast(config, replace(lookup(name), host_bytes=HOST_GIB * GIB)).chosen) for name in CARDS}}
-        write_result("feasibility", {"basis": "predicted", "cards": CARDS, "host_gib": HOST_GIB, "cells": cells})
-        print(model, frames, {n: (p["fits"], round(p["step_seconds"], 1)) for n, p in cells[f"{model}-{frames}"]["planned"].items()},
+        config, cards = settings(model, frames), {name: lookup(name) for name in CARDS}
+        cell = cells[f"{model}-{frames}"] = {"naive": naive(config), "planned": _planned(config, cards)}
+        for gib in HOSTS_GIB:
+            hosted = {name: replace(card, host_bytes=gib * GIB) for name, card in cards.items()}
+            cell[f"planned, {gib} GiB of host memory"] = _planned(config, hosted)
+        write_result("feasibility", {"basis": "predicted", "cards": CARDS, "cells": cells})
+        print(model, frames, {n: (p["fits"], round(p["step_seconds"], 1)) for n, p in cell["planned"].items()},
               flush=True)
 
 

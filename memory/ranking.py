@@ -85,19 +85,29 @@ class Ranking:
             best = smallest
         return self._result(candidates, best, smallest, limits)
 
-    def without_recomputation(self, limits: Limits) -> SearchResult:
-        """The same of plans that keep everything, in host memory."""
-        candidates: list[Candidate] = []
-        for chunks in (self.base.feed_forward_chunks,) if "feed_forward_chunks" in self.fixed else (1, CHUNKS):
-            plan = dataclasses.replace(self.base, checkpoint="none", kept="host", feed_forward_chunks=chunks)
-            self.workload.prepare(self._traces_of_recipe(self._resident(plan)), [self.base])
-            candidates += self._resident_variant(plan).candidates([plan], self._residents())
+    def parked(self, limits: Limits) -> SearchResult:
+        """The same of plans that keep in host memory what they keep: everything, or else of as many blocks as there is room for."""
+        plan = dataclasses.replace(self.base, checkpoint="none", kept="host")
+        self.workload.prepare(self._traces_of_recipe(self._resident(plan)), [self.base])
+        candidates = list(self._resident_variant(plan).candidates([plan], self._residents()))
+        best = self._first_that_fits(sorted(candidates), limits)
+        if best is None:
+            candidates += self._partly_parked()
             best = self._first_that_fits(sorted(candidates), limits)
-            if best is not None:
-                break
         self.num_candidates = len(candidates)
         smallest = self._assess(min(candidates, key=lambda c: c.device_bytes), limits)
         return self._result(candidates, best, smallest, limits)
+
+    def _partly_parked(self) -> Iterator[Candidate]:
+        """Some blocks keep everything and the others their attention's output, all of it and the inputs on the host."""
+        num_blocks, longer = self.workload.num_blocks, min(8, self.workload.num_blocks)
+        plan = dataclasses.replace(self.base, kept="host", boundaries="host", num_keep_attention=num_blocks)
+        mixed = dataclasses.replace(self._resident(plan), num_keep_attention=longer - longer // 2, num_keep_everything=longer // 2)
+        self.workload.prepare([*self._traces_of_recipe(self._resident(plan)), (mixed, longer)], [self.base])
+        variant = self._resident_variant(plan)
+        variant.recipe.learn(*self._trace(mixed, longer))
+        yield from variant.candidates([dataclasses.replace(plan, num_keep_attention=num_blocks - number, num_keep_everything=number)
+                                       for number in range(num_blocks)], self._residents())  # fmt: skip
 
     def _result(self, candidates: list[Candidate], best: Assessment | None, smallest: Assessment, limits: Limits) -> SearchResult:
         misses = self._near_misses(sorted(candidates), best, limits)  # replays some more

@@ -53,7 +53,7 @@ def search(
             found = _merged(found, ranking(dataclasses.replace(base, passes="lockstep"), fixed | {"passes"}).run(limits))
         if found.best is not None and limits.host_bytes is not None and _could_park(found.best, workload, card, fixed):
             some = Limits(card, margin=margin, host_bytes=int(HOST_SHARE * limits.host_bytes))
-            parked = ranking(base, fixed).without_recomputation(some)
+            parked = ranking(base, fixed).parked(some)
             if parked.best and parked.best.time.seconds > (1 - HOST_GAIN) * found.best.time.seconds:
                 parked = dataclasses.replace(parked, best=None)
             found = _merged(found, parked)

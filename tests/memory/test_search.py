@@ -6,6 +6,7 @@ import time
 import pytest
 from test_simulate import tiny_trace
 
+import memory.activations
 from memory.assess import Limits, PhaseNeed, Workload, assess
 from memory.cards import GIB, lookup
 from memory.plan import MemoryPlan, PlanError, resolve_keeps
@@ -115,9 +116,27 @@ def test_where_the_host_has_room_nothing_is_computed_twice(workload):
     assert full.fits and full.prediction == found.best.prediction and full.host_bytes == found.best.host_bytes
     needed = found.best.host_bytes
     assert search(workload, card, margin=0.0, host_bytes=int(needed / HOST_SHARE) + MIB).best.plan == found.best.plan
-    assert search(workload, card, margin=0.0, host_bytes=int(needed / HOST_SHARE) - MIB).best.plan != found.best.plan
+    less = search(workload, card, margin=0.0, host_bytes=int(needed / HOST_SHARE) - MIB).best
+    assert less.plan != found.best.plan and less.host_bytes < needed
     for name in ("kept", "checkpoint", "num_keep_attention"):
         assert search(workload, card, fixed={name}, margin=0.0, host_bytes=4 * GIB).best.plan.kept == "device"
+
+
+def test_where_the_host_has_some_room_as_many_blocks_as_it_holds_are_not_computed_twice(workload, monkeypatch):
+    monkeypatch.setattr(memory.activations, "MAX_SLAB_BYTES", 4 * MIB)  # a slab should not hold what all blocks keep
+    card = fixed_card(300 * MIB, host_link_bandwidth=1e12)
+    whole = search(workload, card, margin=0.0, host_bytes=4 * GIB).best
+    assert (whole.plan.kept, whole.plan.checkpoint) == ("host", "none")
+    numbers = []
+    for share in (0.95, 0.7):
+        host_bytes = int(share * whole.host_bytes / HOST_SHARE)
+        found = search(workload, card, margin=0.0, host_bytes=host_bytes).best
+        keeps = resolve_keeps(found.plan, NUM_BLOCKS)
+        assert found.plan.kept == "host" and found.host_bytes <= HOST_SHARE * host_bytes and set(keeps) == {"attention", "everything"}
+        full = assess(workload, found.plan, card, margin=0.0, host_bytes=host_bytes)
+        assert full.fits and full.prediction == found.prediction and full.host_bytes == found.host_bytes
+        numbers.append(keeps.count("everything"))
+    assert numbers[0] > numbers[1] > 0
 
 
 def test_fixed_settings_are_kept(workload):
