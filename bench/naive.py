@@ -1,4 +1,4 @@
-"""The recipe that people begin with, from the trainer's own parts: what all the saving is measured against.
+"""The recipe that people begin with, from the trainer's own parts and diffusers' attention: what all the saving is measured against.
 
 Two copies of the backbone in float32 (a teacher and a student), the text encoder and the autoencoder left on the device, the
 teacher's two guidance passes as one batch, both student passes in one joint graph, no checkpointing, AdamW that
@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from diffusers.models.attention_processor import CogVideoXAttnProcessor2_0
 from torch import nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
@@ -48,7 +49,9 @@ class Naive:
         shape = (config.data.batch_size, *backbone.latent_shape(*video_size(backbone, config.model)))
 
         def load() -> nn.Module:
-            return backbone.fake_transformer(dtype=dtype) if fake else backbone.load_transformer(dtype=dtype, device=device)
+            model = backbone.fake_transformer(dtype=dtype) if fake else backbone.load_transformer(dtype=dtype, device=device)
+            model.set_attn_processor(CogVideoXAttnProcessor2_0())
+            return model
 
         note("loading the student")
         student = load()

@@ -208,9 +208,9 @@ def feasibility() -> str:
         rows.append([f"{model}, {frames} frames, naive", *(_feasible(naive[c], naive[c]["needed_bytes"]) for c in result["cards"])])
         rows.append([f"{model}, {frames} frames, planned", *(
             _feasible(planned[c], planned[c]["predicted"]["needed_bytes"]) for c in result["cards"])])
-        hosted = cell["planned with host"]
-        rows.append([f"{model}, {frames} frames, planned, {result['host_gib']} GiB of host memory", *(
-            _hosted(hosted[c], planned[c]) for c in result["cards"])])
+        for kind, hosted in cell.items():
+            if kind not in ("naive", "planned"):
+                rows.append([f"{model}, {frames} frames, {kind}", *(_hosted(hosted[c], planned[c]) for c in result["cards"])])
     return markdown(["", *result["cards"]], rows) + _predicted(result)
 
 
@@ -244,6 +244,23 @@ def strategies() -> str:
         and cell[name]["step_seconds"] > 0.99 * cell["checkpoint all"]["step_seconds"] for cell in cells.values() if name in cell)]
     note = f"\nNot 2 % smaller nor 1 % faster than checkpointing alone: {', '.join(lost)}.\n"
     return markdown(["strategy (change against checkpoint all)", *cells], rows) + note + _predicted(result)
+
+
+def attention() -> str:
+    """The trainer's attention against diffusers', of the same step."""
+    if absent := _absent("attention"):
+        return absent
+    result, rows = load("attention"), []
+    for name, cell in result["cells"].items():
+        model, frames = name.rsplit("-", 1)
+        theirs, ours = cell["diffusers"], cell["ours"]
+        pairs = [(which["moved_bytes"] / 1e9, which["forward_peak_bytes"] / GIB, which["peak_bytes"] / GIB,
+                  *(which["seconds"][card] for card in result["cards"])) for which in (theirs, ours)]
+        forms = ("{:.0f} GB", "{:.2f} GiB", "{:.2f} GiB", *("{:.2f} s" for _ in result["cards"]))
+        rows.append([f"{model}, {frames} frames", *(f"{form.format(a)} → {form.format(b)}" for form, a, b in zip(forms, *pairs))])
+    header = ["diffusers' attention → ours", "moved by element-wise kernels", "peak of the student's forward", "peak of the step",
+              *(f"computing, {card}" for card in result["cards"])]
+    return markdown(header, rows) + _predicted(result)
 
 
 def compiled() -> str:
@@ -294,7 +311,7 @@ def reliability() -> str:
 TABLES: dict[str, Callable[[], str]] = {
     "reliability": reliability,
     "rank": rank, "feasibility": feasibility, "planning": planning, "strategies": strategies, "story": story, "claims": claims,
-    "main": main_run, "pretrained": pretrained, "erasure": erasure, "overlap": overlap, "compiled": compiled, "codes": codes, "faults": faults, "projection": projection, "leak": leak}
+    "main": main_run, "pretrained": pretrained, "erasure": erasure, "overlap": overlap, "attention": attention, "compiled": compiled, "codes": codes, "faults": faults, "projection": projection, "leak": leak}
 
 
 def rendered(text: str) -> str:

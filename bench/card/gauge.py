@@ -209,7 +209,7 @@ def overlap(left: list[tuple[float, float]], right: list[tuple[float, float]]) -
 
 def profiled_peak(run: Callable[[], object]) -> int:
     """Peak bytes over the start, as the CPU's allocator reports them to the profiler: not by hooks of our own."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profile:
         run()
     events = [(e.start_ns(), e.nbytes()) for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
     total = peak = 0

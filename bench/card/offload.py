@@ -11,7 +11,7 @@ from bench.card.rig import Cell, rigged
 from bench.card.session import Session, goal, rows
 from memory.cards import Card
 
-BUDGET_S = 100
+BUDGET_S = 95
 EQUAL_STEPS = 20
 _SHORT = 17  # frames
 

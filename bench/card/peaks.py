@@ -14,7 +14,7 @@ from bench.card.session import Session, goal
 from memory.assess import MARGIN
 from memory.snapshots import replay_snapshot
 
-BUDGET_S = 115
+BUDGET_S = 105
 
 
 def cells(session: Session) -> list[Cell]:

@@ -12,7 +12,7 @@ from bench.card.rig import Cell, measured, rigged
 from bench.card.session import Session, goal, rows
 from bench.naive import Naive
 
-BUDGET_S = 70
+BUDGET_S = 100
 
 
 def _matrix_rate(session: Session) -> dict[str, float]:
@@ -63,11 +63,12 @@ def _variants(session: Session) -> list[tuple[str, Any]]:
 
     return [("5b 49f", run(plain)), ("2b 17f", run(small)), ("naive 2b 17f", lambda: _naive(session)),
             ("2b 17f smallest", run(session.cell("2b", 17, resident_blocks=0, boundaries="host", feed_forward_chunks=8))),
-            ("2b 17f 8-bit Adam", run(session.cell("2b", 17, optimizer="adamw8bit"))),
-            ("2b 17f student only, teacher cached", run(session.cell("2b", 17, student_only=True))), ("5b 49f filling the card", filled),
             *[(f"2b 17f {backend.name.lower()}", lambda backend=backend: _with_backend(session, small, backend)) for backend in backends],
+            ("2b 17f compiled", run(session.cell("2b", 17, compile=True))),
             (f"5b 49f {backends[1].name.lower()}", lambda: _with_backend(session, plain, backends[1])),
-            ("2b 17f compiled", run(session.cell("2b", 17, compile=True))), ("5b 49f compiled", run(session.cell("5b", 49, compile=True))),
+            ("5b 49f compiled", run(session.cell("5b", 49, compile=True))), ("5b 49f filling the card", filled),
+            ("2b 17f 8-bit Adam", run(session.cell("2b", 17, optimizer="adamw8bit"))),
+            ("2b 17f student only, teacher cached", run(session.cell("2b", 17, student_only=True))),
             ("2b 17f streamed", run(session.cell("2b", 17, **streamed))),
             ("2b 17f streamed, compiled", run(session.cell("2b", 17, compile=True, **streamed)))]
 

@@ -53,6 +53,7 @@ if dist.is_torchelastic_launched():
         "shard-boundaries": {"num_shards": 2, "boundaries": "host"},
         "shard-kept": {"num_shards": 2, "kept": "host", "checkpoint": "none"},
         "shard-chunks": {"num_shards": 2, "feed_forward_chunks": 7},
+        "shard-compiled": {"num_shards": 2, "compile": True, "num_keep_attention": 2},
     }
 NAMES_16_BIT = ["shard", "shard-mixed"] if "shard" in PLANS else ["checkpoint-all", "offload", "everything-at-once"]
 

@@ -3,9 +3,9 @@
 Queries and keys are normed before they are transposed: a norm makes a contiguous copy of what is not, forward and backward, and the
 output of attention would be laid out so that it must be copied once more.
 
-Rotary positions (5b and 1.5) go without the float32 copies of whole queries and keys that diffusers makes. Those and their
-gradients were the peak of a block's backward: six times the size of its input, and half of what all element-wise kernels of a
-block moved. Here pairs are multiplied as complex numbers in place, a few heads at a time, and backward rotates the gradient back.
+Rotary positions (5b and 1.5) go without the float32 copies of whole queries and keys that diffusers makes, a dozen of them: a third
+of what element-wise kernels moved in a step, and the peak of a forward pass where feed-forwards run in chunks (predicted,
+bench.attention). Here pairs are multiplied as complex numbers in place, a few heads at a time, and backward rotates the gradient back.
 The products and sums are those of `apply_rotary_emb`, of which a kernel may round two together; gradients in 16 bits are
 rounded once where autograd rounds three times.
 Legend: B batch, A heads, S all tokens, L text tokens, N video tokens, D width, d head width.
