@@ -31,6 +31,7 @@ PLANS: dict[str, dict[str, Any]] = {
     "keep all on host": {"checkpoint": "none", "kept": "host"}, "8-bit AdamW": {"optimizer": "adamw8bit"},
     "lockstep": {"passes": "lockstep"}, "stream, lockstep": STREAMED | {"passes": "lockstep"},
     "stream, lockstep, boundaries on host": STREAMED | {"passes": "lockstep", "boundaries": "host"},
+    "compiled": {"compile": True}, "stream, compiled": STREAMED | {"compile": True},  # predicted as if they were not
     "guidance batched": {"guidance": "batched"}, "guidance sequential": {"guidance": "sequential"},
 }
 
