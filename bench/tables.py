@@ -311,7 +311,8 @@ def reliability() -> str:
 TABLES: dict[str, Callable[[], str]] = {
     "reliability": reliability,
     "rank": rank, "feasibility": feasibility, "planning": planning, "strategies": strategies, "story": story, "claims": claims,
-    "main": main_run, "pretrained": pretrained, "erasure": erasure, "overlap": overlap, "attention": attention, "blocks": blocks, "codes": codes, "faults": faults, "projection": projection, "leak": leak}
+    "main": main_run, "pretrained": pretrained, "erasure": erasure, "overlap": overlap, "attention": attention, "blocks": blocks,
+    "codes": codes, "faults": faults, "projection": projection, "leak": leak}
 
 
 def rendered(text: str) -> str:

@@ -8,7 +8,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bench.card.forecasts import peaks_of, plans_of
-from bench.card.rig import Cell, measured, rigged
+from bench.card.rig import Cell, measured
 from bench.card.session import Session, goal, rows
 from bench.naive import Naive
 

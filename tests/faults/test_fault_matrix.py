@@ -64,7 +64,7 @@ IN_COMPILED_BLOCKS = (
     "checkpointing silently off, block 1", "eraser diverged, block 1", "untrained eraser acts, block 1", "switched off before recompute")
 
 
-@pytest.mark.parametrize("name", IN_COMPILED_BLOCKS)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] if i > 2 else []) for i, name in enumerate(IN_COMPILED_BLOCKS)])
 def test_a_fault_is_named_in_compiled_blocks(name: str, tiny_pipelines: dict[str, Path], compiled) -> None:
     fault = next(fault for fault in FAULTS if fault.name == name)
     outcome = run_fault(replace(fault, settings=fault.settings | compiled), fault.at[0], tiny_pipelines[fault.pipeline])
@@ -72,7 +72,7 @@ def test_a_fault_is_named_in_compiled_blocks(name: str, tiny_pipelines: dict[str
     assert outcome.named == (fault.code, fault.block), [str(f) for f in outcome.bill.findings]
 
 
-@pytest.mark.parametrize("kind", PIPELINES)
+@pytest.mark.parametrize("kind", [pytest.param(kind, marks=[] if kind == "bf16" else [pytest.mark.slow]) for kind in PIPELINES])
 def test_compiled_blocks_raise_no_alarm(kind: str, tiny_pipelines: dict[str, Path], compiled) -> None:
     outcome = watch(settings(tiny_pipelines[kind], **compiled), num_steps=2)
     assert (outcome.named[0], outcome.stopped, outcome.touched) == ("healthy", None, True), outcome.bill.findings

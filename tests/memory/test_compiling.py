@@ -19,7 +19,7 @@ def fresh():
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("kind", ["sincos", "rope"])
+@pytest.mark.parametrize("kind", [pytest.param("sincos", marks=pytest.mark.slow), "rope"])
 @pytest.mark.parametrize("fields", [
     {"num_keep_attention": 5},  # compiled code would reuse its memory, if attention were part of it
     {"resident_blocks": 1, "num_keep_attention": 2, "num_keep_everything": 1, "boundaries": "host", "kept": "host", "feed_forward_chunks": 2},
