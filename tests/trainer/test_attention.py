@@ -52,7 +52,7 @@ def test_gradients_may_lie_in_any_order():
     assert torch.equal(*results)
 
 
-@pytest.mark.parametrize("kind", ["5b", "1.5"])
+@pytest.mark.parametrize("kind", ["2b", "5b", "1.5"])
 def test_a_transformer_predicts_and_learns_the_same_to_the_bit(pipelines, kind):
     from trainer.backbones.cogvideox import CogVideoX
 
