@@ -84,8 +84,8 @@ class _Parked:
         self.num_uses = 0
         self.is_loading = False
         self.buffer = parking.arena.take(tensor.nbytes)
-        # The buffer may be one that is still being read for an earlier backward.
-        parking.store_lane.copy([(self._host(), tensor)], self.buffer.stored, after=self.buffer.loaded)
+        # The buffer may be one that was read for an earlier backward: who gave it back has waited for that.
+        parking.store_lane.copy([(self._host(), tensor)], self.buffer.stored)
         parking.bytes_stored += tensor.nbytes
 
     def _host(self) -> torch.Tensor:
@@ -99,11 +99,10 @@ class _Parked:
         self.tensor = None
 
     def load(self) -> None:
-        """Send for the tensor. Its memory is the compute stream's, and the lane waits for what used it before."""
+        """Send for the tensor. Its memory is the compute stream's, which has waited for the copy out before."""
         if self.tensor is None and self.num_uses > 0:
             self.tensor = torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device=self.parking.device)
-            lane = self.parking.load_lane
-            lane.copy([(self.tensor, self._host())], self.buffer.loaded, after=self.buffer.stored)
+            self.parking.load_lane.copy([(self.tensor, self._host())], self.buffer.loaded)
             self.is_loading = True
             self.parking.bytes_loaded += self.tensor.nbytes
 

@@ -33,16 +33,11 @@ class Lane:
         return torch.cuda.Event() if self.device.type == "cuda" else None
 
     @torch.no_grad()
-    def copy(
-        self,
-        pairs: Iterable[tuple[torch.Tensor, torch.Tensor]],
-        done: torch.cuda.Event | None,
-        after: torch.cuda.Event | None = None,
-    ) -> None:
+    def copy(self, pairs: Iterable[tuple[torch.Tensor, torch.Tensor]], done: torch.cuda.Event | None) -> None:
         """Copy each (destination, source), then record `done`.
 
-        The copies start after everything given to the compute stream up to this call (so the destination is free
-        and the source is written) and after the event `after`. Host tensors must be pinned on a card.
+        The copies start after everything given to the compute stream up to this call, so the destination is free and the source
+        is written, by another lane too if the compute stream has joined that. Host tensors must be pinned on a card.
         """
         if self._stream is None:
             with self.waiting():
@@ -51,8 +46,6 @@ class Lane:
             return
         self._so_far.record(torch.cuda.current_stream(self.device))
         self._stream.wait_event(self._so_far)
-        if after is not None:
-            self._stream.wait_event(after)
         with torch.cuda.stream(self._stream):
             for destination, source in pairs:
                 destination.copy_(source, non_blocking=True)

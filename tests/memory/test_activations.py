@@ -51,9 +51,9 @@ def test_parameters_and_shared_inputs_stay_and_nothing_moves_twice():
     sources = []
     copy = handle.store_lane.copy
 
-    def traced(pairs, done, after=None):
+    def traced(pairs, done):
         sources.extend(source for _, source in pairs)  # held, so that no address is used twice
-        copy(pairs, done, after)
+        copy(pairs, done)
 
     handle.store_lane.copy = traced
     tiny.predict(tiny.embeds[:1]).sum().backward()

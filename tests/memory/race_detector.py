@@ -1,0 +1,174 @@
+"""Streams and events without a card: who may run before whom, and what two streams touch without an order between them.
+
+Every operator is run at once and filed under the stream that is current. Vector clocks say which earlier accesses of other
+streams come before it for certain: those that an event was recorded after, and that this stream waited for. Two accesses to the
+same bytes, one of them a write, with no order between them are a race; so is memory that goes back to the compute stream's
+allocator while another stream may still use it. What an engine does right by luck on a card, it has to do right here by order.
+"""
+
+import contextlib
+import weakref
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import memory.activations
+import memory.offload
+from memory.streams import Lane
+
+
+class Stream:
+    """A vector clock: of every stream, how much of it has happened before what comes next on this one."""
+
+    def __init__(self, name: str):
+        self.name, self.clock = name, {self: 0}
+
+    def wait_event(self, event: "Event") -> None:
+        for stream, time in event.clock.items():
+            self.clock[stream] = max(self.clock.get(stream, 0), time)
+
+    def tick(self) -> int:
+        self.clock[self] += 1
+        return self.clock[self]
+
+
+class Event:
+    """As CUDA's: to wait for one that was never recorded is to wait for nothing."""
+
+    def __init__(self):
+        self.clock: dict[Stream, int] = {}
+
+    def record(self, stream: Stream) -> None:
+        self.clock = dict(stream.clock)
+
+
+@dataclass
+class _Access:
+    start: int
+    stop: int
+    stream: Stream
+    time: int
+    writes: bool
+
+
+@dataclass
+class _Memory:
+    """A storage's accesses that another stream may still have to be ordered after."""
+
+    accesses: list[_Access] = field(default_factory=list)
+    on_host: bool = False
+    keeper: weakref.ref | None = None
+
+
+class RaceDetector(TorchDispatchMode):
+    """`with RaceDetector() as detector:` and streams that are its own; afterwards `detector.races` says what was not in order."""
+
+    def __init__(self):
+        super().__init__()
+        self.compute = self.current = Stream("compute")
+        self.races: list[str] = []
+        self.num_copies_beside = 0
+        self._memory: dict[int, _Memory] = {}
+        self._freed: list[_Memory] = []
+
+    @contextlib.contextmanager
+    def on(self, stream: Stream):
+        outer, self.current = self.current, stream
+        try:
+            yield
+        finally:
+            self.current = outer
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        self._give_back()
+        schema = func._schema
+        touched = [(value, argument.alias_info is not None and argument.alias_info.is_write)
+                   for argument, value in zip(schema.arguments, args)]  # fmt: skip
+        touched += [(kwargs[a.name], a.alias_info is not None and a.alias_info.is_write) for a in schema.arguments if a.name in kwargs]
+        outputs = func(*args, **kwargs)
+        if "empty" not in schema.name and not _only_views(func):
+            time = self.current.tick()
+            fresh = [(output, True) for output in _tensors(outputs)] if not schema.is_mutable else []
+            for value, writes in [*touched, *fresh]:
+                for tensor in _tensors(value):
+                    self._touch(schema.name, tensor, time, writes)
+            self.num_copies_beside += self.current is not self.compute
+        return outputs
+
+    def declare_host(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Pinned memory is kept by its own allocator until copies are done."""
+        for tensor in tensors:
+            self._known(tensor).on_host = True
+
+    def _known(self, tensor: torch.Tensor) -> _Memory:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key not in self._memory:
+            self._memory[key] = _Memory(keeper=weakref.ref(storage, lambda _: self._freed.append(self._memory.pop(key))))
+        return self._memory[key]
+
+    def _touch(self, what: str, tensor: torch.Tensor, time: int, writes: bool) -> None:
+        if not tensor.numel():
+            return
+        known, stream = self._known(tensor), self.current
+        start = tensor.storage_offset() * tensor.element_size()
+        span = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride()))
+        access = _Access(start, start + span * tensor.element_size(), stream, time, writes)
+        remaining = []
+        for other in known.accesses:
+            is_before = other.time <= stream.clock.get(other.stream, 0)
+            overlaps = other.start < access.stop and access.start < other.stop and (other.writes or writes)
+            if overlaps and not is_before:
+                self.races.append(f"{what} on {stream.name} {'writes' if writes else 'reads'} what {other.stream.name} "
+                                  f"{'writes' if other.writes else 'reads'} at no certain time")  # fmt: skip
+            covered = access.start <= other.start and other.stop <= access.stop and (writes or not other.writes)
+            if not (is_before and covered and (other.stream is stream or writes)):
+                remaining.append(other)
+        known.accesses = [*remaining, access]
+
+    def _give_back(self) -> None:
+        """Memory that was let go since the last operator is the compute stream's allocator's from here on."""
+        for known in self._freed:
+            late = {a.stream.name for a in known.accesses if a.time > self.compute.clock.get(a.stream, 0) and a.stream is not self.compute}
+            if late and not known.on_host:
+                self.races.append(f"memory goes back while {', '.join(sorted(late))} may use it")
+        self._freed.clear()
+
+    def __exit__(self, *reason):
+        self._give_back()
+        return super().__exit__(*reason)
+
+
+def _tensors(value) -> list[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        return [value]
+    return [item for item in value if isinstance(item, torch.Tensor)] if isinstance(value, (list, tuple)) else []
+
+
+def _only_views(func) -> bool:
+    returns = func._schema.returns
+    return not func._schema.is_mutable and bool(returns) and all(r.alias_info is not None for r in returns)
+
+
+class EmulatedLane(Lane):
+    """A lane as on a card, on streams of `detector`."""
+
+    detector: RaceDetector
+
+    def __init__(self, device: torch.device):
+        super().__init__(device)
+        self._stream = Stream(f"lane {id(self) % 1000}")
+
+    def new_event(self) -> Event:
+        return Event()
+
+
+def emulate(monkeypatch, detector: RaceDetector) -> None:
+    """Let the engine's lanes, and what it asks of torch.cuda, be the detector's."""
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: detector.current)
+    monkeypatch.setattr(torch.cuda, "stream", detector.on)
+    for module in (memory.offload, memory.activations):
+        monkeypatch.setattr(module, "Lane", EmulatedLane)
