@@ -19,19 +19,18 @@ The driver's own address choice is unknown; addresses here grow, which decides t
 """
 
 from bisect import bisect_left
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from memory.pools import (
-    LARGE_REQUEST_BYTES,
     LARGE_ROUND_BYTES,
-    LARGE_SEGMENT_BYTES,
-    MIN_BLOCK_BYTES,
     SMALL_REQUEST_BYTES,
-    SMALL_SEGMENT_BYTES,
     Block,
     Pool,
     link,
     room_of,
+    round_request,
+    segment_bytes,
 )
 
 _ENDLESS = 1 << 60  # address space of an expandable segment; the real one is 9/8 of the card, mapped in part
@@ -50,20 +49,6 @@ class SimulatedOutOfMemory(RuntimeError):
         self.allocated_bytes = allocated_bytes
         self.reserved_bytes = reserved_bytes
         self.capacity_bytes = capacity_bytes
-
-
-def round_request(num_bytes: int) -> int:
-    """Bytes a request of `num_bytes` occupies in its block: multiples of 512, at least 512."""
-    return max(MIN_BLOCK_BYTES, -(-num_bytes // MIN_BLOCK_BYTES) * MIN_BLOCK_BYTES)
-
-
-def segment_bytes(rounded_bytes: int) -> int:
-    """Bytes the native allocator asks of the driver when no free block serves a rounded request."""
-    if rounded_bytes <= SMALL_REQUEST_BYTES:
-        return SMALL_SEGMENT_BYTES
-    if rounded_bytes < LARGE_REQUEST_BYTES:
-        return LARGE_SEGMENT_BYTES
-    return -(-rounded_bytes // LARGE_ROUND_BYTES) * LARGE_ROUND_BYTES
 
 
 @dataclass(kw_only=True)
@@ -88,10 +73,16 @@ class CachingAllocator:
     """One device's allocator.
 
     `capacity_bytes` is what it may reserve in all (the card's memory less the context and other processes);
-    None never runs out.
+    None never runs out. `driver` says where a new segment of so many bytes lies; by default addresses grow.
     """
 
-    def __init__(self, *, capacity_bytes: int | None = None, expandable_segments: bool = False):
+    def __init__(
+        self,
+        *,
+        capacity_bytes: int | None = None,
+        expandable_segments: bool = False,
+        driver: Callable[[int], int] | None = None,
+    ):
         self.capacity_bytes = capacity_bytes
         self.expandable_segments = expandable_segments
         self.stats = AllocatorStats()
@@ -99,6 +90,7 @@ class CachingAllocator:
         self._live: dict[int, Block] = {}  # address -> block that is active
         self._pending: set[int] = set()  # addresses freed by the program, but still awaited by a stream
         self._next_address = LARGE_ROUND_BYTES
+        self._driver = driver or self._ascending
 
     # ---- what a program does -------------------------------------------------------------------------------------
 
@@ -108,14 +100,15 @@ class CachingAllocator:
         Raises: SimulatedOutOfMemory, when the capacity is exceeded after the cache was given back.
         """
         size = round_request(num_bytes)
-        is_small = size <= SMALL_REQUEST_BYTES
-        pool = self._pools.get((is_small, stream))
-        if pool is None:
-            pool = self._pools[is_small, stream] = Pool(is_small)
+        pool = self._pool(size <= SMALL_REQUEST_BYTES, stream)
         block = self._best_fit(pool, size)
         if block is None:
             block = self._reserve(pool, size)
         self._split(block, size)
+        self._use(block)
+        return block.address
+
+    def _use(self, block: Block) -> None:
         block.in_use = True
         self._live[block.address] = block
         stats = self.stats
@@ -125,7 +118,6 @@ class CachingAllocator:
             stats.peak_allocated_bytes = stats.allocated_bytes
         if stats.active_bytes > stats.peak_active_bytes:
             stats.peak_active_bytes = stats.active_bytes
-        return block.address
 
     def free(self, address: int) -> None:
         """Free at once: no other stream uses the block."""
@@ -162,6 +154,23 @@ class CachingAllocator:
                     pool.remove(block)
                     self.stats.reserved_bytes -= block.size
 
+    def adopt(self, address: int, num_bytes: int, in_use: Mapping[int, int], *, is_small: bool, stream: int) -> None:
+        """Start out with a native segment in which the blocks `in_use` (address -> bytes, rounded) are held.
+
+        Raises: SimulatedOutOfMemory, when the capacity is exceeded.
+        """
+        if not self._take(num_bytes):
+            raise self._out_of_memory(num_bytes)
+        pool, previous = self._pool(is_small, stream), None
+        for start, size, is_free in pool.pieces(address, num_bytes, in_use):
+            block = Block(start, size, pool)
+            link(block, previous, None)
+            previous = block
+            if is_free:
+                pool.add(block)
+            else:
+                self._use(block)
+
     def blocks(self) -> list[tuple[int, int, bool]]:
         """(address, bytes, in use) of every block that occupies reserved memory, by address."""
         found = [(block.address, block.size, True) for block in self._live.values()]
@@ -170,6 +179,12 @@ class CachingAllocator:
         return sorted(found)
 
     # ---- finding memory ------------------------------------------------------------------------------------------
+
+    def _pool(self, is_small: bool, stream: int) -> Pool:
+        pool = self._pools.get((is_small, stream))
+        if pool is None:
+            pool = self._pools[is_small, stream] = Pool(is_small, self.expandable_segments)
+        return pool
 
     def _best_fit(self, pool: Pool, size: int) -> Block | None:
         free = pool.free
@@ -190,8 +205,11 @@ class CachingAllocator:
             if attempt == 0:
                 self.empty_cache()
                 self.stats.num_retries += 1
+        raise self._out_of_memory(size)
+
+    def _out_of_memory(self, size: int) -> SimulatedOutOfMemory:
         self.stats.num_ooms += 1
-        raise SimulatedOutOfMemory(size, self.stats.allocated_bytes, self.stats.reserved_bytes, self.capacity_bytes)
+        return SimulatedOutOfMemory(size, self.stats.allocated_bytes, self.stats.reserved_bytes, self.capacity_bytes)
 
     def _take(self, num_bytes: int) -> bool:
         """Account for `num_bytes` more from the driver; False if the card has no room for them."""
@@ -206,14 +224,16 @@ class CachingAllocator:
         num_bytes = segment_bytes(size)
         if not self._take(num_bytes):
             return None
-        block = Block(self._next_address, num_bytes, pool)
+        return Block(self._driver(num_bytes), num_bytes, pool)
+
+    def _ascending(self, num_bytes: int) -> int:
+        address = self._next_address
         self._next_address += num_bytes
-        return block
+        return address
 
     def _split(self, block: Block, size: int) -> None:
         rest = block.size - size
-        fine_grained = block.pool.is_small or self.expandable_segments
-        if rest < MIN_BLOCK_BYTES if fine_grained else rest <= SMALL_REQUEST_BYTES:
+        if not block.pool.is_split(rest):
             return
         remainder = Block(block.address + size, rest, block.pool)
         block.size = size
@@ -241,9 +261,8 @@ class CachingAllocator:
     def _grow(self, pool: Pool, size: int) -> Block | None:
         """Map pages at the lowest address where free and unmapped neighbours together hold `size`."""
         if pool.segment_head is None:
-            pool.segment_head = Block(self._next_address, _ENDLESS, pool)
+            pool.segment_head = Block(self._driver(_ENDLESS), _ENDLESS, pool)
             pool.segment_head.mapped = False
-            self._next_address += _ENDLESS
         candidate = self._growth_start(pool, size)
         if not candidate.mapped and not self._map_pages(candidate, min(candidate.size, size)):
             return None
@@ -287,8 +306,7 @@ class CachingAllocator:
     def _unmap_pages(self, block: Block) -> None:
         """Give back the whole pages inside a free block; what lies before and after them stays mapped."""
         page, pool = block.pool.page_bytes, block.pool
-        origin = LARGE_ROUND_BYTES  # segments start at multiples of _ENDLESS above this, pages are relative to it
-        offset = (block.address - origin) % _ENDLESS
+        offset = block.address - pool.segment_head.address  # pages are relative to where the segment starts
         begin, end = -(-offset // page) * page, (offset + block.size) // page * page
         if begin >= end:
             return

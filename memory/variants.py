@@ -4,10 +4,10 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-from memory.allocator import round_request
 from memory.assess import Assessment, Limits, Workload, assess_trace, other_phases
 from memory.cards import Card
 from memory.plan import MemoryPlan, resolve_keeps
+from memory.pools import round_request
 from memory.splice import Recipe, SpliceError
 from memory.timeline import pinned_bytes
 from memory.timing import Load, StepTime, add_loads, load_of, step_time

@@ -8,10 +8,10 @@ import torch
 from memory.fake import FakeMode
 from torch.utils._pytree import tree_leaves
 
-from memory.allocator import round_request
 from memory.assess import PhaseNeed
 from memory.offload import offload_blocks
 from memory.plan import MemoryPlan
+from memory.pools import round_request
 from memory.simulate import recording
 from trainer.assemble import resolve_dtype, video_size
 from trainer.backbones.cogvideox import CogVideoX, enable_tiles

@@ -7,14 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from memory.allocator import (
-    CachingAllocator,
-    SimulatedOutOfMemory,
-    replay,
-    round_request,
-    segment_bytes,
-)
-from memory.snapshots import replay_snapshot
+from memory.allocator import CachingAllocator, SimulatedOutOfMemory, replay
+from memory.pools import round_request, segment_bytes
 
 KIB, MIB = 1 << 10, 1 << 20
 
@@ -235,28 +229,6 @@ def check(allocator, live, pending, capacity):
     assert stats.reserved_bytes == sum(size for _, size, _ in blocks)
     assert stats.peak_reserved_bytes >= stats.reserved_bytes >= stats.active_bytes >= stats.allocated_bytes
     assert capacity is None or stats.peak_reserved_bytes <= capacity
-
-
-def entry(action, addr, size, stream=0):
-    return {"action": action, "addr": addr, "size": size, "stream": stream}
-
-
-def test_a_recorded_history_is_replayed():
-    history = [
-        entry("segment_alloc", 1000, 12 * MIB),
-        entry("alloc", 1000, 12 * MIB),
-        entry("free_requested", 5, 64),  # older than the recording
-        entry("free_completed", 5, 64),
-        entry("free_requested", 1000, 12 * MIB),
-        entry("free_completed", 1000, 12 * MIB),
-        entry("segment_free", 1000, 12 * MIB),
-        entry("segment_alloc", 2000, 14 * MIB),
-        entry("alloc", 2000, 13 * MIB),
-    ]
-    result = replay_snapshot({"device_traces": [history]})
-    assert result.recorded_peak_reserved_bytes == 14 * MIB
-    assert result.simulated.peak_reserved_bytes == 14 * MIB
-    assert (result.num_events, result.num_unmatched) == (9, 1)
 
 
 @pytest.mark.parametrize("expandable", [False, True])
