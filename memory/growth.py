@@ -111,7 +111,7 @@ def _standing(short: Trace, longer: Trace, num_more: int) -> list[Storage]:
 
 
 def _born(storage: Storage) -> _Item:
-    return ("born", storage.category, storage.place), (storage.num_bytes,)
+    return ("born", storage.category, storage.place, storage.in_place), (storage.num_bytes,)
 
 
 def _sequence(here: Sequence[_Item], there: Sequence[_Item], num_more: int) -> list[_Item]:
@@ -159,7 +159,7 @@ def _carried_on(short: Cell, longer: Cell, num_more: int, before: Sequence[Cell]
     for kind, numbers in _sequence(_events(short), _events(longer), num_more):
         whole = [int(number) for number in numbers]
         if kind[0] == "born":
-            storages.append(Storage(num_bytes=whole[0], category=kind[1], place=kind[2]))
+            storages.append(Storage(num_bytes=whole[0], category=kind[1], place=kind[2], in_place=kind[3]))
             level += device_bytes(storages[-1])
             peak = max(peak, level)
             continue

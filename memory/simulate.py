@@ -5,8 +5,9 @@ tensors (fake `cuda` tensors cannot be differentiated without a card) make a ste
 parameters a matter of seconds. Nothing is fitted: the recorded program is the program that runs, as long as
 nothing in it depends on the device. What a tracer cannot see is a named term:
 
-* what attention kernels allocate inside: FlashAttention-2's backward accumulates dQ in float32 (`memory.work`);
-* cuBLAS' workspace and the CUDA context, which are the card's (`memory.cards`).
+* what kernels allocate inside: FlashAttention-2's backward accumulates dQ in float32, sums over tokens keep partial
+  sums (`memory.work`);
+* cuBLAS' workspaces and the CUDA context, which are the card's (`memory.cards`).
 
 Every figure is *predicted*. Sizes are the bytes that tensors ask for; rounding is the allocator's (`memory.allocator`).
 
@@ -16,6 +17,7 @@ buffers that streaming and activation offload hand out. All other storages are o
 
 import contextlib
 import gc
+import sys
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -44,6 +46,7 @@ class _Record:
     born: str
     standing: bool
     died: str | None = None
+    in_place: bool = False
 
 
 @dataclass(kw_only=True)
@@ -74,6 +77,7 @@ class Recorder(TorchDispatchMode):
         self._copies: dict[int, tuple[int, int, int]] = {}  # number of a copy's work -> (to record, from record, bytes)
         self._live: dict[int, tuple[int, weakref.ref]] = {}  # storage's C++ address -> (record, its weak reference)
         self._phase = OUTSIDE
+        self._sum: int | None = None  # record of a sum of gradients, until something else happens
         self._marks = [_Mark(event=0, work=0, phase=OUTSIDE, visit=None, records_graph=False)]
         self._num_blocks = 0
         self._hooks: list = []
@@ -170,7 +174,8 @@ class Recorder(TorchDispatchMode):
                 )
             )
         storages = tuple(
-            Storage(num_bytes=r.num_bytes, category=_category(r), place=r.place, block=r.block) for r in self._records
+            Storage(num_bytes=r.num_bytes, category=_category(r), place=r.place, block=r.block, in_place=r.in_place)
+            for r in self._records
         )
         return Trace(
             storages=storages,
@@ -187,12 +192,15 @@ class Recorder(TorchDispatchMode):
             return args[0].fake_device  # two of three calls are this question
         outputs = func(*args, **(kwargs or {}))
         fresh = not _aliases(func)
+        self._sum = None
         if isinstance(outputs, torch.Tensor):
             self._see(outputs, standing=not fresh)
         elif isinstance(outputs, (tuple, list)):
             for output in outputs:
                 if isinstance(output, torch.Tensor):
                     self._see(output, standing=not fresh)
+        if func is torch.ops.aten.add.Tensor and _is_accumulation():
+            self._sum = self._find(outputs)
         scratch = scratch_bytes(func, args, self._device)
         if scratch:
             self._scratch(scratch)
@@ -233,9 +241,23 @@ class Recorder(TorchDispatchMode):
             del self._live[key]
             self._records[index].died = self._phase
             self._events.append(~index)
+            self._sum_in_place(index)
 
         self._live[key] = (index, weakref.ref(storage, died))
         return index
+
+    def _sum_in_place(self, index: int) -> None:
+        """Let a sum of gradients take the memory of storage `index`, which has just died, if it is one of the two.
+
+        Autograd adds in place to what nothing else refers to, except to fake tensors: then both live when the sum is born.
+        """
+        total, self._sum = self._sum, None
+        if total is None or self._events[-2] != total:
+            return
+        record = self._records[total]
+        if record.num_bytes == self._records[index].num_bytes:
+            record.in_place = True
+            self._events[-2:] = reversed(self._events[-2:])
 
     def _scratch(self, num_bytes: int) -> None:
         index = len(self._records)
@@ -305,6 +327,17 @@ def _link(destination: _Record, source: _Record) -> str | None:
     return "weights" if source.category == "weights" else "to device"
 
 
+def _is_accumulation() -> bool:
+    """Whether autograd itself is adding two gradients: no line of Python is between its engine and this operator."""
+    if torch._C._current_graph_task_id() == -1:
+        return False
+    frame = sys._getframe(2)
+    while frame.f_code.co_filename in _WRAPPERS:
+        frame = frame.f_back
+    return frame.f_code is torch.autograd.graph._engine_run_backward.__code__
+
+
+_WRAPPERS = (torch._compile.__file__, torch._dynamo.eval_frame.__file__)
 _alias_cache: dict = {}
 
 

@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from memory.allocator import AllocatorStats, replay, round_request
+from memory.allocator import AllocatorStats, replay
+from memory.pools import round_request
 from memory.work import Work
 
 CATEGORIES = (
@@ -33,6 +34,8 @@ class Storage:
     place: str
     block: int | None = None
     """The block whose frozen weight this is, if any."""
+    in_place: bool = False
+    """Whether it takes the very memory of what died just before: autograd adds gradients in place."""
 
 
 class Visit(NamedTuple):
@@ -88,7 +91,13 @@ class Trace:
     def device_events(self, *, num_steps: int = 1) -> tuple[list[int], list[int]]:
         """(events, sizes) of the device for `memory.allocator.replay`: the standing storages, then the step."""
         on_device = [storage.place == "device" for storage in self.storages]
-        step = [event for event in self.events if on_device[event if event >= 0 else ~event]]
+        step: list[int] = []
+        goes_by: dict[int, int] = {}  # a storage made in place -> the one whose memory it has
+        for event in self.events:
+            if event >= 0 and self.storages[event].in_place:
+                goes_by[event] = ~step.pop()
+            elif on_device[event if event >= 0 else ~event]:
+                step.append(event if event >= 0 else ~goes_by.get(~event, ~event))
         events = [index for index in self.standing if on_device[index]]
         return events + step * num_steps, [storage.num_bytes for storage in self.storages]
 

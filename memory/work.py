@@ -4,6 +4,7 @@ torch's FlopCounterMode is not used: it keeps recomputed graphs alive, which qua
 it counts nothing for the CPU's flash attention. Time follows by roofline: `memory.timing`.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -113,8 +114,13 @@ def _bytes(values) -> int:
 def scratch_bytes(func, args, device: str) -> int:
     """Bytes that a kernel takes inside, freed before it returns: no tracer sees them. `device`: "cuda" or "cpu"."""
     if device == "cuda":
-        in_16_bit = func in _FLASH_BACKWARD and args[1].dtype in (torch.float16, torch.bfloat16)
-        return flash_backward_scratch_bytes(args[1].shape) if in_16_bit else 0
+        if func in _FLASH_BACKWARD and args[1].dtype in (torch.float16, torch.bfloat16):
+            return flash_backward_scratch_bytes(args[1].shape)
+        if func is aten.sum.dim_IntList and args[1] and args[0].dim() > 1:
+            shape, dims = args[0].shape, {dim % args[0].dim() for dim in args[1]}
+            if dims == set(range(len(shape) - 1)):
+                return column_sum_scratch_bytes(math.prod(shape[:-1]), shape[-1])
+        return 0
     if func is aten._scaled_dot_product_flash_attention_for_cpu.default:
         return _cpu_flash_scratch_bytes(args[0], args[1], backward=False)
     if func is aten._scaled_dot_product_flash_attention_for_cpu_backward.default:
@@ -131,6 +137,33 @@ def flash_backward_scratch_bytes(query_shape) -> int:
     batch, heads, rows, width = query_shape
     rows, width = -(-rows // 128) * 128, -(-width // 32) * 32
     return batch * heads * rows * (width + 1) * 4
+
+
+_MOST_THREADS = 148 * 2048
+"""That run at once on any card of cards.toml (a B200)."""
+
+
+def column_sum_scratch_bytes(rows: int, columns: int, num_threads: int = _MOST_THREADS) -> int:
+    """What a sum over the rows, such as the gradient of a bias, takes inside: partial sums in float32.
+
+    Rows are divided among as many blocks of threads as run at once on a card of `num_threads`. Sums along rows take next to
+    nothing. Source: `setReduceConfig` in torch's ATen/native/cuda/Reduce.cuh.
+    """
+    vector = math.gcd(columns, 4)
+    width = min(_power_of_two(columns // vector), 32)  # of a block of at most 512 / vector threads
+    height = min(_power_of_two(rows), 512 // vector // width)
+    width = min(_power_of_two(columns // vector), 512 // vector // height)
+    rows_of_thread = -(-rows // height)
+    blocks, most_blocks = -(-(columns // vector) // width), num_threads // (width * height)
+    if rows < min(16 * height, 256) or rows_of_thread < 256 or blocks > most_blocks:
+        return 0
+    splits = max(min(-(-most_blocks // blocks), -(-rows_of_thread // 16)), -(-rows_of_thread // 256))
+    return 4 * columns * splits * width * vector if splits > 1 else 0
+
+
+def _power_of_two(number: int) -> int:
+    """The largest that is no larger."""
+    return 1 << (number.bit_length() - 1)
 
 
 def _cpu_flash_scratch_bytes(query: torch.Tensor, key: torch.Tensor, *, backward: bool) -> int:

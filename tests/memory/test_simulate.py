@@ -15,7 +15,7 @@ from memory.plan import MemoryPlan, apply_plan, resolve_keeps
 from memory.simulate import BACKWARD, FORWARD, OPTIMIZER, recording
 from memory.splice import Recipe, SpliceError
 from memory.timeline import CATEGORIES, Visit, pinned_bytes
-from memory.work import flash_backward_scratch_bytes
+from memory.work import column_sum_scratch_bytes, flash_backward_scratch_bytes
 
 MIB = 1 << 20
 
@@ -219,6 +219,60 @@ def test_attention_work_and_scratch_are_counted():
     assert sum(s.num_bytes == scratch for s in trace.storages) == 1
     assert all(s.num_bytes != scratch for s in run(torch.bfloat16, "cpu").storages)
     assert all(s.num_bytes != scratch for s in run(torch.float32, "cuda").storages)
+
+
+# Recorded on cards (bench.recordings): rows and columns of a sum over rows, and what its kernel took; on an H100 where the card matters.
+@pytest.mark.parametrize("rows, columns, num_bytes", [
+    (512, 1024, 0), (1024, 1024, 8_388_608), (2048, 1024, 16_777_216), (4096, 1024, 33_554_432), (2560, 512, 10_485_760),
+    (2560, 1024, 20_971_520), (2560, 2048, 41_943_040), (10_000, 512, 41_156_608), (10_000, 1024, 82_313_216),
+    (10_000, 2048, 138_412_032)])  # fmt: skip
+def test_column_sums_take_what_cards_were_seen_to_take(rows, columns, num_bytes):
+    assert column_sum_scratch_bytes(rows, columns, num_threads=132 * 2048) == num_bytes
+
+
+@pytest.mark.parametrize("columns", [1, 3, 6, 128, 1920, 1922])
+def test_column_sums_of_any_width(columns):
+    taken = [column_sum_scratch_bytes(rows, columns) for rows in (1, 255, 256, 5000, 20_000)]
+    assert taken[:2] == [0, 0] and max(taken) < 200 * MIB
+
+
+def test_the_gradient_of_a_bias_is_a_column_sum():
+    def storages(device):
+        with FakeTensorMode(), recording(device=device) as recorder:
+            nn.Linear(8, 64)(torch.empty(1, 5000, 8)).sum().backward()
+        return [s.num_bytes for s in recorder.trace().storages]
+
+    scratch = column_sum_scratch_bytes(5000, 64)
+    assert scratch > 0 and storages("cuda").count(scratch) == 1 and scratch not in storages("cpu")
+
+
+def test_autograd_adds_gradients_in_place():
+    class Doubled(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x * 1
+
+        @staticmethod
+        def backward(ctx, gradient):
+            return gradient + gradient.new_zeros(gradient.shape)  # written by hand: not in place
+
+    def run(x):
+        h = x.sin()
+        loss = (h.cos() + Doubled.apply(h)).sum()
+        del h
+        loss.backward()
+
+    with FakeTensorMode(), recording(device="cpu") as recorder:
+        run(torch.empty(1000, requires_grad=True))
+    trace = recorder.trace()
+    in_place = [i for i, s in enumerate(trace.storages) if s.in_place]
+    assert len(in_place) == 1
+    assert trace.events[trace.events.index(in_place[0]) - 1] < 0
+    events, _ = trace.device_events()
+    assert in_place[0] not in events and len(events) == len(set(events)) == len(trace.events) - 2
+    real = torch.ones(1000, requires_grad=True)
+    predicted = max(level for _, level, _ in trace.timeline(rounded=False)) - real.nbytes
+    assert predicted == profiled_peak(lambda: run(real))
 
 
 @pytest.mark.parametrize("num_bytes, taken", [(0, 0), (1, 1), (4096, 4096), (107 * MIB, 128 * MIB), (252 * MIB, 256 * MIB)])
