@@ -9,6 +9,8 @@ import runpy
 import sys
 from pathlib import Path
 
+from memory import environment
+
 _INPUT_OUTPUT = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOSPC, errno.EDQUOT, errno.EIO)
 
 
@@ -16,10 +18,7 @@ def main() -> int:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr)
     logging.getLogger("bitsandbytes.backends").setLevel(logging.ERROR)  # it warns of kernels that are not used here
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    # Read when torch's allocator and cuBLAS start. Growing segments waste least, and the workspace is what is planned for.
-    if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
-        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:2:16:8")
+    environment.prepare()
     if sys.argv[1:2] == ["bench"]:
         return _bench(sys.argv[2:])
     if sys.stdout is None:  # closed by the caller

@@ -12,6 +12,8 @@ from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
+from memory import environment
+
 GIB = 1 << 30
 _MIB = 1 << 20
 _ASSUMED = (
@@ -68,7 +70,7 @@ class Card:
     context_bytes: int
     """CUDA context: outside the allocator, inside the card."""
     cublas_workspace_bytes: int
-    """Taken from the caching allocator once per handle and stream that multiplies matrices."""
+    """What cuBLAS keeps of the caching allocator's memory in a process that trains."""
     source: str
     """Where the rates are from."""
     assumed: tuple[str, ...] = _ASSUMED
@@ -198,7 +200,7 @@ def _named(name: str) -> Card:
         attention_fraction=kind["attention"],
         memory_fraction=kind["memory"],
         context_bytes=kind["context_mib"] * _MIB,
-        cublas_workspace_bytes=int(kind["cublas_mib"] * _MIB),
+        cublas_workspace_bytes=environment.cublas_workspace_bytes(),
         source=row["source"],
     )
 

@@ -7,17 +7,15 @@
 Results: bench/results/<card>/PART.json with provenance, a table of goals last.
 """
 
-import os
-import sys
+from memory import environment
 
-# Read when the allocator and cuBLAS start, so set before torch is imported: as a run does.
-if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
-    os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
-os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:2:16:8")
+environment.prepare()  # before torch is imported: as a run does
 
 import json
 import logging
+import os
 import re
+import sys
 import time
 import traceback
 from collections.abc import Sequence
@@ -71,19 +69,22 @@ def calibrate(session: Session) -> None:
     if not gauge.is_card:
         session.fixed = {"context_bytes": 0, "cublas_workspace_bytes": 0}
         return
-    x = torch.ones(64, 64, device=gauge.device, dtype=torch.bfloat16)
+    x = torch.ones(64, 64, device=gauge.device, dtype=torch.bfloat16, requires_grad=True)
     before = torch.cuda.memory_allocated()
     y = x @ x
-    session.workspace_bytes = torch.cuda.memory_allocated() - before - y.untyped_storage().nbytes()
+    forward = torch.cuda.memory_allocated() - before - y.nbytes
+    y.sum().backward()  # in a thread of its own, which has another workspace
+    session.workspace_bytes = torch.cuda.memory_allocated() - before - y.nbytes - x.grad.nbytes
     # A product with a bias goes another way (cuBLASLt), whose workspace may be one more.
     held = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
-    z = torch.nn.functional.linear(x, x, x[0])
-    more = torch.cuda.max_memory_allocated() - held - z.untyped_storage().nbytes()
+    with torch.no_grad():
+        z = torch.nn.functional.linear(x, x, x[0])
+    more = torch.cuda.max_memory_allocated() - held - z.nbytes
     gauge.synchronize()
     free, total = torch.cuda.mem_get_info()
     session.fixed = {
-        "more_workspace_with_bias_bytes": more,
+        "workspace_of_forward_bytes": forward, "more_workspace_with_bias_bytes": more,
         "context_bytes": total - free - torch.cuda.memory_reserved(), "cublas_workspace_bytes": session.workspace_bytes,
         "total_bytes": total, "assumed_context_bytes": session.card.context_bytes,
         "assumed_cublas_workspace_bytes": session.card.cublas_workspace_bytes,

@@ -40,7 +40,7 @@ class Session:
     forecaster: Forecaster
     dry: bool = False
     workspace_bytes: int = 0
-    """What the first matrix product took from the caching allocator, measured."""
+    """What the first matrix products, forward and backward, took from the caching allocator, measured."""
     fixed: dict[str, Any] = field(default_factory=dict)
     """Terms of this card that no simulator knows, measured once a process."""
     deadline: float = float("inf")

@@ -1,0 +1,31 @@
+"""The environment that torch's allocator and cuBLAS start with."""
+
+import os
+
+import pytest
+
+from memory import environment
+
+MIB = 1 << 20
+
+
+def test_what_was_set_stays(monkeypatch):
+    monkeypatch.setattr(os, "environ", {"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:64", "CUBLAS_WORKSPACE_CONFIG": ":16:8"})
+    before = dict(os.environ)
+    environment.prepare()
+    assert os.environ == before
+
+
+def test_what_was_not_set_is_set(monkeypatch):
+    monkeypatch.setattr(os, "environ", {})
+    environment.prepare()
+    assert os.environ["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"
+    assert environment.cublas_workspace_bytes() == 2 * 8.125 * MIB
+
+
+@pytest.mark.parametrize("config, mib", [(":4096:2:16:8", 8.125), (":4096:8", 32), (":0:0", 0), ("much", 8.125), (None, 8.125)])
+def test_a_workspace_for_forward_and_one_for_backward(config, mib, monkeypatch):
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    if config is not None:
+        monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", config)
+    assert environment.cublas_workspace_bytes() == 2 * mib * MIB
