@@ -246,6 +246,42 @@ def strategies() -> str:
     return markdown(["strategy (change against checkpoint all)", *cells], rows) + note + _predicted(result)
 
 
+def recordings() -> str:
+    """Requests of recorded histories that the simulator serves as the card did."""
+    if absent := _absent("recordings"):
+        return absent
+    result, rows = load("recordings"), []
+    for repository in dict.fromkeys(row["repository"] for row in result["recordings"]):
+        found = [row for row in result["recordings"] if row["repository"] == repository]
+        alike, requests, events = (sum(row[key] for row in found) for key in ("num_placed_alike", "num_requests", "num_events"))
+        reserved = [row["recorded_peak_reserved_bytes"] for row in found]
+        error = max(abs(row["simulated_peak_reserved_bytes"] / row["recorded_peak_reserved_bytes"] - 1) for row in found)
+        workspaces = max((row["workspaces_bytes"] for row in found), key=len)
+        rows.append([f"{repository}: {found[0]['runs']}", str(len(found)), f"{events:,}", f"{alike:,} of {requests:,}",
+                     " to ".join(f"{b / 2**30:.2f}" for b in sorted({min(reserved), max(reserved)})) + " GiB", f"{error:.2%}",
+                     f"{len(workspaces)} of {workspaces[0] / 2**20:g} MiB" if workspaces else ""])
+    return markdown(["recorded", "histories", "events", "requests served at the card's address", "reserved at peak", "largest error",
+                     "cuBLAS workspaces, where they were taken in it"], rows) + _recorded(result)
+
+
+def traced() -> str:
+    """Recorded training steps, predicted from their program."""
+    if absent := _absent("recordings"):
+        return absent
+    result, rows = load("recordings"), []
+    for step in result["traced"]:
+        pairs = [(step[f"recorded_peak_{kind}_bytes"], step[f"predicted_peak_{kind}_bytes"]) for kind in ("allocated", "reserved")]
+        rows.append([f"{step['repository']}: {step['num_parameters'] / 1e6:.0f} M parameters, float32, AdamW, 4 x {step['num_tokens']} tokens",
+                     *(f"{recorded / 2**20:,.0f} MiB → {predicted / 2**20:,.0f} MiB ({predicted / recorded - 1:+.2%})"
+                       for recorded, predicted in pairs)])
+    return markdown(["training step", "allocated at peak: recorded → predicted", "reserved"], rows) + _recorded(result)
+
+
+def _recorded(result: dict[str, Any]) -> str:
+    p = result["provenance"]
+    return f"\nRecorded on cards by the repositories' authors, compared by `{p['command'].split(' --clones')[0]}`, torch {p['versions']['torch']}, {p['date']}.\n"
+
+
 def attention() -> str:
     """The trainer's attention against diffusers', of the same step."""
     if absent := _absent("attention"):
@@ -312,6 +348,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "reliability": reliability,
     "rank": rank, "feasibility": feasibility, "planning": planning, "strategies": strategies, "story": story, "claims": claims,
     "main": main_run, "pretrained": pretrained, "erasure": erasure, "overlap": overlap, "attention": attention, "blocks": blocks,
+    "recordings": recordings, "traced": traced,
     "codes": codes, "faults": faults, "projection": projection, "leak": leak}
 
 
