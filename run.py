@@ -18,7 +18,7 @@ def main() -> int:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr)
     logging.getLogger("bitsandbytes.backends").setLevel(logging.ERROR)  # it warns of kernels that are not used here
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    environment.prepare()
+    environment.prepare()  # before torch is imported
     if sys.argv[1:2] == ["bench"]:
         return _bench(sys.argv[2:])
     if sys.stdout is None:  # closed by the caller

@@ -15,8 +15,10 @@ import argparse
 import gc
 import hashlib
 import importlib
+import importlib.util
 import io
 import pickle
+import shlex
 import subprocess
 import sys
 import tarfile
@@ -47,6 +49,9 @@ SOURCES: dict[str, tuple[str, str, tuple[str, ...]]] = {  # repository: (commit,
                                 "256_fullstep_", "512_forward_", "512_forward_mixed", "512_fullstep_")),
             "cs336_systems/memory_logs/memory_ctx128_forward.pickle")),
     "cranberrii/ftcourse": ("a8cedf28ee118bdd0d50773780885e0e3a4bf027", "LoRA training of a Llama", ("memory_snapshot.pickle",)),
+    "shreyansh26/MLSys-Experiments": (
+        "b63fb8c71bc0019205404d1b979a519ee8a748d0", "a linear layer, from the first allocation on", (
+            "model_memory_usage/profile_grad.pkl", "model_memory_usage/profile_no_grad.pkl")),
     "JasperSolt/EoR_NN": ("10cd0b497ace3272c4a808c774480f3a15b7fb4f", "convolutional network", ("snapshot.pickle",)),
     "silmont2000/assignment2-systems": ("75d09aad44d65bcf350114d4beaf1d3a7cde42db", "attention forward and back, from the first allocation on", (
         "mem_snapshot.pickle", "memory_forward_bf16_128.pickle", "memory_forward_fp32_128.pickle")),
@@ -128,10 +133,24 @@ def _train(model: torch.nn.Module, num_tokens: int) -> None:
     optimizer.step()
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--clones", type=Path, default=Path.home() / ".cache" / "eraser-trainer" / "recordings", help="where clones are or go")
-    clones, rows, traces = parser.parse_args().clones, [], []
+    clones = parser.parse_args().clones
+    if missing := [name for name in ("einops", "einx", "jaxtyping") if importlib.util.find_spec(name) is None]:
+        print(f"error: the traced program needs {', '.join(missing)}: pip install {' '.join(missing)}", file=sys.stderr)
+        return 2
+    try:
+        write_result("recordings", compared(clones))
+    except subprocess.CalledProcessError as e:
+        print(f"error: exit status {e.returncode} of {shlex.join(e.cmd)}", file=sys.stderr)
+        return 6
+    return 0
+
+
+def compared(clones: Path) -> dict[str, Any]:
+    """Every recording, and the two steps that are traced."""
+    rows, traces = [], []
     for repository, (commit, runs, paths) in SOURCES.items():
         clone = clone_of(repository, clones)
         for path in paths:
@@ -147,8 +166,8 @@ def main() -> None:
             traces.append({"repository": TRACED, "num_tokens": num_tokens, **traced(num_tokens),
                            **{key: value for key, value in recorded.items() if key.startswith("recorded")}})
             print(traces[-1], flush=True)
-    write_result("recordings", {"recordings": rows, "traced": traces})
+    return {"recordings": rows, "traced": traces}
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

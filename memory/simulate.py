@@ -254,8 +254,8 @@ class Recorder(TorchDispatchMode):
         total, self._sum = self._sum, None
         if total is None or self._events[-2] != total:
             return
-        record = self._records[total]
-        if record.num_bytes == self._records[index].num_bytes:
+        record, summand = self._records[total], self._records[index]
+        if record.num_bytes == summand.num_bytes and not summand.standing:
             record.in_place = True
             self._events[-2:] = reversed(self._events[-2:])
 
@@ -332,12 +332,11 @@ def _is_accumulation() -> bool:
     if torch._C._current_graph_task_id() == -1:
         return False
     frame = sys._getframe(2)
-    while frame.f_code.co_filename in _WRAPPERS:
-        frame = frame.f_back
-    return frame.f_code is torch.autograd.graph._engine_run_backward.__code__
+    while frame is not None and frame.f_code.co_filename.endswith(("torch/_compile.py", "torch/_dynamo/eval_frame.py")):
+        frame = frame.f_back  # what torch wraps around a dispatch mode
+    return frame is None or frame.f_code is torch.autograd.graph._engine_run_backward.__code__
 
 
-_WRAPPERS = (torch._compile.__file__, torch._dynamo.eval_frame.__file__)
 _alias_cache: dict = {}
 
 
