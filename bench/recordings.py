@@ -141,7 +141,7 @@ def main() -> int:
         print(f"error: the traced program needs {', '.join(missing)}: pip install {' '.join(missing)}", file=sys.stderr)
         return 2
     try:
-        write_result("recordings", compared(clones))
+        write_result("recordings", compared(clones), in_parts=True)  # the clones are there or not
     except subprocess.CalledProcessError as e:
         print(f"error: exit status {e.returncode} of {shlex.join(e.cmd)}", file=sys.stderr)
         return 6

@@ -279,7 +279,7 @@ def traced() -> str:
 
 def _recorded(result: dict[str, Any]) -> str:
     p = result["provenance"]
-    return f"\nRecorded on cards by the repositories' authors, compared by `{p['command'].split(' --clones')[0]}`, torch {p['versions']['torch']}, {p['date']}.\n"
+    return f"\nRecorded on cards by the repositories' authors, compared by `{p['command']}`, torch {p['versions']['torch']}, {p['date']}.\n"
 
 
 def attention() -> str:
