@@ -35,6 +35,7 @@ from memory.environment import cublas_workspace_bytes
 from memory.fake import FakeMode
 from memory.simulate import recording
 from memory.snapshots import replay_snapshot
+from trainer.prompts import cache_directory
 
 _STEPS = "results/medium_{}_training_memory_snapshot.pickle"
 _LOGS = "memory_files/memory_ctx{}.pickle"
@@ -53,7 +54,7 @@ SOURCES: dict[str, tuple[str, str, tuple[str, ...]]] = {  # repository: (commit,
         "b63fb8c71bc0019205404d1b979a519ee8a748d0", "a linear layer, from the first allocation on", (
             "model_memory_usage/profile_grad.pkl", "model_memory_usage/profile_no_grad.pkl")),
     "JasperSolt/EoR_NN": ("10cd0b497ace3272c4a808c774480f3a15b7fb4f", "convolutional network", ("snapshot.pickle",)),
-    "silmont2000/assignment2-systems": ("75d09aad44d65bcf350114d4beaf1d3a7cde42db", "attention forward and back, from the first allocation on", (
+    "silmont2000/assignment2-systems": ("75d09aad44d65bcf350114d4beaf1d3a7cde42db", "attention forward and back, from the first allocation on; a model's forward pass", (
         "mem_snapshot.pickle", "memory_forward_bf16_128.pickle", "memory_forward_fp32_128.pickle")),
 }  # fmt: skip
 TRACED = "Wedsonlin/assignment2-systems"
@@ -135,7 +136,7 @@ def _train(model: torch.nn.Module, num_tokens: int) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--clones", type=Path, default=Path.home() / ".cache" / "eraser-trainer" / "recordings", help="where clones are or go")
+    parser.add_argument("--clones", type=Path, default=cache_directory().with_name("recordings"), help="where clones are or go (%(default)s)")
     clones = parser.parse_args().clones
     if missing := [name for name in ("einops", "einx", "jaxtyping") if importlib.util.find_spec(name) is None]:
         print(f"error: the traced program needs {', '.join(missing)}: pip install {' '.join(missing)}", file=sys.stderr)

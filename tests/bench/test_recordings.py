@@ -40,6 +40,19 @@ def test_a_clone_that_is_there_is_read_and_replayed(clone):
     assert row["workspaces_bytes"] == [512, 512]
 
 
+def test_what_is_not_there_is_cloned_without_its_files_which_come_when_asked_for(clone, tmp_path_factory, monkeypatch):
+    origin, commit = clone
+    subprocess.run(["git", "-C", str(origin / "owner" / "name"), "config", "uploadpack.allowFilter", "true"], check=True)
+    monkeypatch.setenv("GIT_CONFIG_COUNT", "1")
+    monkeypatch.setenv("GIT_CONFIG_KEY_0", f"url.file://{origin}/.insteadOf")
+    monkeypatch.setenv("GIT_CONFIG_VALUE_0", "https://github.com/")
+    path = recordings.clone_of("owner/name", tmp_path_factory.mktemp("clones"))
+    missing = recordings._git(path, "rev-list", "--objects", "--missing=print", commit).decode()
+    assert "?" in missing
+    content = recordings._git(path, "cat-file", "blob", f"{commit}:snapshot.pickle")
+    assert recordings.replayed(content)["num_requests"] == 2
+
+
 def test_a_pickle_that_looks_up_a_class_is_refused():
     with pytest.raises(pickle.UnpicklingError, match="no business with builtins.print"):
         recordings.replayed(pickle.dumps(print))

@@ -154,9 +154,7 @@ def _only_views(func) -> bool:
 
 
 class EmulatedLane(Lane):
-    """A lane as on a card, on streams of `detector`."""
-
-    detector: RaceDetector
+    """A lane as on a card."""
 
     def __init__(self, device: torch.device):
         super().__init__(device)
