@@ -58,7 +58,7 @@ class _Before:
         return {block: self._blocks[block] for block in self._order[within]}
 
     def _take_back(self, entry: dict) -> None:
-        action, address, size = entry["action"], entry["addr"], entry["size"]
+        action, address, size = entry["action"], entry.get("addr"), entry["size"]
         if action == "alloc" and address in self._blocks:
             index = bisect_left(self._order, address)
             del self._blocks[address], self._order[index]
@@ -111,7 +111,7 @@ def replay_snapshot(snapshot: dict, *, device: int = 0) -> SnapshotReplay:
     num_requests = num_placed_alike = num_unmatched = 0
     previous = ""
     for entry in history:
-        action, address, size = entry["action"], entry["addr"], entry["size"]
+        action, address, size = entry["action"], entry.get("addr"), entry["size"]  # being out of memory has no address
         if action == "alloc":
             addresses[address] = allocator.malloc(size, entry.get("stream", 0))
             driver.upcoming.clear()

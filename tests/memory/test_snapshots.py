@@ -138,10 +138,11 @@ def test_segments_of_which_the_snapshot_does_not_tell():
         entry("free_requested", 1000, 12 * MIB),
         entry("free_completed", 1000, 12 * MIB),
         entry("segment_free", 1000, 12 * MIB),
+        {"action": "oom", "device_free": 5, "size": 1 << 40, "stream": 0},
         entry("segment_alloc", 2000, 14 * MIB),
         entry("alloc", 2000, 13 * MIB),
     ]
     result = replay_snapshot({"device_traces": [history]})
     assert result.recorded_peak_reserved_bytes == 14 * MIB
     assert result.simulated.peak_reserved_bytes == 14 * MIB
-    assert (result.num_events, result.num_unmatched, result.num_placed_alike) == (9, 1, 2)
+    assert (result.num_events, result.num_unmatched, result.num_placed_alike) == (10, 1, 2)
