@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import memory.activations
 import memory.offload
 from memory.streams import Lane
+from memory.work import _moves_nothing
 
 
 class Stream:
@@ -89,7 +90,7 @@ class RaceDetector(TorchDispatchMode):
                    for argument, value in zip(schema.arguments, args)]  # fmt: skip
         touched += [(kwargs[a.name], a.alias_info is not None and a.alias_info.is_write) for a in schema.arguments if a.name in kwargs]
         outputs = func(*args, **kwargs)
-        if "empty" not in schema.name and not _only_views(func):
+        if "empty" not in schema.name and not _moves_nothing(func):
             time = self.current.tick()
             fresh = [(output, True) for output in _tensors(outputs)] if not schema.is_mutable else []
             for value, writes in [*touched, *fresh]:
@@ -146,11 +147,6 @@ def _tensors(value) -> list[torch.Tensor]:
     if isinstance(value, torch.Tensor):
         return [value]
     return [item for item in value if isinstance(item, torch.Tensor)] if isinstance(value, (list, tuple)) else []
-
-
-def _only_views(func) -> bool:
-    returns = func._schema.returns
-    return not func._schema.is_mutable and bool(returns) and all(r.alias_info is not None for r in returns)
 
 
 class EmulatedLane(Lane):
