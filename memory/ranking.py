@@ -271,7 +271,7 @@ class Ranking:
 
     def _first_that_fits(self, ranked: list[Candidate], limits: Limits) -> Assessment | None:
         """The first of the candidates, ranked by time, that fits."""
-        excess: dict[int, int] = {}  # by variant: reserved over live bytes, as last seen
+        excess: dict[int, int] = {}  # by variant: reserved over live bytes, the least that was seen
         for candidate in ranked:
             expected = candidate.device_bytes + int(0.8 * excess.get(id(candidate.variant), 0))  # forgiving: it varies
             if self.num_replays >= MAX_REPLAYS:
@@ -281,7 +281,8 @@ class Ranking:
             assessment = self._assess(candidate, limits)
             if assessment.fits:
                 return assessment
-            excess[id(candidate.variant)] = max(0, assessment.prediction.reserved_bytes - candidate.device_bytes)
+            seen = max(0, assessment.prediction.reserved_bytes - candidate.device_bytes)
+            excess[id(candidate.variant)] = min(seen, excess.get(id(candidate.variant), seen))
         return None
 
     def _near_misses(
