@@ -21,6 +21,7 @@ _ASSUMED = (
     "context_bytes",
     "matmul_fraction",
     "attention_fraction",
+    "attention_backward_fraction",
     "memory_fraction",
     "host_link_bandwidth",
 )
@@ -64,9 +65,11 @@ class Card:
     matmul_fraction: float
     """Share of `tensor_rate` that large matrix products reach."""
     attention_fraction: float
-    """Share of `tensor_rate` that fused attention reaches."""
+    """Share of `tensor_rate` that fused attention reaches on its way forward; the nominal clock may be exceeded."""
+    attention_backward_fraction: float
+    """The same on its way back."""
     memory_fraction: float
-    """Share of `memory_bandwidth` that elementwise kernels reach."""
+    """Share of `memory_bandwidth` that element-wise work and norms of a model reach, launches and uneven shapes included."""
     context_bytes: int
     """CUDA context: outside the allocator, inside the card."""
     cublas_workspace_bytes: int
@@ -196,12 +199,14 @@ def _named(name: str) -> Card:
         memory_bandwidth=row["bandwidth"] * 1e9,
         host_link_nominal=link["nominal"] * 1e9,
         host_link_bandwidth=link["effective"] * 1e9,
-        matmul_fraction=kind["matmul"],
+        matmul_fraction=row.get("matmul", kind["matmul"]),
         attention_fraction=kind["attention"],
-        memory_fraction=kind["memory"],
+        attention_backward_fraction=kind["attention_backward"],
+        memory_fraction=_table()["element_wise"],
         context_bytes=kind["context_mib"] * _MIB,
         cublas_workspace_bytes=environment.cublas_workspace_bytes(),
         source=row["source"],
+        assumed=tuple(field for field in _ASSUMED if field != "matmul_fraction" or "matmul" not in row),
     )
 
 
@@ -217,7 +222,7 @@ def _of_size(gib: float) -> Card:
         label=f"{gib:g} GB (rates of {model.label})",
         capacity_bytes=capacity,
         usable_bytes=_usable(capacity),
-        assumed=model.assumed + ("tensor_rate", "fp32_rate", "memory_bandwidth", "host_link_nominal"),
+        assumed=_ASSUMED + ("tensor_rate", "fp32_rate", "memory_bandwidth", "host_link_nominal"),
     )
 
 
@@ -252,6 +257,7 @@ def _cpu() -> Card:
         host_link_bandwidth=1e10,
         matmul_fraction=0.5,
         attention_fraction=0.3,
+        attention_backward_fraction=0.3,
         memory_fraction=0.5,
         context_bytes=0,
         cublas_workspace_bytes=0,

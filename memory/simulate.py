@@ -201,7 +201,7 @@ class Recorder(TorchDispatchMode):
                     self._see(output, standing=not fresh)
         if func is torch.ops.aten.add.Tensor and _is_accumulation():
             self._sum = self._find(outputs)
-        scratch = scratch_bytes(func, args, self._device)
+        scratch = scratch_bytes(func, args, outputs, self._device)
         if scratch:
             self._scratch(scratch)
         work = work_of(func, args, outputs)

@@ -1,8 +1,8 @@
 """How long a step takes, predicted: a roofline over the recorded work, and transfers beside it.
 
-An operator takes the longer of computing and moving its bytes, at the fractions of the card's rates that large kernels
-reach (`memory.cards`, assumed). Weights and activations cross the host link beside the computation: each walk over the
-blocks takes the longer of the two. Good for ranking plans; not a promise.
+An operator takes the longer of computing and moving its bytes, at the fractions of the card's rates that others have measured on such
+cards (`memory.cards`, bench/published.toml). Weights and activations cross the host link beside the computation: each walk over
+the blocks takes the longer of the two. Good for ranking plans; not a promise.
 """
 
 from collections.abc import Iterable
@@ -12,7 +12,14 @@ from memory.cards import Card
 from memory.work import Work
 
 BOUNDS = ("matrix products", "attention", "memory traffic", "host link", "overhead")
-_BOUND_OF = {"matmul": "matrix products", "matmul32": "matrix products", "attention": "attention"}
+_BOUND_OF = {"matmul": "matrix products", "convolution": "matrix products", "attention": "attention", "attention backward": "attention"}
+
+CONVOLUTION_FRACTION = 0.2
+"""Share of the tensor rate that the autoencoder's convolutions reach (bench/published.toml)."""
+FP32_FRACTION = 0.7
+"""Share of the rate without tensor cores that float32 products reach (the same)."""
+TYPICAL_ERROR, LARGEST_ERROR = 0.14, 0.29
+"""Of seconds predicted so against those that others measured of CogVideoX (bench/published.py): root mean square, and largest."""
 
 STREAMING_OVERHEAD = 0.002
 """Share of a walk's time lost when all blocks stream: events and slots that are not ideally filled (assumed)."""
@@ -51,12 +58,17 @@ def load_of(work: Iterable[Work], card: Card, *, tf32: bool = True) -> Load:
     """The seconds and transfers of some operators on `card`. `tf32`: float32 products run in TF32 where there is bf16."""
     compute = dict.fromkeys(BOUNDS, 0.0)
     to_device = to_host = 0
-    matmul = card.tensor_rate * card.matmul_fraction
     rates = {
-        "matmul": matmul,
-        "matmul32": matmul / 2 if tf32 and card.bf16 else card.fp32_rate * card.matmul_fraction,
+        "matmul": card.tensor_rate * card.matmul_fraction,
+        "convolution": card.tensor_rate * CONVOLUTION_FRACTION,
         "attention": card.tensor_rate * card.attention_fraction,
+        "attention backward": card.tensor_rate * card.attention_backward_fraction,
     }
+    # TF32 runs at half of 16 bit's rate. Fused attention in float32 makes each product of three in TF32, whatever is set
+    # (DefaultGemmType in torch's mem_eff_attention/gemm_kernel_utils.h).
+    rates["matmul32"] = rates["matmul"] / 2 if tf32 and card.bf16 else card.fp32_rate * FP32_FRACTION
+    for kind in ("attention", "attention backward"):
+        rates[f"{kind}32"] = rates[kind] / 6 if card.bf16 else card.fp32_rate * FP32_FRACTION
     bandwidth = card.memory_bandwidth * card.memory_fraction
     for kind, flops, num_bytes in work:
         if kind == "to device":
@@ -66,7 +78,7 @@ def load_of(work: Iterable[Work], card: Card, *, tf32: bool = True) -> Load:
         elif kind != "weights":  # streamed weights are counted by the plan, which says how many stream
             moving = num_bytes / bandwidth
             computing = flops / rates[kind] if flops else 0.0
-            compute["memory traffic" if moving >= computing else _BOUND_OF[kind]] += max(moving, computing)
+            compute["memory traffic" if moving >= computing else _BOUND_OF[kind.removesuffix("32")]] += max(moving, computing)
     return Load(compute, to_device, to_host)
 
 

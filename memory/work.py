@@ -13,8 +13,8 @@ aten = torch.ops.aten
 
 
 class Work(NamedTuple):
-    """One operator. Kinds: "matmul" (16 bit), "matmul32" (float32), "attention", "memory", and over the host link
-    "to host", "to device" (activations) and "weights"."""
+    """One operator. Kinds: "matmul", "attention", "attention backward" (16 bit; "matmul32" and so on: float32), "convolution", "memory",
+    and over the host link "to host", "to device" (activations) and "weights"."""
 
     kind: str
     flops: float
@@ -61,12 +61,12 @@ _FLOPS = {
     aten.bmm.default: ("matmul", lambda args, outputs: _bmm(args[0], args[1])),
     aten.baddbmm.default: ("matmul", lambda args, outputs: _bmm(args[1], args[2])),
     aten.linear.default: ("matmul", lambda args, outputs: 2.0 * _elements(args[0]) * args[1].shape[0]),
-    aten.convolution.default: ("matmul", _convolution),
-    aten.convolution_backward.default: ("matmul", _convolution_backward),
+    aten.convolution.default: ("convolution", _convolution),
+    aten.convolution_backward.default: ("convolution", _convolution_backward),
 }
 for _name in ("flash_attention", "flash_attention_for_cpu", "efficient_attention", "cudnn_attention"):
     _FLOPS[getattr(aten, f"_scaled_dot_product_{_name}").default] = ("attention", _attention)
-    _FLOPS[getattr(aten, f"_scaled_dot_product_{_name}_backward").default] = ("attention", _attention_backward)
+    _FLOPS[getattr(aten, f"_scaled_dot_product_{_name}_backward").default] = ("attention backward", _attention_backward)
 
 _FLASH_BACKWARD = (
     aten._scaled_dot_product_flash_attention_backward.default,
@@ -88,8 +88,8 @@ def work_of(func, args, outputs) -> Work | None:
         return Work("memory", 0.0, _bytes(args) + _bytes(outputs))
     kind, count = entry
     first = args[0]
-    if kind == "matmul" and first.dtype == torch.float32:
-        kind = "matmul32"
+    if first.dtype == torch.float32 and kind != "convolution":
+        kind += "32"
     return Work(kind, count(args, outputs), _bytes(args) + _bytes(outputs))
 
 
@@ -111,8 +111,12 @@ def _bytes(values) -> int:
     return 0
 
 
-def scratch_bytes(func, args, device: str) -> int:
-    """Bytes that a kernel takes inside, freed before it returns: no tracer sees them. `device`: "cuda" or "cpu"."""
+def scratch_bytes(func, args, outputs, device: str) -> int:
+    """Bytes that a kernel takes inside, freed before it returns: no tracer sees them. `device`: "cuda" or "cpu".
+
+    cuDNN's 16-bit convolutions over frames, height and width have their tensors channels last, and copy what is not:
+    input, output and weight. Inferred from published peaks of decoding (bench/published.toml).
+    """
     if device == "cuda":
         if func in _FLASH_BACKWARD and args[1].dtype in (torch.float16, torch.bfloat16):
             return flash_backward_scratch_bytes(args[1].shape)
@@ -120,6 +124,8 @@ def scratch_bytes(func, args, device: str) -> int:
             shape, dims = args[0].shape, {dim % args[0].dim() for dim in args[1]}
             if dims == set(range(len(shape) - 1)):
                 return column_sum_scratch_bytes(math.prod(shape[:-1]), shape[-1])
+        if func is aten.convolution.default and args[0].dim() == 5 and args[0].dtype in (torch.float16, torch.bfloat16):
+            return args[0].nbytes + outputs.nbytes + args[1].nbytes
         return 0
     if func is aten._scaled_dot_product_flash_attention_for_cpu.default:
         return _cpu_flash_scratch_bytes(args[0], args[1], backward=False)

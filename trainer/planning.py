@@ -13,6 +13,7 @@ from memory.cards import GIB, Card, card_names, lookup
 from memory.plan import MemoryPlan
 from memory.ranking import SEARCHED, SearchResult
 from memory.search import search
+from memory.timing import LARGEST_ERROR, TYPICAL_ERROR
 from trainer.assemble import open_backbone, resolve_dtype, video_size
 from trainer.backbones import published
 from trainer.backbones.cogvideox import CogVideoX
@@ -221,8 +222,8 @@ def print_forecast(found: Forecast, origins: dict[str, str], *, explain: bool) -
 
     console, a = Console(), found.chosen
     uncompiled = ", as if no block were compiled" if a.plan.compile else ""
-    console.print(f"[bold]{verdict(found)}[/bold]\n(all figures predicted{uncompiled}; {found.result.num_candidates} candidates)",
-                  highlight=False)
+    console.print(f"[bold]{verdict(found)}[/bold]\n(all figures predicted{uncompiled}; {found.result.num_candidates} candidates; times that others "
+                  f"measured differ from such predictions by {TYPICAL_ERROR:.0%} on average and {LARGEST_ERROR:.0%} at most)", highlight=False)
     settings = Table("setting", "value", "origin", title="settings", title_justify="left")
     for f in fields(MemoryPlan):
         value, path = getattr(a.plan, f.name), f"memory.{f.name}"

@@ -84,7 +84,7 @@ def rehearse(backbone: CogVideoX, config: TrainConfig, plan: MemoryPlan, num_blo
         applied.undo()
     if plan.num_shards > 1:
         trace = trace.sharded(plan.num_shards)
-    return trace if plan.optimizer == "adamw" else _with_8bit_state(trace)
+    return trace if plan.optimizer == "adamw" else with_8bit_state(trace)
 
 
 def peak_beyond(adopt: list[torch.nn.Module], run: Callable[[], object]) -> int:
@@ -96,7 +96,7 @@ def peak_beyond(adopt: list[torch.nn.Module], run: Callable[[], object]) -> int:
     return max(peaks.values()) - peaks["load"]
 
 
-def _with_8bit_state(trace: Trace) -> Trace:
+def with_8bit_state(trace: Trace) -> Trace:
     """AdamW's moments as bitsandbytes holds them: one byte an element and a float32 maximum every 256."""
     def smaller(storage: Storage) -> Storage:
         numel = storage.num_bytes // 4

@@ -20,7 +20,7 @@ def test_the_table_is_complete_and_plausible():
         assert 5e12 < card.fp32_rate <= card.tensor_rate / 1.9, name  # tensor cores at least double fp32
         assert 2e11 < card.memory_bandwidth < 1e13
         assert 0.5 < card.host_link_bandwidth / card.host_link_nominal < 1
-        assert 0 < card.attention_fraction <= card.matmul_fraction < 1
+        assert 0 < card.attention_backward_fraction < card.attention_fraction <= 1 and 0.5 < card.matmul_fraction < 1.2
         assert card.supports("float32") and card.fp16
         assert card.bf16 or card.architecture in ("turing", "volta")
         assert "context_bytes" in card.assumed
@@ -51,7 +51,7 @@ def test_any_size_is_a_card(size, gib):
     card = lookup(size)
     assert card.capacity_bytes == int(gib * GIB)
     assert 0 < card.available_bytes < card.capacity_bytes
-    assert "tensor_rate" in card.assumed
+    assert {"tensor_rate", "matmul_fraction"} <= set(card.assumed)
 
 
 @pytest.mark.parametrize("profile, suggestion", [("4009", "rtx-4090"), ("h2000", "h200"), ("rtx 3060 tj", "rtx-3060ti")])

@@ -1,6 +1,7 @@
 """Planning for a small stack of blocks on cards of made-up sizes, and the roofline under it."""
 
 import dataclasses
+import itertools
 import time
 
 import pytest
@@ -12,7 +13,7 @@ from memory.cards import GIB, lookup
 from memory.plan import MemoryPlan, PlanError, resolve_keeps
 from memory.ranking import SEARCHED
 from memory.search import HOST_GAIN, HOST_SHARE, search
-from memory.timing import add_loads, load_of, step_time
+from memory.timing import FP32_FRACTION, add_loads, load_of, step_time
 from memory.work import Work
 
 MIB = 1 << 20
@@ -65,7 +66,8 @@ def test_smaller_cards_get_other_plans_and_slower_ones(workload):
     plans = [result.best.plan for result in results]
     assert len(set(plans)) == len(plans)
     seconds = [result.best.time.seconds for result in results]
-    assert seconds == sorted(seconds) and seconds[0] < seconds[-1]
+    # The host is made use of where that gains enough, which it may do on the smaller of two cards.
+    assert all(larger * (1 - HOST_GAIN) < smaller for larger, smaller in itertools.pairwise(seconds)) and seconds[0] < seconds[-1]
     for mib, result in zip(sizes, results, strict=True):
         assert result.best.needed_bytes <= mib * MIB
         assert all(not miss.fits and "more on the card in" in miss.reason for miss in result.near_misses)
@@ -87,7 +89,8 @@ def test_the_chosen_plan_is_the_fastest_that_fits_and_its_prediction_that_of_a_f
 @pytest.mark.parametrize("mib", [520, 560])
 def test_a_plan_that_keeps_nearly_everything_is_compared_with_none_checkpointed(workload, mib):
     result = plan_for(workload, mib)
-    assert result.best.plan.num_keep_attention > 0 and "none" in {miss.plan.checkpoint for miss in result.near_misses}
+    assert "none" in {found.plan.checkpoint for found in (result.best, *result.near_misses)}
+    assert (result.best.plan.checkpoint == "none") == (mib == 560)
 
 
 @pytest.mark.parametrize("bandwidth, passes", [(1e8, "lockstep"), (1e12, "sequential")])
@@ -124,7 +127,7 @@ def test_where_the_host_has_room_nothing_is_computed_twice(workload):
 
 def test_where_the_host_has_some_room_as_many_blocks_as_it_holds_are_not_computed_twice(workload, monkeypatch):
     monkeypatch.setattr(memory.activations, "MAX_SLAB_BYTES", 4 * MIB)  # a slab should not hold what all blocks keep
-    card = fixed_card(300 * MIB, host_link_bandwidth=1e12)
+    card = fixed_card(260 * MIB, host_link_bandwidth=1e12)
     whole = search(workload, card, margin=0.0, host_bytes=4 * GIB).best
     assert (whole.plan.kept, whole.plan.checkpoint) == ("host", "none")
     numbers = []
@@ -220,9 +223,11 @@ def test_an_operator_takes_the_longer_of_computing_and_moving():
     load = load_of([Work("matmul", rate, 0), Work("memory", 0.0, int(card.memory_bandwidth * card.memory_fraction))], card)
     assert load.compute["matrix products"] == pytest.approx(1) and load.compute["memory traffic"] == pytest.approx(1)
     slow = load_of([Work("matmul32", rate, 0)], card, tf32=False).compute["matrix products"]
-    assert slow == pytest.approx(card.tensor_rate / card.fp32_rate)
+    assert slow == pytest.approx(rate / (card.fp32_rate * FP32_FRACTION))
     assert load_of([Work("matmul32", rate, 0)], card).compute["matrix products"] == pytest.approx(2)
-    assert load_of([Work("attention", rate, 0)], card).compute["attention"] > 1
+    forward, backward = (load_of([Work(kind, rate, 0)], card).compute["attention"] for kind in ("attention", "attention backward"))
+    assert 1 <= forward < backward
+    assert load_of([Work("attention32", rate, 0)], card).compute["attention"] == pytest.approx(6 * forward)
 
 
 def test_transfers_hide_behind_computing_as_far_as_they_can():

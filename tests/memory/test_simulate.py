@@ -213,12 +213,28 @@ def test_attention_work_and_scratch_are_counted():
         return recorder.trace()
 
     trace = run(torch.bfloat16, "cuda")
-    flops = [work.flops for span in trace.spans for work in span.work if work.kind == "attention"]
-    assert flops == [4 * 256 * 256 * 64 * 2, 10 * 256 * 256 * 64 * 2]
+    flops = {work.kind: work.flops for span in trace.spans for work in span.work if work.flops}
+    assert flops == {"attention": 4 * 256 * 256 * 64 * 2, "attention backward": 10 * 256 * 256 * 64 * 2}
     scratch = 2 * 256 * 65 * 4
     assert sum(s.num_bytes == scratch for s in trace.storages) == 1
     assert all(s.num_bytes != scratch for s in run(torch.bfloat16, "cpu").storages)
     assert all(s.num_bytes != scratch for s in run(torch.float32, "cuda").storages)
+
+
+def test_convolutions_over_frames_copy_what_they_work_on():
+    def scratch(dtype, device, *, dims=3):
+        with FakeTensorMode(), recording(device=device) as recorder:
+            conv = (nn.Conv3d if dims == 3 else nn.Conv2d)(4, 8, 3, padding=1, bias=False, dtype=dtype)
+            x = torch.empty(1, 4, *(6, 16, 16)[3 - dims :], dtype=dtype)
+            recorder.adopt([conv.weight, x], "weights")
+            conv(x)
+        trace = recorder.trace()
+        return [trace.storages[event].num_bytes for event in trace.events if event >= 0]
+
+    work, made = (4 + 8) * 6 * 16 * 16 * 2 + 4 * 8 * 27 * 2, 8 * 6 * 16 * 16 * 2
+    assert scratch(torch.bfloat16, "cuda") == [made, work]
+    assert scratch(torch.bfloat16, "cpu") == [made] and scratch(torch.float32, "cuda") == [2 * made]
+    assert len(scratch(torch.bfloat16, "cuda", dims=2)) == 1
 
 
 # Recorded on cards (bench.recordings): rows and columns of a sum over rows, and what its kernel took; on an H100 where the card matters.
