@@ -13,24 +13,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from bench import others
 from bench.erasure import VARIANTS, summary
-from bench.provenance import RESULTS
+from bench.markdown import absent_note, load, markdown
 from trainer.findings import codes_as_markdown
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = ("README.md", "MEMORY.md")
 MARK = re.compile(r"(<!-- table: (?P<name>[a-z0-9-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
-
-
-def load(name: str) -> dict[str, Any]:
-    """A committed result by name."""
-    return json.loads((RESULTS / f"{name}.json").read_text())
-
-
-def markdown(header: list[str], rows: list[list[str]]) -> str:
-    """A table whose first column is text and whose others are figures."""
-    rule = ["---"] + ["--:"] * (len(header) - 1)
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, rule, *rows)) + "\n"
 
 
 def _source(result: dict[str, Any]) -> str:
@@ -166,11 +156,6 @@ def _predicted(result: dict[str, Any]) -> str:
     return f"\nPredicted, not measured, by `{result['provenance']['command']}`, torch {result['provenance']['versions']['torch']}, {result['provenance']['date']}.\n"
 
 
-def _absent(name: str) -> str | None:
-    """What a table says whose result is not there yet."""
-    return None if (RESULTS / f"{name}.json").exists() else f"No result yet: `python -m bench.{name}`.\n"
-
-
 def rank() -> str:
     """Bytes by rank, dtype and optimizer, and the documents' own figures."""
     result, rows = load("rank"), []
@@ -199,7 +184,7 @@ def _hosted(cell: dict[str, Any], without: dict[str, Any]) -> str:
 
 def feasibility() -> str:
     """Fits or not, peak and step time, by model, frames and card; naive / planned."""
-    if absent := _absent("feasibility"):
+    if absent := absent_note("feasibility"):
         return absent
     result, rows = load("feasibility"), []
     for name, cell in result["cells"].items():
@@ -226,7 +211,7 @@ def planning() -> str:
 
 def strategies() -> str:
     """Peak of the step and its time under each strategy, and against full checkpointing."""
-    if absent := _absent("strategies"):
+    if absent := absent_note("strategies"):
         return absent
     result = load("strategies")
     cells = result["cells"]
@@ -246,45 +231,9 @@ def strategies() -> str:
     return markdown(["strategy (change against checkpoint all)", *cells], rows) + note + _predicted(result)
 
 
-def recordings() -> str:
-    """Requests of recorded histories that the simulator serves as the card did."""
-    if absent := _absent("recordings"):
-        return absent
-    result, rows = load("recordings"), []
-    for repository in dict.fromkeys(row["repository"] for row in result["recordings"]):
-        found = [row for row in result["recordings"] if row["repository"] == repository]
-        alike, requests, events = (sum(row[key] for row in found) for key in ("num_placed_alike", "num_requests", "num_events"))
-        reserved = [row["recorded_peak_reserved_bytes"] for row in found]
-        error = max(abs(row["simulated_peak_reserved_bytes"] / row["recorded_peak_reserved_bytes"] - 1) for row in found)
-        workspaces = max((row["workspaces_bytes"] for row in found), key=len)
-        rows.append([f"{repository}: {found[0]['runs']}", str(len(found)), f"{events:,}", f"{alike:,} of {requests:,}",
-                     " to ".join(f"{b / 2**30:.2f}" for b in sorted({min(reserved), max(reserved)})) + " GiB", f"{error:.2%}",
-                     f"{len(workspaces)} of {workspaces[0] / 2**20:g} MiB" if workspaces else ""])
-    return markdown(["recorded", "histories", "events", "requests served at the card's address", "reserved at peak", "largest error",
-                     "cuBLAS workspaces, where they were taken in it"], rows) + _recorded(result)
-
-
-def traced() -> str:
-    """Recorded training steps, predicted from their program."""
-    if absent := _absent("recordings"):
-        return absent
-    result, rows = load("recordings"), []
-    for step in result["traced"]:
-        pairs = [(step[f"recorded_peak_{kind}_bytes"], step[f"predicted_peak_{kind}_bytes"]) for kind in ("allocated", "reserved")]
-        rows.append([f"{step['repository']}: {step['num_parameters'] / 1e6:.0f} M parameters, float32, AdamW, 4 x {step['num_tokens']} tokens",
-                     *(f"{recorded / 2**20:,.0f} MiB → {predicted / 2**20:,.0f} MiB ({predicted / recorded - 1:+.2%})"
-                       for recorded, predicted in pairs)])
-    return markdown(["training step", "allocated at peak: recorded → predicted", "reserved"], rows) + _recorded(result)
-
-
-def _recorded(result: dict[str, Any]) -> str:
-    p = result["provenance"]
-    return f"\nRecorded on cards by the repositories' authors, compared by `{p['command']}`, torch {p['versions']['torch']}, {p['date']}.\n"
-
-
 def attention() -> str:
     """The trainer's attention against diffusers', of the same step."""
-    if absent := _absent("attention"):
+    if absent := absent_note("attention"):
         return absent
     result, rows = load("attention"), []
     for name, cell in result["cells"].items():
@@ -301,7 +250,7 @@ def attention() -> str:
 
 def blocks() -> str:
     """Peak of two blocks, predicted and measured, and peak and time as they are and compiled."""
-    if absent := _absent("blocks"):
+    if absent := absent_note("blocks"):
         return absent
     result, rows = load("blocks"), []
     for name, cell in result["cells"].items():
@@ -314,7 +263,7 @@ def blocks() -> str:
 
 def story() -> str:
     """The reproduction log, replayed."""
-    if absent := _absent("story"):
+    if absent := absent_note("story"):
         return absent
     result, rows = load("story"), []
     for name, v in result["variants"].items():
@@ -335,7 +284,7 @@ def claims() -> str:
 
 def reliability() -> str:
     """Every promise, its target and what was measured."""
-    if absent := _absent("reliability"):
+    if absent := absent_note("reliability"):
         return absent
     result = load("reliability")
     rows = [[r["test"], r["target"], r["figure"] if r["holds"] else f"**does not hold**: {r['figure']}"] for r in result["rows"].values()]
@@ -348,7 +297,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "reliability": reliability,
     "rank": rank, "feasibility": feasibility, "planning": planning, "strategies": strategies, "story": story, "claims": claims,
     "main": main_run, "pretrained": pretrained, "erasure": erasure, "overlap": overlap, "attention": attention, "blocks": blocks,
-    "recordings": recordings, "traced": traced,
+    **others.TABLES,
     "codes": codes, "faults": faults, "projection": projection, "leak": leak}
 
 
