@@ -37,6 +37,15 @@ def test_json_has_the_promised_keys_and_sums(forecast):
     assert content["settings"].keys() == MemoryPlan.__dataclass_fields__.keys()
 
 
+@pytest.mark.parametrize("memory_rate, compile, said", [(1e9, False, True), (1e9, True, False), (1e18, False, False)])
+def test_compiling_is_advised_where_much_of_a_step_is_element_wise(tiny_config, capsys, memory_rate, compile, said):
+    card = replace(lookup("4090"), memory_bandwidth=memory_rate)
+    planning.print_forecast(planning.forecast(tiny_config(memory__compile=compile), card), {}, explain=False)
+    output = " ".join(capsys.readouterr().out.split())
+    assert ("--compile fuses most of that" in output) == said
+    assert "(all figures predicted" in output and "times that others measured differ" in output
+
+
 def test_settings_given_are_predicted_as_given(tiny_config):
     config = tiny_config(memory__resident_blocks=1, memory__boundaries="host")
     found = planning.forecast(config, lookup("4090"), ["resident_blocks", "boundaries"])
