@@ -1,4 +1,4 @@
-"""How long planning takes: every cell in a fresh process, which knows no traces yet.
+"""How long planning takes, every cell in a fresh process, which knows no traces yet; and how much slower the plan is than the best.
 
     python -m bench.planning                              into bench/results/planning.json
     python -m bench.planning cogvideox-5b 49 4gb          one cell, as JSON on stdout
@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from typing import Any
+from unittest.mock import patch
 
 CARDS = ("2gb", "4gb", "8gb", "12gb", "24gb", "4090", "48gb", "h20", "h200")
 CELLS = (("cogvideox-2b", 17), ("cogvideox-2b", 49), ("cogvideox-5b", 49))
@@ -36,6 +37,25 @@ def measure(model: str, frames: int, name: str) -> dict[str, Any]:
     return {**json.loads(done.stdout), "process_seconds": time.perf_counter() - started}
 
 
+def regret(model: str, frames: int, name: str) -> float | None:
+    """By how much the plan's step is slower than that of the fastest plan that fits, found by simulating the allocator for every
+    candidate in order of time that its live bytes do not rule out, of all variants. None: nothing fits. Predicted, both."""
+    from bench.feasibility import settings
+    from memory.cards import lookup
+    from memory.ranking import Ranking
+    from trainer.planning import forecast
+
+    def first_of_all(self, ranked, limits):
+        possible = (c for c in ranked if not any(limits.shortage(max(c.device_bytes, c.phases_bytes), c.host_bytes)))
+        return next((found for found in (self._assess(c, limits) for c in possible) if found.fits), None)
+
+    config, card = settings(model, frames), lookup(name)
+    chosen = forecast(config, card).result.best
+    with patch.object(Ranking, "_first_that_fits", first_of_all), patch.object(Ranking, "_is_settled", lambda *_: False):
+        best = forecast(config, card).result.best
+    return chosen.time.seconds / best.time.seconds - 1 if best else None
+
+
 def main() -> None:
     if sys.argv[1:]:
         model, frames, name = sys.argv[1:]
@@ -45,8 +65,8 @@ def main() -> None:
 
     cells: dict[str, Any] = {}
     for model, frames in CELLS:
-        cells[f"{model}-{frames}"] = {name: measure(model, frames, name) for name in CARDS}
-        print(model, frames, {name: round(c["search_seconds"], 1) for name, c in cells[f"{model}-{frames}"].items()}, flush=True)
+        cells[f"{model}-{frames}"] = {name: measure(model, frames, name) | {"regret": regret(model, frames, name)} for name in CARDS}
+        print(model, frames, {name: (round(c["search_seconds"], 1), c["regret"]) for name, c in cells[f"{model}-{frames}"].items()}, flush=True)
     write_result("planning", {"cards": CARDS, "cells": cells})
 
 

@@ -200,13 +200,14 @@ def feasibility() -> str:
 
 
 def planning() -> str:
-    """Seconds of a search and of the whole process, and how many plans were ranked."""
+    """Seconds of a search and of the whole process, how many plans were ranked, and what the chosen one loses to the best."""
     result, rows = load("planning"), []
     for name, cell in result["cells"].items():
         model, frames = name.rsplit("-", 1)
-        rows.append([f"{model}, {frames} frames", *(
-            f"{c['search_seconds']:.1f} s ({c['process_seconds']:.1f} s), {c['num_candidates']}" for c in map(cell.get, result["cards"]))])
-    return markdown(["search (whole process), candidates", *result["cards"]], rows) + _source(result)
+        found = map(cell.get, result["cards"])
+        rows.append([f"{model}, {frames} frames", *(f"{c['search_seconds']:.1f} s ({c['process_seconds']:.1f} s), {c['num_candidates']}, "
+                                                    + ("none fits" if c["regret"] is None else f"{c['regret']:.1%}") for c in found)])
+    return markdown(["search (whole process), candidates, regret", *result["cards"]], rows) + _source(result)
 
 
 def strategies() -> str:
