@@ -15,7 +15,6 @@ import sys
 import tempfile
 import tomllib
 import zipfile
-from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -30,10 +29,11 @@ from memory.allocator import replay
 from memory.cards import GIB, lookup
 from memory.environment import cublas_workspace_bytes
 from memory.fake import FakeMode
-from memory.simulate import BACKWARD, FORWARD, OPTIMIZER, Trace, recording
+from memory.simulate import BACKWARD, FORWARD, OPTIMIZER, Recorder, Trace, recording
 from memory.timing import load_of
 from memory.work import Work
-from trainer.backbones import cogvideox, published
+from trainer.backbones import Predict, cogvideox
+from trainer.backbones import published as configurations
 from trainer.backbones.cogvideox import CogVideoX
 from trainer.rehearse import with_8bit_state
 
@@ -54,7 +54,7 @@ def main() -> int:
 
 def shares() -> dict[str, Any]:
     """What kernels reach of the rates in memory/cards.toml."""
-    def share(card: str, tflops: Iterable[float], rate: str) -> dict[str, float]:
+    def share(card: str, tflops: list[float], rate: str) -> dict[str, float]:
         return {"num_reports": len(tflops), "tflops": statistics.median(tflops),
                 "share": statistics.median(tflops) * 1e12 / getattr(lookup(card), rate)}
 
@@ -109,7 +109,8 @@ def lora_steps(model: str, rank: int, batch_size: int, *, checkpointing: bool) -
     return recorder.trace()
 
 
-def _lora_step(recorder, predict, optimizer: torch.optim.Optimizer, shape: tuple[int, ...], text_shape: tuple[int, ...]) -> None:
+def _lora_step(recorder: Recorder, predict: Predict, optimizer: torch.optim.Optimizer, shape: tuple[int, ...],
+               text_shape: tuple[int, ...]) -> None:
     with recorder.phase(FORWARD):
         clean, text = torch.empty(shape, dtype=torch.bfloat16), torch.empty(text_shape, dtype=torch.bfloat16)
         noisy = clean + torch.randn_like(clean)
@@ -123,7 +124,8 @@ def _lora_step(recorder, predict, optimizer: torch.optim.Optimizer, shape: tuple
         optimizer.zero_grad()
 
 
-def _norm_in_float32(x, shape, weight=None, bias=None, eps=1e-5):
+def _norm_in_float32(x: torch.Tensor, shape: tuple[int, ...], weight: torch.Tensor | None = None, bias: torch.Tensor | None = None,
+                     eps: float = 1e-5) -> torch.Tensor:
     if torch.is_autocast_enabled("cpu"):
         x, weight, bias = (None if t is None else t.float() for t in (x, weight, bias))
     return _layer_norm(x, shape, weight, bias, eps)
@@ -145,7 +147,7 @@ def decoding() -> list[dict[str, Any]]:
 def _decoding_peak(model: str, version: str, device: str) -> int:
     """`device`: whose kernels; the CPU's convolutions copy nothing."""
     with FakeMode(), torch.no_grad():
-        vae = _old_autoencoder(version).from_config(published.VAES[model]).to(torch.bfloat16)
+        vae = _old_autoencoder(version).from_config(configurations.VAES[model]).to(torch.bfloat16)
         peaks = _decoded(vae, model, device).peaks()
     return peaks["decode"] - peaks["load"]
 

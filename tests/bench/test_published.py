@@ -7,6 +7,7 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 from unittest.mock import patch
 
 import diffusers
@@ -63,6 +64,23 @@ def test_the_committed_times_are_todays():
         seconds = published._seconds(published._denoising(row["model"]), row["card"])
     published._denoising.cache_clear()
     assert seconds == pytest.approx(row["predicted_seconds"], rel=1e-9), "run `python -m bench.published`"
+
+
+def test_the_published_training_is_two_whole_steps(monkeypatch):
+    """With projections of the model itself in place of peft's adapters."""
+    def adapt(transformer, config):
+        assert config["r"] == 16
+        for block in transformer.transformer_blocks:
+            block.attn1.to_q.requires_grad_(True)
+
+    monkeypatch.setitem(sys.modules, "peft", SimpleNamespace(LoraConfig=lambda **config: config))
+    monkeypatch.setattr(diffusers.CogVideoXTransformer3DModel, "add_adapter", adapt)
+    trace = published.lora_steps("cogvideox-2b", 16, 1, checkpointing=True)
+    peaks, trained = trace.peaks(), 30 * 1920 * 1921 * 4
+    assert peaks["student backward"] == max(peaks.values())
+    state = [storage for storage in trace.storages if storage.category == "optimizer"]
+    assert sum(storage.num_bytes for storage in state) == pytest.approx(2 * trained, rel=0.01)
+    assert sum(work.kind == "attention backward" for span in trace.spans for work in span.work) == 2 * 30
 
 
 def test_norms_are_in_float32_under_autocast_alone():
