@@ -96,11 +96,11 @@ def published_shares() -> str:
         return absent
     result = load("published")
     matmul = result["shares"]["matmul"]
-    rows = [[row["card"], f"{matmul[row['card']]['share']:.0%}" if row["card"] in matmul else "",
+    rows = [[row["card"], f"{matmul[row['card']]['share']:.0%}" if row["card"] in matmul else "", row.get("kernel", "FlashAttention-2"),
              f"{row['forward_share']:.0%}", f"{row['backward_share']:.0%}" if "backward" in row else "", f"{row['head']}, {row['tokens']:,} tokens"]
             for row in result["shares"]["attention"]]
     reports = sum(found["num_reports"] for found in matmul.values())
-    return (markdown(["share of the tensor rate", "matrix products", "FlashAttention-2, forward", "backward", "heads of"], rows)
+    return (markdown(["share of the tensor rate", "matrix products", "attention", "forward", "backward", "heads of"], rows)
             + f"\nMatrix products of {len(matmul)} cards, {reports} reports; all are in `bench/published.toml`.\n" + _published(result))
 
 

@@ -22,6 +22,8 @@ _ASSUMED = (
     "matmul_fraction",
     "attention_fraction",
     "attention_backward_fraction",
+    "flash_fraction",
+    "flash_backward_fraction",
     "memory_fraction",
     "host_link_bandwidth",
 )
@@ -65,8 +67,12 @@ class Card:
     matmul_fraction: float
     """Share of `tensor_rate` that large matrix products reach."""
     attention_fraction: float
-    """Share of `tensor_rate` that fused attention reaches on its way forward; the nominal clock may be exceeded."""
+    """Share of `tensor_rate` that the 16-bit attention which torch picks reaches on its way forward; the nominal clock may be exceeded."""
     attention_backward_fraction: float
+    """The same on its way back."""
+    flash_fraction: float
+    """Share that FlashAttention-2 reaches on its way forward: what torch picks unless it prefers cuDNN's."""
+    flash_backward_fraction: float
     """The same on its way back."""
     memory_fraction: float
     """Share of `memory_bandwidth` that element-wise work and norms of a model reach, launches and uneven shapes included."""
@@ -200,8 +206,10 @@ def _named(name: str) -> Card:
         host_link_nominal=link["nominal"] * 1e9,
         host_link_bandwidth=link["effective"] * 1e9,
         matmul_fraction=row.get("matmul", kind["matmul"]),
-        attention_fraction=kind["attention"],
-        attention_backward_fraction=kind["attention_backward"],
+        attention_fraction=kind.get("cudnn", kind["flash"]),
+        attention_backward_fraction=kind.get("cudnn_backward", kind["flash_backward"]),
+        flash_fraction=kind["flash"],
+        flash_backward_fraction=kind["flash_backward"],
         memory_fraction=_table()["element_wise"],
         context_bytes=kind["context_mib"] * _MIB,
         cublas_workspace_bytes=environment.cublas_workspace_bytes(),
@@ -258,6 +266,8 @@ def _cpu() -> Card:
         matmul_fraction=0.5,
         attention_fraction=0.3,
         attention_backward_fraction=0.3,
+        flash_fraction=0.3,
+        flash_backward_fraction=0.3,
         memory_fraction=0.5,
         context_bytes=0,
         cublas_workspace_bytes=0,

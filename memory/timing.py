@@ -64,11 +64,11 @@ def load_of(work: Iterable[Work], card: Card, *, tf32: bool = True) -> Load:
         "attention": card.tensor_rate * card.attention_fraction,
         "attention backward": card.tensor_rate * card.attention_backward_fraction,
     }
-    # TF32 runs at half of 16 bit's rate. Fused attention in float32 makes each product of three in TF32, whatever is set
-    # (DefaultGemmType in torch's mem_eff_attention/gemm_kernel_utils.h).
+    # TF32 runs at half of 16 bit's rate. Fused attention in float32 is a kernel of FlashAttention-2's time, and makes each product
+    # of three in TF32, whatever is set (DefaultGemmType in torch's mem_eff_attention/gemm_kernel_utils.h).
     rates["matmul32"] = rates["matmul"] / 2 if tf32 and card.bf16 else card.fp32_rate * FP32_FRACTION
-    for kind in ("attention", "attention backward"):
-        rates[f"{kind}32"] = rates[kind] / 6 if card.bf16 else card.fp32_rate * FP32_FRACTION
+    for kind, share in (("attention", card.flash_fraction), ("attention backward", card.flash_backward_fraction)):
+        rates[f"{kind}32"] = card.tensor_rate * share / 6 if card.bf16 else card.fp32_rate * FP32_FRACTION
     bandwidth = card.memory_bandwidth * card.memory_fraction
     for kind, flops, num_bytes in work:
         if kind == "to device":

@@ -137,8 +137,9 @@ def scratch_bytes(func, args, outputs, device: str) -> int:
 def flash_backward_scratch_bytes(query_shape) -> int:
     """What FlashAttention-2's backward takes inside: dQ in float32, and one float32 a row (softmax_d).
 
-    `query_shape` is (B, H, S, D). Rows round up to 128, D to 32. The deterministic mode takes several times as
-    much and is not meant here. Source: `mha_bwd` in flash_attn's flash_api.cpp.
+    `query_shape` is (B, H, S, D). Rows round up to 128, D to 32; cuDNN's backward takes the same without rounding. The
+    deterministic mode takes several times as much and is not meant here. Source: `mha_bwd` in flash_attn's flash_api.cpp,
+    `CompositeSDPABackwardNode` in cudnn-frontend.
     """
     batch, heads, rows, width = query_shape
     rows, width = -(-rows // 128) * 128, -(-width // 32) * 32

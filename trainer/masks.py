@@ -1,7 +1,7 @@
 """Where a concept is: exact attention from video tokens to the concept's words, without the full attention matrix.
 
 CogVideoX attends jointly over text and video tokens, so "cross-attention" is the block of video rows x text columns
-of one softmax. Its value at (i, j) is exp(q_i·k_j·scale - LSE_i), and flash attention returns the log-sum-exp LSE:
+of one softmax. Its value at (i, j) is exp(q_i·k_j·scale - LSE_i), and fused attention returns the log-sum-exp LSE:
 only the concept's columns are ever computed.
 Legend: B batch, A attention heads, S all tokens, L text tokens, N video tokens, d head width, K concept columns.
 """
@@ -11,6 +11,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend
 
 from trainer.backbones.cogvideox import CogVideoX
 from trainer.backbones.attention import project, project_out
@@ -23,20 +24,19 @@ _CHUNK_BYTES = 64 * 2**20
 def attention_with_lse(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """softmax(q kᵀ / sqrt(d)) v and the log-sum-exp of each row, q k v (B, A, S, d) -> (B, A, S, d), (B, A, S) fp32.
 
-    Uses the fused kernel of the device; where there is none (fp32 on a card), rows are taken in chunks.
+    By the kernel that `scaled_dot_product_attention` picks for them, so that the pass that makes the map computes what the others do.
     """
+    aten = torch.ops.aten
     if q.device.type == "cpu":
-        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)[:2]
-    if q.dtype in (torch.float16, torch.bfloat16):
-        out, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v)
-        return out, lse[..., :q.shape[2]]
-    out, lse = torch.empty_like(q), q.new_empty(q.shape[:-1], dtype=torch.float32)
-    for b, a in torch.cartesian_prod(torch.arange(q.shape[0]), torch.arange(q.shape[1])).tolist():
-        for rows in torch.arange(q.shape[2]).split(256):
-            scores = q[b, a, rows] @ k[b, a].T * q.shape[-1] ** -0.5  # (256, S)
-            lse[b, a, rows] = scores.logsumexp(-1)
-            out[b, a, rows] = scores.softmax(-1) @ v[b, a]
-    return out, lse
+        return aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)[:2]
+    picked = SDPBackend(torch._fused_sdp_choice(q, k, v))
+    if picked == SDPBackend.CUDNN_ATTENTION:
+        out, lse, *_ = aten._scaled_dot_product_cudnn_attention(q, k, v, None, True)  # lse (B, A, S, 1)
+    elif picked == SDPBackend.FLASH_ATTENTION:
+        out, lse, *_ = aten._scaled_dot_product_flash_attention(q, k, v)
+    else:  # float32, and cards before Ampere; lse (B, A, S rounded up to 32)
+        out, lse, *_ = aten._scaled_dot_product_efficient_attention(q, k, v, None, True)
+    return out, lse.flatten(2)[..., :q.shape[2]]
 
 
 class ConceptMapProcessor:

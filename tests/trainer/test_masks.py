@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 from test_erasers import Model
+from torch.nn.attention import SDPBackend
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from memory.guidance import predict_pair
 from trainer.errors import UsageError
@@ -120,6 +122,24 @@ def test_attention_with_lse_is_softmax_attention():
     scores = q.double() @ k.double().transpose(-1, -2) / 4
     torch.testing.assert_close(lse.double(), scores.logsumexp(-1), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(out.double(), scores.softmax(-1) @ v.double(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("picked", ["CUDNN_ATTENTION", "FLASH_ATTENTION", "EFFICIENT_ATTENTION"])
+def test_a_card_takes_the_kernel_that_its_other_passes_take(picked, monkeypatch):
+    """Without data: which operator runs, and that the log-sum-exp of each is brought into one shape."""
+    called = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            called.append(func.__name__)
+            return func(*args, **(kwargs or {}))
+
+    monkeypatch.setattr(torch, "_fused_sdp_choice", lambda *args: SDPBackend.__members__[picked].value)
+    q, k, v = torch.empty(3, 2, 2, 40, 16, device="meta", dtype=torch.float16)
+    with Watch():
+        out, lse = attention_with_lse(q, k, v)
+    assert (out.shape, lse.shape, lse.dtype) == (q.shape, q.shape[:-1], torch.float32)
+    assert called[0].startswith(f"_scaled_dot_product_{picked.lower()}")
 
 
 def test_attention_in_bfloat16_gives_a_map_near_the_fp32_one():
