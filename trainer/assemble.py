@@ -13,7 +13,7 @@ from torch import nn
 from memory.plan import AppliedPlan, MemoryPlan, apply_plan
 from trainer.backbones import Predict
 from trainer.backbones.cogvideox import BOUNDARY_NAMES, CogVideoX, check_dtype
-from trainer.config import ModelConfig
+from trainer.config import LossConfig, ModelConfig
 from trainer.erasers import Erasers
 from trainer.errors import UsageError
 from trainer.prompts import Embeddings, embed
@@ -28,6 +28,14 @@ def video_size(backbone: CogVideoX, model: ModelConfig) -> tuple[int, int, int]:
     """(frames, height, width) in pixels: as asked for, or the model's own."""
     asked = (model.frames, model.height, model.width)
     return tuple(own if value is None else value for value, own in zip(asked, backbone.default_size()))
+
+
+def masking_blocks(backbone: CogVideoX, loss: LossConfig) -> Sequence[int]:
+    """The blocks whose attention makes the mask. Raises UsageError for one that the model does not have."""
+    for block in loss.mask_blocks:
+        if block >= backbone.num_blocks:
+            raise UsageError(f"--mask-blocks {block}: {backbone.name} has blocks 0 to {backbone.num_blocks - 1}")
+    return loss.mask_blocks or range(backbone.num_blocks)
 
 
 def resolve_device(name: str) -> torch.device:

@@ -62,8 +62,11 @@ class PhaseClock:
             self._marks = []
             self._on_phase(None)
 
-    def read(self) -> dict[str, float]:
-        """Seconds by phase of the newest step whose end the device has passed; empty before there is one."""
+    def read(self) -> dict[str, Any]:
+        """"phase_seconds", by phase, and their sum, "seconds", of the newest step whose end the device has passed, which on a
+        card is an earlier one than the newest; empty before there is one. The host's own clock would show how long it took to
+        queue a step.
+        """
         while self._ended and (not self._cuda or self._ended[0][-1][1].query()):
             marks, self._latest = self._ended.popleft(), {}
             for (name, start), (_, stop) in zip(marks, marks[1:]):
@@ -71,7 +74,7 @@ class PhaseClock:
                 self._latest[name] = self._latest.get(name, 0.0) + seconds
             if self._cuda:
                 self._spare.extend(event for _, event in marks)
-        return self._latest
+        return {"seconds": sum(self._latest.values()), "phase_seconds": self._latest} if self._latest else {}
 
     def _mark(self, name: str) -> None:
         self._marks.append((name, self._now()))

@@ -9,7 +9,7 @@ from safetensors import safe_open
 
 from memory.optimizers import make_optimizer
 from memory.precision import make_scaler
-from trainer.assemble import assemble, embed_prompts, open_backbone, resolve_device, video_size
+from trainer.assemble import assemble, embed_prompts, masking_blocks, open_backbone, resolve_device, video_size
 from trainer.config import TrainConfig
 from trainer.eraser_files import WEIGHTS, EraserFile, load_eraser
 from trainer.errors import CheckpointError
@@ -121,6 +121,7 @@ def prepare(config: TrainConfig) -> Subject:
     """The parts of a training step, as the training loop puts them together."""
     backbone, device = open_backbone(config.model), resolve_device(config.model.device)
     shape = (config.data.batch_size, *backbone.latent_shape(*video_size(backbone, config.model)))
+    masking = masking_blocks(backbone, config.loss)
     prompts = collect(config.data, bundled=config.model.model == "shapes")
     columns = prompt_columns(backbone, prompts) if config.loss.alpha > 0 else None
     embeddings = embed_prompts(backbone, config.model, config.memory,
@@ -129,8 +130,8 @@ def prepare(config: TrainConfig) -> Subject:
     latents, preserved = (make_latents(config, backbone.scheduler(), shape, stream, device)
                           for stream in ("target", "preserved"))
     teacher = Teacher(
-        assembly.predict, assembly.erasers,
-        [assembly.blocks[i] for i in config.loss.mask_blocks or range(backbone.num_blocks)], loss=config.loss, prompts=prompts, embeddings=embeddings, columns=columns, latents=latents,
+        assembly.predict, assembly.erasers, [assembly.blocks[i] for i in masking],
+        loss=config.loss, prompts=prompts, embeddings=embeddings, columns=columns, latents=latents,
         preserved_latents=preserved if config.loss.beta > 0 else None, seed=config.optim.seed,
         guidance=config.memory.guidance, trajectory_guidance=config.data.trajectory_guidance)
     optimizer = make_optimizer(assembly.erasers.parameters(), kind=config.memory.optimizer, lr=config.optim.lr,

@@ -102,10 +102,10 @@ class Health:
         self._eraser, self._residual = norms[:len(self._eraser)], norms[len(self._eraser):]
         return dict(zip(terms, means))
 
-    def apply(self, step: int, terms: Mapping[str, Tensor], **more: Any) -> None:
+    def apply(self, step: int, terms: Mapping[str, Tensor]) -> None:
         """Measure, clip and apply the gradients of `step`, unscaled; a step that is not finite changes no weight.
 
-        `terms`: detached scalars, L as "loss". `more` goes into the record as it is.
+        `terms`: detached scalars, L as "loss".
         Raises Unhealthy if the step before was not sound; this one is then not applied either.
         """
         self.flush()
@@ -119,9 +119,13 @@ class Health:
         updates, weights = update_norms(parameters, lambda: self._step_optimizer(~torch.isfinite(head).all()))
         scale = self.subject.scaler.scale(torch.ones_like(self._zero))
         packed = torch.cat([head, torch.stack([scale, *gradients, *updates, *weights, *self._eraser, *self._residual])])
-        more = {"lr": self.subject.optimizer.param_groups[0]["lr"], **more}
+        more = {"lr": self.subject.optimizer.param_groups[0]["lr"]}
         self._pending = _Pending(step, list(terms), self._copy(packed), more)
         self._forget_step()
+
+    def add(self, **more: Any) -> None:
+        """What goes into the record of the step just applied as it is."""
+        self._pending.more.update(more)
 
     def flush(self) -> None:
         """Read what is still unread, hand it to the sinks, and judge it. Raises Unhealthy.

@@ -6,7 +6,6 @@ does, nothing is lost.
 """
 
 import logging
-import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -17,7 +16,7 @@ import torch
 from memory.meter import Meter
 from memory.optimizers import make_optimizer
 from memory.precision import make_scaler
-from trainer.assemble import assemble, embed_prompts, open_backbone, resolve_device, video_size
+from trainer.assemble import assemble, embed_prompts, masking_blocks, open_backbone, resolve_device, video_size
 from trainer.checkpoint import Saver, latest_checkpoint
 from trainer.clock import PhaseClock
 from trainer.config import TrainConfig
@@ -61,6 +60,7 @@ def train(config: TrainConfig, origins: Mapping[str, str], *, resume: Path | Non
         on_main(require_place, config)
     backbone = open_backbone(config.model)
     shape = (config.data.batch_size, *backbone.latent_shape(*video_size(backbone, config.model)))
+    masking = masking_blocks(backbone, config.loss)
     prompts = collect(config.data, bundled=config.model.model == "shapes")
     if config.loss.beta > 0 and not prompts.preserved:
         raise UsageError("--beta is above 0, but there is nothing to preserve; name --preserve WORD …, or --beta 0")
@@ -77,12 +77,11 @@ def train(config: TrainConfig, origins: Mapping[str, str], *, resume: Path | Non
     assembly = meter.phase("load")(assemble)(backbone, config.model, config.memory, rank=config.optim.rank,
                                              seed=config.optim.seed)
     erasers, predict = assembly.erasers, assembly.predict
-    mask_blocks = [assembly.blocks[i] for i in config.loss.mask_blocks or range(backbone.num_blocks)]
     latents = make_latents(config, backbone.scheduler(), shape, "target", device)
     preserved = make_latents(config, backbone.scheduler(), shape, "preserved", device) if config.loss.beta > 0 else None
     samples = Samples(Teacher(
-        predict, erasers, mask_blocks, loss=config.loss, prompts=prompts, embeddings=embeddings, columns=columns,
-        latents=latents, preserved_latents=preserved, seed=config.optim.seed, guidance=config.memory.guidance,
+        predict, erasers, [assembly.blocks[i] for i in masking], loss=config.loss, prompts=prompts, embeddings=embeddings,
+        columns=columns, latents=latents, preserved_latents=preserved, seed=config.optim.seed, guidance=config.memory.guidance,
         trajectory_guidance=config.data.trajectory_guidance), config.data.pool, device)
     optimizer = make_optimizer(erasers.parameters(), kind=config.memory.optimizer, lr=config.optim.lr,
                                weight_decay=config.optim.weight_decay)
@@ -115,7 +114,6 @@ def train(config: TrainConfig, origins: Mapping[str, str], *, resume: Path | Non
         # Step by step.
         num_passes, scaler = config.optim.accumulation, state.scaler
         while state.step < config.optim.steps and not agreed(stop):
-            started = time.perf_counter()
             state.begin_step()
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(state.step, config)
@@ -135,11 +133,11 @@ def train(config: TrainConfig, origins: Mapping[str, str], *, resume: Path | Non
 
             # Measured, clipped, and applied only if it is finite; the record goes to the log and the monitor a step
             # later, so that no step waits for the device.
-            health.apply(state.step, totals, seconds=time.perf_counter() - started, phase_seconds=clock.read(),
-                         memory=read_memory(meter), peak_bytes_by_phase=meter.highest())
+            health.apply(state.step, totals)
             scaler.update()
             optimizer.zero_grad(set_to_none=True)
             clock.end_step()
+            health.add(**clock.read(), memory=read_memory(meter), peak_bytes_by_phase=meter.highest())
             state.step += 1
 
             # Safety, then pictures.

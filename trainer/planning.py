@@ -14,7 +14,7 @@ from memory.plan import MemoryPlan
 from memory.ranking import SEARCHED, SearchResult
 from memory.search import search
 from memory.timing import LARGEST_ERROR, TYPICAL_ERROR
-from trainer.assemble import open_backbone, resolve_dtype, video_size
+from trainer.assemble import masking_blocks, open_backbone, resolve_dtype, video_size
 from trainer.backbones import published
 from trainer.backbones.cogvideox import CogVideoX
 from trainer.beside import Beside
@@ -78,6 +78,7 @@ def workload(config: TrainConfig, *, num_cards: int | None = None) -> Workload:
     """
     backbone = _opened(config.model)
     backbone.latent_shape(*video_size(backbone, config.model))
+    masking_blocks(backbone, config.loss)
     resolve_dtype(backbone, config.memory, insist=config.model.force_dtype)
     if config.memory.guidance == "none":
         raise UsageError("--guidance none: training needs the anchor's prediction beside the prompt's; "

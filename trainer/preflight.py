@@ -21,6 +21,7 @@ from trainer.losses import student_backward
 from trainer.tracing import in_backward, scale_collapsed, trace
 
 TRIAL_LR = 1e-2  # large enough that a step shows in a 16-bit output
+ROUNDING = 1e-12  # of the target's mean square: what float32 leaves of a difference that is none
 LARGEST_LR_SHARE = 0.5  # of the weights' root mean square
 LARGEST_PUSH, LARGEST_ETA = 30.0, 50.0  # ‖target - v‖ / ‖v‖; published η are 5 and 7
 
@@ -239,7 +240,7 @@ class Preflight:
             if self.scale < 1 and (found is None or scale_collapsed(found)):
                 found = finding("loss-scale-collapse", "backward", loss=loss, loss_scale=self.scale)
             yield found or finding("non-finite-loss", "student", loss=loss, second_pass="finite")
-        elif own == 0:
+        elif own <= ROUNDING * sample.target.float().square().mean().item():
             yield finding("nothing-to-learn", "teacher", loss=loss, eta=self.subject.config.loss.eta)
         elif not torch.equal(self.on, self.off):
             yield from _first("untrained-eraser-acts", "student", acting or [None],

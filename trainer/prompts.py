@@ -138,6 +138,9 @@ class Embeddings:
         return Embeddings(self.table.to(device), list(self._row))
 
 
+_EMBEDDING = 2  # what a cached row is: in float16, T5's `wo` was float16 too in the first
+
+
 def cache_directory() -> Path:
     """Where embeddings are cached: $XDG_CACHE_HOME/eraser-trainer, by default under ~/.cache."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "eraser-trainer" / "embeddings"
@@ -164,7 +167,7 @@ def embed(backbone, prompts: Sequence[str], *, dtype: torch.dtype, device: torch
 
 
 def _key(encoder: str | None, length: int, dtype: torch.dtype, prompt: str) -> str:
-    return hashlib.sha256(f"{encoder}\0{length}\0{dtype}\0{prompt}".encode()).hexdigest()[:32]
+    return hashlib.sha256(f"{_EMBEDDING}\0{encoder}\0{length}\0{dtype}\0{prompt}".encode()).hexdigest()[:32]
 
 
 def _store(rows: dict[Path, Tensor]) -> None:

@@ -60,8 +60,8 @@ def rehearse(backbone: CogVideoX, config: TrainConfig, plan: MemoryPlan, num_blo
         names = [*_PROMPTS.prompts, *_PROMPTS.safe, *_PROMPTS.preserved, ""]
         embeddings = Embeddings(torch.empty(len(names), backbone.text_length, backbone.text_width, dtype=dtype), names)
         columns = {"concept": torch.zeros(1, dtype=torch.int64)} if config.loss.alpha > 0 else None
-        masked = [blocks[i] for i in config.loss.mask_blocks if i < len(blocks)] or list(blocks)
-        teacher = Teacher(predict, erasers, masked, loss=config.loss, prompts=_PROMPTS, embeddings=embeddings,
+        # Whichever blocks make the mask: were it only some, blocks would not be alike. A map is (B, N), and its time is small.
+        teacher = Teacher(predict, erasers, list(blocks), loss=config.loss, prompts=_PROMPTS, embeddings=embeddings,
                           columns=columns, latents=latents, preserved_latents=preserved, seed=0,
                           guidance=plan.guidance, trajectory_guidance=config.data.trajectory_guidance)
         optimizer = make_optimizer(erasers.parameters(), kind="adamw", lr=config.optim.lr)

@@ -166,12 +166,13 @@ class Rig:
         for _ in range(num_steps):
             self.step()
             self.gauge.synchronize()  # between steps only, so that each is read
-            taken.append(dict(self.clock.read()))
+            taken.append(self.clock.read())
         peaks, after = self.gauge.end(), self.gauge.counters()
         moved = {key: (value - before[key]) // num_steps for key, value in self._totals().items()}
         return {
-            "step_seconds": statistics.median(sum(step.values()) for step in taken),
-            "seconds_by_phase": {name: statistics.median(step.get(name, 0.0) for step in taken) for name in taken[0]},
+            "step_seconds": statistics.median(step["seconds"] for step in taken),
+            "seconds_by_phase": {name: statistics.median(step["phase_seconds"].get(name, 0.0) for step in taken)
+                                 for name in taken[0]["phase_seconds"]},
             "num_steps": num_steps, "peaks": peaks,
             "allocated_bytes": max(peak["allocated_bytes"] for peak in peaks.values()),
             "reserved_bytes": max(peak["reserved_bytes"] for peak in peaks.values()),

@@ -1,7 +1,9 @@
 """The backbone against diffusers' own pipeline: shapes, predictions, text, decoding."""
 
+import gc
 import json
 import shutil
+import weakref
 
 import huggingface_hub
 import pytest
@@ -114,14 +116,34 @@ def test_prediction_in_bfloat16_equals_the_stock_transformer_bitwise(pipelines):
     assert ours.dtype == torch.bfloat16 and torch.equal(ours, expected)
 
 
-def test_encoded_prompts_equal_the_pipelines_bitwise(backbone):
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_encoded_prompts_equal_the_pipelines_bitwise(backbone, dtype, stream):
     from diffusers import CogVideoXPipeline
 
     prompts = ["a red circle moving left", "", "something that this tokenizer must spell letter by letter"]
-    pipeline = CogVideoXPipeline.from_pretrained(backbone.directory)
+    pipeline = CogVideoXPipeline.from_pretrained(backbone.directory, torch_dtype=dtype)
     with torch.no_grad():
         stock = pipeline._get_t5_prompt_embeds(prompts, max_sequence_length=backbone.text_length)
-    assert torch.equal(backbone.encode_prompts(prompts, dtype=torch.float32), stock)
+    assert torch.equal(backbone.encode_prompts(prompts, dtype=dtype, stream=stream), stock)
+
+
+def test_the_text_encoder_is_gone_when_its_prompts_are_encoded(sincos, monkeypatch):
+    loaded = []
+
+    def load(self, **where):
+        encoder = load_text_encoder(self, **where)
+        loaded.extend(map(weakref.ref, encoder.modules()))
+        return encoder
+
+    load_text_encoder = CogVideoX.load_text_encoder
+    monkeypatch.setattr(CogVideoX, "load_text_encoder", load)
+    gc.disable()  # nothing may depend on when the collector happens to come by
+    try:
+        sincos.encode_prompts(["a red circle"], dtype=torch.float32, stream=True)
+        assert loaded and not any(module() is not None for module in loaded)
+    finally:
+        gc.enable()
 
 
 def test_tokenizer_of_a_sentencepiece_model_alone(copied):

@@ -4,6 +4,8 @@ import json
 import math
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,8 +18,9 @@ from trainer.diagnose import prepare
 from trainer.findings import Unhealthy
 from trainer.health import BLOCK_NORMS, FINDINGS, MAX_SKIPS, Health, Judge
 from trainer.loop import train
-from trainer.losses import student_backward
+from trainer.losses import Teacher, student_backward
 from trainer.metrics import read_metrics
+from trainer.preflight import Preflight
 from trainer.state import learning_rate
 
 Make = Callable[..., TrainConfig]
@@ -220,6 +223,20 @@ def test_a_changed_frozen_weight_is_found_at_the_end(tiny_config: Make) -> None:
             health.after_training()
     found = raised.value.findings[-1]
     assert (found.code, found.module) == ("frozen-weights-changed", "transformer_blocks.1.attn1.to_q.weight")
+
+
+def test_a_loss_that_is_only_rounding_is_nothing_to_learn(tiny_config: Make, tmp_path: Path,
+                                                                 monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same prompt in another row of a batch comes out different by an ulp or so."""
+    prompts = tmp_path / "same.csv"
+    prompts.write_text("prompt,safe\na red circle moving left,a red circle moving left\n")
+    subject = prepare(tiny_config(data__prompts=prompts, loss__alpha=0.0, loss__beta=0.0))
+    exact = Teacher.sample
+    monkeypatch.setattr(Teacher, "sample", lambda *step: replace(made := exact(*step), target=made.target * (1 + 2**-23)))
+    with subject.assembly:
+        bill = Preflight(subject).run()
+    found = bill.findings[0]
+    assert found.code == "nothing-to-learn" and found.evidence["loss"] > 0
 
 
 def test_a_run_writes_its_bill_and_its_records(tiny_config: Make) -> None:

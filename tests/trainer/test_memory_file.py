@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import time
 from functools import partial
 
 import pytest
@@ -12,6 +13,7 @@ from memory.timeline import CATEGORIES
 from trainer.clock import WAITING
 from trainer.errors import InputOutputError
 from trainer.findings import finding
+from trainer.health import Health
 from trainer.loop import train
 from trainer.memory_file import NUM_POINTS, keep_forecast, predicted_memory, thinned
 from trainer.metrics import read_metrics
@@ -91,6 +93,14 @@ def test_a_run_keeps_prediction_peaks_and_waiting_time(streamed, monkeypatch):
     for wanted in ("One step by category, predicted", "measured (process)", "Without a card the whole process", "rtx-4090",
                    "transfer buffers", "waiting for transfers"):
         assert wanted in page, wanted
+
+
+def test_a_steps_time_is_that_of_all_its_phases(tiny_config, monkeypatch):
+    step = Health._step_optimizer
+    monkeypatch.setattr(Health, "_step_optimizer", lambda self, bad: (time.sleep(0.3), step(self, bad)))
+    for record in read_metrics(train(tiny_config(optim__steps=2), {})):
+        assert record["phase_seconds"]["optimizer"] >= 0.3
+        assert record["seconds"] == pytest.approx(sum(record["phase_seconds"].values()))
 
 
 def test_without_offload_nothing_waits(tiny_config):

@@ -11,7 +11,7 @@ from memory.cards import lookup
 from memory.plan import MemoryPlan
 from trainer import phases, planning
 from trainer.backbones.cogvideox import CogVideoX, enable_tiles
-from trainer.config import ModelConfig, TrainConfig
+from trainer.config import LossConfig, ModelConfig, TrainConfig
 from trainer.errors import UsageError
 from trainer.rehearse import peak_beyond
 
@@ -62,11 +62,19 @@ def test_a_published_name_without_weights_is_planned_from_its_configuration():
 
 
 def test_settings_that_cannot_be_are_one_line(tiny_config):
-    for changes, words in (({"memory__guidance": "none"}, "--guidance none"), ({"model__frames": 48}, "--frames 48")):
+    for changes, words in (({"memory__guidance": "none"}, "--guidance none"), ({"model__frames": 48}, "--frames 48"),
+                           ({"loss__mask_blocks": (1, 2)}, "--mask-blocks 2: .* has blocks 0 to 1")):
         with pytest.raises(UsageError, match=words):
             planning.forecast(tiny_config(**changes), lookup("4090"))
     with pytest.raises(UsageError, match="has no bfloat16"):
         planning.check_card(tiny_config(memory__dtype="bfloat16"), replace(lookup("t4"), bf16=False))
+
+
+@pytest.mark.parametrize("blocks", [(0,), (2, 3), (5,)])
+def test_some_blocks_that_make_the_mask_are_planned_as_if_all_did(blocks):
+    config = TrainConfig(loss=LossConfig(mask_blocks=blocks))
+    few, all_of_them = (planning.forecast(c, lookup("0.5gb")) for c in (config, TrainConfig()))
+    assert few.chosen.plan == all_of_them.chosen.plan and few.chosen.needed_bytes == all_of_them.chosen.needed_bytes
 
 
 @pytest.mark.parametrize("frames, height, width", [(9, 96, 144), (17, 96, 144), (13, 32, 100), (9, 16, 16)])  # tiles are 32 x 48 latents; the last ones smaller

@@ -58,12 +58,15 @@ def test_transformer_equals_from_pretrained_bitwise(copied, kind, dtype, sharded
     _same(CogVideoX(str(directory)).load_transformer(dtype=dtype), stock)
 
 
-def test_text_encoder_equals_from_pretrained_bitwise_with_its_tied_weight(sincos):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_text_encoder_equals_from_pretrained_bitwise_with_its_tied_weight(sincos, dtype):
     from transformers import T5EncoderModel
 
-    ours = sincos.load_text_encoder(dtype=torch.float32)
-    _same(ours, T5EncoderModel.from_pretrained(sincos.directory / "text_encoder"))
+    ours = sincos.load_text_encoder(dtype=dtype)
+    _same(ours, T5EncoderModel.from_pretrained(sincos.directory / "text_encoder", torch_dtype=dtype))
     assert ours.encoder.embed_tokens.weight is ours.shared.weight
+    planned = sincos.fake_text_encoder(dtype=dtype)
+    assert {n: p.dtype for n, p in planned.named_parameters()} == {n: p.dtype for n, p in ours.named_parameters()}
 
 
 def test_vae_equals_from_pretrained_bitwise(sincos):

@@ -3,6 +3,7 @@
 Legend: B batch, F latent frames, C latent channels, H W latent size, L text tokens, D text width, T video frames.
 """
 
+import gc
 import hashlib
 import json
 from pathlib import Path
@@ -188,8 +189,13 @@ class CogVideoX:
         needs no room for its 8.9 GiB; None: on every device but the CPU."""
         if self.directory is None:
             return torch.stack([_random_text(p, self.text_length, self.text_width, dtype) for p in prompts])
+        rows = self._encode(prompts, dtype, torch.device(device), batch_size, stream)
+        gc.collect()  # streamed blocks and what streams them refer to each other: gigabytes that nothing else would free
+        return rows
+
+    def _encode(self, prompts: list[str], dtype: torch.dtype, device: torch.device, batch_size: int, stream: bool | None) -> Tensor:
         tokenizer, encoder = self.tokenizer(), self.load_text_encoder(dtype=dtype)
-        device, streamed = torch.device(device), []
+        streamed = []
         if stream or (stream is None and device.type != "cpu"):
             offload_blocks(encoder.encoder.block, device=device)
             streamed = list(encoder.encoder.block.parameters())

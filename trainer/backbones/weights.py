@@ -46,7 +46,7 @@ def open_shard(file: Path) -> Iterator[Any]:
 
 
 def assign(model: nn.Module, directory: Path, *, dtype: torch.dtype, device: torch.device | str = "cpu") -> nn.Module:
-    """Give a model built on meta its weights, frozen, in `dtype` (floating tensors only) on `device`.
+    """Give a model built on meta its weights, frozen, in `dtype` (floating tensors only; `dtype_of`) on `device`.
 
     Peak memory beyond the model: one tensor in its stored dtype. Raises CheckpointError where a weight is
     missing, superfluous or of another shape.
@@ -62,13 +62,19 @@ def assign(model: nn.Module, directory: Path, *, dtype: torch.dtype, device: tor
     for file, names in files.items():
         with open_shard(file) as f:
             for name in names:
-                _place(model, name, f.get_tensor(name), expected[name], dtype, device)
+                _place(model, name, f.get_tensor(name), expected[name], dtype_of(model, name, dtype), device)
     if hasattr(model, "tie_weights"):
         model.tie_weights()
     unset = [n for n, t in {**dict(model.named_parameters()), **_persistent_buffers(model)}.items() if t.is_meta]
     if unset:
         raise CheckpointError(f"{directory} lacks {unset[0]} of {type(model).__name__}")
     return model.requires_grad_(False).eval()
+
+
+def dtype_of(model: nn.Module, name: str, dtype: torch.dtype) -> torch.dtype:
+    """What a tensor of a model in `dtype` is held in, as `from_pretrained` has it: T5's `wo` leaves float16's range."""
+    wide = getattr(model, "_keep_in_fp32_modules", None) or ()
+    return torch.float32 if dtype == torch.float16 and not set(name.split(".")).isdisjoint(wide) else dtype
 
 
 def _persistent_buffers(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -91,10 +97,10 @@ def _place(model: nn.Module, name: str, tensor: torch.Tensor, expected: torch.Te
 
 def allocate(model: nn.Module, *, dtype: torch.dtype, device: torch.device | str = "cpu") -> nn.Module:
     """Give a model built on meta frozen weights without values."""
-    for module in model.modules():
+    for path, module in model.named_modules():
         for leaf, parameter in list(module._parameters.items()):
             if parameter is not None:
-                tensor = torch.empty(parameter.shape, dtype=dtype, device=device)
+                tensor = torch.empty(parameter.shape, dtype=dtype_of(model, f"{path}.{leaf}", dtype), device=device)
                 module._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
     if hasattr(model, "tie_weights"):
         model.tie_weights()
