@@ -104,7 +104,8 @@ def measure(session: Session, out: Path) -> dict[str, Any]:
     ring = session.cell("5b", 17, resident_blocks=0, boundaries="host")
     for name in session.within_budget(["overlap"], skipped):
         overlap = session.gauge.attempt(lambda: _activity(session, ring), may_fail=(RuntimeError,)).as_json()
-    equality = _equality(session, "2b", 9, skipped)
+    with session.gauge.reproducible():
+        equality = _equality(session, "2b", 9, skipped)
     for name, cell, more in session.within_budget(_cells(session), skipped, name=lambda entry: entry[0]):
         found[name] = session.measure(cell, num_steps=1 if more or session.dry else 2, num_warm=1 if more else 2,
                                       may_fail=peers.PEER_ERRORS, **more).as_json()

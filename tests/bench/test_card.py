@@ -10,7 +10,7 @@ import torch
 
 from bench.card import __main__ as suite
 from bench.card import rig
-from bench.card.gauge import covered, overlap
+from bench.card.gauge import Gauge, covered, overlap
 from bench.card.peaks import thick, thin
 from bench.card.session import goal
 from bench.overlap import block_seconds, count_loads, hiding_tokens
@@ -138,6 +138,16 @@ def test_a_thinned_snapshot_replays_as_the_whole_one():
 @pytest.mark.parametrize("value, at_least, reached", [(0.02, False, False), (0.01, False, True), (5, True, True), (None, True, None)])
 def test_goal(value, at_least, reached):
     assert goal("", value, {False: 0.01, True: 5}[at_least], at_least=at_least)["reached"] is reached
+
+
+def test_where_bits_are_compared_no_kernel_adds_in_an_order_of_its_own():
+    state = lambda: (torch.are_deterministic_algorithms_enabled(), torch.backends.cuda.cudnn_sdp_enabled(),
+                     torch.utils.deterministic.fill_uninitialized_memory)
+    before = state()
+    with pytest.raises(ArithmeticError), Gauge(torch.device("cpu")).reproducible():
+        assert state() == (True, False, False)
+        raise ArithmeticError
+    assert state() == before == (False, True, True)
 
 
 def test_how_often_streamed_weights_cross_the_link_in_a_step(monkeypatch):

@@ -186,7 +186,7 @@ class CogVideoX:
     def encode_prompts(self, prompts: list[str], *, dtype: torch.dtype, device: torch.device | str = "cpu",
                        batch_size: int = 16, stream: bool | None = None) -> Tensor:
         """`stream`: the encoder's blocks pass through two buffers on the device instead of living there, so that T5-XXL
-        needs no room for its 8.9 GiB; None: on every device but the CPU."""
+        needs no room for its 8.9 GiB (10.7 in float16); None: on every device but the CPU."""
         if self.directory is None:
             return torch.stack([_random_text(p, self.text_length, self.text_width, dtype) for p in prompts])
         rows = self._encode(prompts, dtype, torch.device(device), batch_size, stream)
