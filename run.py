@@ -87,10 +87,9 @@ def _leave(exit_code: int) -> int:
         try:
             if stream is not None:
                 stream.flush()
-        except OSError as e:
+        except OSError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-            if exit_code == 0:
-                exit_code = 6 if isinstance(e, BrokenPipeError) else _say(6, f"error: output: {e.strerror}")
+            exit_code = exit_code or 6
     return exit_code
 
 

@@ -13,6 +13,7 @@ from trainer.config import GenerateConfig, ModelConfig
 from trainer.eraser_files import save_eraser
 from trainer.erasers import Erasers
 from trainer.errors import CheckpointError, UsageError
+from trainer.video import contact_sheet
 
 PROMPT, SEED, NUM_STEPS = "a red circle moving left", 11, 3
 
@@ -79,10 +80,19 @@ def eraser(sincos, tmp_path):
 
 
 @pytest.mark.parametrize("plan", [MemoryPlan(), MemoryPlan(resident_blocks=0)], ids=["plain", "streamed"])
-def test_eraser_changes_the_video_and_compare_shows_both(sincos, written, eraser, tmp_path, plan):
+def test_eraser_changes_the_video_and_compare_shows_both(sincos, written, eraser, tmp_path, monkeypatch, plan):
+    shown = {}
+
+    def sheet(path, rows):
+        shown.update(rows)
+        contact_sheet(path, rows)
+
+    monkeypatch.setattr(module, "contact_sheet", sheet)
     paths = module.generate(_config(sincos.directory, tmp_path / "x.mp4", no_eraser=False, eraser=eraser, compare=True,
                                     memory=plan))
     module.generate(_config(sincos.directory, tmp_path / "plain.mp4"))
+    assert torch.equal(shown[f"after: {PROMPT}"], written["x.mp4"])
+    assert torch.equal(shown[f"before: {PROMPT}"], written["plain.mp4"])
     assert (written["x.mp4"] - written["plain.mp4"]).abs().max() > 1e-3
     assert [p.name for p in paths] == ["x.mp4", "x-compare.png"] and paths[1].stat().st_size > 500
 

@@ -330,14 +330,15 @@ def test_the_clock_splits_a_step():
     predict()
     with clock.waiting():
         time.sleep(0.02)
+    time.sleep(0.02)
     clock.phase("optimizer")
     clock.end_step()
     read = clock.read()
     seconds = read["phase_seconds"]
     assert read["seconds"] == sum(seconds.values())
     assert list(seconds) == ["teacher", "student", "backward", WAITING, "optimizer"]
-    assert seconds["teacher"] >= 0.06 and seconds["student"] >= 0.02 and seconds[WAITING] >= 0.02
-    assert seconds["optimizer"] < 0.02 and seconds["backward"] < 0.02
+    assert seconds["teacher"] >= 0.06 and all(seconds[name] >= 0.02 for name in ("student", "backward", WAITING))
+    assert seconds["optimizer"] < 0.02
 
 
 def test_who_measures_by_phase_hears_of_phases_but_not_of_waits():
