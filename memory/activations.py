@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 
 from memory.patching import Handle, replace_forward, require_modules
 from memory.saving import packing
-from memory.streams import Lane, resolve_device
+from memory.streams import Lane, pinning, resolve_device
 
 ALIGNMENT = 256
 MAX_SLAB_BYTES = 2**30
@@ -54,7 +54,8 @@ class _Arena:
             wanted = max(num_bytes, min(num_bytes * self.num_blocks, MAX_SLAB_BYTES))
             pin = self.lane.device.type == "cuda"
             size = 1 << (wanted - 1).bit_length()
-            self.slabs.append(torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=pin))
+            with pinning():
+                self.slabs.append(torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=pin))
             self._used = 0
         start, self._used = self._used, self._used + num_bytes
         return _HostBuffer(self.slabs[-1][start : self._used], self.lane)

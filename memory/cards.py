@@ -11,6 +11,7 @@ import tomllib
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from memory import environment
 
@@ -293,13 +294,24 @@ def _read_nvml(index: int) -> tuple[str, int, int] | None:
     try:
         if index >= pynvml.nvmlDeviceGetCount():
             return None
-        handle = pynvml.nvmlDeviceGetHandleByIndex(index)
+        handle = _handle(pynvml, index)
         label = pynvml.nvmlDeviceGetName(handle)
-        memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
+        memory = pynvml.nvmlDeviceGetMemoryInfo(handle, version=pynvml.nvmlMemory_v2)
         processes = pynvml.nvmlDeviceGetComputeRunningProcesses(handle)
     except pynvml.NVMLError as error:
         raise CardUnreadable(f"card {index} does not answer ({error}); name it instead, e.g. --profile 4090") from error
     finally:
         pynvml.nvmlShutdown()
     ours = sum(process.usedGpuMemory or 0 for process in processes if process.pid == os.getpid())
-    return label.decode() if isinstance(label, bytes) else label, memory.total, max(0, memory.used - ours)
+    # What the driver reserves for itself is nobody's; `_usable` knows of it.
+    others = max(0, memory.total - memory.free - memory.reserved - ours)
+    return label.decode() if isinstance(label, bytes) else label, memory.total, others
+
+
+def _handle(pynvml: Any, index: int) -> Any:
+    """NVML's handle of the card that is `index` to torch: NVML itself does not look at CUDA_VISIBLE_DEVICES."""
+    visible = [name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")]
+    name = visible[index] if index < len(visible) else ""
+    if name.startswith(("GPU-", "MIG-")):
+        return pynvml.nvmlDeviceGetHandleByUUID(name)
+    return pynvml.nvmlDeviceGetHandleByIndex(int(name) if name.isdigit() else index)

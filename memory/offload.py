@@ -26,7 +26,7 @@ from torch import nn
 
 from memory.patching import Handle, replace_forward, require_modules
 from memory.saving import current_region, packing, will_return
-from memory.streams import Lane, resolve_device
+from memory.streams import Lane, pinning, release_pinned, resolve_device
 
 ALIGNMENT = 256  # bytes, as cudaMalloc aligns: kernels choose by alignment, and must choose as for ordinary weights
 
@@ -72,7 +72,8 @@ class _Master:
         self.parameters = list(parameters)
         self.home = parameters[0].device
         self.layout, num_bytes = _layout(parameters)
-        self.flat = torch.empty(num_bytes, dtype=torch.uint8, device="cpu", pin_memory=pin)
+        with pinning():
+            self.flat = torch.empty(num_bytes, dtype=torch.uint8, device="cpu", pin_memory=pin)
         self.views = [entry.view(self.flat) for entry in self.layout]
         for parameter, view in zip(self.parameters, self.views, strict=True):
             view.copy_(parameter.data)
@@ -81,6 +82,8 @@ class _Master:
     def release(self) -> None:
         for parameter, view in zip(self.parameters, self.views, strict=True):
             parameter.data = view.to(self.home, copy=True)
+        self.flat, self.views = None, []
+        release_pinned()  # block by block: never two copies of more than one
 
 
 class _Slot:

@@ -4,8 +4,8 @@ The host never waits. The compute stream and a lane wait for each other by event
 `record_stream`, which would make the time of a free, and with it the peak, depend on timing.
 """
 
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 
@@ -16,6 +16,26 @@ def resolve_device(device: torch.device | str) -> torch.device:
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())
     return device
+
+
+@contextmanager
+def pinning() -> Iterator[None]:
+    """Around what pins host memory. Raises MemoryError if the host cannot give it: torch says that as if the card were full."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as e:
+        if "out of memory" not in str(e):
+            raise
+        raise MemoryError("the host has no more memory that can be pinned") from e
+
+
+def release_pinned() -> None:
+    """Give pinned memory that nothing refers to back to the host: torch keeps it for requests of the same size."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()  # a load ahead of use may still read it
+        torch._C._host_emptyCache()
 
 
 class Lane:

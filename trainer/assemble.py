@@ -39,7 +39,7 @@ def masking_blocks(backbone: CogVideoX, loss: LossConfig) -> Sequence[int]:
 
 
 def resolve_device(name: str) -> torch.device:
-    """The device that `--device` means. Raises UsageError for one that is not there."""
+    """The device that `--device` means; a card by number is made the current one. Raises UsageError for one that is not there."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -48,6 +48,10 @@ def resolve_device(name: str) -> torch.device:
         raise UsageError(f"--device {name}: not a device; auto, cpu or cuda would work") from e
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UsageError(f"--device {name}: there is no CUDA card here; use --device cpu")
+    if device.type == "cuda" and device.index is not None:
+        if device.index >= torch.cuda.device_count():
+            raise UsageError(f"--device {name}: there are {torch.cuda.device_count()} cards here, counted from 0")
+        torch.cuda.set_device(device)  # events are recorded on the current card's stream, and a counter asked for does not start CUDA
     return device
 
 

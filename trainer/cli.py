@@ -16,7 +16,7 @@ from typing import Any
 
 import tyro
 
-from memory.cards import Card, CardUnreadable, UnknownCard, lookup, size_bytes
+from memory.cards import Card, CardUnreadable, UnknownCard, detect, lookup, size_bytes
 from trainer import config as settings
 from trainer.commands import DiagnoseCommand, DoctorCommand, ExportCommand, ForgetCommand, PlanCommand, ReportCommand, TrainCommand
 from trainer.config import EvaluateConfig, GenerateConfig, TrainConfig
@@ -106,9 +106,13 @@ def _given(argv: Sequence[str]) -> set[str]:
     return {word[2:].split("=", 1)[0].removeprefix("no-").replace("-", "_") for word in argv if word.startswith("--")}
 
 
-def _card(profile: str) -> Card:
+def _card(profile: str, device: str = "auto") -> Card:
+    """The card that is meant; of this machine, the one that `device` names."""
+    number = re.fullmatch(r"cuda:(\d+)", device)
     try:
-        return lookup(profile)
+        if profile == "auto" and number:
+            return detect(int(number[1]))
+        return lookup("cpu" if (profile, device) == ("auto", "cpu") else profile)
     except (UnknownCard, CardUnreadable) as e:
         raise UsageError(f"--profile {profile}: {e}") from e
 
@@ -121,7 +125,7 @@ def _fixed(origins: dict[str, str]) -> list[str]:
 
 def _train(argv: Sequence[str]) -> None:
     command, origins = resolve(argv)
-    config, card = command.settings, _card(command.profile)
+    config, card = command.settings, _card(command.profile, command.settings.model.device)
     from trainer.distributed import joined, rows_of, shared
     from trainer.loop import train
     from trainer.memory_file import predicted_memory
@@ -164,7 +168,7 @@ def _forecast(command: PlanCommand, origins: dict[str, str]) -> None:
     config = command.settings
     if command.cards > config.data.batch_size and origins["data.batch_size"] == "default":  # the least that can be divided
         config, origins["data.batch_size"] = settings.replaced(config, {"data.batch_size": command.cards}), "flag"
-    card = _card(command.profile)
+    card = _card(command.profile, config.model.device)
     if command.host:
         card = replace(card, host_bytes=size_bytes(command.host))
     found = planning.forecast(planning.without_weights(config), card, _fixed(origins), num_cards=command.cards)

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from memory.guidance import predict_pair
 from memory.lockstep import Pass
+from memory.streams import pinning
 from trainer.backbones import Predict
 from trainer.config import LossConfig
 from trainer.erasers import Erasers, Localisation
@@ -50,7 +51,9 @@ class Sample:
         def park(value: Tensor) -> Tensor:
             if value.device.type == "cpu":
                 return value
-            return torch.empty_like(value, device="cpu", pin_memory=True).copy_(value, non_blocking=True)
+            with pinning():
+                host = torch.empty_like(value, device="cpu", pin_memory=True)
+            return host.copy_(value, non_blocking=True)
 
         return self._moved(park)
 

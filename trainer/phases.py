@@ -13,6 +13,7 @@ from memory.offload import offload_blocks
 from memory.plan import MemoryPlan
 from memory.pools import round_request
 from memory.simulate import recording
+from memory.timeline import pinned_bytes
 from trainer.assemble import resolve_dtype, video_size
 from trainer.backbones.cogvideox import CogVideoX, enable_tiles
 from trainer.config import TrainConfig
@@ -50,14 +51,14 @@ def _encoding_bytes(backbone: CogVideoX, dtype: torch.dtype) -> dict[str, int]:
     """A batch of prompts through the text encoder, its blocks streaming through two buffers: `PhaseNeed`'s figures."""
     with FakeMode(), torch.no_grad():
         encoder = backbone.fake_text_encoder(dtype=dtype, num_blocks=3)  # the others are like the last of them
-        more = (backbone.num_text_blocks() - 3) * sum(p.nbytes for p in encoder.encoder.block[-1].parameters())
         offload = offload_blocks(encoder.encoder.block, device="cpu")
         ids = torch.zeros(_PROMPT_BATCH, backbone.text_length, dtype=torch.int64)
         beyond = peak_beyond([encoder], lambda: encoder(ids))
         streamed = {id(p) for p in encoder.encoder.block.parameters()}
         standing = sum(p.nbytes for p in encoder.parameters() if id(p) not in streamed)
+        masters = [pinned_bytes(b.nbytes) for b in offload.host_buffers]
         return {"device_bytes": beyond + standing + sum(b.nbytes for b in offload.device_buffers),
-                "host_bytes": sum(p.nbytes for p in encoder.parameters()) + more}
+                "host_bytes": standing + sum(masters) + (backbone.num_text_blocks() - 3) * masters[-1]}
 
 
 @lru_cache(maxsize=8)

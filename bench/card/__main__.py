@@ -32,6 +32,7 @@ from bench.card.forecasts import Forecaster, card_here
 from bench.card.gauge import Gauge
 from bench.card.session import Session, register_toys
 from bench.provenance import RESULTS, write_result
+from memory.streams import release_pinned
 
 TOTAL_S = 480  # when the last cell may start; what it takes comes on top, and nine minutes are the limit
 PARTS: dict[str, ModuleType] = {"peaks": peaks, "health": health, "offload": offload, "minimum": minimum, "speed": speed,
@@ -103,6 +104,7 @@ def run_part(name: str, session: Session, out: Path, *, seconds: float, end: flo
                "seconds": round(time.monotonic() - started, 1), "card": session.card.name, "fixed_terms": session.fixed, **result}
     write_result(name, content, out)
     session.gauge.release()
+    release_pinned()  # in sizes that other parts may not ask for
     return content
 
 

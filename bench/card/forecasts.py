@@ -9,7 +9,7 @@ from typing import Any
 
 from bench.card.rig import Cell, backbone_of
 from memory.assess import Assessment, Workload
-from memory.cards import GIB, Card, available_host_bytes, detect, lookup
+from memory.cards import GIB, Card, CardUnreadable, available_host_bytes, detect, lookup
 from memory.plan import MemoryPlan
 from memory.ranking import SEARCHED
 from memory.search import search
@@ -23,8 +23,11 @@ def card_here(*, dry: bool) -> Card:
 
     if dry:
         return lookup("8gb")
-    card = detect()
-    if card.is_cpu:  # no NVML: torch knows the size
+    try:
+        card = detect()
+    except CardUnreadable:
+        card = lookup("cpu")
+    if card.is_cpu:  # NVML does not answer: torch knows the size
         size = lookup(f"{torch.cuda.get_device_properties().total_memory / GIB:.0f}gb")
         card = dataclasses.replace(size, host_bytes=available_host_bytes())
     return card

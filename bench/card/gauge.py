@@ -6,14 +6,12 @@ run's figures mean nothing.
 """
 
 import gc
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from memory.meter import resident_bytes
 
@@ -137,17 +135,15 @@ class Gauge:
     def reproducible(self) -> Iterator[None]:
         """Inside, the same work gives the same bits. Otherwise attention's backward adds up as its blocks finish.
 
-        cuDNN's attention has no such mode, so torch's own kernels run.
+        cuDNN's attention has no such mode, so that torch takes its own. With `warn_only` that would add up in any order, too.
         """
-        with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of cuBLAS, which torch trusts with two workspace sizes only: products run on one stream
-            torch.use_deterministic_algorithms(True, warn_only=True)
-            torch.utils.deterministic.fill_uninitialized_memory = False  # a kernel more for every buffer could hide a race
-            try:
-                yield
-            finally:
-                torch.use_deterministic_algorithms(False)
-                torch.utils.deterministic.fill_uninitialized_memory = True
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # a kernel more for every buffer could hide a race
+        try:
+            yield
+        finally:
+            torch.use_deterministic_algorithms(False)
+            torch.utils.deterministic.fill_uninitialized_memory = True
 
     # ---- time ----------------------------------------------------------------------------------------------------
 

@@ -57,14 +57,14 @@ def _equality(session: Session, kind: str, frames: int, skipped: list[str]) -> d
                 handle.remove()
             return rig.erasers.state_dict() | {n: g.cpu() for n, g in gradients.items()} | {"losses": torch.stack(rig.losses).cpu()}
 
-    plain = session.gauge.attempt(lambda: run(session.cell(kind, frames)))
+    plain = session.gauge.attempt(lambda: run(session.cell(kind, frames)), may_fail=(RuntimeError,))
     result = {}
     variants = {"ring, boundaries on host": dict(resident_blocks=0, boundaries="host"), "resident again": {},
                 "ring in lockstep": dict(resident_blocks=0, passes="lockstep"),
                 "3 buffers, a third resident": dict(resident_blocks=10, offload_buffers=3)}
     for name, fields in variants.items():
         for _ in session.within_budget([name], skipped, name=lambda n: f"equality of {n}"):
-            other = session.gauge.attempt(lambda fields=fields: run(session.cell(kind, frames, **fields)))
+            other = session.gauge.attempt(lambda fields=fields: run(session.cell(kind, frames, **fields)), may_fail=(RuntimeError,))
             if plain.worked and other.worked:
                 differing = [n for n, tensor in plain.value.items() if not torch.equal(tensor, other.value[n])]
                 result[name] = {"equal": not differing, "num_tensors": len(plain.value), "differing": differing[:5]}

@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_map
 
 from memory.checkpointing import checkpoint_blocks
 from memory.plan import MemoryPlan
+from trainer.tracing import in_backward
 
 PEER_ERRORS = (RuntimeError, ValueError, KeyError, ImportError)
 """What a peer may fail with; it is written down, and the part goes on."""
@@ -43,7 +44,25 @@ def group_offload(transformer: nn.Module, blocks: nn.ModuleList, plan: MemoryPla
     _hide_erasers(blocks)
     apply_group_offloading(transformer, onload_device=device, offload_device=torch.device("cpu"),
                            offload_type="block_level", num_blocks_per_group=1, **streamed)
+    for block in blocks:
+        _prefetch_in_forward_only(block)
     _checkpointed(blocks)
+
+
+def _prefetch_in_forward_only(block: nn.Module) -> None:
+    """diffusers loads ahead in forward's order: in a recomputation that is a block already done, which would stay on the card."""
+    hook, inner = block._diffusers_hook.get_hook("group_offloading"), block.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        if not in_backward():
+            return inner(*args, **kwargs)
+        ahead, hook.next_group = hook.next_group, None
+        try:
+            return inner(*args, **kwargs)
+        finally:
+            hook.next_group = ahead
+
+    block.forward = forward
 
 
 def _send_to_device(values: Any, device: torch.device, non_blocking: bool = False) -> Any:

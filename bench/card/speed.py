@@ -11,6 +11,7 @@ from bench.card.forecasts import peaks_of, plans_of
 from bench.card.rig import Cell, measured
 from bench.card.session import Session, goal, rows
 from bench.naive import Naive
+from memory.plan import PlanError
 
 BUDGET_S = 100
 
@@ -67,6 +68,8 @@ def _variants(session: Session) -> list[tuple[str, Any]]:
 
     def filled():
         best, _ = session.forecaster.answer(plans_of, plain, (session.card,))[0]
+        if best is None:
+            raise RuntimeError("no plan fits this card")
         return measured(dataclasses.replace(plain, plan=best.plan), session.gauge, num_steps=2)
 
     return [("5b 49f", run(plain)), ("2b 17f", run(small)), ("naive 2b 17f", lambda: _naive(session)),
@@ -91,7 +94,7 @@ def measure(session: Session, out: Path) -> dict[str, Any]:
     rate, found, skipped = _matrix_rate(session), {}, []
     session.gauge.release()
     for name, run in session.within_budget(_variants(session), skipped, name=lambda pair: pair[0]):
-        found[name] = session.gauge.attempt(run, may_fail=(RuntimeError, OSError)).as_json()
+        found[name] = session.gauge.attempt(run, may_fail=(RuntimeError, OSError, PlanError)).as_json()
     _, flops = session.forecaster.answer(peaks_of, session.cell("5b", 49), session.workspace_bytes)
     small, naive = (found.get(name, {}) for name in ("2b 17f smallest", "naive 2b 17f"))
     # One and the same work; filling the card does less of it.

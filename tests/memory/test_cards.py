@@ -118,7 +118,9 @@ def fake_nvml(**overrides):
         nvmlDeviceGetCount=lambda: 1,
         nvmlDeviceGetHandleByIndex=lambda index: index,
         nvmlDeviceGetName=lambda handle: b"NVIDIA H20",
-        nvmlDeviceGetMemoryInfo=lambda handle: SimpleNamespace(total=96 * GIB, used=10 * GIB),
+        nvmlDeviceGetHandleByUUID=lambda name: name,
+        nvmlMemory_v2=2,
+        nvmlDeviceGetMemoryInfo=lambda handle, version: SimpleNamespace(total=96 * GIB, reserved=GIB, free=85 * GIB),
         nvmlDeviceGetComputeRunningProcesses=lambda handle: [
             SimpleNamespace(pid=cards.os.getpid(), usedGpuMemory=4 * GIB),
             SimpleNamespace(pid=-1, usedGpuMemory=None),
@@ -128,14 +130,27 @@ def fake_nvml(**overrides):
     return nvml
 
 
-def raising(*args):
+def raising(*args, **more):
     raise FakeNvml.NVMLError("gone")
 
 
 def test_what_this_process_holds_is_not_counted_against_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "pynvml", fake_nvml())
     card = detect()
-    assert card.name == "h20" and card.used_by_others_bytes == 6 * GIB
+    assert card.name == "h20" and card.used_by_others_bytes == 6 * GIB  # of 96, 85 are free, 1 the driver's, 4 ours
+
+
+@pytest.mark.parametrize("visible, index, handle", [
+    (None, 1, 1), ("", 0, 0), ("2", 0, 2), ("3,1", 1, 1), ("0, GPU-5ebe", 1, "GPU-5ebe"), ("MIG-1/2/0", 0, "MIG-1/2/0")])
+def test_the_card_asked_is_the_one_that_torch_takes(monkeypatch, visible, index, handle):
+    asked = []
+    monkeypatch.setitem(sys.modules, "pynvml", fake_nvml(nvmlDeviceGetCount=lambda: 4,
+                                                         nvmlDeviceGetName=lambda handle: asked.append(handle) or "NVIDIA H20"))
+    if visible is None:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    else:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert detect(index).name == "h20" and asked == [handle]
 
 
 def test_no_driver_means_no_card(monkeypatch):

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from memory.offload import offload_blocks, place
+from memory.streams import release_pinned
 from trainer.backbones import Decode, Predict, published
 from trainer.backbones.location import locate, read_config, stored_dtype
 from trainer.backbones.attention import LeanProcessor
@@ -191,6 +192,7 @@ class CogVideoX:
             return torch.stack([_random_text(p, self.text_length, self.text_width, dtype) for p in prompts])
         rows = self._encode(prompts, dtype, torch.device(device), batch_size, stream)
         gc.collect()  # streamed blocks and what streams them refer to each other: gigabytes that nothing else would free
+        release_pinned()
         return rows
 
     def _encode(self, prompts: list[str], dtype: torch.dtype, device: torch.device, batch_size: int, stream: bool | None) -> Tensor:
