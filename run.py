@@ -42,11 +42,13 @@ def _bench(words: list[str]) -> int:
 
 
 def _run() -> int:
-    from memory.exhaustion import card_lost, exhausted
-    from memory.plan import PlanError
-    from trainer.cli import main as run
-    from trainer.errors import TrainerError
-
+    try:
+        from memory.exhaustion import card_lost, exhausted
+        from memory.plan import PlanError
+        from trainer.cli import main as run
+        from trainer.errors import TrainerError
+    except KeyboardInterrupt:
+        return _say(130, "interrupted")
     try:
         run(sys.argv[1:])
         sys.stdout.flush()

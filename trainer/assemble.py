@@ -13,10 +13,10 @@ from torch import nn
 from memory.plan import AppliedPlan, MemoryPlan, apply_plan
 from trainer.backbones import Predict
 from trainer.backbones.cogvideox import BOUNDARY_NAMES, CogVideoX, check_dtype
-from trainer.config import LossConfig, ModelConfig
+from trainer.config import LossConfig, ModelConfig, TrainConfig
 from trainer.erasers import Erasers
 from trainer.errors import UsageError
-from trainer.prompts import Embeddings, embed
+from trainer.prompts import Embeddings, PromptSet, collect, embed
 
 
 def open_backbone(model: ModelConfig) -> CogVideoX:
@@ -30,12 +30,34 @@ def video_size(backbone: CogVideoX, model: ModelConfig) -> tuple[int, int, int]:
     return tuple(own if value is None else value for value, own in zip(asked, backbone.default_size()))
 
 
+def require_guidance(config: TrainConfig) -> None:
+    """Raises UsageError where a step would lack the anchor."""
+    if config.memory.guidance == "none":
+        raise UsageError("--guidance none: training needs the anchor's prediction beside the prompt's; "
+                         "use batched or sequential")
+
+
+def require_trainable(config: TrainConfig) -> None:
+    """Raises UsageError for what can be planned at most."""
+    require_guidance(config)
+    if config.memory.backbone_copies != 1 or config.memory.text_encoder_resident:
+        raise UsageError("--backbone-copies 2 and --text-encoder-resident exist for planning and benchmarks only")
+
+
+def collect_prompts(config: TrainConfig) -> PromptSet:
+    """What a run trains on. Raises UsageError."""
+    prompts = collect(config.data, bundled=config.model.model == "shapes")
+    if config.loss.beta > 0 and not prompts.preserved:
+        raise UsageError("--beta is above 0, but there is nothing to preserve; name --preserve WORD …, or --beta 0")
+    return prompts
+
+
 def masking_blocks(backbone: CogVideoX, loss: LossConfig) -> Sequence[int]:
     """The blocks whose attention makes the mask. Raises UsageError for one that the model does not have."""
     for block in loss.mask_blocks:
         if block >= backbone.num_blocks:
             raise UsageError(f"--mask-blocks {block}: {backbone.name} has blocks 0 to {backbone.num_blocks - 1}")
-    return loss.mask_blocks or range(backbone.num_blocks)
+    return tuple(dict.fromkeys(loss.mask_blocks)) or range(backbone.num_blocks)
 
 
 def resolve_device(name: str) -> torch.device:
@@ -46,6 +68,8 @@ def resolve_device(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError as e:
         raise UsageError(f"--device {name}: not a device; auto, cpu or cuda would work") from e
+    if device.type not in ("cpu", "cuda"):
+        raise UsageError(f"--device {name}: auto, cpu or cuda would work")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UsageError(f"--device {name}: there is no CUDA card here; use --device cpu")
     if device.type == "cuda" and device.index is not None:

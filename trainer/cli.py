@@ -85,6 +85,8 @@ def resolve(argv: Sequence[str], kind: type = TrainCommand) -> tuple[Any, dict[s
         from trainer.run_directory import read_config
 
         layers.append((f"run {resume}", settings.leaves(read_config(Path(resume))[0])))
+        if "out" in _given(argv):
+            raise UsageError("--out beside --resume: a run goes on in its own directory")
     else:
         file = settings.read_toml(Path(toml)) if toml else {}
         model = _early(argv, "--model") or file.get("model.model", "shapes")

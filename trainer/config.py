@@ -125,6 +125,7 @@ class OptimConfig:
         _at_least("warmup", self.warmup, 0)
         _at_least("clip", self.clip, 0)
         _at_least("weight-decay", self.weight_decay, 0)
+        check_seed(self.seed)
         if not 0 < self.lr < math.inf:
             raise UsageError(f"--lr {self.lr}: must be above 0; 1e-4 is the published choice")
 
@@ -154,6 +155,7 @@ class OutputConfig:
         _at_least("save-every", self.save_every, 1)
         _at_least("sample-every", self.sample_every, 0)
         _at_least("sample-steps", self.sample_steps, 1)
+        _at_least("guidance-scale", self.guidance_scale, 0)
         if self.tensorboard:
             require_tensorboard()
 
@@ -202,10 +204,13 @@ class GenerateConfig:
             raise UsageError("--prompt is missing; say what to generate, e.g. --prompt 'a red circle moving left'")
         if self.out.suffix not in (".mp4", ".png"):
             raise UsageError(f"--out {self.out}: ends in .mp4 or .png")
-        if self.num_steps < 1:
-            raise UsageError(f"--num-steps {self.num_steps}: must be 1 or more")
+        _at_least("num-steps", self.num_steps, 1)
+        _at_least("fps", self.fps, 1)
+        check_seed(self.seed)
         if self.eraser is None and not self.no_eraser:
             raise UsageError("--eraser is missing; name a run directory, or say --no-eraser")
+        if self.no_eraser and self.compare:
+            raise UsageError("--compare shows what an eraser changes; leave out --no-eraser, or --compare")
         _check_guidance(self.guidance_scale, self.memory)
 
 
@@ -230,14 +235,22 @@ class EvaluateConfig:
 
     def __post_init__(self):
         _at_least("num-videos", self.num_videos, 1)
+        check_seed(self.seed)
         _at_least("num-steps", self.num_steps, 1)
         _check_guidance(self.guidance_scale, self.memory)
 
 
 def _check_guidance(scale: float, memory: MemoryPlan) -> None:
+    _at_least("guidance-scale", scale, 0)
     if memory.guidance == "none" and scale != 1.0:
         raise UsageError(f"--guidance none leaves --guidance-scale {scale} without effect; use --guidance sequential, "
                          "or --guidance-scale 1")
+
+
+def check_seed(seed: int) -> None:
+    """Raises UsageError for what no generator takes."""
+    if not -2**63 <= seed < 2**63:
+        raise UsageError(f"--seed {seed}: must fit 64 bits")
 
 
 def _at_least(flag: str, value: float, least: float) -> None:

@@ -9,7 +9,8 @@ from safetensors import safe_open
 
 from memory.optimizers import make_optimizer
 from memory.precision import make_scaler
-from trainer.assemble import assemble, embed_prompts, masking_blocks, open_backbone, resolve_device, video_size
+from trainer.assemble import (assemble, collect_prompts, embed_prompts, masking_blocks, open_backbone, require_trainable, resolve_device,
+                              video_size)
 from trainer.config import TrainConfig
 from trainer.eraser_files import WEIGHTS, EraserFile, load_eraser
 from trainer.errors import CheckpointError
@@ -21,7 +22,6 @@ from trainer.losses import Teacher
 from trainer.masks import prompt_columns
 from trainer.metrics import METRICS, read_metrics
 from trainer.preflight import Preflight
-from trainer.prompts import collect
 from trainer.run_directory import CONFIG
 
 
@@ -44,13 +44,16 @@ def diagnose_run(run_dir: Path) -> Bill:
             raise CheckpointError(f"{run_dir / FINDINGS} cannot be read ({e})") from e
     written = read_metrics(run_dir)
     records = [record for record in written if "blocks" in record]
-    bill = bill.with_findings(_judged(records))
-    if records or not written:
-        checked.append(f"{METRICS}: {len(records)} steps, loss terms, gradients, updates and erasers by block")
-    else:  # a run of `forget`, which has no blocks
-        checked.append(f"{METRICS}: {len(written)} steps, loss terms and gradients")
-        bill = bill.with_findings(finding(f"non-finite-{what}", "training", step=record["step"]) for record in written
-                                  for what in ("loss", "gradient") if not _finite(record.get(_WHERE[what], 0.0)))
+    try:
+        bill = bill.with_findings(_judged(records))
+        if records or not written:
+            checked.append(f"{METRICS}: {len(records)} steps, loss terms, gradients, updates and erasers by block")
+        else:  # a run of `forget`, which has no blocks
+            checked.append(f"{METRICS}: {len(written)} steps, loss terms and gradients")
+            bill = bill.with_findings(finding(f"non-finite-{what}", "training", step=record["step"]) for record in written
+                                      for what in ("loss", "gradient") if not _finite(record.get(_WHERE[what], 0.0)))
+    except (LookupError, TypeError, ValueError, AttributeError) as e:
+        raise CheckpointError(f"{run_dir / METRICS} is not what a run writes ({e!r})") from e
     if (run_dir / WEIGHTS).is_file():
         eraser = diagnose_eraser(run_dir)
         bill, checked = bill.with_findings(eraser.findings), [*checked, *eraser.checked]
@@ -118,11 +121,12 @@ def diagnose_settings(config: TrainConfig) -> Bill:
 
 
 def prepare(config: TrainConfig) -> Subject:
-    """The parts of a training step, as the training loop puts them together."""
+    """The parts of a training step, as the training loop puts them together. Raises UsageError for what cannot be trained."""
+    require_trainable(config)
     backbone, device = open_backbone(config.model), resolve_device(config.model.device)
     shape = (config.data.batch_size, *backbone.latent_shape(*video_size(backbone, config.model)))
     masking = masking_blocks(backbone, config.loss)
-    prompts = collect(config.data, bundled=config.model.model == "shapes")
+    prompts = collect_prompts(config)
     columns = prompt_columns(backbone, prompts) if config.loss.alpha > 0 else None
     embeddings = embed_prompts(backbone, config.model, config.memory,
                                [*prompts.prompts, *prompts.safe, *prompts.preserved, ""]).to(device)

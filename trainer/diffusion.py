@@ -26,6 +26,8 @@ class Sampler:
         if scheduler.config.prediction_type != "v_prediction":
             raise UsageError(f"the scheduler's prediction_type is {scheduler.config.prediction_type}; velocities (v_prediction) are what "
                              "a CogVideoX predicts and an eraser is trained on")
+        if num_steps > scheduler.config.num_train_timesteps:
+            raise UsageError(f"{num_steps} denoising steps: the model's scheduler has {scheduler.config.num_train_timesteps} at most")
         scheduler.set_timesteps(num_steps, device=device)
         self.scheduler, self.timesteps = scheduler, scheduler.timesteps
         self.memory: Tensor | None = None

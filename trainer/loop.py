@@ -16,13 +16,14 @@ import torch
 from memory.meter import Meter
 from memory.optimizers import make_optimizer
 from memory.precision import make_scaler
-from trainer.assemble import assemble, embed_prompts, masking_blocks, open_backbone, resolve_device, video_size
+from trainer.assemble import (assemble, collect_prompts, embed_prompts, masking_blocks, open_backbone, require_trainable, resolve_device,
+                              video_size)
 from trainer.checkpoint import Saver, latest_checkpoint
 from trainer.clock import PhaseClock
 from trainer.config import TrainConfig
 from trainer.distributed import agreed, on_main, shared
 from trainer.eraser_files import save_eraser
-from trainer.errors import Interrupted, UsageError
+from trainer.errors import Interrupted
 from trainer.health import Health
 from trainer.inspection import Subject
 from trainer.lock import RunLock
@@ -32,7 +33,6 @@ from trainer.masks import prompt_columns
 from trainer.metrics import MetricsLog
 from trainer.memory_file import keep_forecast
 from trainer.monitor import read_memory, watch
-from trainer.prompts import collect
 from trainer.recovery import Rescue
 from trainer.run_directory import make_run_directory, require_place, write_config
 from trainer.samples import Sampling
@@ -51,19 +51,13 @@ def train(config: TrainConfig, origins: Mapping[str, str], *, resume: Path | Non
     both after saving.
     """
     # What is asked for, checked as far as it can be before anything is loaded or written.
-    if config.memory.guidance == "none":
-        raise UsageError("--guidance none: training needs the anchor's prediction beside the prompt's; "
-                         "use batched or sequential")
-    if config.memory.backbone_copies != 1 or config.memory.text_encoder_resident:
-        raise UsageError("--backbone-copies 2 and --text-encoder-resident exist for planning and benchmarks only")
+    require_trainable(config)
     if not resume:
         on_main(require_place, config)
     backbone = open_backbone(config.model)
     shape = (config.data.batch_size, *backbone.latent_shape(*video_size(backbone, config.model)))
     masking = masking_blocks(backbone, config.loss)
-    prompts = collect(config.data, bundled=config.model.model == "shapes")
-    if config.loss.beta > 0 and not prompts.preserved:
-        raise UsageError("--beta is above 0, but there is nothing to preserve; name --preserve WORD …, or --beta 0")
+    prompts = collect_prompts(config)
     columns = prompt_columns(backbone, prompts) if config.loss.alpha > 0 else None
     device = resolve_device(config.model.device)
     meter = Meter(device)

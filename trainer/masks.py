@@ -125,6 +125,9 @@ def prompt_columns(backbone: CogVideoX, prompts: PromptSet) -> dict[str, Tensor]
     # Cut to the text's length: a concept of more tokens is in no prompt, and this says so below.
     wanted = torch.tensor(tokenizer(prompts.concept, add_special_tokens=False, truncation=True,
                                     max_length=backbone.text_length).input_ids)  # (K,)
+    if (wanted == tokenizer.unk_token_id).any():
+        raise UsageError(f"the concept {prompts.concept!r} has characters that the model's tokenizer does not know; use other words, or "
+                         f"copy {backbone.directory / 'tokenizer'} again if these are common ones")
     ids = backbone.token_ids(tokenizer, list(prompts.prompts))  # (n, L)
     starts = (ids.unfold(1, len(wanted), 1) == wanted).all(-1)  # (n, L - K + 1)
     columns = torch.zeros(ids.shape, dtype=torch.bool)

@@ -14,7 +14,7 @@ from memory.plan import MemoryPlan
 from memory.ranking import SEARCHED, SearchResult
 from memory.search import search
 from memory.timing import LARGEST_ERROR, TYPICAL_ERROR
-from trainer.assemble import masking_blocks, open_backbone, resolve_dtype, video_size
+from trainer.assemble import masking_blocks, open_backbone, require_guidance, resolve_dtype, video_size
 from trainer.backbones import published
 from trainer.backbones.cogvideox import CogVideoX
 from trainer.beside import Beside
@@ -80,9 +80,7 @@ def workload(config: TrainConfig, *, num_cards: int | None = None) -> Workload:
     backbone.latent_shape(*video_size(backbone, config.model))
     masking_blocks(backbone, config.loss)
     resolve_dtype(backbone, config.memory, insist=config.model.force_dtype)
-    if config.memory.guidance == "none":
-        raise UsageError("--guidance none: training needs the anchor's prediction beside the prompt's; "
-                         "use batched or sequential")
+    require_guidance(config)
     run = replace(config, memory=MemoryPlan(), output=replace(config.output, out=None))
 
     def trace(plan: MemoryPlan, num_blocks: int) -> tuple:
@@ -131,8 +129,8 @@ def forecast(config: TrainConfig, card: Card, fixed: Collection[str] = (), *, nu
     if config.memory.num_shards == 1:
         unsharded = search(run, card, base=config.memory, fixed=[name for name in SEARCHED if name in fixed], tf32=False,
                            host_bytes=host_share(card, num_cards))
-    if sharded is None and unsharded is None:
-        raise UsageError(f"--num-shards {config.memory.num_shards}: blocks are divided among the cards of a run, and there is "
+    if config.memory.num_shards not in (1, num_cards) or (sharded is None and unsharded is None):
+        raise UsageError(f"--num-shards {config.memory.num_shards}: blocks are divided among the cards of a run, here "
                          f"{num_cards}; say --cards {config.memory.num_shards} (training: torchrun), no --resident-blocks and no --passes")
     result = faster(sharded, unsharded) if sharded and unsharded else sharded or unsharded
     return Forecast(card, config, result, num_cards, sharded, unsharded)
@@ -176,13 +174,13 @@ def smallest_card(found: Forecast) -> str:
 def command(config: TrainConfig, plan: MemoryPlan, origins: dict[str, str], num_cards: int = 1) -> str:
     """A command line that runs with exactly this plan."""
     words = ["python", "run.py"] if num_cards == 1 else ["torchrun", f"--nproc-per-node={num_cards}", "--", "run.py"]
-    default = MemoryPlan()
-    for path, origin in origins.items():
-        if origin == "flag" and not path.startswith("memory."):
-            section, name = path.split(".")
+    given = [path.split(".") for path, origin in origins.items() if origin == "flag" or origin.startswith("file ")]
+    for section, name in given:
+        if section != "memory":
             words += _flag(name, getattr(getattr(config, section), name))
-    for f in fields(MemoryPlan):
-        if getattr(plan, f.name) != getattr(default, f.name):
+    default = MemoryPlan()
+    for f in fields(MemoryPlan):  # what was given is not to be planned anew, whatever it is
+        if getattr(plan, f.name) != getattr(default, f.name) or ["memory", f.name] in given:
             words += _flag(f.name, getattr(plan, f.name))
     return shlex.join(words)
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from memory.plan import MemoryPlan, PlanError
+from trainer.config import check_seed
 from trainer.errors import CheckpointError, UsageError
 
 
@@ -90,6 +91,7 @@ class ForgetConfig:
                 raise UsageError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be 0 or more")
         if not 0 <= self.acceptance < 1:
             raise UsageError(f"--acceptance {self.acceptance}: from 0 to below 1")
+        check_seed(self.seed)
         self._check_side()
 
     def _check_side(self) -> None:

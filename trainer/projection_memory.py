@@ -14,6 +14,7 @@ from trainer.lora import Layer, Lora
 from trainer.memory_file import thinned
 from trainer.projection_config import ForgetConfig
 from trainer.projection_problem import Problem
+from trainer.rehearse import with_8bit_state
 from trainer.run_files import MEMORY
 
 
@@ -27,7 +28,7 @@ def predict_step(problem: Problem, config: ForgetConfig) -> Trace:
         weight, bias, *shaped = (None if t is None else torch.empty(t.shape) for t in (layer.weight, layer.bias, *rows))
         fake = Problem(Layer(layer.name, weight, bias), *shaped)
         lora = Lora(fake.layer, rank=config.rank, alpha=config.alpha, seed=config.seed)
-        optimizer = make_optimizer(lora.parameters(), kind=config.memory.optimizer, lr=config.lr)
+        optimizer = make_optimizer(lora.parameters(), kind="adamw", lr=config.lr)
         with recording(device=layer.weight.device.type) as recorder:
             recorder.adopt([t for t in (weight, bias, *shaped) if t is not None], "weights")
             recorder.adopt_model(lora)
@@ -39,7 +40,8 @@ def predict_step(problem: Problem, config: ForgetConfig) -> Trace:
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
             del loss
-        return recorder.trace()
+        trace = recorder.trace()
+    return trace if config.memory.optimizer == "adamw" else with_8bit_state(trace)
 
 
 def keep_prediction(run_dir: Path, trace: Trace) -> None:

@@ -51,7 +51,7 @@ def _instead(pairs: list[tuple[str, str]], concept: str, instead: str) -> list[t
     """The pairs; those without a safe prompt get one that names `instead` in the concept's place, unless that is empty."""
     if not instead:
         return pairs
-    words = re.compile(rf"\b{re.escape(concept)}\b", re.IGNORECASE)
+    words = re.compile(rf"(?<!\w){re.escape(concept)}(?!\w)", re.IGNORECASE)
     for prompt, safe in pairs:
         if not safe and not words.search(prompt):
             raise UsageError(f"--instead {instead}: the prompt {prompt!r} does not hold {concept!r}; give it a safe prompt of its own, "
@@ -87,9 +87,12 @@ def _world(data: DataConfig, pairs: list[tuple[str, str]] | None, concepts: list
             continue
         try:
             # A circle may be red: what shows the concept itself is not to be kept.
-            preserved += [prompt for prompt, _ in world.erasure_pairs(name) if erased not in prompt.split()]
+            kept = [prompt for prompt, _ in world.erasure_pairs(name) if erased not in prompt.split()]
         except KeyError:
             raise UsageError(f"--preserve {name}: the bundled model does not know it; name one of {names}") from None
+        if not kept:
+            raise UsageError(f"--preserve {name}: that is what is to be erased")
+        preserved += kept
     return pairs, preserved
 
 
@@ -110,9 +113,9 @@ def _pairs(path: Path) -> list[tuple[str, str]]:
     if path.suffix.lower() != ".csv":
         return [(line, "") for line in lines]
     with path.open(newline="", encoding="utf-8-sig") as f:
-        reader = csv.DictReader(f)
+        reader = csv.DictReader(f, strict=True)
         try:
-            columns = reader.fieldnames or ()
+            reader.fieldnames = columns = [(name or "").strip().lower() for name in reader.fieldnames or ()]
             rows = [((row.get("prompt") or "").strip(), (row.get("safe") or "").strip()) for row in reader]
         except csv.Error as e:
             raise UsageError(f"--prompts {path}: not a CSV file ({e})") from e

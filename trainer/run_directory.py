@@ -19,9 +19,12 @@ def require_place(config: TrainConfig) -> None:
     """Refuse an --out that holds a run or cannot be written, as far as that can be told without writing: before minutes of loading."""
     out = config.output.out
     place = Path("runs") if out is None else out
-    if out is not None and (out / CONFIG).exists():
-        raise CheckpointError(f"{out} holds a run already; go on with it by --resume {out}, or choose another --out")
-    there = next(p for p in (place, *place.absolute().parents) if p.exists())
+    try:
+        if out is not None and (out / CONFIG).exists():
+            raise CheckpointError(f"{out} holds a run already; go on with it by --resume {out}, or choose another --out")
+        there = next(p for p in (place, *place.absolute().parents) if p.exists())
+    except OSError as e:  # a name that is too long
+        raise _cannot_write(out, e.strerror) from e
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
         raise _cannot_write(out, os.strerror(errno.EACCES if there.is_dir() else errno.ENOTDIR))
 

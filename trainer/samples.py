@@ -9,6 +9,7 @@ from trainer.assemble import Assembly
 from trainer.backbones.cogvideox import CogVideoX
 from trainer.config import TrainConfig
 from trainer.assemble import video_size
+from trainer.diffusion import Sampler
 from trainer.distributed import agreed, rank
 from trainer.errors import InputOutputError
 from trainer.generate import generate_latents
@@ -31,6 +32,7 @@ class Sampling:
         own = (*prompts.prompts[::max(1, len(prompts.prompts) // 2)][:2],
                *prompts.preserved[::max(1, len(prompts.preserved) // 2)][:2])
         self.prompts = config.output.sample_prompts or own
+        Sampler(backbone.scheduler(), config.output.sample_steps)  # refuses too many steps now, not after training
 
     def run(self, run_dir: Path, step: int, assembly: Assembly, embeddings: Embeddings, stop: StopFlag) -> None:
         """Sample every prompt with the erasers on and write the sheet; stops early, without one, on a signal.

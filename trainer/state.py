@@ -25,7 +25,7 @@ from trainer.run_directory import CONFIG, read_config
 logger = logging.getLogger(__name__)
 PACKAGES = ("torch", "diffusers", "transformers", "bitsandbytes", "safetensors")
 # A resumed run may differ in memory plan, model location and output, and, with a constant learning rate, be longer.
-_COMPARED = ("data", "loss", "optim")
+_COMPARED = {"data": (), "loss": (), "optim": (), "model": ("frames", "height", "width"), "memory": ("dtype",)}  # (): all
 
 
 @dataclass
@@ -115,13 +115,14 @@ class TrainState:
 
     def _check_settings(self, saved: Mapping[str, Any]) -> None:
         ours = as_json(self.config)
-        for section in _COMPARED:
-            for name, value in ours[section].items():
+        for section, names in _COMPARED.items():
+            for name in names or ours[section]:
                 if name == "steps" and self.config.optim.schedule == "constant":
                     continue
-                if saved[section].get(name) != value:
-                    raise CheckpointError(f"cannot resume: {section}.{name} is {saved[section].get(name)!r} in the "
-                                          f"checkpoint and {value!r} now; a resumed run keeps what it trains on")
+                then, now = saved[section].get(name), ours[section][name]
+                if then != now:
+                    raise CheckpointError(f"cannot resume: {section}.{name} is {then!r} in the checkpoint and {now!r} now; "
+                                          "a resumed run keeps what it trains on")
 
     def _described(self) -> dict[str, Any]:
         return {

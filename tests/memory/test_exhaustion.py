@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from memory.exhaustion import card_lost, exhausted, requested_bytes
+from memory.streams import pinning
 
 
 @pytest.mark.parametrize("error, whose, num_bytes", [
@@ -33,6 +34,15 @@ def test_whose_memory_ran_out(error, whose, num_bytes):
     ("shapes differ", False)])
 def test_a_lost_card_is_told_from_a_bug(message, lost):
     assert card_lost(RuntimeError(message)) == lost and not card_lost(ValueError(message))
+
+
+@pytest.mark.parametrize("error, whose", [
+    (RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported"), "host"),  # from cudaHostAlloc
+    (torch.OutOfMemoryError("CUDA out of memory."), "device"), (RuntimeError("shape mismatch"), None)])
+def test_where_host_memory_is_pinned_it_is_the_hosts_that_ran_out(error, whose):
+    with pytest.raises((RuntimeError, MemoryError)) as raised, pinning():
+        raise error
+    assert exhausted(raised.value) == whose
 
 
 def test_what_the_cpu_really_says():

@@ -14,7 +14,7 @@ from tiny_pipelines import FRAMES, SIDE
 from trainer.assemble import named_scheduler
 from trainer.backbones import published
 from trainer.backbones.cogvideox import CogVideoX, check_dtype
-from trainer.errors import UsageError
+from trainer.errors import CheckpointError, UsageError
 
 
 @pytest.mark.parametrize("name, num_parameters", [("cogvideox-2b", 1_693_783_872), ("cogvideox-5b", 5_570_283_072)])
@@ -259,6 +259,28 @@ def test_random_transformer_runs_and_is_a_function_of_the_seed(monkeypatch):
     assert torch.equal(*outputs) and outputs[0].std() > 0
     assert not torch.equal(outputs[0][0], outputs[0][1])  # another prompt, another prediction
     assert opened.tokenizer() is None and opened.text_encoder_fingerprint() is None
+
+
+@pytest.mark.parametrize("damage, part", [
+    (lambda d: (d / "scheduler/scheduler_config.json").unlink(), "scheduler"),
+    (lambda d: (d / "scheduler/scheduler_config.json").write_text("["), "scheduler"),
+    (lambda d: (d / "text_encoder/config.json").write_text("[]"), "text_encoder"),
+    (lambda d: (d / "text_encoder/config.json").unlink(), "text_encoder"),
+    (lambda d: (d / "text_encoder/config.json").write_text('{"num_layers": "x"}'), "text_encoder"),
+    (lambda d: (d / "tokenizer/tokenizer.json").unlink(), "tokenizer"),
+    (lambda d: (d / "tokenizer/tokenizer.json").write_text("{"), "tokenizer"),
+    (lambda d: (d / "tokenizer/tokenizer_config.json").write_text("[]"), "tokenizer"),
+    (lambda d: (d / "transformer/config.json").write_text("[]"), "transformer"),
+    (lambda d: (d / "transformer/config.json").write_text('{"patch_size": "2"}'), "copy"),
+    (lambda d: (d / "vae/config.json").write_text('{"block_out_channels": 3}'), "copy"),
+    (lambda d: next((d / "vae").glob("*.safetensors")).unlink(), "vae"),
+])
+def test_a_damaged_part_is_named(copied, damage, part):
+    directory = copied("2b")
+    damage(directory)
+    with pytest.raises((UsageError, CheckpointError), match=part):
+        opened = CogVideoX(str(directory))
+        opened.scheduler(), opened.tokenizer(), opened.encode_prompts(["a red circle"], dtype=torch.float32)
 
 
 def test_fingerprint_sees_a_change_anywhere_in_the_text_encoder(copied):

@@ -11,6 +11,7 @@ from tiny_pipelines import FRAMES, SIDE
 
 import run
 from trainer import cli
+from trainer.assemble import resolve_device
 from trainer.errors import DoesNotFit, UsageError
 
 ROOT = Path(__file__).parents[2]
@@ -104,6 +105,12 @@ def test_train_is_also_a_command_and_resume_takes_a_directory(trained, call):
     assert code == 0 and out.splitlines()[-1] == f"run: {trained}"
     code, _, lines = call("--resume", trained, "--lr", "0.5")
     assert code == 5 and "optim.lr" in lines[-1]
+    for flags, name in ((["--frames", "17"], "model.frames"), (["--height", "32"], "model.height"),
+                        (["--dtype", "bfloat16"], "memory.dtype")):
+        code, _, lines = call("--resume", trained, "--steps", "3", *flags)
+        assert code == 5 and name in lines[-1]
+    code, _, lines = call("--resume", trained, "--out", "elsewhere")
+    assert code == 2 and "--out beside --resume" in lines[-1]
 
 
 WRONG = {
@@ -121,6 +128,14 @@ WRONG = {
     "missing settings file": (["--config", "{tmp}/absent.toml"], 2, "cannot be read"),
     "contradicting plan": (["--checkpoint", "none", "--boundaries", "host"], 2, "boundaries is host"),
     "impossible plan": (["--checkpoint", "first:9"], 2, "the model has 2 blocks"),
+    "block that is not there": (["--mask-blocks", "1", "2"], 2, "--mask-blocks 2:"),
+    "more denoising steps than the scheduler has": (["--sample-steps", "5000"], 2, "5000 denoising steps"),
+    "more steps of a trajectory": (["--trajectory-steps", "5000"], 2, "5000 denoising steps"),
+    "guidance that is no number": (["--guidance-scale", "nan"], 2, "--guidance-scale nan: must be 0 or more"),
+    "seed of 67 bits": (["--seed", "99999999999999999999"], 2, "--seed 99999999999999999999: must fit 64 bits"),
+    "device of another kind": (["--device", "mps"], 2, "--device mps: auto, cpu or cuda would work"),
+    "name that is too long": (["--out", "{tmp}/" + 300 * "x"], 6, "cannot be written"),
+    "words that the tokenizer does not know": (["--concept", "红色"], 2, "characters that the model's tokenizer does not know"),
     "missing run": (["--resume", "{tmp}/absent"], 5, "not a run directory"),
 }
 
@@ -163,6 +178,13 @@ def test_damaged_eraser_files(sincos, call, pipelines, tmp_path, damage, message
     (["generate", "--prompt", "x", "--no-eraser", "--out", "x.gif"], "ends in .mp4 or .png"),
     (["generate", "--prompt", "x", "--no-eraser", "--guidance", "none"], "--guidance-scale 1"),
     (["generate", "--prompt", "x", "--no-eraser", "--num-steps", "0"], "--num-steps 0"),
+    (["generate", "--prompt", "x", "--no-eraser", "--fps", "0"], "--fps 0: must be 1 or more"),
+    (["generate", "--prompt", "x", "--no-eraser", "--compare"], "--compare shows what an eraser changes"),
+    (["generate", "--prompt", "x", "--no-eraser", "--guidance-scale", "inf"], "--guidance-scale inf"),
+    (["diagnose", "--guidance", "none"], "--guidance none: training needs the anchor"),
+    (["diagnose", "--backbone-copies", "2"], "--backbone-copies 2"),
+    (["diagnose", "--preserve", "red"], "--preserve red: that is what is to be erased"),
+    (["plan", "--profile", "24gb", "--cards", "2", "--num-shards", "3"], "--num-shards 3: blocks are divided among the cards of a run, here 2"),
     (["generate", "--prompt", "x", "--no-eraser", "--fpss", "3"], "there is no option --fpss; did you mean --fps?"),
 ])
 def test_usage_of_other_commands(call, argv, message):
@@ -189,6 +211,15 @@ def test_exit_codes_of_what_happens_on_the_way(call, monkeypatch, error, code, w
     assert found == code and out == "" and len(lines) == 1 and word in lines[0]
 
 
+def test_an_interruption_before_anything_is_imported(call, monkeypatch):
+    class Importing:
+        def __getattr__(self, name):
+            raise KeyboardInterrupt
+
+    monkeypatch.setitem(sys.modules, "trainer.cli", Importing())
+    assert call() == (130, "", ["interrupted"])
+
+
 def test_a_bug_is_not_dressed_up(call, monkeypatch):
     def fail(argv):
         raise ZeroDivisionError
@@ -201,6 +232,24 @@ def test_a_bug_is_not_dressed_up(call, monkeypatch):
 def test_origins_name_flags_only_where_they_were_given():
     _, origins = cli.resolve(["--no-evaluate", "--rank=3", "--resident-blocks", "2"])
     assert {p for p, o in origins.items() if o == "flag"} == {"output.evaluate", "optim.rank", "memory.resident_blocks"}
+
+
+def test_the_card_is_the_one_that_the_device_names(monkeypatch):
+    monkeypatch.setattr(cli, "detect", lambda index: f"card {index}")
+    monkeypatch.setattr(cli, "lookup", lambda profile: profile)
+    assert [cli._card(*words) for words in (("auto",), ("auto", "cuda"), ("auto", "cuda:1"), ("auto", "cpu"), ("4090", "cuda:1"))] == [
+        "auto", "auto", "card 1", "cpu", "4090"]
+
+
+def test_a_card_by_number_becomes_the_current_one(monkeypatch):
+    current = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    assert resolve_device("cuda:1") == torch.device("cuda:1") == current.pop() and resolve_device("cuda").index is None
+    with pytest.raises(UsageError, match="--device cuda:2: there are 2 cards here"):
+        resolve_device("cuda:2")
+    assert not current
 
 
 def test_unknown_option_of_another_command():

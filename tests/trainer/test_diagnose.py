@@ -121,6 +121,10 @@ def test_what_a_run_found_and_measured_is_told_again(run_dir: Path) -> None:
     records[1]["loss"] = float("inf")
     (run_dir / METRICS).write_text("".join(json.dumps(r) + "\n" for r in records))
     assert diagnose_run(run_dir).findings[1].code == "non-finite-loss"
+    for damaged in ({"blocks": 3}, records[0] | {"blocks": {"gradient": [None, 1.0]}}):
+        (run_dir / METRICS).write_text(json.dumps({"step": 0, "loss": 1.0, **damaged}) + "\n")
+        with pytest.raises(CheckpointError, match="metrics.jsonl is not what a run writes"):
+            diagnose_run(run_dir)
     (run_dir / FINDINGS).write_text("{}")
     with pytest.raises(CheckpointError, match="findings.json"):
         diagnose_run(run_dir)

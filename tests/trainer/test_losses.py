@@ -8,6 +8,7 @@ from diffusers import CogVideoXDDIMScheduler
 from test_erasers import shake
 
 from memory.plan import MemoryPlan, apply_plan
+from trainer.assemble import masking_blocks
 from trainer.backbones.cogvideox import BOUNDARY_NAMES
 from trainer.config import LossConfig
 from trainer.erasers import Erasers
@@ -111,6 +112,10 @@ def test_two_half_passes_accumulate_to_the_mean_of_their_gradients(setup):
         student_backward(setup.predict, setup.erasers, s, setup.loss, scale=0.5)
     for name, gradient in setup.gradients().items():
         torch.testing.assert_close(gradient, (separate[0][name] + separate[1][name]) / 2, rtol=1e-4, atol=1e-8)
+
+
+def test_a_masking_block_named_twice_counts_once(sincos):
+    assert list(masking_blocks(sincos, LossConfig(mask_blocks=(1, 1, 0)))) == [1, 0] and list(masking_blocks(sincos, LossConfig())) == [0, 1]
 
 
 def test_weights_of_zero_leave_their_terms_out(backbone):

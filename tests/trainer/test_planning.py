@@ -52,6 +52,13 @@ def test_settings_given_are_predicted_as_given(tiny_config):
     assert (found.chosen.plan.resident_blocks, found.chosen.plan.boundaries) == (1, "host")
 
 
+def test_the_command_gives_all_that_was_given_and_leaves_the_planner_what_it_chose():
+    config = TrainConfig(loss=LossConfig(eta=2.0), memory=MemoryPlan(checkpoint="all"))
+    plan = MemoryPlan(resident_blocks=3)
+    origins = {"loss.eta": "file a.toml", "optim.rank": "bundled model", "memory.checkpoint": "flag", "memory.passes": "default"}
+    assert planning.command(config, plan, origins) == "python run.py --eta 2.0 --resident-blocks 3 --checkpoint all"
+
+
 def test_a_published_name_without_weights_is_planned_from_its_configuration():
     for model in ("cogvideox-5b", "THUDM/CogVideoX-5b"):
         planned = planning.without_weights(TrainConfig(model=ModelConfig(model=model))).model

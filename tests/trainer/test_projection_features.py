@@ -130,6 +130,12 @@ def test_the_cache_spares_the_encoder_and_knows_damage(encoders, private_cache, 
     assert torch.equal(features(tower, shown, **HOW)[MAIN], first[MAIN]) and len(loads) == 2
 
 
+def test_a_cache_that_cannot_be_written_is_done_without(encoders, shown, monkeypatch, caplog):
+    monkeypatch.setenv("XDG_CACHE_HOME", "/dev/null")
+    assert features(QwenVision.of(encoders["qwen3-vl"], "main"), shown, **HOW)[MAIN].isfinite().all()
+    assert "not cached" in caplog.text
+
+
 def test_the_encoder_is_gone_when_the_features_are_there(encoders, private_cache, shown, monkeypatch):
     alive = []
 

@@ -238,6 +238,12 @@ def test_wrong_settings_are_one_clear_line(encoders, tmp_path, monkeypatch, word
     assert caught.value.exit_code == 2
 
 
+@pytest.mark.parametrize("kind", ["adamw8bit", "paged-adamw8bit"])
+def test_8bit_optimizers_are_predicted_too(encoders, tmp_path, kind):
+    main(clip(encoders, tmp_path / "run", "--steps", "3", "--optimizer", kind))
+    assert (tmp_path / "run" / "adapter_model.safetensors").is_file()
+
+
 def test_a_class_without_a_folder_of_pictures_is_said(encoders, tmp_path):
     for name in ("dog", "car"):
         (tmp_path / "shown" / name).mkdir(parents=True)

@@ -30,6 +30,11 @@ def test_csv_with_a_safe_column(tmp_path):
     assert found.prompts == ("a red circle, moving", "red box") and found.safe == ("a circle, moving", "")
 
 
+def test_csv_with_a_header_as_people_write_it(tmp_path):
+    found = collect(DataConfig(prompts=_file(tmp_path, "p.csv", "Prompt, Safe \na red ball, a ball\n")), bundled=False)
+    assert (found.prompts, found.safe) == (("a red ball",), ("a ball",))
+
+
 def test_csv_with_prompts_alone(tmp_path):
     found = collect(DataConfig(prompts=_file(tmp_path, "p.CSV", "prompt\na\nb\n")), bundled=False)
     assert found.prompts == ("a", "b") and found.safe == ("", "")
@@ -44,6 +49,7 @@ def test_csv_with_prompts_alone(tmp_path):
     ("p.txt", b"\xff\xfe\x00r", "cannot be read"),
     ("p.csv", "prompt\n" + "x" * 200_000 + "\n", "not a CSV file"),
     ("p.csv", "x" * 200_000 + "\n", "not a CSV file"),
+    ("p.csv", 'prompt,safe\n"a red ball,a ball\n', "not a CSV file"),
 ])
 def test_unusable_prompt_files(tmp_path, name, content, message):
     with pytest.raises(UsageError, match=f"--prompts .*{message}"):

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from memory.offload import offload_blocks, place
 from memory.streams import release_pinned
 from trainer.backbones import Decode, Predict, published
-from trainer.backbones.location import locate, read_config, stored_dtype
+from trainer.backbones.location import locate, read_config, reading, stored_dtype
 from trainer.backbones.attention import LeanProcessor
-from trainer.backbones.weights import allocate, assign, randomise
-from trainer.errors import UsageError
+from trainer.backbones.weights import allocate, assign, randomise, shards
+from trainer.errors import CheckpointError, UsageError
 
 BOUNDARY_NAMES = ("hidden_states", "encoder_hidden_states")
 """The arguments of a block's forward that the block before it returns."""
@@ -44,9 +44,14 @@ class CogVideoX:
             self._config = read_config(self.directory, "transformer")
             self._vae_config = read_config(self.directory, "vae")
             self.native_dtype = stored_dtype(self.directory / "transformer")
+            shards(self.directory / "vae")  # wanted when training is done, missed now
+        with reading(Path(self.directory or model)):
+            self._read_configuration()
+
+    def _read_configuration(self) -> None:
         with torch.device("meta"):  # for its configuration with all defaults; one block is built in a moment
             c = self._build_transformer(num_layers=1).config
-        self.num_blocks = self._config.get("num_layers", 30)
+        self.num_blocks = int(self._config.get("num_layers", 30))
         self.config = c = SimpleNamespace(**{**c, "num_layers": self.num_blocks})
         self.width = c.num_attention_heads * c.attention_head_dim
         self.text_length, self.text_width = c.max_text_seq_length, c.text_embed_dim
@@ -171,13 +176,20 @@ class CogVideoX:
         if self.directory is None:
             kind, config = published.SCHEDULERS[self.name]
             return getattr(diffusers, kind)(**config)
-        kind = json.loads((self.directory / "model_index.json").read_text())["scheduler"][1]
-        return getattr(diffusers, kind).from_pretrained(self.directory / "scheduler")
+        with reading(self.directory / "scheduler"):
+            kind = json.loads((self.directory / "model_index.json").read_text())["scheduler"][1]
+            return getattr(diffusers, kind).from_pretrained(self.directory / "scheduler")
 
     def tokenizer(self) -> Any:
         from transformers import T5TokenizerFast
 
-        return None if self.directory is None else T5TokenizerFast.from_pretrained(self.directory / "tokenizer")
+        if self.directory is None:
+            return None
+        place = self.directory / "tokenizer"
+        if not any((place / name).is_file() for name in ("tokenizer.json", "spiece.model")):  # transformers would make one without words
+            raise CheckpointError(f"{place} has neither tokenizer.json nor spiece.model; copy the model again")
+        with reading(place):
+            return T5TokenizerFast.from_pretrained(place)
 
     def token_ids(self, tokenizer: Any, prompts: list[str]) -> Tensor:
         """Padded token ids (B, L), as CogVideoXPipeline makes them."""
@@ -241,14 +253,15 @@ class CogVideoX:
 
         if self.directory is None:
             return T5Config(**published.T5_XXL)
-        return T5Config.from_pretrained(self.directory / "text_encoder")
+        with reading(self.directory / "text_encoder"):
+            return T5Config.from_dict(read_config(self.directory, "text_encoder"))
 
     def _build_text_encoder(self, num_blocks: int | None = None) -> nn.Module:
         from transformers import T5EncoderModel
 
         config = self._text_config()
         config.num_layers = num_blocks or config.num_layers
-        with torch.device("meta"):
+        with torch.device("meta"), reading(Path(self.directory or "") / "text_encoder"):
             return T5EncoderModel(config)
 
     def load_vae(self, *, dtype: torch.dtype, device: torch.device | str = "cpu") -> nn.Module:

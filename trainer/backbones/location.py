@@ -2,6 +2,8 @@
 
 import difflib
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,7 @@ import torch
 
 from trainer.backbones import published
 from trainer.backbones.weights import open_shard, shards
-from trainer.errors import UsageError
+from trainer.errors import CheckpointError, TrainerError, UsageError
 
 BUNDLED = Path(__file__).parent.parent / "shapes" / "pipeline"
 COMPONENTS = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")
@@ -52,7 +54,20 @@ def read_config(directory: Path, component: str) -> dict[str, Any]:
         config = json.loads((directory / component / "config.json").read_text())
     except (OSError, ValueError) as e:
         raise UsageError(f"{directory / component / 'config.json'} cannot be read: {e}") from e
+    if not isinstance(config, dict):
+        raise UsageError(f"{directory / component / 'config.json'} is not a configuration; copy the model again")
     return {k: v for k, v in config.items() if not k.startswith("_")}
+
+
+@contextmanager
+def reading(place: Path) -> Iterator[None]:
+    """Around a library that reads a part of a model, and raises about anything where it is damaged. Raises CheckpointError."""
+    try:
+        yield
+    except TrainerError:
+        raise
+    except Exception as e:
+        raise CheckpointError(f"{place} cannot be read ({e}); copy the model again") from e
 
 
 def stored_dtype(directory: Path) -> torch.dtype:
