@@ -1,4 +1,4 @@
-"""Planning for a small stack of blocks on cards of made-up sizes, and the roofline under it."""
+"""Planning for a small stack of blocks on cards of made-up sizes."""
 
 import dataclasses
 import itertools
@@ -13,8 +13,6 @@ from memory.cards import GIB, lookup
 from memory.plan import MemoryPlan, PlanError, resolve_keeps
 from memory.ranking import SEARCHED
 from memory.search import HOST_GAIN, HOST_SHARE, search
-from memory.timing import FP32_FRACTION, add_loads, load_of, step_time
-from memory.work import Work
 
 MIB = 1 << 20
 NUM_BLOCKS = 12
@@ -80,7 +78,7 @@ def test_the_chosen_plan_is_the_fastest_that_fits_and_its_prediction_that_of_a_f
     full = assess(workload, result.best.plan, fixed_card(450 * MIB), margin=0.0, host_bytes=GIB)
     assert full.fits
     assert full.prediction == result.best.prediction
-    assert full.time.seconds == pytest.approx(result.best.time.seconds, rel=0.01)
+    assert full.time.seconds == pytest.approx(result.best.time.seconds)
     for miss in result.near_misses:
         again = assess(workload, miss.plan, fixed_card(450 * MIB), margin=0.0, host_bytes=GIB)
         assert not again.fits and again.reason == miss.reason
@@ -152,7 +150,8 @@ def test_fixed_settings_are_kept(workload):
 
 
 @pytest.mark.parametrize("base", [MemoryPlan(num_keep_attention=12), MemoryPlan(checkpoint="none"), MemoryPlan(num_keep_everything=12),
-                                  MemoryPlan(checkpoint="first:12", boundaries="host"), MemoryPlan(checkpoint="every:2")])
+                                  MemoryPlan(checkpoint="first:12", boundaries="host"), MemoryPlan(checkpoint="every:2"),
+                                  MemoryPlan(resident_blocks=5), MemoryPlan(resident_blocks=4, boundaries="host", passes="lockstep")])
 def test_a_plan_fixed_as_a_whole_is_predicted_as_a_full_trace_predicts_it(workload, base):
     found = plan_for(workload, 1 << 20, base=base, fixed=SEARCHED).best
     full = assess(workload, base, fixed_card(MIB << 20), margin=0.0, host_bytes=GIB)
@@ -212,34 +211,3 @@ def test_ranking_a_thousand_candidates_is_quick(workload):
     result = plan_for(workload, 180)
     assert result.num_candidates > 1000 and result.num_unknown < 100  # boundaries on the host beside "everything"
     assert time.process_time() - start < 5
-
-
-# ---- roofline ----------------------------------------------------------------------------------------------------------
-
-
-def test_an_operator_takes_the_longer_of_computing_and_moving():
-    card = lookup("4090")
-    rate = card.tensor_rate * card.matmul_fraction
-    load = load_of([Work("matmul", rate, 0), Work("memory", 0.0, int(card.memory_bandwidth * card.memory_fraction))], card)
-    assert load.compute["matrix products"] == pytest.approx(1) and load.compute["memory traffic"] == pytest.approx(1)
-    slow = load_of([Work("matmul32", rate, 0)], card, tf32=False).compute["matrix products"]
-    assert slow == pytest.approx(rate / (card.fp32_rate * FP32_FRACTION))
-    assert load_of([Work("matmul32", rate, 0)], card).compute["matrix products"] == pytest.approx(2)
-    forward, backward = (load_of([Work(kind, rate, 0)], card).compute["attention"] for kind in ("attention", "attention backward"))
-    assert 1 <= forward < backward
-    assert load_of([Work("attention32", rate, 0)], card).compute["attention"] == pytest.approx(6 * forward)
-
-
-def test_transfers_hide_behind_computing_as_far_as_they_can():
-    card = lookup("4090")
-    walk = load_of([Work("matmul", card.tensor_rate * card.matmul_fraction, 0)], card)
-    nothing, link = add_loads([]), card.host_link_bandwidth
-    hidden = step_time(nothing, [(walk, int(0.9 * link))], card, streamed_share=1.0)
-    bound = step_time(nothing, [(walk, int(3 * link))], card, streamed_share=1.0)
-    assert 1 < hidden.seconds < 1.01 and hidden.bottleneck == "matrix products"
-    assert bound.seconds == pytest.approx(3, rel=0.01) and bound.bottleneck == "host link"
-    parked = load_of([Work("to host", 0.0, int(2 * link)), Work("to device", 0.0, int(link))], card)
-    assert step_time(nothing, [(parked, 0)], card, streamed_share=0.0).seconds == pytest.approx(2)
-    assert load_of([Work("weights", 0.0, 1 << 40)], card) == nothing  # the plan says how many weights stream
-
-

@@ -1,0 +1,68 @@
+"""The roofline, against seconds worked out by hand."""
+
+from dataclasses import replace
+
+import pytest
+
+from memory.cards import lookup
+from memory.timing import CONVOLUTION_FRACTION, FP32_FRACTION, PARKING_OVERHEAD, STREAMING_OVERHEAD, Load, add_loads, load_of, step_time
+from memory.work import Work
+
+CARD = replace(
+    lookup("h100"), tensor_rate=1e15, fp32_rate=1e14, memory_bandwidth=4e12, host_link_bandwidth=2e10, matmul_fraction=0.5,
+    attention_fraction=0.4, attention_backward_fraction=0.25, flash_fraction=0.3, flash_backward_fraction=0.15, memory_fraction=0.5,
+    bf16=True,
+)  # fmt: skip
+NO_BF16 = replace(CARD, bf16=False)
+
+
+@pytest.mark.parametrize(("kind", "card", "tf32", "bound", "seconds"), [
+    ("matmul", CARD, True, "matrix products", 6e12 / 5e14),
+    ("convolution", CARD, True, "matrix products", 6e12 / (1e15 * CONVOLUTION_FRACTION)),
+    ("attention", CARD, True, "attention", 6e12 / 4e14),
+    ("attention backward", CARD, True, "attention", 6e12 / 2.5e14),
+    ("matmul32", CARD, True, "matrix products", 6e12 / 2.5e14),
+    ("matmul32", CARD, False, "matrix products", 6e12 / (1e14 * FP32_FRACTION)),
+    ("matmul32", NO_BF16, True, "matrix products", 6e12 / (1e14 * FP32_FRACTION)),
+    ("attention32", CARD, False, "attention", 6e12 / 5e13),
+    ("attention backward32", CARD, False, "attention", 6e12 / 2.5e13),
+    ("attention32", NO_BF16, False, "attention", 6e12 / (1e14 * FP32_FRACTION)),
+])  # fmt: skip
+def test_an_operator_takes_its_share_of_the_rate(kind, card, tf32, bound, seconds):
+    load = load_of([Work(kind, 6e12, 1000)], card, tf32=tf32)
+    assert load.compute.pop(bound) == pytest.approx(seconds) and not any(load.compute.values())
+    assert (load.to_device, load.to_host) == (0, 0)
+
+
+def test_what_takes_longer_to_move_than_to_compute_is_memory_traffic():
+    load = load_of([Work("matmul", 1e9, 4 * 10**9), Work("memory", 0.0, 2 * 10**9)], CARD)
+    assert load.compute.pop("memory traffic") == pytest.approx(6e9 / 2e12) and not any(load.compute.values())
+
+
+def test_transfers_are_counted_and_streamed_weights_left_to_the_plan():
+    load = load_of([Work("to host", 0.0, 3), Work("to host", 0.0, 4), Work("to device", 0.0, 5), Work("weights", 0.0, 6)], CARD)
+    assert (load.to_device, load.to_host) == (5, 7) and not any(load.compute.values())
+
+
+def _load(seconds, to_device=0, to_host=0):
+    return Load({**load_of([], CARD).compute, "matrix products": seconds}, to_device, to_host)
+
+
+def test_loads_add_up():
+    total = add_loads([_load(1.0, 2, 3), _load(0.5, 4, 5)])
+    assert total.compute["matrix products"] == 1.5 and (total.to_device, total.to_host) == (6, 8)
+
+
+@pytest.mark.parametrize(("walk", "weight_bytes", "waited", "overhead"), [
+    (_load(2.0), 0, 0.0, 0.0),
+    (_load(2.0), 3 * 10**10, 0.0, 2.0 * STREAMING_OVERHEAD / 2),  # 1.5 s hide behind 2
+    (_load(2.0), 6 * 10**10, 1.0, 2.0 * STREAMING_OVERHEAD / 2),
+    (_load(2.0, to_device=2 * 10**10), 4 * 10**10, 1.0, 2.0 * (STREAMING_OVERHEAD / 2 + PARKING_OVERHEAD)),  # one way, one lane
+    (_load(2.0, to_device=10**10, to_host=6 * 10**10), 0, 1.0, 2.0 * PARKING_OVERHEAD),  # the other way beside it
+])  # fmt: skip
+def test_a_walk_takes_the_longer_of_computing_and_moving(walk, weight_bytes, waited, overhead):
+    time = step_time(_load(0.25, to_device=10**10, to_host=10**10), [(walk, weight_bytes)], CARD, streamed_share=0.5)
+    assert time.by_bound["matrix products"] == pytest.approx(2.25)
+    assert time.by_bound["host link"] == pytest.approx(1.0 + waited)  # between walks nothing hides
+    assert time.by_bound["overhead"] == pytest.approx(overhead)
+    assert time.seconds == pytest.approx(3.25 + waited + overhead) and time.bottleneck == "matrix products"
