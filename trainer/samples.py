@@ -7,6 +7,7 @@ from memory.exhaustion import exhausted
 from memory.meter import Meter
 from trainer.assemble import Assembly
 from trainer.backbones.cogvideox import CogVideoX
+from trainer.backbones.weights import shards
 from trainer.config import TrainConfig
 from trainer.assemble import video_size
 from trainer.diffusion import Sampler
@@ -32,7 +33,9 @@ class Sampling:
         own = (*prompts.prompts[::max(1, len(prompts.prompts) // 2)][:2],
                *prompts.preserved[::max(1, len(prompts.preserved) // 2)][:2])
         self.prompts = config.output.sample_prompts or own
-        Sampler(backbone.scheduler(), config.output.sample_steps)  # refuses too many steps now, not after training
+        Sampler(backbone.scheduler(), config.output.sample_steps)  # what cannot be sampled is refused now, not after training
+        if backbone.directory is not None:
+            shards(backbone.directory / "vae")
 
     def run(self, run_dir: Path, step: int, assembly: Assembly, embeddings: Embeddings, stop: StopFlag) -> None:
         """Sample every prompt with the erasers on and write the sheet; stops early, without one, on a signal.

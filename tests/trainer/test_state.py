@@ -86,6 +86,14 @@ def test_first_steps_have_the_recorded_losses(straight):
             assert record[name] == pytest.approx(value, rel=tolerance), (record["step"], name)
 
 
+def test_a_model_without_its_autoencoder_is_refused_before_training(tiny_config, copied, tmp_path):
+    model = copied("2b")
+    next((model / "vae").glob("*.safetensors")).unlink()
+    with pytest.raises(CheckpointError, match="vae: expected one .safetensors file"):
+        train(tiny_config(model__model=str(model)), {})
+    assert not (tmp_path / "run").exists()
+
+
 def test_what_a_run_leaves(straight, capsys):
     run_dir = straight(output__sample_every=2)
     records = read_metrics(run_dir)

@@ -18,7 +18,7 @@ from memory.streams import release_pinned
 from trainer.backbones import Decode, Predict, published
 from trainer.backbones.location import locate, read_config, reading, stored_dtype
 from trainer.backbones.attention import LeanProcessor
-from trainer.backbones.weights import allocate, assign, randomise, shards
+from trainer.backbones.weights import allocate, assign, randomise
 from trainer.errors import CheckpointError, UsageError
 
 BOUNDARY_NAMES = ("hidden_states", "encoder_hidden_states")
@@ -44,7 +44,6 @@ class CogVideoX:
             self._config = read_config(self.directory, "transformer")
             self._vae_config = read_config(self.directory, "vae")
             self.native_dtype = stored_dtype(self.directory / "transformer")
-            shards(self.directory / "vae")  # wanted when training is done, missed now
         with reading(Path(self.directory or model)):
             self._read_configuration()
 
