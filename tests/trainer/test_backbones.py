@@ -128,7 +128,8 @@ def test_encoded_prompts_equal_the_pipelines_bitwise(backbone, dtype, stream):
     assert torch.equal(backbone.encode_prompts(prompts, dtype=dtype, stream=stream), stock)
 
 
-def test_the_text_encoder_is_gone_when_its_prompts_are_encoded(sincos, monkeypatch):
+@pytest.mark.parametrize("stream", [False, True])
+def test_the_text_encoder_is_gone_when_its_prompts_are_encoded(sincos, monkeypatch, stream):
     loaded = []
 
     def load(self, **where):
@@ -140,7 +141,7 @@ def test_the_text_encoder_is_gone_when_its_prompts_are_encoded(sincos, monkeypat
     monkeypatch.setattr(CogVideoX, "load_text_encoder", load)
     gc.disable()  # nothing may depend on when the collector happens to come by
     try:
-        sincos.encode_prompts(["a red circle"], dtype=torch.float32, stream=True)
+        sincos.encode_prompts(["a red circle"], dtype=torch.float32, stream=stream)
         assert loaded and not any(module() is not None for module in loaded)
     finally:
         gc.enable()

@@ -201,15 +201,18 @@ class CogVideoX:
         needs no room for its 8.9 GiB (10.7 in float16); None: on every device but the CPU."""
         if self.directory is None:
             return torch.stack([_random_text(p, self.text_length, self.text_width, dtype) for p in prompts])
-        rows = self._encode(prompts, dtype, torch.device(device), batch_size, stream)
-        gc.collect()  # streamed blocks and what streams them refer to each other: gigabytes that nothing else would free
-        release_pinned()
+        device = torch.device(device)
+        stream = device.type != "cpu" if stream is None else stream
+        rows = self._encode(prompts, dtype, device, batch_size, stream)
+        if stream:
+            gc.collect()  # blocks and what streams them refer to each other: gigabytes that nothing else would free
+            release_pinned()
         return rows
 
-    def _encode(self, prompts: list[str], dtype: torch.dtype, device: torch.device, batch_size: int, stream: bool | None) -> Tensor:
+    def _encode(self, prompts: list[str], dtype: torch.dtype, device: torch.device, batch_size: int, stream: bool) -> Tensor:
         tokenizer, encoder = self.tokenizer(), self.load_text_encoder(dtype=dtype)
         streamed = []
-        if stream or (stream is None and device.type != "cpu"):
+        if stream:
             offload_blocks(encoder.encoder.block, device=device)
             streamed = list(encoder.encoder.block.parameters())
         place(encoder, device, skip=streamed)
