@@ -7,24 +7,20 @@ Legend: N texts or pictures, D input width.
 """
 
 import hashlib
-import logging
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from memory.plan import MemoryPlan, apply_plan
 from trainer.errors import NonFinite
 from trainer.projection_encoders import Tower, fingerprint
 from trainer.projection_examples import Example
-from trainer.prompts import cache_directory
-
-logger = logging.getLogger(__name__)
+from trainer.prompts import cache_directory, store
 
 
 @contextmanager
@@ -50,13 +46,7 @@ def features(tower: Tower, examples: Sequence[Example], *, plan: MemoryPlan, dev
     tables = _cached(file, tower, len(examples))
     if tables is None:
         tables = compute(tower, examples, plan=plan, device=device, batch_size=batch_size)
-        try:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            part = file.with_suffix(f".{os.getpid()}.part")
-            save_file(tables, part)
-            part.replace(file)
-        except (OSError, SafetensorError) as e:
-            logger.warning("the encoder's features are not cached: %s; XDG_CACHE_HOME names another place", e)
+        store({file: tables}, "the encoder's features")
     return tables
 
 

@@ -5,7 +5,7 @@ import hashlib
 import logging
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -164,7 +164,7 @@ def embed(backbone, prompts: Sequence[str], *, dtype: torch.dtype, device: torch
     if missing:
         rows |= zip(missing, backbone.encode_prompts(missing, dtype=dtype, device=device))
         if encoder is not None:
-            _store({files[p]: rows[p] for p in missing})
+            store({files[p]: {"embedding": rows[p].contiguous()} for p in missing}, "text embeddings")
     table = torch.stack([rows[p] for p in prompts])  # (n, L, D)
     return Embeddings(table, prompts)
 
@@ -173,16 +173,16 @@ def _key(encoder: str | None, length: int, dtype: torch.dtype, prompt: str) -> s
     return hashlib.sha256(f"{_EMBEDDING}\0{encoder}\0{length}\0{dtype}\0{prompt}".encode()).hexdigest()[:32]
 
 
-def _store(rows: dict[Path, Tensor]) -> None:
-    """Write cache files, each whole or not at all. Where that fails, a later run computes them again."""
+def store(files: Mapping[Path, Mapping[str, Tensor]], what: str) -> None:
+    """Write cache files, each whole or not at all. Where that fails, a later run computes `what` again."""
     try:
-        for file, row in rows.items():
+        for file, tensors in files.items():
             file.parent.mkdir(parents=True, exist_ok=True)
             part = file.with_suffix(f".{os.getpid()}.part")
-            save_file({"embedding": row.contiguous()}, part)
+            save_file(dict(tensors), part)
             part.replace(file)
     except (OSError, SafetensorError) as e:
-        logger.warning("text embeddings are not cached: %s; XDG_CACHE_HOME names another place", e)
+        logger.warning("%s are not cached: %s; XDG_CACHE_HOME names another place", what, e)
 
 
 def _cached(file: Path) -> Tensor | None:
