@@ -1,4 +1,4 @@
-"""What torch's allocator and cuBLAS read from the environment when they start, and what the planner reckons with.
+"""What torch's allocator, cuBLAS and MKL read from the environment when they start, and what the planner reckons with.
 
 Importable without torch, and to be called before torch is imported.
 """
@@ -10,10 +10,12 @@ _CUBLAS = ":4096:2:16:8"  # pairs of KiB and how many: torch's default before Ho
 
 
 def prepare() -> None:
-    """Set what was not set: segments that grow waste least, and cuBLAS' workspaces are as large as planned."""
+    """Set what was not set: segments that grow waste least, cuBLAS' workspaces are as large as planned, and MKL's products on
+    the CPU do not depend on where their operands lie, which every plan does in its own way."""
     if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
         os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", _CUBLAS)
+    os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")  # some processors' kernels differ by alignment without it
 
 
 def cublas_workspace_bytes() -> int:

@@ -17,10 +17,12 @@ def null_space_update(forget: Tensor, preserve: Tensor, residual: Tensor, *, ran
 
     `energy`: the share of P's squared singular values that counts as taken. Computed in float64, returned in float32.
     """
+    rounding = max(preserve.shape) * torch.finfo(preserve.dtype).eps  # of P as it was given
     forget, preserve, residual = forget.double(), preserve.double(), residual.double()
     _, values, directions = torch.linalg.svd(preserve, full_matrices=False)
     shares = values.square().cumsum(0) / values.square().sum()
-    taken = directions[: int((shares < energy).sum()) + 1]  # (k, D)
+    rank_of_preserve = int((values > rounding * values[:1]).sum())  # directions beyond it are P's rounding, whatever `energy` is
+    taken = directions[: min(int((shares < energy).sum()) + 1, rank_of_preserve)]  # (k, D)
     free = forget - (forget @ taken.t()) @ taken  # F Q
     left, values, right = torch.linalg.svd(free, full_matrices=False)
     # What is numerically nothing must not be divided by.
