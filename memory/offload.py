@@ -5,8 +5,9 @@ buffer) into one of a few device slots that are allocated once. While block i co
 has left is filled with the block that comes next: i + 1 on the way forward, i - 1 on the way back. Around the turn nothing
 needs loading, since the last blocks forward are the first ones backward.
 
-A parameter points at its master except while its block runs. Then `param.data` is a view of the slot: the Parameter object
-stays the same, and `state_dict` is readable at any time. Trainable parameters and buffers live on the device and never move.
+A parameter points at its master, and `state_dict` is readable at any time. While a block runs, its modules hold the slot's
+parameters in place of their own: what autograd saves must go on meaning the slot when the block is through, so that one
+Parameter cannot point there and back. Trainable parameters and buffers live on the device and never move.
 
 Why a slot cannot be overwritten too early: backward may need a weight long after forward, but it never reads an old slot.
 A checkpointed block fetches its weights again when it recomputes, and what recomputation saved is used before backward
@@ -20,6 +21,7 @@ import dataclasses
 import functools
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import nn
@@ -68,8 +70,12 @@ def _layout(parameters: Sequence[nn.Parameter]) -> tuple[tuple[_Entry, ...], int
 class _Master:
     """The frozen parameters of one block, in one flat host buffer."""
 
-    def __init__(self, parameters: Sequence[nn.Parameter], pin: bool):
+    def __init__(self, block: nn.Module, parameters: Sequence[nn.Parameter], pin: bool):
         self.parameters = list(parameters)
+        position = {id(parameter): i for i, parameter in enumerate(parameters)}
+        self.seats = [(module._parameters, name, position[id(parameter)]) for module in block.modules()
+                      for name, parameter in module._parameters.items() if id(parameter) in position]
+        """Where modules hold the parameters: their dictionary, the name in it, which parameter."""
         self.home = parameters[0].device
         self.layout, num_bytes = _layout(parameters)
         with pinning():
@@ -79,10 +85,21 @@ class _Master:
             view.copy_(parameter.data)
             parameter.data = view  # the old storage is freed here: never two copies of more than one parameter
 
+    @contextmanager
+    def seated(self, guests: Sequence[nn.Parameter]) -> Iterator[None]:
+        """Inside, the block's modules hold `guests` in place of the parameters."""
+        for held, name, position in self.seats:
+            held[name] = guests[position]
+        try:
+            yield
+        finally:
+            for held, name, position in self.seats:
+                held[name] = self.parameters[position]
+
     def release(self) -> None:
         for parameter, view in zip(self.parameters, self.views, strict=True):
             parameter.data = view.to(self.home, copy=True)
-        self.flat, self.views = None, []
+        self.flat, self.views, self.seats = None, [], []
         release_pinned()  # block by block: never two copies of more than one
 
 
@@ -93,13 +110,13 @@ class _Slot:
         self.flat = torch.empty(num_bytes, dtype=torch.uint8, device=lane.device)
         self.loaded = lane.new_event()
         self.block: int | None = None
-        self._views: dict[tuple[_Entry, ...], list[torch.Tensor]] = {}
+        self._parameters: dict[tuple[_Entry, ...], list[nn.Parameter]] = {}
 
-    def views(self, layout: tuple[_Entry, ...]) -> list[torch.Tensor]:
-        # Blocks are alike, so the views are made once.
-        if layout not in self._views:
-            self._views[layout] = [entry.view(self.flat) for entry in layout]
-        return self._views[layout]
+    def parameters(self, layout: tuple[_Entry, ...]) -> list[nn.Parameter]:
+        # Blocks are alike, so these are made once.
+        if layout not in self._parameters:
+            self._parameters[layout] = [nn.Parameter(entry.view(self.flat), requires_grad=False) for entry in layout]
+        return self._parameters[layout]
 
 
 class _Ring:
@@ -235,7 +252,7 @@ def offload_blocks(
         for index, block in enumerate(blocks):
             streamed = [] if index in resident else frozen[index]
             if streamed:
-                ring.masters[index] = _Master(streamed, pin=device.type == "cuda")
+                ring.masters[index] = _Master(block, streamed, pin=device.type == "cuda")
                 handle._undos.append(ring.masters[index].release)
             handle._undos.append(place(block, device, skip=streamed))
         ring.allocate(num_buffers)
@@ -291,16 +308,10 @@ def _streamed_forward(ring: _Ring, index: int, inner):
         if slot is None:
             return inner(*args, **kwargs)
         master = ring.masters[index]
-        for parameter, view in zip(master.parameters, slot.views(master.layout), strict=True):
-            parameter.data = view
-        try:
-            if region is None and torch.is_grad_enabled():
-                with packing(functools.partial(_refer_to_weight, ring, index, slot)):
-                    return inner(*args, **kwargs)
+        saves = region is None and torch.is_grad_enabled()
+        referring = packing(functools.partial(_refer_to_weight, ring, index, slot)) if saves else nullcontext()
+        with master.seated(slot.parameters(master.layout)), referring:
             return inner(*args, **kwargs)
-        finally:
-            for parameter, view in zip(master.parameters, master.views, strict=True):
-                parameter.data = view
 
     return forward
 
