@@ -303,8 +303,8 @@ def dead_gelu(block: int) -> Inject:
 
 def underflow(subject: Subject, stack: ExitStack) -> Subject:
     """A loss as small as a mean over millions of elements makes it, and no loss scaler."""
-    mse = losses.F.mse_loss
-    stack.enter_context(patch.object(losses.F, "mse_loss", lambda a, b: mse(a, b) * 1e-9))
+    mse = losses.mean_squared_error
+    stack.enter_context(patch.object(losses, "mean_squared_error", lambda a, b: mse(a, b) * 1e-9))
     return dataclasses.replace(subject, scaler=torch.amp.GradScaler("cpu", enabled=False))
 
 
@@ -321,8 +321,8 @@ def nan_in_student(block: int) -> Inject:
 
 def swallow(block: int) -> Inject:
     def inject(subject, stack):
-        mse = losses.F.mse_loss
-        stack.enter_context(patch.object(losses.F, "mse_loss", lambda a, b: torch.nan_to_num(mse(a, b), nan=0.0)))
+        mse = losses.mean_squared_error
+        stack.enter_context(patch.object(losses, "mean_squared_error", lambda a, b: torch.nan_to_num(mse(a, b), nan=0.0)))
         nan_in_student(block)(subject, stack)
 
     return inject

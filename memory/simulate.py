@@ -77,7 +77,7 @@ class Recorder(TorchDispatchMode):
         self._copies: dict[int, tuple[int, int, int]] = {}  # number of a copy's work -> (to record, from record, bytes)
         self._live: dict[int, tuple[int, weakref.ref]] = {}  # storage's C++ address -> (record, its weak reference)
         self._phase = OUTSIDE
-        self._sum: int | None = None  # record of a sum of gradients, until something else happens
+        self._sum: tuple[int, int] | None = None  # records of a sum of gradients and of its first summand, until something else happens
         self._marks = [_Mark(event=0, work=0, phase=OUTSIDE, visit=None, records_graph=False)]
         self._num_blocks = 0
         self._hooks: list = []
@@ -199,11 +199,12 @@ class Recorder(TorchDispatchMode):
             for output in outputs:
                 if isinstance(output, torch.Tensor):
                     self._see(output, standing=not fresh)
-        if func is torch.ops.aten.add.Tensor and _is_accumulation():
-            self._sum = self._find(outputs)
-        scratch = scratch_bytes(func, args, outputs, self._device)
-        if scratch:
-            self._scratch(scratch)
+        if func is torch.ops.aten.add.Tensor and _is_accumulation() and not args[0]._is_view():
+            self._sum = self._find(outputs), self._find(args[0])
+        if func is torch.ops.aten.native_layer_norm.default and self._device == "cuda":
+            for statistic in outputs[1:]:  # a card's are in float32, whatever the input is
+                self._records[self._find(statistic)].num_bytes = 4 * statistic.numel()
+        self._scratch(scratch_bytes(func, args, outputs, self._device))
         work = work_of(func, args, outputs)
         if work is not None:
             if func is torch.ops.aten.copy_.default:
@@ -247,32 +248,26 @@ class Recorder(TorchDispatchMode):
         return index
 
     def _sum_in_place(self, index: int) -> None:
-        """Let a sum of gradients take the memory of storage `index`, which has just died, if it is one of the two.
+        """Let a sum of gradients take the memory of storage `index`, which has just died, if it is the first of the two.
 
         Autograd adds in place to what nothing else refers to, except to fake tensors: then both live when the sum is born.
+        A view refers to its base, so that nothing is added in place to what a linear layer's backward has reshaped.
         """
-        total, self._sum = self._sum, None
-        if total is None or self._events[-2] != total:
+        (total, first), self._sum = self._sum or (None, None), None
+        if first != index or self._events[-2] != total:
             return
         record, summand = self._records[total], self._records[index]
         if record.num_bytes == summand.num_bytes and not summand.standing:
             record.in_place = True
             self._events[-2:] = reversed(self._events[-2:])
 
-    def _scratch(self, num_bytes: int) -> None:
-        index = len(self._records)
-        self._records.append(
-            _Record(
-                num_bytes=num_bytes,
-                category="working set",
-                place="device",
-                block=None,
-                born=self._phase,
-                standing=False,
-                died=self._phase,
-            )
-        )
-        self._events += (index, ~index)
+    def _scratch(self, sizes: Sequence[int]) -> None:
+        """What a kernel takes inside, one buffer after the other, and gives back the last one first."""
+        first = len(self._records)
+        self._records += [_Record(num_bytes=size, category="working set", place="device", block=None, born=self._phase,
+                                  standing=False, died=self._phase) for size in sizes]
+        indices = range(first, len(self._records))
+        self._events += (*indices, *(~index for index in reversed(indices)))
 
     def _settle_gradient(self, parameter: torch.Tensor) -> None:
         self._records[self._see(parameter.grad, standing=False)].category = "gradients"

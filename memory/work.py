@@ -111,8 +111,8 @@ def _bytes(values) -> int:
     return 0
 
 
-def scratch_bytes(func, args, outputs, device: str) -> int:
-    """Bytes that a kernel takes inside, freed before it returns: no tracer sees them. `device`: "cuda" or "cpu".
+def scratch_bytes(func, args, outputs, device: str) -> tuple[int, ...]:
+    """Bytes of the buffers that a kernel takes inside, freed before it returns: no tracer sees them. `device`: "cuda" or "cpu".
 
     cuDNN's 16-bit convolutions over frames, height and width have their tensors channels last, and copy what is not:
     input, output and weight. Inferred from published peaks of decoding (bench/published.toml).
@@ -123,19 +123,20 @@ def scratch_bytes(func, args, outputs, device: str) -> int:
         if func is aten.sum.dim_IntList and args[1] and args[0].dim() > 1:
             shape, dims = args[0].shape, {dim % args[0].dim() for dim in args[1]}
             if dims == set(range(len(shape) - 1)):
-                return column_sum_scratch_bytes(math.prod(shape[:-1]), shape[-1])
+                partial = column_sum_scratch_bytes(math.prod(shape[:-1]), shape[-1])
+                return (partial,) if partial else ()
         if func is aten.convolution.default and args[0].dim() == 5 and args[0].dtype in (torch.float16, torch.bfloat16):
-            return args[0].nbytes + outputs.nbytes + args[1].nbytes
-        return 0
+            return args[0].nbytes, outputs.nbytes, args[1].nbytes
+        return ()
     if func is aten._scaled_dot_product_flash_attention_for_cpu.default:
-        return _cpu_flash_scratch_bytes(args[0], args[1], backward=False)
+        return (_cpu_flash_scratch_bytes(args[0], args[1], backward=False),)
     if func is aten._scaled_dot_product_flash_attention_for_cpu_backward.default:
-        return _cpu_flash_scratch_bytes(args[1], args[2], backward=True)
-    return 0
+        return (_cpu_flash_scratch_bytes(args[1], args[2], backward=True),)
+    return ()
 
 
-def flash_backward_scratch_bytes(query_shape) -> int:
-    """What FlashAttention-2's backward takes inside: dQ in float32, and one float32 a row (softmax_d).
+def flash_backward_scratch_bytes(query_shape) -> tuple[int, int]:
+    """What FlashAttention-2's backward takes inside: one float32 a row (softmax_d), and dQ in float32.
 
     `query_shape` is (B, H, S, D). Rows round up to 128, D to 32; cuDNN's backward takes the same without rounding. The
     deterministic mode takes several times as much and is not meant here. Source: `mha_bwd` in flash_attn's flash_api.cpp,
@@ -143,7 +144,7 @@ def flash_backward_scratch_bytes(query_shape) -> int:
     """
     batch, heads, rows, width = query_shape
     rows, width = -(-rows // 128) * 128, -(-width // 32) * 32
-    return batch * heads * rows * (width + 1) * 4
+    return batch * heads * rows * 4, batch * heads * rows * width * 4
 
 
 _MOST_THREADS = 148 * 2048

@@ -199,13 +199,13 @@ def student_backward(predict: Predict, erasers: Erasers, sample: Sample, loss: L
     with erasers.switched(True):
         with erasers.localised(loc) if loc else nullcontext():
             v = predict(sample.latents, sample.timestep, sample.text)
-            unlearn = F.mse_loss(v.float(), sample.target)
+            unlearn = mean_squared_error(v, sample.target)
             del v
             (scale * unlearn).backward()
         terms["unlearn"] = unlearn.detach()
         if sample.preserved_target is not None:
             v = predict(sample.preserved_latents, sample.preserved_timestep, sample.preserved_text)
-            preserve = F.mse_loss(v.float(), sample.preserved_target)
+            preserve = mean_squared_error(v, sample.preserved_target)
             del v
             (scale * loss.beta * preserve).backward()
             terms["pre"] = preserve.detach()
@@ -235,10 +235,18 @@ def lockstep_backward(together: Callable[[Sequence[Pass]], list[Any]], predict: 
     results = dict(zip([*asked, *own], together([*asked.values(), *own.values()])))
     sample = drawn if samples.pool else samples.teacher.answered(drawn, results)
     targets = {"unlearn": sample.target, "pre": sample.preserved_target}
-    terms = {name: F.mse_loss(results.pop(name).float(), targets[name]) for name in own}
+    terms = {name: mean_squared_error(results.pop(name), targets[name]) for name in own}
     weights = {"unlearn": scale, "pre": scale * loss.beta}
     sum(weights[name] * term for name, term in terms.items()).backward()
     return _with_total({name: term.detach() for name, term in terms.items()}, loc, loss)
+
+
+def mean_squared_error(v: Tensor, target: Tensor) -> Tensor:
+    """mean (v − target)² in float32, a scalar that holds nothing else.
+
+    What `mse_loss` reduces itself it returns in a buffer as large as v: torch makes the output for the squares and resizes it.
+    """
+    return F.mse_loss(v.float(), target, reduction="none").mean()
 
 
 def _with_total(terms: dict[str, Tensor], loc: Localisation | None, loss: LossConfig) -> dict[str, Tensor]:

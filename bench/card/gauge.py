@@ -62,7 +62,8 @@ class Gauge:
     def end(self) -> dict[str, dict[str, int]]:
         """Largest allocated and reserved bytes by phase."""
         self.phase(None)
-        return self._peaks
+        peaks, self._peaks = self._peaks, {}  # later phases are somebody else's
+        return peaks
 
     def _read_peak(self) -> tuple[int, int]:
         if not self.is_card:

@@ -34,7 +34,7 @@ def _compare(session: Session, kind: str, frames: int, num_rounds: int, director
     """Steps with and without all that watches, a few in turns, so that a drift of the clock rate is in both."""
     gauge, cell, num_drawn = session.gauge, session.cell(kind, frames), 0
     log, meter = MetricsLog(directory), Meter(gauge.device)
-    with rigged(cell, gauge) as plain, rigged(cell, gauge, watched=True) as watched:
+    with rigged(cell, gauge, bare=True) as plain, rigged(cell, gauge, watched=True) as watched:
         taken: dict[str, list[float]] = {"plain": [], "watched": []}
         with watched.health:
             for i in range(num_rounds + 1):  # the first one warms up

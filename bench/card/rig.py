@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from bench.card.gauge import Gauge
-from memory.optimizers import make_optimizer
+from memory.optimizers import make_optimizer, update_norms
 from memory.plan import AppliedPlan, MemoryPlan, apply_plan
 from memory.precision import make_scaler
 from memory.simulate import BACKWARD, FORWARD, OPTIMIZER
@@ -77,15 +77,26 @@ def _apply_plan(transformer: nn.Module, blocks: nn.ModuleList, plan: MemoryPlan,
                       boundary_names=BOUNDARY_NAMES)
 
 
+def _close_ranks(transformer: nn.Module, gauge: Gauge) -> None:
+    """Lay what has stayed on the device side by side, as where weights are loaded on the host and only those that stay are sent."""
+    stayed = [tensor for tensor in (*transformer.parameters(), *transformer.buffers()) if tensor.device == gauge.device]
+    for tensor in stayed:
+        tensor.data = tensor.data.cpu()
+    gauge.release()
+    for tensor in stayed:
+        tensor.data = tensor.data.to(gauge.device)
+
+
 class Rig:
     """A run that is ready to step. Weights are drawn on the device, where that takes no time; what the plan streams goes to
     the host from there. Set it up before capping the device."""
 
-    def __init__(self, cell: Cell, gauge: Gauge, *, apply: Apply = _apply_plan, watched: bool = False,
+    def __init__(self, cell: Cell, gauge: Gauge, *, apply: Apply = _apply_plan, watched: bool = False, bare: bool = False,
                  around_student: Callable[[], AbstractContextManager] = nullcontext, seed: int = 0):
-        """`apply`: in place of the memory plan (peers). `watched`: the health checks of a run around every step.
+        """`apply`: in place of the memory plan (peers). `watched`: the health checks of a run around every step; `bare`: not even
+        the norms of updates, for which a run holds a copy of the erasers meanwhile.
         `around_student`: a context in which the student's forward pass runs (peers)."""
-        self.cell, self.gauge, config = cell, gauge, cell.config()
+        self.cell, self.gauge, self.bare, config = cell, gauge, bare, cell.config()
         self.config, device, backbone = config, gauge.device, backbone_of(cell)
         dtype = resolve_dtype(backbone, config.memory, insist=True)
         size = video_size(backbone, config.model)
@@ -96,6 +107,8 @@ class Rig:
         # The predictor places its position tables where the weights are: before a peer takes those away.
         self.predict, self._around_student = backbone.predictor(transformer, shape[1:]), around_student
         self.applied = apply(transformer, blocks, config.memory, device)
+        if self.applied is not None and self.applied.offload is not None:
+            _close_ranks(transformer, gauge)
         names = sorted({*PROMPTS.prompts, *PROMPTS.safe, *PROMPTS.preserved, ""})
         table = torch.randn(len(names), backbone.text_length, backbone.text_width,
                             generator=torch.Generator().manual_seed(seed)).to(device, dtype)
@@ -134,7 +147,10 @@ class Rig:
             parameters = self.erasers.parameters()
             norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
             torch.nn.utils.clip_grads_with_norm_(parameters, self.config.optim.clip, norm)
-            self.scaler.step(self.optimizer)
+            def update() -> None:
+                self.scaler.step(self.optimizer)
+
+            update() if self.bare else update_norms(parameters, update)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         self.clock.end_step()

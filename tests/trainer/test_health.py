@@ -251,9 +251,9 @@ def test_a_run_writes_its_bill_and_its_records(tiny_config: Make) -> None:
 def test_a_run_that_stops_keeps_its_last_checkpoint_and_says_why(tiny_config: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     import trainer.losses as losses
 
-    mse, calls = losses.F.mse_loss, iter(range(10**6))
+    mse, calls = losses.mean_squared_error, iter(range(10**6))
     first = 2 + 2 * 4  # the pre-flight's two terms, then two a step
-    monkeypatch.setattr(losses.F, "mse_loss", lambda a, b: mse(a, b) * (float("nan") if next(calls) >= first else 1.0))
+    monkeypatch.setattr(losses, "mean_squared_error", lambda a, b: mse(a, b) * (float("nan") if next(calls) >= first else 1.0))
     with pytest.raises(Unhealthy, match="step 4 .no weight was changed.: non-finite-loss"):
         train(tiny_config(), {})
     run_dir = tiny_config().output.out
