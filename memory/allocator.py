@@ -153,6 +153,8 @@ class CachingAllocator:
                 elif block.prev is None and block.next is None:
                     pool.remove(block)
                     self.stats.reserved_bytes -= block.size
+            if pool.segment_head is not None and not pool.segment_head.mapped and pool.segment_head.next is None:
+                pool.segment_head = None  # nothing of it is mapped: its addresses are given back, too
 
     def adopt(self, address: int, num_bytes: int, in_use: Mapping[int, int], *, is_small: bool, stream: int) -> None:
         """Start out with a native segment in which the blocks `in_use` (address -> bytes, rounded) are held.
