@@ -1,0 +1,40 @@
+"""A card where there is none: torch's CUDA build on a card that has memory and computes nothing.
+
+    python -m bench.emulated                       peaks of whole steps against the simulator, into bench/results/emulated.json
+    python -m bench.emulated -- -m pytest tests/memory/test_contract.py -m gpu -k steady_state
+                                                   anything else that Python runs, on that card
+
+Allocations are those of torch's own allocator and operators; no kernel runs, so there are no times and no values. Needs a CUDA
+build of torch (Linux, x86-64) and a C++ compiler; about a quarter of an hour on two cores.
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from bench.emulated.library import CannotEmulate, environment
+from bench.provenance import RESULTS
+from memory.cards import UnknownCard, lookup
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.emulated", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--card", default="rtx-4090", help="whose name and capability it has; up to Ada (%(default)s)")
+    parser.add_argument("--gib", type=float, default=96, help="its memory (%(default)s)")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="directory of the result")
+    parser.add_argument("--toy", action="store_true", help="toy models: the code runs, the figures mean nothing")
+    parser.add_argument("python", nargs="*", help="after --: arguments for Python, in place of measuring")
+    options = parser.parse_args()
+    try:
+        card = environment(lookup(options.card), options.gib)
+    except (CannotEmulate, UnknownCard) as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 2
+    measuring = ["-m", "bench.emulated.measure", "--out", str(options.out), *["--toy"] * options.toy]
+    return subprocess.call([sys.executable, *(options.python or measuring)], env=os.environ | card)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,100 @@
+"""The emulated card's library: built with the C++ compiler of this machine, preloaded into a Python of its own.
+
+What card.cpp does not define and torch's libraries ask for becomes a function that does nothing and succeeds.
+"""
+
+import hashlib
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+
+from memory.cards import Card
+from trainer.prompts import cache_directory
+
+_SOURCE = Path(__file__).with_name("card.cpp")
+_REPLACED = re.compile(r"_*(cuda|cu[A-Z]|cublas|cudnn)(?!File)")
+_PRODUCT = re.compile(r"cublas.*(gemm|Gemm|Matmul$)")
+_CAPABILITY = {"turing": 75, "volta": 70, "ampere": 80, "ada": 89}  # newer ones would take cuDNN's attention, which is not emulated
+_FILES = ("libcuda.so.1", "libnvidia-ml.so.1")  # what is looked for by name, besides being preloaded
+
+
+class CannotEmulate(RuntimeError):
+    """Something that the emulation is built from is not here."""
+
+
+def built() -> Path:
+    """The library, made anew where its source or torch has changed. Raises CannotEmulate."""
+    import torch
+
+    if torch.version.cuda is None:
+        raise CannotEmulate(f"torch {torch.__version__} is built without CUDA; install a build with it (pip install torch, on Linux)")
+    compiler, reader = shutil.which("g++") or shutil.which("c++"), shutil.which("nm")
+    if not compiler or not reader:
+        raise CannotEmulate("a C++ compiler and nm are needed (on Debian: apt-get install g++)")
+    key = hashlib.sha256(_SOURCE.read_bytes() + Path(__file__).read_bytes() + torch.__version__.encode()).hexdigest()[:16]
+    folder = cache_directory().with_name("emulated") / key
+    library = folder / _FILES[0]
+    if library.exists():
+        return library
+    folder.mkdir(parents=True, exist_ok=True)
+    card, rest, stubs = folder / "card.o", folder / "rest.o", folder / "rest.cpp"
+    cudnn = "{}{:02}{:02}".format(*torch._C._cudnn.getCompileVersion())
+    _run(compiler, "-std=c++17", "-O2", "-fPIC", "-fvisibility=hidden", f"-DCUDNN_VERSION={cudnn}", *_headers(), "-c", _SOURCE, "-o", card)
+    wanted = {name for path in _libraries(Path(torch.__file__).parent) for name in _symbols(reader, "--undefined-only", "-D", path)}
+    missing = sorted(name for name in wanted - set(_symbols(reader, "--defined-only", card)) if _REPLACED.match(name))
+    lines = [f'API int {name}() {{ {"emulated_card_product(); " * bool(_PRODUCT.match(name))}return 0; }}' for name in missing]
+    declared = '#define API extern "C" __attribute__((visibility("default")))\nAPI void emulated_card_product();'
+    stubs.write_text("\n".join([declared, *lines]) + "\n")
+    _run(compiler, "-O2", "-fPIC", "-fvisibility=hidden", "-c", stubs, "-o", rest)
+    for name in reversed(_FILES):  # the one that is looked for above comes last
+        _run(compiler, "-shared", card, rest, "-o", folder / name, f"-Wl,-soname,{name}", "-ldl")
+    return library
+
+
+def environment(card: Card, gib: float) -> dict[str, str]:
+    """Variables under which a Python of this installation has `card`, with `gib` GiB of memory. Raises CannotEmulate."""
+    if card.architecture not in _CAPABILITY:
+        raise CannotEmulate(f"{card.name} ({card.architecture}) is not emulated; one of {', '.join(_CAPABILITY)} is, such as rtx-4090")
+    library = built()
+    return {"LD_PRELOAD": str(library), "LD_LIBRARY_PATH": _prefixed(str(library.parent), os.environ, "LD_LIBRARY_PATH"),
+            "EMULATED_CARD_NAME": f"Emulated {card.label.removeprefix('NVIDIA ')}", "EMULATED_CARD_MIB": str(int(gib * 1024)),
+            "EMULATED_CARD_CONTEXT_MIB": str(card.context_bytes >> 20), "EMULATED_CARD_CAPABILITY": str(_CAPABILITY[card.architecture]),
+            "TORCH_CUDNN_V8_API_DISABLED": "1"}  # the older interface, which is simple enough to stand in for
+
+
+def _prefixed(path: str, variables: Mapping[str, str], name: str) -> str:
+    return ":".join([path, *filter(None, [variables.get(name)])])
+
+
+def _headers() -> list[str]:
+    """Flags that name CUDA's headers: those of the runtime that torch brings along, then what they include, which Triton has."""
+    folders = [folder for root in _folders("nvidia") for folder in root.glob("*/include") if (folder / "cuda_runtime_api.h").exists()]
+    folders += [root / "backends/nvidia/include" for root in _folders("triton")]
+    folders.append(Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "include")
+    return [f"-I{folder}" for folder in folders]
+
+
+def _folders(package: str) -> list[Path]:
+    spec = importlib.util.find_spec(package)
+    return [Path(root) for root in spec.submodule_search_locations] if spec else []
+
+
+def _libraries(torch_folder: Path) -> list[Path]:
+    return [*(torch_folder / "lib").glob("lib*.so"), *(path for root in _folders("bitsandbytes") for path in root.glob("*cuda*.so"))]
+
+
+def _symbols(reader: str, *arguments: str | Path) -> list[str]:
+    """Names without the version of the library that they are expected from."""
+    listed = subprocess.run([reader, *map(str, arguments)], check=True, capture_output=True, text=True).stdout
+    return [line.split()[-1].split("@")[0] for line in listed.splitlines() if line.strip() and not line.endswith(":")]
+
+
+def _run(*command: str | Path) -> None:
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+    if done.returncode:
+        wrong = [line for line in done.stderr.splitlines() if "error" in line]
+        raise CannotEmulate(f"{Path(command[0]).name} failed: {wrong[0] if wrong else done.stderr.strip()}")

@@ -1,0 +1,91 @@
+"""What is measured on the emulated card: bytes, never time. Called in a Python that has one (`python -m bench.emulated`)."""
+
+import argparse
+import ctypes
+import json
+import logging
+import os
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from memory import environment
+
+environment.prepare()  # before torch is imported: as a run does
+
+import torch
+
+from bench.card import feasibility, minimum, peaks
+from bench.card.__main__ import calibrate, goal_rows, print_table
+from bench.card.forecasts import Forecaster, card_here
+from bench.card.gauge import Gauge
+from bench.card.rig import Cell, rigged
+from bench.card.session import Session, register_toys
+from bench.provenance import write_result
+
+PARTS = {"peaks": peaks, "minimum": minimum, "feasibility": feasibility}
+_COUNTERS = ("num_kernels", "num_products", "num_copies", "num_pageable_copies", "bytes_to_card", "bytes_to_host", "num_waits")
+_HOST = dict(resident_blocks=0, boundaries="host")
+_STEPS = (("2b", 17, {}), ("2b", 17, _HOST), ("5b", 17, {}), ("5b", 17, dict(resident_blocks=0, passes="lockstep")), ("5b", 49, _HOST))
+
+
+def counters() -> dict[str, int]:
+    """What the card was asked for so far."""
+    found = (ctypes.c_uint64 * len(_COUNTERS))()
+    ctypes.CDLL(None).emulated_card_counters(found)
+    return dict(zip(_COUNTERS, found))
+
+
+def without_times(value: Any) -> Any:
+    """A result without seconds: nothing is computed here."""
+    if isinstance(value, dict):
+        return {key: without_times(item) for key, item in value.items() if "second" not in key and key not in ("table", "loss")}
+    return [without_times(item) for item in value] if isinstance(value, list) else value
+
+
+def asked_for(session: Session, cell: Cell, *, num_steps: int = 3) -> dict[str, Any]:
+    """What the host gives the card to do in a step, how long it needs for that, and whether it waits or allocates meanwhile."""
+    with rigged(cell, session.gauge) as rig:
+        for _ in range(2):
+            rig.step()
+        session.gauge.synchronize()
+        before, allocator, taken = counters(), session.gauge.counters(), []
+        with session.gauge.unsynchronised():  # an operator that waits raises
+            for _ in range(num_steps):
+                started = time.perf_counter()
+                rig.step()
+                taken.append(time.perf_counter() - started)
+        after, allocated = counters(), session.gauge.counters()
+        return {"settings": cell.name(), "num_steps": num_steps, "host_seconds": min(taken),
+                **{name: (after[name] - before[name]) / num_steps for name in _COUNTERS},
+                "num_driver_allocations": allocated["num_driver_allocations"] - allocator["num_driver_allocations"]}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.emulated")
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--toy", action="store_true")
+    options = parser.parse_args()
+    logging.getLogger("bitsandbytes.backends").setLevel(logging.ERROR)
+    if options.toy:
+        register_toys()
+    session = Session(Gauge(torch.device("cuda", 0)), card_here(dry=options.toy), Forecaster(0), dry=options.toy)
+    calibrate(session)
+    content: dict[str, Any] = {"card": torch.cuda.get_device_name(), "fixed_terms": session.fixed}
+    with tempfile.TemporaryDirectory() as scratch:
+        for name, part in PARTS.items():
+            result = part.measure(session, Path(scratch))
+            content[name] = without_times(result)
+            print_table(name, goal_rows(name, content[name]))
+            sys.stdout.flush()
+            session.gauge.release()
+    content["steps"] = [asked_for(session, session.cell(kind, frames, **plan)) for kind, frames, plan in _STEPS]
+    print(json.dumps(content["steps"], indent=1))
+    write_result("emulated", content, options.out)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
