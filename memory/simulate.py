@@ -27,11 +27,10 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from memory.timeline import CATEGORIES, PLACES, Span, Storage, Trace, Visit
+from memory.timeline import BACKWARD, CATEGORIES, FORWARD, OPTIMIZER, PLACES, Span, Storage, Trace, Visit
 from memory.walks import Walks
 from memory.work import Work, scratch_bytes, work_of
 
-FORWARD, BACKWARD, OPTIMIZER = "student forward", "student backward", "optimizer"
 OUTSIDE = "other"
 
 

@@ -23,6 +23,7 @@ CATEGORIES = (
     "other",
 )
 PLACES = ("device", "pinned", "host")
+FORWARD, BACKWARD, OPTIMIZER = "student forward", "student backward", "optimizer"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,18 +89,31 @@ class Trace:
 
         return replace(self, storages=tuple(map(divided, self.storages)))
 
-    def device_events(self, *, num_steps: int = 1) -> tuple[list[int], list[int]]:
-        """(events, sizes) of the device for `memory.allocator.replay`: the standing storages, then the step."""
+    def device_events(self, *, num_steps: int = 1, workspace_bytes: int = 0) -> tuple[list[int], list[int]]:
+        """(events, sizes) of the device for `memory.allocator.replay`: the standing storages, then the step.
+
+        `workspace_bytes` (cuBLAS) are kept from when they are first wanted: half by forward's thread, half by autograd's.
+        """
         on_device = [storage.place == "device" for storage in self.storages]
+        sizes = [storage.num_bytes for storage in self.storages]
+        first_backward = next((span.start for span in self.spans if span.phase == BACKWARD), 0)
         step: list[int] = []
         goes_by: dict[int, int] = {}  # a storage made in place -> the one whose memory it has
-        for event in self.events:
+        turn = 0
+        for number, event in enumerate(self.events):
+            if number == first_backward:
+                turn = len(step)
             if event >= 0 and self.storages[event].in_place:
                 goes_by[event] = ~step.pop()
             elif on_device[event if event >= 0 else ~event]:
                 step.append(event if event >= 0 else ~goes_by.get(~event, ~event))
         events = [index for index in self.standing if on_device[index]]
-        return events + step * num_steps, [storage.num_bytes for storage in self.storages]
+        if workspace_bytes:
+            ahead, back = len(sizes), len(sizes) + 1
+            sizes += [workspace_bytes // 2] * 2
+            events += [ahead, *step[:turn], back, *step[turn:]]
+            num_steps -= 1
+        return events + step * num_steps, sizes
 
     def timeline(self, *, place: str = "device", rounded: bool = True) -> Iterator[tuple[str, int, dict[str, int]]]:
         """(phase, live bytes, live bytes by category) after each birth at `place`, the standing storages first.
@@ -144,7 +158,7 @@ class Trace:
     ) -> "Prediction":
         """Peaks by category and phase, and what the caching allocator would reserve for two steps in a row.
 
-        `workspace_bytes` (cuBLAS) are taken from the same allocator before anything else, as "other".
+        `workspace_bytes` (cuBLAS) are taken from the same allocator, as "other".
         Raises: memory.allocator.SimulatedOutOfMemory, when `capacity_bytes` is exceeded.
         """
         peak, at_peak, by_phase = -1, {}, {}
@@ -152,15 +166,10 @@ class Trace:
             by_phase[phase] = max(by_phase.get(phase, 0), total)
             if total > peak:
                 peak, at_peak = total, dict(live)
-        workspace = round_request(workspace_bytes) if workspace_bytes else 0
+        workspace = 2 * round_request(workspace_bytes // 2) if workspace_bytes else 0
         at_peak["other"] += workspace
-        events, sizes = self.device_events(num_steps=2)
-        stats = replay(
-            [len(sizes), *events],
-            [*sizes, workspace],
-            capacity_bytes=capacity_bytes,
-            expandable_segments=expandable_segments,
-        )
+        events, sizes = self.device_events(num_steps=2, workspace_bytes=workspace_bytes)
+        stats = replay(events, sizes, capacity_bytes=capacity_bytes, expandable_segments=expandable_segments)
         return Prediction(
             peak_bytes=peak + workspace,
             by_category=at_peak,

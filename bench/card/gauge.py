@@ -85,10 +85,11 @@ class Gauge:
             torch.cuda.synchronize(self.device)
 
     def release(self) -> None:
-        """Give back what nothing refers to any more, and the allocator's cache."""
+        """Give back what nothing refers to any more, cuBLAS' workspaces, and the allocator's cache: as in a new process."""
         gc.collect()
         if self.is_card:
             torch.cuda.synchronize(self.device)
+            torch._C._cuda_clearCublasWorkspaces()
             torch.cuda.empty_cache()
 
     def attempt(self, run: Callable[[], Any], *, may_fail: tuple[type[Exception], ...] = ()) -> Attempt:

@@ -109,7 +109,6 @@ def _snapshots(session: Session, out: Path) -> dict[str, Any]:
 
 
 def _snapshot(session: Session, cell: Cell, path: Path) -> dict[str, Any]:
-    torch._C._cuda_clearCublasWorkspaces()
     session.gauge.release()  # recording begins where nothing is reserved
     torch.cuda.memory._record_memory_history("all", context=None, stacks="python", max_entries=1_000_000)
     try:

@@ -384,8 +384,8 @@ API int nvmlDeviceGetComputeRunningProcesses_v3(void*, unsigned* count, NvmlProc
     if (*count) found[0] = {(unsigned)getpid(), used + context, {}};
     return 0;
 }
+API int nvmlDeviceGetComputeRunningProcesses(void*, unsigned* count, void*) { *count = 0; return 0; }  // torch asks when memory runs out
 static const int NVML_NOT_SUPPORTED = 3;
-API int nvmlDeviceGetComputeRunningProcesses(void*, unsigned*, void*) { return NVML_NOT_SUPPORTED; }
 API int nvmlDeviceGetGpuFabricInfoV(void*, void*) { return NVML_NOT_SUPPORTED; }
 API int nvmlDeviceGetNvLinkRemoteDeviceType(void*, unsigned, void*) { return NVML_NOT_SUPPORTED; }
 API int nvmlDeviceGetNvLinkRemotePciInfo_v2(void*, unsigned, void*) { return NVML_NOT_SUPPORTED; }
