@@ -29,7 +29,7 @@ def main() -> int:
 def _bench(words: list[str]) -> int:
     """Run a benchmark by name: nothing imports them. `peaks` is a suite of pytest-benchmark."""
     here = Path(__file__).parent
-    known = sorted({"peaks", "card"} | {f.stem for f in (here / "bench").glob("*.py") if "\nif __name__" in f.read_text()})
+    known = sorted({"peaks", "card", "emulated"} | {f.stem for f in (here / "bench").glob("*.py") if "\nif __name__" in f.read_text()})
     if not words or words[0] not in known:
         return _say(2, f"error: bench {' '.join(words[:1])}: one of {', '.join(known)}")
     if words[0] == "peaks":

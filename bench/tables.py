@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import others
+from bench.emulated import tables as emulated
 from bench.erasure import VARIANTS, summary
 from bench.markdown import absent_note, load, markdown
 from trainer.findings import codes_as_markdown
@@ -298,7 +299,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "reliability": reliability,
     "rank": rank, "feasibility": feasibility, "planning": planning, "strategies": strategies, "story": story, "claims": claims,
     "main": main_run, "pretrained": pretrained, "erasure": erasure, "overlap": overlap, "attention": attention, "blocks": blocks,
-    **others.TABLES,
+    **others.TABLES, **emulated.TABLES,
     "codes": codes, "faults": faults, "projection": projection, "leak": leak}
 
 

@@ -18,7 +18,7 @@ from trainer.prompts import cache_directory
 _SOURCE = Path(__file__).with_name("card.cpp")
 _REPLACED = re.compile(r"_*(cuda|cu[A-Z]|cublas|cudnn)(?!File)")
 _PRODUCT = re.compile(r"cublas.*(gemm|Gemm|Matmul$)")
-_CAPABILITY = {"turing": 75, "volta": 70, "ampere": 80, "ada": 89}  # newer ones would take cuDNN's attention, which is not emulated
+_CAPABILITY = {"volta": 70, "turing": 75, "ampere": 80, "ada": 89}  # newer ones would take cuDNN's attention, which is not emulated
 _FILES = ("libcuda.so.1", "libnvidia-ml.so.1")  # what is looked for by name, besides being preloaded
 
 
@@ -57,12 +57,13 @@ def built() -> Path:
 
 def environment(card: Card, gib: float) -> dict[str, str]:
     """Variables under which a Python of this installation has `card`, with `gib` GiB of memory. Raises CannotEmulate."""
-    if card.architecture not in _CAPABILITY:
+    family = card.architecture.split("-")[0]
+    if family not in _CAPABILITY:
         raise CannotEmulate(f"{card.name} ({card.architecture}) is not emulated; one of {', '.join(_CAPABILITY)} is, such as rtx-4090")
     library = built()
     return {"LD_PRELOAD": str(library), "LD_LIBRARY_PATH": _prefixed(str(library.parent), os.environ, "LD_LIBRARY_PATH"),
             "EMULATED_CARD_NAME": f"Emulated {card.label.removeprefix('NVIDIA ')}", "EMULATED_CARD_MIB": str(int(gib * 1024)),
-            "EMULATED_CARD_CONTEXT_MIB": str(card.context_bytes >> 20), "EMULATED_CARD_CAPABILITY": str(_CAPABILITY[card.architecture]),
+            "EMULATED_CARD_CONTEXT_MIB": str(card.context_bytes >> 20), "EMULATED_CARD_CAPABILITY": str(_CAPABILITY[family]),
             "TORCH_CUDNN_V8_API_DISABLED": "1"}  # the older interface, which is simple enough to stand in for
 
 

@@ -1,0 +1,63 @@
+"""Tables of what was seen on the emulated card."""
+
+from collections.abc import Callable
+from typing import Any
+
+from bench.markdown import absent_note, load, markdown
+from memory.cards import GIB
+
+
+def peaks() -> str:
+    """Predicted peaks of whole steps, and what torch's CUDA build then allocated and reserved."""
+    if absent := absent_note("emulated"):
+        return absent
+    result = load("emulated")
+    rows = [[cell["settings"], *(f"{cell['measured'][f'{kind}_bytes'] / GIB:.3f} GiB ({cell[f'{kind}_error']:+{digits}%})"
+                                 for kind, digits in (("allocated", ".3"), ("reserved", ".1")))]
+            for cell in result["peaks"]["cells"] if "allocated_error" in cell]
+    replayed = result["peaks"]["snapshots"].values()
+    requests, alike = (sum(s[key] for s in replayed) for key in ("num_requests", "num_placed_alike"))
+    return markdown(["a step of", "allocated at peak (predicted: off by)", "reserved (predicted: off by)"], rows) + (
+        f"\nExpandable segments: of {requests:,} requests of three recorded runs, the simulator serves {alike:,} at the address that torch's "
+        f"allocator chose.\n" + _source(result))
+
+
+def caps() -> str:
+    """Plans under the caps they were made for, the smallest peaks, and where the naive recipe breaks."""
+    if absent := absent_note("emulated"):
+        return absent
+    result = load("emulated")
+    rows = [[f"the planner's plan: {name}", f"{cell['cap_bytes'] / GIB:.2f} GiB", *_outcome(cell)]
+            for name, cell in result["feasibility"]["cells"].items()]
+    rows += [[f"the naive recipe: 2b 17f {name}", f"{cell['cap_bytes'] / GIB:.2f} GiB", "runs" if cell["ran"] else f"breaks in {cell['broke_in']}", ""]
+             for name, cell in result["feasibility"]["naive"].items()]
+    rows += [[f"the smallest: {name}", "none", *_outcome(cell)] for name, cell in result["minimum"]["cells"].items()]
+    return markdown(["three steps of", "reservable", "", "allocated / reserved"], rows) + _source(result)
+
+
+def _outcome(cell: dict[str, Any]) -> list[str]:
+    if "allocated_bytes" not in cell:
+        return [cell.get("out_of_memory") or cell.get("failed") or "", ""]
+    return ["runs", f"{cell['allocated_bytes'] / GIB:.2f} / {cell['reserved_bytes'] / GIB:.2f} GiB"]
+
+
+def steps() -> str:
+    """What the host gives the card to do in a step."""
+    if absent := absent_note("emulated"):
+        return absent
+    result = load("emulated")
+    rows = [[step["settings"], f"{step['num_kernels']:,.0f}", f"{step['num_products']:,.0f}", f"{step['host_seconds']:.2f} s",
+             f"{step['bytes_to_card'] / GIB:.2f} / {step['bytes_to_host'] / GIB:.2f} GiB", f"{step['num_waits']:.0f}",
+             f"{step['num_pageable_copies']:.0f}", f"{step['num_driver_allocations']}"] for step in result["steps"]]
+    header = ["a step of", "kernels", "of cuBLAS", f"the host needs for it ({result['provenance']['num_cores']} cores)", "to the card / to the host",
+              "waits of the host", "copies of pageable memory", "driver allocations"]
+    return markdown(header, rows) + _source(result)
+
+
+def _source(result: dict[str, Any]) -> str:
+    p = result["provenance"]
+    return (f"\nNot measured on a card: torch {p['versions']['torch']} on a card that computes nothing ({result['card']}), "
+            f"by `python -m bench.emulated`, {p['date']}.\n")
+
+
+TABLES: dict[str, Callable[[], str]] = {"emulated-peaks": peaks, "emulated-caps": caps, "emulated-steps": steps}

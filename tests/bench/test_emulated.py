@@ -1,0 +1,38 @@
+"""The emulated card: what can be said without a CUDA build of torch, and with one a walk through it at toy size."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from bench.emulated.library import CannotEmulate, environment
+from bench.emulated.measure import without_times
+from memory.cards import lookup
+
+
+def test_a_torch_without_cuda_is_told(monkeypatch):
+    monkeypatch.setattr(torch.version, "cuda", None)
+    with pytest.raises(CannotEmulate, match="built without CUDA; install a build with it"):
+        environment(lookup("4090"), 24)
+
+
+def test_a_card_that_takes_other_kernels_is_refused():
+    with pytest.raises(CannotEmulate, match=r"h100 \(hopper\) is not emulated; one of .*ada"):
+        environment(lookup("h100"), 80)
+
+
+def test_results_have_no_times():
+    cell = {"step_seconds": 1.0, "peaks": {"teacher": {"allocated_bytes": 5}}, "cells": [{"seconds_by_phase": {}, "num_retries": 0}]}
+    assert without_times(cell) == {"peaks": {"teacher": {"allocated_bytes": 5}}, "cells": [{"num_retries": 0}]}
+
+
+@pytest.mark.skipif(torch.version.cuda is None, reason="torch is built without CUDA")
+def test_toy_models_allocate_what_is_predicted(tmp_path):
+    subprocess.run([sys.executable, "-m", "bench.emulated", "--toy", "--out", str(tmp_path)], check=True)
+    result = json.loads((tmp_path / "emulated.json").read_text())
+    ran = [cell for cell in result["peaks"]["cells"] if "allocated_error" in cell]
+    assert ran and max(abs(cell["allocated_error"]) for cell in ran) < 0.01
+    assert all(s["num_placed_alike"] == s["num_requests"] > 0 for s in result["peaks"]["snapshots"].values())
+    assert all(step["num_waits"] == step["num_driver_allocations"] == step["num_pageable_copies"] == 0 for step in result["steps"])
