@@ -153,7 +153,8 @@ class CachingAllocator:
                 elif block.prev is None and block.next is None:
                     pool.remove(block)
                     self.stats.reserved_bytes -= block.size
-            if pool.segment_head is not None and not pool.segment_head.mapped and pool.segment_head.next is None:
+            head = pool.segment_head
+            if head is not None and not head.mapped and head.next is None:
                 pool.segment_head = None  # nothing of it is mapped: its addresses are given back, too
 
     def adopt(self, address: int, num_bytes: int, in_use: Mapping[int, int], *, is_small: bool, stream: int) -> None:
@@ -329,13 +330,8 @@ class CachingAllocator:
         self._merge(block)
 
 
-def replay(
-    events: list[int],
-    sizes: list[int],
-    *,
-    capacity_bytes: int | None = None,
-    expandable_segments: bool = False,
-) -> AllocatorStats:
+def replay(events: list[int], sizes: list[int], *, capacity_bytes: int | None = None,
+           expandable_segments: bool = False) -> AllocatorStats:
     """Peaks after a list of events: `i` allocates storage i of `sizes[i]` bytes, `~i` frees it.
 
     Raises: SimulatedOutOfMemory, when the capacity is exceeded.

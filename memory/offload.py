@@ -99,7 +99,7 @@ class _Master:
     def release(self) -> None:
         for parameter, view in zip(self.parameters, self.views, strict=True):
             parameter.data = view.to(self.home, copy=True)
-        self.flat, self.views, self.seats = None, [], []
+        self.flat, self.views = None, []
         release_pinned()  # block by block: never two copies of more than one
 
 

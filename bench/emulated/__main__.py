@@ -24,6 +24,7 @@ def main() -> int:
     parser.add_argument("--card", default="rtx-4090", help="whose name and capability it has; up to Ada (%(default)s)")
     parser.add_argument("--gib", type=float, default=96, help="its memory (%(default)s)")
     parser.add_argument("--out", type=Path, default=RESULTS, help="directory of the result")
+    parser.add_argument("--only", nargs="+", metavar="PART", default=[], help="some of peaks, minimum, feasibility, steps; the others stay as they are in the result")
     parser.add_argument("--toy", action="store_true", help="toy models: the code runs, the figures mean nothing")
     parser.add_argument("python", nargs="*", help="after --: arguments for Python, in place of measuring")
     options = parser.parse_args()
@@ -32,7 +33,7 @@ def main() -> int:
     except (CannotEmulate, UnknownCard) as e:
         print(f"error: {e}", file=sys.stderr)
         return 2
-    measuring = ["-m", "bench.emulated.measure", "--out", str(options.out), *["--toy"] * options.toy]
+    measuring = ["-m", "bench.emulated.measure", "--out", str(options.out), *["--toy"] * options.toy, *["--only"] * bool(options.only), *options.only]
     return subprocess.call([sys.executable, *(options.python or measuring)], env=os.environ | card)
 
 

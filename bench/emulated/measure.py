@@ -8,7 +8,10 @@ import os
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from memory import environment
@@ -25,7 +28,6 @@ from bench.card.rig import Cell, rigged
 from bench.card.session import Session, register_toys
 from bench.provenance import write_result
 
-PARTS = {"peaks": peaks, "minimum": minimum, "feasibility": feasibility}
 _COUNTERS = ("num_kernels", "num_products", "num_copies", "num_pageable_copies", "bytes_to_card", "bytes_to_host", "num_waits")
 _HOST = dict(resident_blocks=0, boundaries="host")
 _STEPS = (("2b", 17, {}), ("2b", 17, _HOST), ("5b", 17, {}), ("5b", 17, dict(resident_blocks=0, passes="lockstep")), ("5b", 49, _HOST))
@@ -43,6 +45,11 @@ def without_times(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: without_times(item) for key, item in value.items() if "second" not in key and key not in ("table", "loss")}
     return [without_times(item) for item in value] if isinstance(value, list) else value
+
+
+def part_of_suite(part: ModuleType, session: Session) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as scratch:
+        return without_times(part.measure(session, Path(scratch)))
 
 
 def asked_for(session: Session, cell: Cell, *, num_steps: int = 3) -> dict[str, Any]:
@@ -63,9 +70,15 @@ def asked_for(session: Session, cell: Cell, *, num_steps: int = 3) -> dict[str, 
                 "num_driver_allocations": allocated["num_driver_allocations"] - allocator["num_driver_allocations"]}
 
 
+def steps(session: Session) -> list[dict[str, Any]]:
+    """What several plans ask of a card in a step."""
+    return [asked_for(session, session.cell(kind, frames, **plan)) for kind, frames, plan in _STEPS]
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.emulated")
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--only", nargs="+", choices=PARTS)
     parser.add_argument("--toy", action="store_true")
     options = parser.parse_args()
     logging.getLogger("bitsandbytes.backends").setLevel(logging.ERROR)
@@ -73,19 +86,25 @@ def main() -> int:
         register_toys()
     session = Session(Gauge(torch.device("cuda", 0)), card_here(dry=options.toy), Forecaster(0), dry=options.toy)
     calibrate(session)
-    content: dict[str, Any] = {"card": torch.cuda.get_device_name(), "fixed_terms": session.fixed}
-    with tempfile.TemporaryDirectory() as scratch:
-        for name, part in PARTS.items():
-            result = part.measure(session, Path(scratch))
-            content[name] = without_times(result)
+    path = options.out / "emulated.json"
+    content = json.loads(path.read_text()) if options.only and path.exists() else {}
+    content |= {"card": torch.cuda.get_device_name(), "fixed_terms": session.fixed}
+    for name in options.only or PARTS:
+        content[name] = PARTS[name](session)
+        session.gauge.release()
+        if "goals" in content[name]:
             print_table(name, goal_rows(name, content[name]))
-            sys.stdout.flush()
-            session.gauge.release()
-    content["steps"] = [asked_for(session, session.cell(kind, frames, **plan)) for kind, frames, plan in _STEPS]
-    print(json.dumps(content["steps"], indent=1))
+        else:
+            print_table(name, [[step["settings"], f"{step['num_kernels']:,.0f} kernels", f"{step['host_seconds']:.2f} s of the host"] for step in content[name]])
+        sys.stdout.flush()
+    content.pop("provenance", None)
     write_result("emulated", content, options.out, in_parts=True)  # without the options, which name a path
     return 0
 
+
+PARTS: dict[str, Callable[[Session], Any]] = {
+    "peaks": partial(part_of_suite, peaks), "minimum": partial(part_of_suite, minimum), "feasibility": partial(part_of_suite, feasibility),
+    "steps": steps}
 
 if __name__ == "__main__":
     sys.exit(main())
