@@ -44,9 +44,27 @@ def group_offload(transformer: nn.Module, blocks: nn.ModuleList, plan: MemoryPla
     _hide_erasers(blocks)
     apply_group_offloading(transformer, onload_device=device, offload_device=torch.device("cpu"),
                            offload_type="block_level", num_blocks_per_group=1, **streamed)
-    for block in blocks:
-        _prefetch_in_forward_only(block)
-    _checkpointed(blocks)
+    for module in transformer.modules():
+        _lend(module, lambda parameter: parameter.data)
+
+    def first_forward_is_over(*_: Any) -> None:
+        # Until here diffusers notes the order of blocks, and when it has, resets every block's forward.
+        noting.remove()
+        for block in blocks:
+            _prefetch_in_forward_only(block)
+        _checkpointed(blocks)
+
+    noting = transformer.register_forward_hook(first_forward_is_over)
+
+
+def _lend(module: nn.Module, lend: Callable[[nn.Parameter], torch.Tensor]) -> None:
+    """While `module` runs, it holds other Parameters over what `lend` gives for its own: what autograd saves must not follow a
+    parameter whose data hooks take back to the host."""
+    own = dict(module.named_parameters(recurse=False))
+    if own:
+        module.register_forward_pre_hook(lambda *_: module._parameters.update(
+            {name: nn.Parameter(lend(parameter), requires_grad=False) for name, parameter in own.items()}))
+        module.register_forward_hook(lambda *_: module._parameters.update(own), always_call=True)
 
 
 def _prefetch_in_forward_only(block: nn.Module) -> None:
@@ -74,32 +92,19 @@ def leaf_offload(transformer: nn.Module, blocks: nn.ModuleList, plan: MemoryPlan
     """Layer by layer, when needed, from pageable host memory, nothing copied back: what accelerate's sequential offload does,
     which diffusers calls. It stands for it, so that accelerate is not needed."""
     _hide_erasers(blocks)
+    for parameter in transformer.parameters():
+        parameter.data = parameter.data.cpu()
     for module in transformer.modules():
-        own = list(module.parameters(recurse=False))
-        if own:
-            homes = [(parameter, parameter.data.to("cpu")) for parameter in own]
-            module.register_forward_pre_hook(lambda *_, homes=homes: _point(homes, device))
-            module.register_forward_hook(lambda *_, homes=homes: _point(homes, torch.device("cpu")), always_call=True)
-            _point(homes, torch.device("cpu"))
+        _lend(module, lambda parameter: parameter.data.to(device))
     _checkpointed(blocks)
-
-
-def _point(homes: list[tuple[nn.Parameter, torch.Tensor]], device: torch.device) -> None:
-    for parameter, home in homes:
-        parameter.data = home.to(device)
 
 
 @contextmanager
 def whole_recomputation() -> Iterator[None]:
-    """For peers: a recomputation runs to the end of its block, where their hooks take the weights away again.
-
-    What the student saves outside of checkpoints is saved as an alias: hooks swap the data of a parameter, and backward
-    would find the weights on the host.
-    """
-    from torch.autograd.graph import saved_tensors_hooks
+    """For peers: a recomputation runs to the end of its block, where their hooks take the weights away again."""
     from torch.utils.checkpoint import set_checkpoint_early_stop
 
-    with set_checkpoint_early_stop(False), saved_tensors_hooks(torch.Tensor.detach, lambda tensor: tensor):
+    with set_checkpoint_early_stop(False):
         yield
 
 

@@ -34,8 +34,9 @@ def test_every_part_walks_through_and_is_not_measured_twice(tmp_path):
     for name, result in results.items():
         assert result["dry"] and not result["skipped"] and result["provenance"]["versions"]["torch"]
         assert result["goals"] and all(g["reached"] is None for g in result["goals"])
-        # Every goal is computed, as on a card; only a card's own record shows copies beside computation.
-        assert [g["goal"] for g in result["goals"] if g["measured"] is None and "beside computation" not in g["goal"]] == []
+        # Every goal is computed, as on a card; only a card's own record shows copies beside computation, and addresses.
+        assert {g["goal"] for g in result["goals"] if g["measured"] is None} <= {
+            "share of copies to the device beside computation", "requests that the simulator serves at another address"}
         assert f"{name}: {result['goals'][0]['goal']}" in shown
     # Nothing failed or ran out of memory along the way, peers included.
     for name in set(PARTS) - {"peaks", "choice"}:
