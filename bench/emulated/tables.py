@@ -27,9 +27,12 @@ def caps() -> str:
     if absent := absent_note("emulated"):
         return absent
     result = load("emulated")
-    rows = [[f"the planner's plan: {name}", f"{cell['cap_bytes'] / GIB:.2f} GiB", *_outcome(cell)]
+    def short(name: str) -> str:  # "5b 49f rtx-4090-48gb-24gb": the card whose rates were planned with is of no matter here
+        return f"{' '.join(name.split()[:-1])} for {name.rsplit('-', 1)[1]}".strip()
+
+    rows = [[f"the planner's plan: {short(name)}", f"{cell['cap_bytes'] / GIB:.2f} GiB", *_outcome(cell)]
             for name, cell in result["feasibility"]["cells"].items()]
-    rows += [[f"the naive recipe: 2b 17f {name}", f"{cell['cap_bytes'] / GIB:.2f} GiB", "runs" if cell["ran"] else f"breaks in {cell['broke_in']}", ""]
+    rows += [[f"the naive recipe: {short('2b 17f ' + name)}", f"{cell['cap_bytes'] / GIB:.2f} GiB", "runs" if cell["ran"] else f"breaks in {cell['broke_in']}", ""]
              for name, cell in result["feasibility"]["naive"].items()]
     rows += [[f"the smallest: {name}", "none", *_outcome(cell)] for name, cell in result["minimum"]["cells"].items()]
     return markdown(["three steps of", "reservable", "", "allocated / reserved"], rows) + _source(result)
@@ -50,7 +53,7 @@ def steps() -> str:
              f"{step['bytes_to_card'] / GIB:.2f} / {step['bytes_to_host'] / GIB:.2f} GiB", f"{step['num_waits']:.0f}",
              f"{step['num_pageable_copies']:.0f}", f"{step['num_driver_allocations']}"] for step in result["steps"]]
     header = ["a step of", "kernels", "of cuBLAS", f"the host needs for it ({result['provenance']['num_cores']} cores)", "to the card / to the host",
-              "waits of the host", "copies of pageable memory", "driver allocations"]
+              "waits of the host", "copies of pageable memory", "driver allocations, steps 3 to 5"]
     return markdown(header, rows) + _source(result)
 
 
