@@ -11,7 +11,7 @@ MIB = 1 << 20
 
 def test_what_was_set_stays(monkeypatch):
     monkeypatch.setattr(os, "environ", {"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:64", "CUBLAS_WORKSPACE_CONFIG": ":16:8",
-                                      "MKL_CBWR": "COMPATIBLE"})
+                                      "TORCH_CUBLASLT_UNIFIED_WORKSPACE": "0", "MKL_CBWR": "COMPATIBLE"})
     before = dict(os.environ)
     environment.prepare()
     assert os.environ == before
