@@ -94,7 +94,7 @@ def measure(session: Session, out: Path) -> dict[str, Any]:
     rate, found, skipped = _matrix_rate(session), {}, []
     session.gauge.release()
     for name, run in session.within_budget(_variants(session), skipped, name=lambda pair: pair[0]):
-        found[name] = session.gauge.attempt(run, may_fail=(RuntimeError, OSError, PlanError)).as_json()
+        found[name] = session.gauge.attempt(run, may_fail=(RuntimeError, ValueError, OSError, PlanError)).as_json()
     _, flops = session.forecaster.answer(peaks_of, session.cell("5b", 49), session.workspace_bytes)
     small, naive = (found.get(name, {}) for name in ("2b 17f smallest", "naive 2b 17f"))
     # One and the same work; filling the card does less of it.
