@@ -61,7 +61,9 @@ def environment(card: Card, gib: float) -> dict[str, str]:
     if family not in _CAPABILITY:
         raise CannotEmulate(f"{card.name} ({card.architecture}) is not emulated; one of {', '.join(_CAPABILITY)} is, such as rtx-4090")
     library = built()
-    return {"LD_PRELOAD": str(library), "LD_LIBRARY_PATH": _prefixed(str(library.parent), os.environ, "LD_LIBRARY_PATH"),
+    # What is computed here is worth nothing: no embedding and no compiled kernel of it may be found in a run elsewhere.
+    caches = {name: str(library.parent / "cache") for name in ("XDG_CACHE_HOME", "TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR")}
+    return caches | {"LD_PRELOAD": str(library), "LD_LIBRARY_PATH": _prefixed(str(library.parent), os.environ, "LD_LIBRARY_PATH"),
             "EMULATED_CARD_NAME": f"Emulated {card.label.removeprefix('NVIDIA ')}", "EMULATED_CARD_MIB": str(int(gib * 1024)),
             "EMULATED_CARD_CONTEXT_MIB": str(card.context_bytes >> 20), "EMULATED_CARD_CAPABILITY": str(_CAPABILITY[family]),
             "TORCH_CUDNN_V8_API_DISABLED": "1"}  # the older interface, which is simple enough to stand in for
