@@ -8,6 +8,7 @@ import statistics
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -147,9 +148,7 @@ class Rig:
             parameters = self.erasers.parameters()
             norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
             torch.nn.utils.clip_grads_with_norm_(parameters, self.config.optim.clip, norm)
-            def update() -> None:
-                self.scaler.step(self.optimizer)
-
+            update = partial(self.scaler.step, self.optimizer)
             update() if self.bare else update_norms(parameters, update)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)

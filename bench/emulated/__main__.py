@@ -28,6 +28,13 @@ def main() -> int:
     parser.add_argument("--toy", action="store_true", help="toy models: the code runs, the figures mean nothing")
     parser.add_argument("python", nargs="*", help="after --: arguments for Python, in place of measuring")
     options = parser.parse_args()
+    if not 0 < options.gib <= 4096:
+        parser.error(f"--gib {options.gib:g}: more than 0, and at most 4096")
+    try:
+        options.out.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        print(f"error: --out {options.out}: cannot be written ({e.strerror})", file=sys.stderr)
+        return 6
     try:
         card = environment(lookup(options.card), options.gib)
     except (CannotEmulate, UnknownCard) as e:

@@ -9,7 +9,6 @@ import os
 import re
 import shutil
 import subprocess
-from collections.abc import Mapping
 from pathlib import Path
 
 from memory.cards import Card
@@ -63,14 +62,10 @@ def environment(card: Card, gib: float) -> dict[str, str]:
     library = built()
     # What is computed here is worth nothing: no embedding and no compiled kernel of it may be found in a run elsewhere.
     caches = {name: str(library.parent / "cache") for name in ("XDG_CACHE_HOME", "TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR")}
-    return caches | {"LD_PRELOAD": str(library), "LD_LIBRARY_PATH": _prefixed(str(library.parent), os.environ, "LD_LIBRARY_PATH"),
+    return caches | {"LD_PRELOAD": str(library), "LD_LIBRARY_PATH": f"{library.parent}:{os.environ.get('LD_LIBRARY_PATH', '')}".rstrip(":"),
             "EMULATED_CARD_NAME": f"Emulated {card.label.removeprefix('NVIDIA ')}", "EMULATED_CARD_MIB": str(int(gib * 1024)),
             "EMULATED_CARD_CONTEXT_MIB": str(card.context_bytes >> 20), "EMULATED_CARD_CAPABILITY": str(_CAPABILITY[family]),
             "TORCH_CUDNN_V8_API_DISABLED": "1"}  # the older interface, which is simple enough to stand in for
-
-
-def _prefixed(path: str, variables: Mapping[str, str], name: str) -> str:
-    return ":".join([path, *filter(None, [variables.get(name)])])
 
 
 def _headers() -> list[str]:

@@ -4,7 +4,6 @@ import argparse
 import ctypes
 import json
 import logging
-import os
 import sys
 import tempfile
 import time
@@ -48,6 +47,7 @@ def without_times(value: Any) -> Any:
 
 
 def part_of_suite(part: ModuleType, session: Session) -> dict[str, Any]:
+    """A part of the card suite, its histories of the allocator thrown away."""
     with tempfile.TemporaryDirectory() as scratch:
         return without_times(part.measure(session, Path(scratch)))
 

@@ -27,15 +27,17 @@ def caps() -> str:
     if absent := absent_note("emulated"):
         return absent
     result = load("emulated")
-    def short(name: str) -> str:  # "5b 49f rtx-4090-48gb-24gb": the card whose rates were planned with is of no matter here
-        return f"{' '.join(name.split()[:-1])} for {name.rsplit('-', 1)[1]}".strip()
-
-    rows = [[f"the planner's plan: {short(name)}", f"{cell['cap_bytes'] / GIB:.2f} GiB", *_outcome(cell)]
+    rows = [[f"the planner's plan: {_short(name)}", f"{cell['cap_bytes'] / GIB:.2f} GiB", *_outcome(cell)]
             for name, cell in result["feasibility"]["cells"].items()]
-    rows += [[f"the naive recipe: {short('2b 17f ' + name)}", f"{cell['cap_bytes'] / GIB:.2f} GiB", "runs" if cell["ran"] else f"breaks in {cell['broke_in']}", ""]
+    rows += [[f"the naive recipe: {_short('2b 17f ' + name)}", f"{cell['cap_bytes'] / GIB:.2f} GiB", "runs" if cell["ran"] else f"breaks in {cell['broke_in']}", ""]
              for name, cell in result["feasibility"]["naive"].items()]
     rows += [[f"the smallest: {name}", "none", *_outcome(cell)] for name, cell in result["minimum"]["cells"].items()]
     return markdown(["three steps of", "reservable", "", "allocated / reserved"], rows) + _source(result)
+
+
+def _short(name: str) -> str:
+    """"5b 49f rtx-4090-48gb-24gb" as "5b 49f for 24gb": whose rates the plan was made with is of no matter here."""
+    return f"{' '.join(name.split()[:-1])} for {name.rsplit('-', 1)[1]}"
 
 
 def _outcome(cell: dict[str, Any]) -> list[str]:

@@ -169,3 +169,15 @@ def test_a_block_that_computes_as_long_as_its_transfer_has_the_hiding_number_of_
     # 7.91 TFLOPs forward at 49 frames, at the rates that cards.toml assumes
     assert block_seconds(card, 17_776, width) == pytest.approx(
         4.03e12 / (card.tensor_rate * card.matmul_fraction) + 3.88e12 / (card.tensor_rate * card.attention_fraction), rel=2e-3)
+
+
+def test_a_cells_peaks_stay_its_own():
+    gauge = Gauge(torch.device("cpu"))
+    gauge.begin()
+    gauge.phase("teacher")
+    peaks = gauge.end()
+    before = {name: dict(peak) for name, peak in peaks.items()}
+    gauge.phase("teacher")  # the next one warms up, and begins to be measured later
+    gauge.phase("optimizer")
+    gauge.phase("teacher")
+    assert peaks == before and set(peaks) == {"teacher"}

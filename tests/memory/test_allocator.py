@@ -246,3 +246,21 @@ def test_fifty_thousand_events_replay_in_a_moment(expandable):
     stats = replay(events, sizes, expandable_segments=expandable)
     assert time.process_time() - start < 2.0  # 0.2 s on an idle core; the bound leaves room for a busy one
     assert stats.peak_reserved_bytes >= stats.peak_allocated_bytes > 0
+
+
+def test_an_expandable_segment_of_which_nothing_is_mapped_is_given_back():
+    reserved: list[int] = []
+
+    def driver(num_bytes: int) -> int:
+        reserved.append(num_bytes)
+        return len(reserved) << 61
+
+    allocator = CachingAllocator(expandable_segments=True, driver=driver)
+    first = allocator.malloc(30 * MIB)
+    allocator.free(first)
+    allocator.empty_cache()
+    assert allocator.stats.reserved_bytes == 0
+    second = allocator.malloc(30 * MIB)
+    assert second != first and len(reserved) == 2
+    allocator.empty_cache()  # it is in use: it stays
+    assert allocator.malloc(30 * MIB) == second + 30 * MIB and len(reserved) == 2

@@ -13,7 +13,7 @@ from trainer.backbones.cogvideox import BOUNDARY_NAMES
 from trainer.config import LossConfig
 from trainer.erasers import Erasers
 from trainer.latents import NoiseLatents, TrajectoryLatents
-from trainer.losses import Samples, Teacher, lockstep_backward, student_backward
+from trainer.losses import Samples, Teacher, lockstep_backward, mean_squared_error, student_backward
 from trainer.masks import prompt_columns
 from trainer.prompts import Embeddings, PromptSet
 from trainer.shapes.pretrain import SCHEDULER
@@ -256,3 +256,11 @@ def test_lockstep_learns_what_the_passes_one_by_one_learn(sincos, options, pool,
     stands = pool or 4
     assert torch.equal(one_by_one.teacher.latents.at(stands)[0], together.teacher.latents.at(stands)[0])
     assert applied[1].num_recomputes == applied[0].num_recomputes and together.erasers.enabled
+
+
+def test_a_loss_is_a_scalar_that_holds_nothing_else():
+    v, target = torch.randn(2, 3, 4, requires_grad=True), torch.randn(2, 3, 4)
+    loss, reference = mean_squared_error(v, target), F.mse_loss(v, target)
+    assert loss.untyped_storage().nbytes() == 4 < reference.untyped_storage().nbytes()
+    ours, theirs = (torch.autograd.grad(term, v)[0] for term in (loss, reference))
+    assert torch.equal(loss, reference) and torch.equal(ours, theirs)
