@@ -4,6 +4,9 @@
 with the teacher's own predictions, training at each. Both are functions of (seed, step); a trajectory's current
 latents are state, saved with the run. Both draw for the whole batch; of several processes, each trains on its rows and
 holds no others.
+
+A trajectory's tensors outlive a step, in the same two buffers all along: each time elsewhere they would scatter the memory between,
+and a step would need more of it than the one before.
 Legend: B batch, b rows of this process, F latent frames, C latent channels, H W latent size.
 """
 
@@ -72,6 +75,7 @@ class TrajectoryLatents:
     rows: slice = field(default_factory=lambda: slice(None))
     _latents: Tensor | None = field(default=None, init=False)  # (b, F, C, H, W)
     _next: int = field(default=0, init=False)
+    _buffers: dict[tuple[str, int], Tensor] = field(default_factory=dict, init=False)
 
     def __post_init__(self):
         self._sampler = Sampler(self.scheduler, self.num_steps, self.device)
@@ -85,12 +89,14 @@ class TrajectoryLatents:
         return step if self._latents is not None and self._next == step else step - step % self.num_steps
 
     def at(self, step: int) -> tuple[Tensor, Tensor]:
-        """x_t (b,F,C,H,W) fp32 and t (b,) of a step. Steps come in order; each but a first needs `advance` before."""
+        """x_t (b,F,C,H,W) fp32 and t (b,) of a step. Steps come in order; each but a first needs `advance` before.
+
+        x_t is good until `advance` has been called for the next step.
+        """
         trajectory, index = divmod(step, self.num_steps)
         if index == 0:
             start = noise(self.shape, self.seed, f"{self.stream}-start", trajectory)
-            self._latents = to_device(start[self.rows], self.device) * self.scheduler.init_noise_sigma
-            self._next = step
+            self._arrive(step, to_device(start[self.rows], self.device) * self.scheduler.init_noise_sigma)
         if self._latents is None or self._next != step:
             raise RuntimeError(f"{self.stream} trajectory stands at step {self._next}, not {step}: every step has to "
                                "advance it once, in order")
@@ -102,11 +108,23 @@ class TrajectoryLatents:
         # A stochastic scheduler's draws are a row's own: the same, whatever process the row is in.
         dice = [generator(self.seed, f"{self.stream}-step", trajectory, index, row)
                 for row in range(self.shape[0])[self.rows]]
-        self._latents = self._sampler.step(velocity.float(), index, self._latents, dice)
-        self._next = step + 1
+        self._arrive(step + 1, self._sampler.step(velocity.float(), index, self._latents, dice))
+
+    def _arrive(self, step: int, latents: Tensor) -> None:
+        """Stand at `step` with these latents, and with the memory that the sampler has by now."""
+        self._latents, self._next = self._settled("latents", step, latents), step
+        if self._sampler.memory is not None:
+            self._sampler.memory = self._settled("memory", step, self._sampler.memory)
+
+    def _settled(self, name: str, step: int, value: Tensor) -> Tensor:
+        """`value` in its buffer of that step."""
+        place = name, step % 2
+        if place not in self._buffers:
+            self._buffers[place] = torch.empty_like(value)
+        return self._buffers[place].copy_(value)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The whole batch's. Of several processes, all must call it."""
+        """The whole batch's, good as long as what `at` returns. Of several processes, all must call it."""
         if self._latents is None:
             return {}
         state = {f"{self.stream}.latents": gather_rows(self._latents), f"{self.stream}.next": torch.tensor(self._next)}
@@ -117,10 +135,9 @@ class TrajectoryLatents:
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         if f"{self.stream}.latents" not in state:
             raise CheckpointError(f"the checkpoint holds no {self.stream} trajectory; it was made with other --latents")
-        self._latents = state[f"{self.stream}.latents"][self.rows].to(self.device)
-        self._next = int(state[f"{self.stream}.next"])
         memory = state.get(f"{self.stream}.memory")
         self._sampler.memory = None if memory is None else memory[self.rows].to(self.device)
+        self._arrive(int(state[f"{self.stream}.next"]), state[f"{self.stream}.latents"][self.rows].to(self.device))
 
 
 Latents = NoiseLatents | TrajectoryLatents

@@ -47,10 +47,10 @@ class Sample:
     preserved_target: Tensor | None
 
     def parked(self) -> "Sample":
-        """In host memory. From a card it goes to pinned memory and the host does not wait: read it by `to` that card only."""
+        """A copy in host memory. From a card it goes to pinned memory and the host does not wait: read it by `to` that card only."""
         def park(value: Tensor) -> Tensor:
             if value.device.type == "cpu":
-                return value
+                return value.clone()
             with pinning():
                 host = torch.empty_like(value, device="cpu", pin_memory=True)
             return host.copy_(value, non_blocking=True)
@@ -96,7 +96,7 @@ class Teacher:
         self.seed, self.guidance, self.trajectory_guidance = seed, guidance, trajectory_guidance
 
     def sample(self, step: int) -> Sample:
-        """The sample of one step; trajectories are advanced past it."""
+        """The sample of one step, good until the next is made; trajectories are advanced past it."""
         draw = self.draw(step)
         return self.answered(draw, {name: each() for name, each in self.passes(draw).items()})
 

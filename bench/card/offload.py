@@ -49,13 +49,15 @@ def _equality(session: Session, kind: str, frames: int, skipped: list[str]) -> d
     def run(cell: Cell) -> dict[str, torch.Tensor]:
         with rigged(cell, session.gauge) as rig:
             gradients: dict[str, torch.Tensor] = {}
+            losses = []
             for _ in range(3 if session.dry else EQUAL_STEPS):
                 # What the optimizer is given at a step; the last one stays.
                 handle = rig.optimizer.register_step_pre_hook(lambda *_: gradients.update(
                     {f"gradient {n}": p.grad.detach().clone() for n, p in rig.erasers.named_parameters()}))
                 rig.step()
                 handle.remove()
-            return rig.erasers.state_dict() | {n: g.cpu() for n, g in gradients.items()} | {"losses": torch.stack(rig.losses).cpu()}
+                losses.append(rig.loss.clone())
+            return rig.erasers.state_dict() | {n: g.cpu() for n, g in gradients.items()} | {"losses": torch.stack(losses).cpu()}
 
     plain = session.gauge.attempt(lambda: run(session.cell(kind, frames)), may_fail=(RuntimeError,))
     result = {}

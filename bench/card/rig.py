@@ -129,7 +129,7 @@ class Rig:
             self.health = Health(Subject(config=config, native_dtype=backbone.native_dtype, assembly=assembly,
                                          teacher=teacher, optimizer=self.optimizer, scaler=self.scaler))
         self.transformer, self.blocks = transformer, blocks
-        self.num_steps, self.losses = 0, []
+        self.num_steps, self.loss = 0, torch.zeros((), device=device)
 
     def step(self) -> None:
         """One optimizer step, as in `trainer.loop`. The host does not wait."""
@@ -153,7 +153,7 @@ class Rig:
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         self.clock.end_step()
-        self.losses.append(terms["loss"])
+        self.loss.copy_(terms["loss"])  # a tensor that is kept would be one more every step
         self.num_steps += 1
 
     def _phase(self, name: str) -> None:
@@ -194,7 +194,7 @@ class Rig:
             "num_retries": after["num_retries"] - counted["num_retries"],
             "num_driver_allocations": after["num_driver_allocations"] - counted["num_driver_allocations"],
             "grown_bytes": after["reserved_bytes"] - counted["reserved_bytes"],
-            "streamed_bytes": self._streamed_bytes(), "loss": float(self.losses[-1]), **{f"{key}_a_step": value for key, value in moved.items()},
+            "streamed_bytes": self._streamed_bytes(), "loss": float(self.loss), **{f"{key}_a_step": value for key, value in moved.items()},
         }
 
     def _streamed_bytes(self) -> int:

@@ -29,7 +29,8 @@ def _trajectory(kind, *, seed: int = 3, stream: str = "target") -> TrajectoryLat
 def _walk(latents, steps) -> list[tuple[torch.Tensor, torch.Tensor]]:
     seen = []
     for step in steps:
-        seen.append(latents.at(step))
+        x, t = latents.at(step)
+        seen.append((x.clone(), t))
         latents.advance(step, _velocity(step))
     return seen
 
@@ -81,6 +82,19 @@ def test_a_perfect_teacher_brings_the_latents_to_its_video():
         latents.advance(step, alpha.sqrt() * eps - (1 - alpha).sqrt() * x0)
     assert spread == sorted(spread, reverse=True) and spread[0] > 0.9
     torch.testing.assert_close(latents._latents, x0, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_outlives_a_step_lies_where_it_lay_two_steps_before_and_a_sample_stays_until_the_next_is_made(kind):
+    latents, places = _trajectory(kind), []
+    for step in range(2 * NUM_STEPS + 1):
+        x, _ = latents.at(step)
+        as_drawn = x.clone()
+        latents.advance(step, _velocity(step))
+        assert torch.equal(x, as_drawn)
+        places.append({name: tensor.data_ptr() for name, tensor in latents.state_dict().items() if "next" not in name})
+    assert all(places[step] == places[step - 2] != places[step - 1] for step in range(2, len(places)))
+    assert places[0].keys() == ({"target.latents", "target.memory"} if kind is CogVideoXDPMScheduler else {"target.latents"})
 
 
 @pytest.mark.parametrize("kind", KINDS)

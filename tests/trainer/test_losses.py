@@ -105,7 +105,7 @@ def test_scale_is_a_factor_of_the_gradient_and_not_of_the_terms(setup):
 
 
 def test_two_half_passes_accumulate_to_the_mean_of_their_gradients(setup):
-    samples = [setup.teacher.sample(step) for step in range(2)]
+    samples = [setup.teacher.sample(step).parked() for step in range(2)]
     separate = [setup.backward(s)[1] for s in samples]
     setup.erasers_zero()
     for s in samples:
@@ -175,7 +175,7 @@ def test_samples_are_functions_of_seed_and_step(backbone):
 
 def test_trajectory_advances_by_the_teachers_prediction(backbone):
     setup = Setup(backbone)
-    first, second = setup.teacher.sample(0), setup.teacher.sample(1)
+    first, second = setup.teacher.sample(0).parked(), setup.teacher.sample(1)
     scheduler = CogVideoXDDIMScheduler(**SCHEDULER)
     scheduler.set_timesteps(3)
     with torch.no_grad(), setup.erasers.switched(False):
@@ -187,7 +187,7 @@ def test_trajectory_advances_by_the_teachers_prediction(backbone):
 
 def test_trajectory_with_guidance_advances_by_the_guided_prediction(backbone):
     setup = Setup(backbone, trajectory_guidance=4.0)
-    first, second = setup.teacher.sample(0), setup.teacher.sample(1)
+    first, second = setup.teacher.sample(0).parked(), setup.teacher.sample(1)
     scheduler = CogVideoXDDIMScheduler(**SCHEDULER)
     scheduler.set_timesteps(3)
     with torch.no_grad(), setup.erasers.switched(False):
