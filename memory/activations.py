@@ -4,8 +4,9 @@ Two things a block leaves for backward can wait on the host: its boundaries (the
 computed, all that a fully checkpointed block keeps) and, on request, whatever else it keeps. What all blocks share (time
 embedding, rotary tables) and the parameters stay.
 
-Forward: a tensor is copied out while its block computes; its device memory is given up when the next block starts, once
-the compute stream has waited for the copy. Backward: when the first tensor of a block is asked for, those of
+Forward: a tensor is copied out while its block computes; its device memory is given up, once the compute stream has waited for the
+copy, as the next block's tensors come, as many bytes for as many. So what a block stored last has most of the next block's time to
+arrive, and no more is held than a block keeps. Backward: when the first tensor of a block is asked for, those of
 the block before it are sent for, so they arrive while this block recomputes. The last block's stay on the device: backward
 needs them at once. Host memory comes from an arena that is filled in the first step and used again in every later one.
 """
@@ -14,6 +15,7 @@ import functools
 import inspect
 import sys
 import weakref
+from collections import deque
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -80,7 +82,7 @@ class _Parked:
 
     def __init__(self, parking: "ActivationOffload", group: "_Group", tensor: torch.Tensor):
         self.parking, self.group = parking, group
-        self.shape, self.stride, self.dtype = tensor.shape, tensor.stride(), tensor.dtype
+        self.shape, self.stride, self.dtype, self.num_bytes = tensor.shape, tensor.stride(), tensor.dtype, tensor.nbytes
         self.tensor: torch.Tensor | None = tensor
         self.num_uses = 0
         self.is_loading = False
@@ -90,12 +92,11 @@ class _Parked:
         parking.bytes_stored += tensor.nbytes
 
     def _host(self) -> torch.Tensor:
-        num_bytes = self.shape.numel() * self.dtype.itemsize
-        host = self.buffer.flat[:num_bytes].view(self.dtype)
+        host = self.buffer.flat[: self.num_bytes].view(self.dtype)
         return host.as_strided(self.shape, self.stride, host.storage_offset())
 
     def forget_device_copy(self) -> None:
-        """Forward is past this block: after the copy out, the memory is free for the compute stream."""
+        """Forward is past this: after the copy out, the memory is free for the compute stream."""
         self.parking.store_lane.join(self.buffer.stored)
         self.tensor = None
 
@@ -163,16 +164,13 @@ class _Group:
         # An entry lives as long as its storage is held on the device, so the identity is not of a later tensor.
         parked = known() if known is not None else None
         if parked is None:
+            parking.make_room(source.nbytes)
             parked = _Parked(parking, self, source)
             self._parked.append(weakref.ref(parked))
             if source is tensor:
                 self._by_tensor[key] = self._parked[-1]
         parked.num_uses += 1
         return parked
-
-    def forget_device_copies(self) -> None:
-        for parked in self.alive():
-            parked.forget_device_copy()
 
     def alive(self) -> Iterable[_Parked]:
         return [parked for reference in self._parked if (parked := reference()) is not None]
@@ -203,15 +201,32 @@ class ActivationOffload(Handle):
         self.bytes_loaded = 0
         """Bytes copied back to the device so far."""
         self._group: _Group | None = None
+        self._leaving: deque[weakref.ref[_Parked]] = deque()
+        self._room = 0
 
     host_buffers = property(lambda self: list(self.arena.slabs), doc="Slabs of host memory, allocated in the first step.")
     lanes = property(lambda self: [self.store_lane, self.load_lane], doc="What copies.")
 
     def start_block(self) -> _Group:
-        if self._group is not None:
-            self._group.forget_device_copies()
-        self._group = _Group(self._group)
+        while self._leaving:  # of the block before the last
+            self._forget_oldest()
+        self._leaving.extend(map(weakref.ref, self._group.alive() if self._group is not None else ()))
+        self._group, self._room = _Group(self._group), 0
         return self._group
+
+    def make_room(self, num_bytes: int) -> None:
+        """So many bytes are about to be parked: the block before gives up as many on the device, the oldest first."""
+        self._room += num_bytes
+        while self._leaving and self._room >= 0:
+            self._room -= self._forget_oldest()
+
+    def _forget_oldest(self) -> int:
+        """The bytes that were given up."""
+        parked = self._leaving.popleft()()
+        if parked is None:
+            return 0
+        parked.forget_device_copy()
+        return parked.num_bytes
 
 
 def offload_activations(
@@ -259,7 +274,10 @@ def _parking_forward(handle: ActivationOffload, is_last: bool, pick, inner):
             # Some kernels keep their random state in CPU tensors.
             if tensor.device != handle.device or not wanted(tensor):
                 return None
-            return _Staying(group, tensor) if is_last else group.park(handle, tensor)
+            if is_last:
+                handle.make_room(tensor.nbytes)
+                return _Staying(group, tensor)
+            return group.park(handle, tensor)
 
         with packing(packer):
             return inner(*args, **kwargs)

@@ -8,7 +8,7 @@ from multiprocessing import get_context
 from typing import Any
 
 from bench.card.rig import Cell, backbone_of
-from memory.assess import Assessment, Workload
+from memory.assess import Assessment, Workload, assess
 from memory.cards import GIB, Card, CardUnreadable, available_host_bytes, detect, lookup
 from memory.plan import MemoryPlan
 from memory.ranking import SEARCHED
@@ -51,6 +51,15 @@ def peaks_of(cell: Cell, workspace_bytes: int) -> tuple[Prediction, float]:
     return trace.prediction(workspace_bytes=workspace_bytes, expandable_segments=True), flops
 
 
+def seconds_of(cell: Cell, card: Card) -> float:
+    """The planner's word on how long a step of `cell` takes on `card`."""
+    return assess(_workload(cell), cell.plan, card, tf32=False).time.seconds
+
+
+def _workload(cell: Cell) -> Workload:
+    return Workload(model=cell.model, num_blocks=backbone_of(cell).num_blocks, trace=partial(_trace, cell))
+
+
 @lru_cache(maxsize=64)
 def _trace(cell: Cell, plan: MemoryPlan, num_blocks: int) -> Trace:
     return rehearse(backbone_of(cell), cell.config(), plan, num_blocks=num_blocks)
@@ -62,9 +71,8 @@ def plans_of(cell: Cell, cards: tuple[Card, ...], free: tuple[str, ...] = SEARCH
     `free`: the settings that the planner may choose; the others stay as the cell has them. The step alone: encoding prompts,
     sampling and decoding are not part of a cell. Traces are shared by the cards.
     """
-    workload = Workload(model=cell.model, num_blocks=backbone_of(cell).num_blocks, trace=partial(_trace, cell))
     fixed = frozenset(SEARCHED) - frozenset(free)
-    found = [search(workload, card, base=cell.plan, fixed=fixed, tf32=False) for card in cards]
+    found = [search(_workload(cell), card, base=cell.plan, fixed=fixed, tf32=False) for card in cards]
     return [(result.best, result.smallest) for result in found]
 
 

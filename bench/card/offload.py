@@ -100,19 +100,30 @@ def _cells(session: Session) -> list[tuple[str, Cell, dict[str, Any]]]:
     return long + short[:4] + beside + short[4:] + slow
 
 
+def hidden(session: Session, skipped: list[str]) -> dict[str, float]:
+    """What is copied beside computation in a step with everything on the host that can be there."""
+    ring = session.cell("5b", _SHORT, resident_blocks=0, boundaries="host")
+    for _ in session.within_budget(["overlap"], skipped):
+        return session.gauge.attempt(lambda: _activity(session, ring), may_fail=(RuntimeError,)).as_json()
+    return {}
+
+
+def side_by_side(session: Session, skipped: list[str]) -> dict[str, Any]:
+    """Time and peaks of ours and of peers. A peer may fail; its error is written down."""
+    return {name: session.measure(cell, num_steps=1 if more or session.dry else 2, num_warm=1 if more else 2,
+                                  may_fail=peers.PEER_ERRORS, **more).as_json()
+            for name, cell, more in session.within_budget(_cells(session), skipped, name=lambda entry: entry[0])}
+
+
 def measure(session: Session, out: Path) -> dict[str, Any]:
-    """The part's result. A peer may fail; its error is written down."""
-    found, equality, overlap, skipped = {}, {}, {}, []
-    ring = session.cell("5b", 17, resident_blocks=0, boundaries="host")
-    for name in session.within_budget(["overlap"], skipped):
-        overlap = session.gauge.attempt(lambda: _activity(session, ring), may_fail=(RuntimeError,)).as_json()
+    """The part's result."""
+    skipped: list[str] = []
+    overlap = hidden(session, skipped)
     with session.gauge.reproducible():
         equality = _equality(session, "2b", 9, skipped)
-    for name, cell, more in session.within_budget(_cells(session), skipped, name=lambda entry: entry[0]):
-        found[name] = session.measure(cell, num_steps=1 if more or session.dry else 2, num_warm=1 if more else 2,
-                                      may_fail=peers.PEER_ERRORS, **more).as_json()
+    found = side_by_side(session, skipped)
     return {"cells": found, "equality": equality, "overlap": overlap, "skipped": skipped,
-            "goals": _goals(found, equality, overlap), "table": rows(found)}
+            "goals": goals(found, equality, overlap), "table": rows(found)}
 
 
 def _added(found: dict[str, Any], name: str) -> float | None:
@@ -129,7 +140,12 @@ def _loads(ours: dict[str, Any], group: str) -> float | None:
                 if name.startswith(group) and cell.get("streamed_bytes")), default=None)
 
 
-def _goals(found: dict[str, Any], equality: dict[str, Any], overlap: dict[str, Any]) -> list[dict[str, Any]]:
+def whole_steps(session: Session) -> dict[str, Cell]:
+    """Those of `side_by_side` that the planner can be asked about: ours, the teacher with them."""
+    return {name: cell for name, cell, more in _cells(session) if not more and not cell.student_only}
+
+
+def goals(found: dict[str, Any], equality: dict[str, Any], overlap: dict[str, Any]) -> list[dict[str, Any]]:
     ours = {name: cell for name, cell in found.items() if any(word in name for word in ("ring", "buffers", "residen"))}
     steady = [cell["num_retries"] + cell["num_driver_allocations"] + max(0, cell["grown_bytes"])
               for name, cell in ours.items() if "step_seconds" in cell]

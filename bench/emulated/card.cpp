@@ -2,7 +2,8 @@
 //
 // Preloaded into a CUDA build of torch, this library stands in for the CUDA runtime, cuBLAS, cuDNN, the driver and NVML. What is
 // allocated is kept account of, streams and events exist, kernels are counted and dropped. So torch's own caching allocator,
-// what its operators take inside, and every line that runs on a card only can be watched where there is none.
+// what its operators take inside, and every line that runs on a card only can be watched where there is none. Work is done when it is
+// given, or takes as long as somebody says (the clock, below).
 // Large tensors hold no values: their pages are never touched. Functions not named here do nothing and succeed
 // (`library.py` writes them).
 #include <cuda.h>
@@ -21,6 +22,7 @@
 #include <cstring>
 #include <map>
 #include <mutex>
+#include <vector>
 
 namespace {
 
@@ -47,9 +49,50 @@ size_t used = 0, context = 0;  // the context is there from the first call that 
 std::atomic<uint64_t> num_kernels, num_products, num_copies, num_pageable_copies, bytes_to_card, bytes_to_host, num_waits;
 thread_local cudaError_t last_error = cudaSuccess;
 
-struct Event { double at; };
-
 double now() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
+
+// The clock. Every stream does one thing after the other; of all streams one kernel computes at a time, and the link carries one copy
+// each way. The host goes on as it gives work away, and waits where it would wait. Seconds; off while the link has no rate.
+enum Engine { COMPUTE, TO_CARD, TO_HOST, NUM_ENGINES };
+constexpr double PAGEABLE = 0.5, POLL = 1e-6;  // share of the link's rate that pageable memory reaches; a question whether an event has passed
+struct Stream { double free_at; };
+struct Event { double at; };
+struct Busy { double engine, start, stop; };
+struct {
+    std::mutex lock;
+    double link, launch, host, latest, free_at[NUM_ENGINES];
+    std::vector<Busy> busy;
+} clock_;
+Stream default_stream;
+thread_local cudaStream_t computing;  // where this thread's last kernel went
+
+Stream& at(cudaStream_t stream) { return (uintptr_t)stream <= 2 ? default_stream : *(Stream*)stream; }
+
+void occupy(Engine engine, cudaStream_t stream, double seconds, bool host_waits = false) {
+    std::lock_guard<std::mutex> guard(clock_.lock);
+    double start = std::max({clock_.host, at(stream).free_at, clock_.free_at[engine]}), stop = start + seconds;
+    at(stream).free_at = clock_.free_at[engine] = stop;
+    clock_.latest = std::max(clock_.latest, stop);
+    if (host_waits) clock_.host = stop;
+    clock_.busy.push_back({(double)engine, start, stop});
+}
+
+void wait_until(double moment) {
+    std::lock_guard<std::mutex> guard(clock_.lock);
+    clock_.host = std::max(clock_.host, moment);
+}
+
+cudaError_t passed(double moment) {
+    std::lock_guard<std::mutex> guard(clock_.lock);
+    if (!clock_.link || moment <= clock_.host) return cudaSuccess;
+    clock_.host += POLL;
+    return cudaErrorNotReady;
+}
+
+void host_works(double seconds) {
+    std::lock_guard<std::mutex> guard(clock_.lock);
+    clock_.host += seconds;
+}
 
 cudaError_t failed(cudaError_t error) { return last_error = error; }
 
@@ -74,12 +117,18 @@ cudaMemoryType type_of(const void* p) {
 }
 
 // Small copies carry their bytes: counters and indices arrive. Large ones are weights and activations, which mean nothing here.
-void copy(void* to, const void* from, size_t size) {
+void copy(void* to, const void* from, size_t size, cudaStream_t stream, bool host_waits = false) {
     cudaMemoryType target = type_of(to), source = type_of(from);
+    bool to_card = target == cudaMemoryTypeDevice && source != cudaMemoryTypeDevice;
+    bool to_host = source == cudaMemoryTypeDevice && target != cudaMemoryTypeDevice;
+    bool pageable = target == cudaMemoryTypeUnregistered || source == cudaMemoryTypeUnregistered;
     num_copies++;
-    if (target == cudaMemoryTypeDevice && source != cudaMemoryTypeDevice) bytes_to_card += size;
-    if (source == cudaMemoryTypeDevice && target != cudaMemoryTypeDevice) bytes_to_host += size;
-    if (target == cudaMemoryTypeUnregistered || source == cudaMemoryTypeUnregistered) num_pageable_copies++;
+    if (to_card) bytes_to_card += size;
+    if (to_host) bytes_to_host += size;
+    if (pageable) num_pageable_copies++;
+    if (clock_.link && (to_card || to_host))
+        occupy(to_card ? TO_CARD : TO_HOST, stream, size / (clock_.link * (pageable ? PAGEABLE : 1)), host_waits || pageable);
+    host_works(clock_.launch);
     if (size <= CARRIED) memmove(to, from, size);
 }
 
@@ -106,7 +155,12 @@ cudaError_t give_back(void* p, cudaMemoryType type) {
     return cudaSuccess;
 }
 
-cudaError_t launched() { num_kernels++; return cudaSuccess; }
+cudaError_t launched(cudaStream_t stream) {
+    num_kernels++;
+    computing = stream;
+    host_works(clock_.launch);
+    return cudaSuccess;
+}
 
 thread_local struct { dim3 grid, block; size_t shared; void* stream; } pending_launch;
 
@@ -120,14 +174,35 @@ API void emulated_card_counters(uint64_t found[7]) {
     const uint64_t values[7] = {num_kernels, num_products, num_copies, num_pageable_copies, bytes_to_card, bytes_to_host, num_waits};
     memcpy(found, values, sizeof values);
 }
-API void emulated_card_product() { num_products++; }
+API void emulated_card_product() { num_products++; host_works(clock_.launch); }
+
+// From here on copies take as long as a link of so many bytes a second needs, and the host takes so many seconds for whatever it gives
+// away; 0 stops the clock.
+API void emulated_card_clock(double link, double launch) {
+    std::lock_guard<std::mutex> guard(clock_.lock);
+    clock_.link = link;
+    clock_.launch = launch;
+    clock_.host = std::max({clock_.host, clock_.latest, now()});  // what was done before has passed
+    clock_.busy.clear();
+}
+// What was last given to the card takes so long.
+API void emulated_card_work(double seconds) { occupy(COMPUTE, computing, seconds); }
+// When what was busy, as (engine, start, stop), since this was last asked; returns how many there are, the first `room` of them in `found`.
+API size_t emulated_card_busy(double* found, size_t room) {
+    std::lock_guard<std::mutex> guard(clock_.lock);
+    size_t count = clock_.busy.size();
+    if (room < count) return count;
+    memcpy(found, clock_.busy.data(), count * sizeof(Busy));
+    clock_.busy.clear();
+    return count;
+}
 
 // ---- the device ---------------------------------------------------------------------------------------------------------
 
 API cudaError_t cudaGetDeviceCount(int* count) { *count = 1; return cudaSuccess; }
 API cudaError_t cudaGetDevice(int* device) { *device = 0; return cudaSuccess; }
 API cudaError_t cudaDeviceCanAccessPeer(int* can, int, int) { *can = 0; return cudaSuccess; }
-API cudaError_t cudaDeviceSynchronize() { num_waits++; return cudaSuccess; }
+API cudaError_t cudaDeviceSynchronize() { num_waits++; wait_until(clock_.latest); return cudaSuccess; }
 API cudaError_t cudaDriverGetVersion(int* version) { *version = CUDART_VERSION; return cudaSuccess; }
 API cudaError_t cudaRuntimeGetVersion(int* version) { *version = CUDART_VERSION; return cudaSuccess; }
 API cudaError_t cudaDeviceGetStreamPriorityRange(int* least, int* greatest) { *least = 0; *greatest = -5; return cudaSuccess; }
@@ -209,10 +284,10 @@ API cudaError_t cudaPointerGetAttributes(cudaPointerAttributes* a, const void* p
     if (a->type == cudaMemoryTypeHost) a->hostPointer = (void*)p;
     return cudaSuccess;
 }
-API cudaError_t cudaMemcpy(void* to, const void* from, size_t size, cudaMemcpyKind) { num_waits++; copy(to, from, size); return cudaSuccess; }
-API cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t size, cudaMemcpyKind, cudaStream_t) { copy(to, from, size); return cudaSuccess; }
-API cudaError_t cudaMemcpy2DAsync(void* to, size_t to_pitch, const void* from, size_t from_pitch, size_t width, size_t height, cudaMemcpyKind, cudaStream_t) {
-    for (size_t row = 0; row < height; row++) copy((char*)to + row * to_pitch, (const char*)from + row * from_pitch, width);
+API cudaError_t cudaMemcpy(void* to, const void* from, size_t size, cudaMemcpyKind) { num_waits++; copy(to, from, size, nullptr, true); return cudaSuccess; }
+API cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t size, cudaMemcpyKind, cudaStream_t stream) { copy(to, from, size, stream); return cudaSuccess; }
+API cudaError_t cudaMemcpy2DAsync(void* to, size_t to_pitch, const void* from, size_t from_pitch, size_t width, size_t height, cudaMemcpyKind, cudaStream_t stream) {
+    for (size_t row = 0; row < height; row++) copy((char*)to + row * to_pitch, (const char*)from + row * from_pitch, width, stream);
     return cudaSuccess;
 }
 API cudaError_t cudaGetSymbolAddress(void** p, const void*) { static char symbol[HOST_PAGE]; *p = symbol; return cudaSuccess; }
@@ -256,12 +331,18 @@ API CUresult cuMemUnmap(CUdeviceptr p, size_t size) {
     return CUDA_SUCCESS;
 }
 
-// ---- streams and events: all work is done when it is given ----------------------------------------------------------------
+// ---- streams and events ---------------------------------------------------------------------------------------------------
 
-API cudaError_t cudaStreamCreate(cudaStream_t* stream) { *stream = (cudaStream_t)calloc(1, 64); return cudaSuccess; }
+API cudaError_t cudaStreamCreate(cudaStream_t* stream) { *stream = (cudaStream_t) new Stream{}; return cudaSuccess; }
 API cudaError_t cudaStreamCreateWithPriority(cudaStream_t* stream, unsigned, int) { return cudaStreamCreate(stream); }
-API cudaError_t cudaStreamDestroy(cudaStream_t stream) { free(stream); return cudaSuccess; }
-API cudaError_t cudaStreamSynchronize(cudaStream_t) { num_waits++; return cudaSuccess; }
+API cudaError_t cudaStreamDestroy(cudaStream_t stream) { delete (Stream*)stream; return cudaSuccess; }
+API cudaError_t cudaStreamSynchronize(cudaStream_t stream) { num_waits++; wait_until(at(stream).free_at); return cudaSuccess; }
+API cudaError_t cudaStreamQuery(cudaStream_t stream) { return passed(at(stream).free_at); }
+API cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned) {
+    std::lock_guard<std::mutex> guard(clock_.lock);
+    if (clock_.link) at(stream).free_at = std::max(at(stream).free_at, ((Event*)event)->at);
+    return cudaSuccess;
+}
 API cudaError_t cudaStreamGetPriority(cudaStream_t, int* priority) { *priority = 0; return cudaSuccess; }
 API cudaError_t cudaStreamIsCapturing(cudaStream_t, cudaStreamCaptureStatus* status) { *status = cudaStreamCaptureStatusNone; return cudaSuccess; }
 API cudaError_t cudaStreamGetCaptureInfo(cudaStream_t, cudaStreamCaptureStatus* status, unsigned long long*, cudaGraph_t*, const cudaGraphNode_t**, const cudaGraphEdgeData**, size_t*) {
@@ -273,9 +354,18 @@ API cudaError_t cudaLaunchHostFunc(cudaStream_t, cudaHostFn_t call, void* data) 
 API cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned) { *event = (cudaEvent_t) new Event{}; return cudaSuccess; }
 API cudaError_t cudaEventCreate(cudaEvent_t* event) { return cudaEventCreateWithFlags(event, 0); }
 API cudaError_t cudaEventDestroy(cudaEvent_t event) { delete (Event*)event; return cudaSuccess; }
-API cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t) { ((Event*)event)->at = now(); return cudaSuccess; }
+API cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
+    std::lock_guard<std::mutex> guard(clock_.lock);
+    ((Event*)event)->at = clock_.link ? std::max(at(stream).free_at, clock_.host) : now();
+    return cudaSuccess;
+}
 API cudaError_t cudaEventRecordWithFlags(cudaEvent_t event, cudaStream_t stream, unsigned) { return cudaEventRecord(event, stream); }
-API cudaError_t cudaEventSynchronize(cudaEvent_t) { num_waits++; return cudaSuccess; }
+API cudaError_t cudaEventSynchronize(cudaEvent_t event) {
+    num_waits++;
+    if (clock_.link) wait_until(((Event*)event)->at);
+    return cudaSuccess;
+}
+API cudaError_t cudaEventQuery(cudaEvent_t event) { return passed(((Event*)event)->at); }
 API cudaError_t cudaEventElapsedTime(float* ms, cudaEvent_t from, cudaEvent_t to) { *ms = (((Event*)to)->at - ((Event*)from)->at) * 1e3; return cudaSuccess; }
 
 // ---- kernels --------------------------------------------------------------------------------------------------------------
@@ -291,10 +381,10 @@ API cudaError_t __cudaPopCallConfiguration(dim3* grid, dim3* block, size_t* shar
     return cudaSuccess;
 }
 API cudaError_t __cudaGetKernel(cudaKernel_t* kernel, const void* function) { *kernel = (cudaKernel_t)function; return cudaSuccess; }
-API cudaError_t __cudaLaunchKernel(cudaKernel_t, dim3, dim3, void**, size_t, cudaStream_t) { return launched(); }
-API cudaError_t cudaLaunchKernel(const void*, dim3, dim3, void**, size_t, cudaStream_t) { return launched(); }
-API cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t*, const void*, void**) { return launched(); }
-API cudaError_t cudaLaunchCooperativeKernel(const void*, dim3, dim3, void**, size_t, cudaStream_t) { return launched(); }
+API cudaError_t __cudaLaunchKernel(cudaKernel_t, dim3, dim3, void**, size_t, cudaStream_t stream) { return launched(stream); }
+API cudaError_t cudaLaunchKernel(const void*, dim3, dim3, void**, size_t, cudaStream_t stream) { return launched(stream); }
+API cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void*, void**) { return launched(config->stream); }
+API cudaError_t cudaLaunchCooperativeKernel(const void*, dim3, dim3, void**, size_t, cudaStream_t stream) { return launched(stream); }
 API cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* a, const void*) {
     memset(a, 0, sizeof *a);
     a->maxThreadsPerBlock = 1024;

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from bench.emulated.library import CannotEmulate, environment
-from bench.emulated.measure import without_times
+from bench.emulated.measure import without
 from memory.cards import lookup
 
 
@@ -23,9 +23,9 @@ def test_a_card_that_takes_other_kernels_is_refused():
         environment(lookup("h100"), 80)
 
 
-def test_results_have_no_times():
-    cell = {"step_seconds": 1.0, "peaks": {"teacher": {"allocated_bytes": 5}}, "cells": [{"seconds_by_phase": {}, "num_retries": 0}]}
-    assert without_times(cell) == {"peaks": {"teacher": {"allocated_bytes": 5}}, "cells": [{"num_retries": 0}]}
+def test_results_of_what_is_not_computed_have_no_times_and_losses():
+    cell = {"step_seconds": 1.0, "peaks": {"teacher": {"allocated_bytes": 5}}, "cells": [{"seconds_by_phase": {}, "num_retries": 0, "loss": 0.0}]}
+    assert without(("second", "loss"), cell) == {"peaks": {"teacher": {"allocated_bytes": 5}}, "cells": [{"num_retries": 0}]}
 
 
 @pytest.mark.skipif(torch.version.cuda is None, reason="torch is built without CUDA")

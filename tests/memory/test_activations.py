@@ -62,7 +62,7 @@ def test_parameters_and_shared_inputs_stay_and_nothing_moves_twice():
     assert len(set(views)) == len(views) > 50
 
 
-def test_device_memory_is_given_up_when_the_next_block_starts():
+def test_device_memory_is_given_up_when_the_next_block_has_parked_as_much():
     tiny = make_tiny("sincos")
     handle = apply(tiny)
     alive = []
@@ -72,6 +72,27 @@ def test_device_memory_is_given_up_when_the_next_block_starts():
     tiny.predict(tiny.embeds[:1])
     # The hook runs before the forward that is wrapped, so the last group is that of block 2 and the one before of block 1.
     assert alive == [[True, True]]
+
+
+def test_what_a_block_parked_last_has_the_next_blocks_time_to_arrive():
+    """Its copy has just begun when the next block starts: who waited for it there would wait in every block."""
+    tiny = make_tiny("sincos")
+    handle = apply(tiny, keeps=["everything"] * 5, kept=True)
+    seen = []
+
+    def look(*_):
+        before, now = list(handle._group._previous().alive()), list(handle._group.alive())
+        on_device = [parked.tensor is not None for parked in before]
+        assert on_device == sorted(on_device), "oldest first"
+        held = sum(parked.num_bytes for parked in before + now if parked.tensor is not None)
+        seen.append((sum(on_device), held <= sum(parked.num_bytes for parked in before)))
+
+    tiny.blocks[3].norm1.register_forward_hook(look)
+    tiny.blocks[3].norm2.register_forward_hook(look)
+    tiny.blocks[3].register_forward_hook(look)
+    tiny.predict(tiny.embeds[:1])
+    (early, _), (late, _), (end, _) = seen
+    assert early > late > end == 0 and all(bounded for _, bounded in seen)
 
 
 def test_backward_sends_for_one_block_ahead():
@@ -167,6 +188,7 @@ def test_layout_survives_the_trip():
     handle = offload_activations([nn.Identity(), nn.Identity()], device="cpu", boundaries=False, kept=True, min_bytes=0)
     parked = handle.start_block().park(handle, saved)
     handle.start_block()
+    handle.make_room(parked.num_bytes)
     assert parked.tensor is None
     back = parked.unpack()
     assert torch.equal(back, saved) and back.stride() == saved.stride()

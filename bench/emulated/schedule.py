@@ -1,0 +1,55 @@
+"""The parts of the card suite that are about time, on the emulated card's clock: the program's own order of kernels, copies, events
+and waits, at the rates of several cards. Predicted; see `bench.emulated.clock` for what is not in it."""
+
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench.card import cap, choice, offload
+from bench.card.forecasts import seconds_of
+from bench.card.gauge import Gauge
+from bench.card.session import Session
+from bench.emulated.clock import Clock
+from bench.overlap import link_rates
+from memory.cards import GIB, Card, lookup
+
+HOST_GIB = 128
+"""Of the host, for plans that park there what blocks keep."""
+
+
+def cards() -> dict[str, Card]:
+    """Whose rates are taken: a consumer's card, the same behind half the link, and one so fast that blocks compute in less than their transfer."""
+    ample = {name: replace(lookup(name), host_bytes=HOST_GIB * GIB) for name in ("rtx-4090", "h100")}
+    slow = replace(ample["rtx-4090"], name="rtx-4090-pcie3", host_link_bandwidth=link_rates()["pcie3-x16"])
+    return {"rtx-4090": ample["rtx-4090"], "rtx-4090, PCIe 3": slow, "h100": ample["h100"]}
+
+
+def measure(session: Session) -> dict[str, Any]:
+    """By card, the parts' results, and all their goals."""
+    found, goals = {}, []
+    for name, card in cards().items():
+        clock = Clock(card)
+        found[name] = _on(clock, replace(session, card=card, gauge=_Gauge(session.gauge.device, clock)))
+        goals += [g | {"goal": f"{name}: {g['goal']}"} for part in found[name].values() for g in part["goals"]]
+    return {"cards": found, "goals": goals}
+
+
+class _Gauge(Gauge):
+    """One whose record of activity is the clock's: the profiler sees nothing here."""
+
+    def __init__(self, device: torch.device, clock: Clock):
+        super().__init__(device)
+        self.activity = clock.activity
+
+
+def _on(clock: Clock, session: Session) -> dict[str, Any]:
+    with clock, tempfile.TemporaryDirectory() as scratch:
+        overlap, beside = offload.hidden(session, []), offload.side_by_side(session, [])
+        results = {"offload": {"cells": beside, "overlap": overlap, "goals": offload.goals(beside, {}, overlap)},
+                   "cap": cap.measure(session, Path(scratch)), "choice": choice.measure(session, Path(scratch))}
+    for name, cell in offload.whole_steps(session).items():
+        beside[name]["predicted_step_seconds"] = seconds_of(cell, session.card)
+    return results
