@@ -289,6 +289,8 @@ def _pick(block, signature, boundary_names, boundaries, kept, min_bytes, args, k
     """Which of the tensors that one call of one block saves go to the host, as a predicate."""
     arguments = signature.bind(*args, **kwargs).arguments
     passed_on = {_identity(arguments[name]) for name in boundary_names if arguments.get(name) is not None}
+    if not kept:
+        return lambda tensor: _identity(tensor) in passed_on
     stays = {tensor.untyped_storage()._cdata for tensor in [*block.parameters(), *block.buffers()]}
     for name, argument in arguments.items():
         if name not in boundary_names:
@@ -297,6 +299,6 @@ def _pick(block, signature, boundary_names, boundaries, kept, min_bytes, args, k
     def wanted(tensor: torch.Tensor) -> bool:
         if _identity(tensor) in passed_on:
             return boundaries
-        return kept and tensor.nbytes >= min_bytes and tensor.untyped_storage()._cdata not in stays
+        return tensor.nbytes >= min_bytes and tensor.untyped_storage()._cdata not in stays
 
     return wanted

@@ -213,7 +213,7 @@ def _named(name: str) -> Card:
         flash_backward_fraction=kind["flash_backward"],
         memory_fraction=_table()["element_wise"],
         context_bytes=kind["context_mib"] * _MIB,
-        cublas_workspace_bytes=environment.cublas_workspace_bytes(),
+        cublas_workspace_bytes=environment.cublas_workspace_bytes(kind["cublas_kib"]),
         source=row["source"],
         assumed=tuple(field for field in _ASSUMED if field != "matmul_fraction" or "matmul" not in row),
     )

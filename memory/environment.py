@@ -6,25 +6,30 @@ Importable without torch, and to be called before torch is imported.
 import os
 import re
 
-_CUBLAS = ":4096:2:16:8"  # pairs of KiB and how many: torch's default before Hopper
+_CUBLAS_KIB = 2 * 4096 + 8 * 16
 
 
 def prepare() -> None:
-    """Set what was not set: segments that grow waste least, cuBLAS' workspaces are as large as planned, and MKL's products on
-    the CPU do not depend on where their operands lie, which every plan does in its own way."""
+    """Set what was not set: segments that grow waste least, cuBLAS' workspaces are those that are planned, and MKL's products on
+    the CPU do not depend on where their operands lie, which every plan does in its own way.
+
+    CUBLAS_WORKSPACE_CONFIG is not for us to set: torch 2.11 parses it for every product, which takes the host longer than
+    all else that a product does (`python -m bench.emulated`).
+    """
     if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
         os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", _CUBLAS)
     os.environ.setdefault("TORCH_CUBLASLT_UNIFIED_WORKSPACE", "1")  # else products with a bias keep a MiB a thread besides
     os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")  # some processors' kernels differ by alignment without it
 
 
-def cublas_workspace_bytes() -> int:
+def cublas_workspace_bytes(default_kib: int = _CUBLAS_KIB) -> int:
     """What cuBLAS takes from the caching allocator in a process that trains, and keeps.
+
+    `default_kib`: of one workspace, where nothing is set; torch's depends on the card (CublasHandlePool.cpp).
 
     There is a workspace for each thread that multiplies matrices: the one that runs forward, and autograd's. Recordings of
     training steps from cards hold two as well (`python -m bench.recordings`).
     """
-    pattern = r":(\d+):(\d+)"  # torch's; what has no such pairs is ignored, with a warning
-    pairs = re.findall(pattern, os.environ.get("CUBLAS_WORKSPACE_CONFIG", "")) or re.findall(pattern, _CUBLAS)
-    return 2 * sum(int(kib) * int(count) for kib, count in pairs) * 1024
+    # Pairs of KiB and how many; what has none is ignored, with a warning.
+    pairs = re.findall(r":(\d+):(\d+)", os.environ.get("CUBLAS_WORKSPACE_CONFIG", ""))
+    return 2 * 1024 * (sum(int(kib) * int(count) for kib, count in pairs) if pairs else default_kib)

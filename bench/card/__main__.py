@@ -90,7 +90,7 @@ def calibrate(session: Session) -> None:
         "total_bytes": total, "assumed_context_bytes": session.card.context_bytes,
         "assumed_cublas_workspace_bytes": session.card.cublas_workspace_bytes,
         "allocator": os.environ.get("PYTORCH_ALLOC_CONF") or os.environ.get("PYTORCH_CUDA_ALLOC_CONF"),
-        "cublas": os.environ["CUBLAS_WORKSPACE_CONFIG"], "note": "context: all that is used and not reserved by this process"}
+        "cublas": os.environ.get("CUBLAS_WORKSPACE_CONFIG"), "note": "context: all that is used and not reserved by this process"}
 
 
 def run_part(name: str, session: Session, out: Path, *, seconds: float, end: float) -> dict[str, Any]:

@@ -5,6 +5,7 @@ import os
 import pytest
 
 from memory import environment
+from memory.cards import lookup
 
 MIB = 1 << 20
 
@@ -22,6 +23,18 @@ def test_what_was_not_set_is_set(monkeypatch):
     environment.prepare()
     assert os.environ["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"
     assert environment.cublas_workspace_bytes() == 2 * 8.125 * MIB
+
+
+def test_nothing_is_set_that_every_product_would_parse(monkeypatch):
+    monkeypatch.setattr(os, "environ", {})
+    environment.prepare()
+    assert "CUBLAS_WORKSPACE_CONFIG" not in os.environ
+
+
+@pytest.mark.parametrize("name, mib", [("h100", 32), ("b200", 32), ("rtx-5090", 8.125), ("rtx-4090", 8.125), ("24gb", 8.125)])
+def test_workspaces_are_torchs_own_for_a_card(name, mib, monkeypatch):
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    assert lookup(name).cublas_workspace_bytes == 2 * mib * MIB
 
 
 @pytest.mark.parametrize("config, mib", [(":4096:2:16:8", 8.125), (":4096:8", 32), (":0:0", 0), ("much", 8.125), (None, 8.125)])
