@@ -4,8 +4,9 @@
     python -m bench.emulated -- -m pytest tests/memory/test_contract.py -m gpu -k steady_state
                                                    anything else that Python runs, on that card
 
-Allocations are those of torch's own allocator and operators; no kernel runs, so there are no times and no values. Needs a CUDA
-build of torch (Linux, x86-64) and a C++ compiler; about a quarter of an hour on two cores.
+Allocations are those of torch's own allocator and operators; no kernel runs, so there are no values, and times are those of a clock
+that takes rates from cards.toml (part schedule). Needs a CUDA build of torch (Linux, x86-64) and a C++ compiler; about half an hour
+on two cores.
 """
 
 import argparse
@@ -24,7 +25,7 @@ def main() -> int:
     parser.add_argument("--card", default="rtx-4090", help="whose name and capability it has; up to Ada (%(default)s)")
     parser.add_argument("--gib", type=float, default=96, help="its memory (%(default)s)")
     parser.add_argument("--out", type=Path, default=RESULTS, help="directory of the result")
-    parser.add_argument("--only", nargs="+", metavar="PART", default=[], help="some of peaks, minimum, feasibility, steps; the others stay as they are in the result")
+    parser.add_argument("--only", nargs="+", metavar="PART", default=[], help="some of peaks, minimum, feasibility, steps, schedule; the others stay as they are in the result")
     parser.add_argument("--toy", action="store_true", help="toy models: the code runs, the figures mean nothing")
     parser.add_argument("python", nargs="*", help="after --: arguments for Python, in place of measuring")
     options = parser.parse_args()

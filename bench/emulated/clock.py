@@ -19,7 +19,7 @@ from memory.timing import load_of
 from memory.work import work_of
 
 LAUNCH_S = 20e-6
-"""The host's time for a kernel or a copy, Python included (assumed): half of what it takes on the two cores that `steps` was counted on."""
+"""The host's time for a kernel or a copy, Python included (assumed): about what it takes on the two cores that `steps` was counted on."""
 _ENGINES = ("compute", "to device", "to host")
 
 
