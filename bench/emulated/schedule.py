@@ -21,7 +21,7 @@ HOST_GIB = 128
 
 
 def cards() -> dict[str, Card]:
-    """Whose rates are taken: a consumer's card, the same behind half the link, and one so fast that blocks compute in less than their transfer."""
+    """Whose rates are taken: a consumer's card, the same behind half the link, and a data centre's."""
     ample = {name: replace(lookup(name), host_bytes=HOST_GIB * GIB) for name in ("rtx-4090", "h100")}
     slow = replace(ample["rtx-4090"], name="rtx-4090-pcie3", host_link_bandwidth=link_rates()["pcie3-x16"])
     return {"rtx-4090": ample["rtx-4090"], "rtx-4090, PCIe 3": slow, "h100": ample["h100"]}
