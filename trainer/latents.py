@@ -75,7 +75,7 @@ class TrajectoryLatents:
     rows: slice = field(default_factory=lambda: slice(None))
     _latents: Tensor | None = field(default=None, init=False)  # (b, F, C, H, W)
     _next: int = field(default=0, init=False)
-    _buffers: dict[tuple[str, int], Tensor] = field(default_factory=dict, init=False)
+    _buffers: dict[str, list[Tensor]] = field(default_factory=dict, init=False)
 
     def __post_init__(self):
         self._sampler = Sampler(self.scheduler, self.num_steps, self.device)
@@ -118,10 +118,9 @@ class TrajectoryLatents:
 
     def _settled(self, name: str, step: int, value: Tensor) -> Tensor:
         """`value` in its buffer of that step."""
-        place = name, step % 2
-        if place not in self._buffers:
-            self._buffers[place] = torch.empty_like(value)
-        return self._buffers[place].copy_(value)
+        if name not in self._buffers:
+            self._buffers[name] = [torch.empty_like(value) for _ in range(2)]
+        return self._buffers[name][step % 2].copy_(value)
 
     def state_dict(self) -> dict[str, Tensor]:
         """The whole batch's, good as long as what `at` returns. Of several processes, all must call it."""
