@@ -50,11 +50,11 @@ class TrainState:
                               (("prompts", data.prompts), ("preserve_file", data.preserve_file)) if path}
 
     def begin_step(self) -> None:
-        """Remember what the teacher moves in a step, so that `rewind` can take it back. Nothing is copied for a step of one pass."""
+        """Remember what the teacher moves in a step, so that `rewind` can take it back. Nothing is copied where a step makes one sample."""
         if num_ranks() > 1:  # of several processes none can go on alone
             return
         states = [stream.state_dict() for stream in self.latents]
-        if self.config.optim.accumulation > 1:  # the pass after next is made where this one was
+        if self.config.optim.accumulation > 1 or self.config.data.pool:  # the sample after next is made where this one was
             states = [{name: tensor.clone() for name, tensor in state.items()} for state in states]
         self._before = self.step, states
 

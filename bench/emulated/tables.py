@@ -78,11 +78,13 @@ def schedule() -> str:
                 rows.append([f"{kind.replace(' ', '-')} {label}", _allocated(found[0][0][found[0][1]]), *(_added(cells, n, "plain") for cells, n in found)])
     errors = [cell["predicted_step_seconds"] / cell["step_seconds"] - 1 for parts in by_card.values()
               for cell in (*parts["offload"]["cells"].values(), *parts["choice"]["chosen"].values()) if "predicted_step_seconds" in cell]
-    regrets = [regret for parts in by_card.values() for regret in parts["choice"]["regret"].values()]
+    choices = [parts["choice"] for parts in by_card.values()]
+    regrets = [regret for choice in choices for regret in choice["regret"].values()]
+    caps = " and ".join(name.rsplit("-", 1)[1].removesuffix("gb") for name in choices[0]["regret"])
     return markdown(["a step of", "allocated", *by_card], rows) + (
         f"\nIn brackets: against the group's first, all blocks resident and checkpointed. A step at 49 frames is the student's pass alone.\n"
-        f"The planner's own time for {len(errors)} of these plans is off by {min(errors):+.1%} to {max(errors):+.1%}; its choice under caps of 6 and 9 GB takes "
-        f"{max(regrets):+.1%} at most against the fastest of a grid of 33 plans.\n" + _source(result))
+        f"The planner's own time for {len(errors)} of these plans is off by {min(errors):+.1%} to {max(errors):+.1%}; its choice under caps of {caps} GB takes "
+        f"{max(regrets):+.1%} at most against the fastest of a grid of {len(choices[0]['grid'])} plans.\n" + _source(result))
 
 
 def _allocated(cell: dict[str, Any]) -> str:
