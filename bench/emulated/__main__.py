@@ -1,6 +1,7 @@
 """A card where there is none: torch's CUDA build on a card that has memory and computes nothing.
 
     python -m bench.emulated                       peaks of whole steps against the simulator, into bench/results/emulated.json
+    python -m bench.emulated --card h100 --only peaks                       the same with a Hopper's kernels, into emulated-h100.json
     python -m bench.emulated -- -m pytest tests/memory/test_contract.py -m gpu -k steady_state
                                                    anything else that Python runs, on that card
 
@@ -22,7 +23,7 @@ from memory.cards import UnknownCard, lookup
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.emulated", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--card", default="rtx-4090", help="whose name and capability it has; up to Ada (%(default)s)")
+    parser.add_argument("--card", default="rtx-4090", help="whose name and capability it has: torch takes the kernels that it takes there (%(default)s)")
     parser.add_argument("--gib", type=float, default=96, help="its memory (%(default)s)")
     parser.add_argument("--out", type=Path, default=RESULTS, help="directory of the result")
     parser.add_argument("--only", nargs="+", metavar="PART", default=[], help="some of peaks, minimum, feasibility, steps, schedule; the others stay as they are in the result")
@@ -37,12 +38,14 @@ def main() -> int:
         print(f"error: --out {options.out}: cannot be written ({e.strerror})", file=sys.stderr)
         return 6
     try:
-        card = environment(lookup(options.card), options.gib)
+        card = lookup(options.card)
+        emulated = environment(card, options.gib)
     except (CannotEmulate, UnknownCard) as e:
         print(f"error: {e}", file=sys.stderr)
         return 2
-    measuring = ["-m", "bench.emulated.measure", "--out", str(options.out), *["--toy"] * options.toy, *["--only"] * bool(options.only), *options.only]
-    return subprocess.call([sys.executable, *(options.python or measuring)], env=os.environ | card)
+    name = "emulated" if card == lookup(parser.get_default("card")) else f"emulated-{card.name}"
+    measuring = ["-m", "bench.emulated.measure", "--out", str(options.out / f"{name}.json"), *["--toy"] * options.toy, *["--only"] * bool(options.only), *options.only]
+    return subprocess.call([sys.executable, *(options.python or measuring)], env=os.environ | emulated)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@
 // (`library.py` writes them).
 #include <cuda.h>
 #include <cuda_runtime_api.h>
+#include <cudnn_backend.h>
 
 #include <dlfcn.h>
 #include <sys/mman.h>
@@ -416,7 +417,7 @@ API cudaError_t cudaGetDriverEntryPointByVersion(const char* symbol, void** func
     return cudaSuccess;
 }
 
-// ---- cuBLAS and cuDNN: objects that can be made, and algorithms without scratch memory; status 0 is success --------------------
+// ---- cuBLAS: objects that can be made, and algorithms without scratch memory; status 0 is success -------------------------------
 
 #define MAKES(name) API int name(void** object, ...) { *object = calloc(1, 64); return 0; }
 #define FREES(name) API int name(void* object) { free(object); return 0; }
@@ -424,26 +425,38 @@ MAKES(cublasCreate_v2) FREES(cublasDestroy_v2)
 MAKES(cublasLtMatmulDescCreate) FREES(cublasLtMatmulDescDestroy)
 MAKES(cublasLtMatrixLayoutCreate) FREES(cublasLtMatrixLayoutDestroy)
 MAKES(cublasLtMatmulPreferenceCreate) FREES(cublasLtMatmulPreferenceDestroy)
-MAKES(cudnnCreate)
-MAKES(cudnnCreateTensorDescriptor) FREES(cudnnDestroyTensorDescriptor)
-MAKES(cudnnCreateFilterDescriptor) FREES(cudnnDestroyFilterDescriptor)
-MAKES(cudnnCreateConvolutionDescriptor) FREES(cudnnDestroyConvolutionDescriptor)
 
 API int cublasGetMathMode(void*, int* mode) { *mode = 0; return 0; }
 API int cublasGetPointerMode_v2(void*, int* mode) { *mode = 0; return 0; }
 API size_t cublasLtGetVersion() { return 130100; }
 API int cublasLtMatmulAlgoGetHeuristic(void*, void*, void*, void*, void*, void*, void*, int, void*, int* count) { *count = 1; return 0; }
 
-API size_t cudnnGetVersion() { return CUDNN_VERSION; }  // what torch was built with: the build says it
-API size_t cudnnGetCudartVersion() { return CUDART_VERSION; }
-API const char* cudnnGetErrorString(int) { return "emulated error"; }
-struct Algorithm { int algorithm, status; float time; size_t memory; int determinism, math, reserved[3]; };
-API int cudnnGetConvolutionForwardAlgorithm_v7(void*, void*, void*, void*, void*, int, int* count, Algorithm* found) {
-    *found = {1, 0, 0, 0, 1, 0, {}};
-    *count = 1;
-    return 0;
+// ---- cuDNN: descriptors that say nothing ---------------------------------------------------------------------------------------
+
+struct cudnnContext { cudaStream_t stream; };
+API size_t cudnnGetVersion() { return CUDNN_VERSION; }
+API cudnnStatus_t cudnnGetProperty(libraryPropertyType type, int* value) {
+    *value = type == MAJOR_VERSION ? CUDNN_MAJOR : type == MINOR_VERSION ? CUDNN_MINOR : CUDNN_PATCHLEVEL;
+    return CUDNN_STATUS_SUCCESS;
 }
-API int cudnnGetConvolutionForwardWorkspaceSize(void*, void*, void*, void*, void*, int, size_t* size) { *size = 0; return 0; }
+API size_t cudnnGetCudartVersion() { return CUDART_VERSION; }
+API const char* cudnnGetErrorString(cudnnStatus_t) { return "emulated error"; }
+API cudnnStatus_t cudnnCreate(cudnnHandle_t* handle) { *handle = new cudnnContext{}; return CUDNN_STATUS_SUCCESS; }
+API cudnnStatus_t cudnnSetStream(cudnnHandle_t handle, cudaStream_t stream) { handle->stream = stream; return CUDNN_STATUS_SUCCESS; }
+API cudnnStatus_t cudnnGetStream(cudnnHandle_t handle, cudaStream_t* stream) { *stream = handle->stream; return CUDNN_STATUS_SUCCESS; }
+API cudnnStatus_t cudnnBackendCreateDescriptor(cudnnBackendDescriptorType_t, cudnnBackendDescriptor_t* object) { *object = calloc(1, 64); return CUDNN_STATUS_SUCCESS; }
+API cudnnStatus_t cudnnBackendDestroyDescriptor(cudnnBackendDescriptor_t object) { free(object); return CUDNN_STATUS_SUCCESS; }
+// Of every graph: one engine, of which there is nothing to say, and which wants no workspace.
+API cudnnStatus_t cudnnBackendGetAttribute(cudnnBackendDescriptor_t, cudnnBackendAttributeName_t name, cudnnBackendAttributeType_t type, int64_t room, int64_t* count, void* found) {
+    bool is_number = type == CUDNN_TYPE_INT64 || type == CUDNN_TYPE_INT32;
+    if (is_number && found && room) memset(found, 0, type == CUDNN_TYPE_INT64 ? sizeof(int64_t) : sizeof(int32_t));
+    if (count) *count = is_number || name == CUDNN_ATTR_ENGINEHEUR_RESULTS || name == CUDNN_ATTR_ENGINECFG_ENGINE;
+    return CUDNN_STATUS_SUCCESS;
+}
+API cudnnStatus_t cudnnBackendExecute(cudnnHandle_t handle, cudnnBackendDescriptor_t, cudnnBackendDescriptor_t) {
+    launched(handle->stream);
+    return CUDNN_STATUS_SUCCESS;
+}
 
 // ---- NVML -------------------------------------------------------------------------------------------------------------------
 

@@ -17,7 +17,7 @@ from trainer.prompts import cache_directory
 _SOURCE = Path(__file__).with_name("card.cpp")
 _REPLACED = re.compile(r"_*(cuda|cu[A-Z]|cublas|cudnn)(?!File)")
 _PRODUCT = re.compile(r"cublas.*(gemm|Gemm|Matmul$)")
-_CAPABILITY = {"volta": 70, "turing": 75, "ampere": 80, "ada": 89}  # newer ones would take cuDNN's attention, which is not emulated
+_CAPABILITY = {"volta": 70, "turing": 75, "ampere": 80, "ada": 89, "hopper": 90, "blackwell-sxm": 100, "blackwell": 120}
 _FILES = ("libcuda.so.1", "libnvidia-ml.so.1")  # what is looked for by name, besides being preloaded
 
 
@@ -41,8 +41,7 @@ def built() -> Path:
         return library
     folder.mkdir(parents=True, exist_ok=True)
     card, rest, stubs = folder / "card.o", folder / "rest.o", folder / "rest.cpp"
-    cudnn = "{}{:02}{:02}".format(*torch._C._cudnn.getCompileVersion())
-    _run(compiler, "-std=c++17", "-O2", "-fPIC", "-fvisibility=hidden", f"-DCUDNN_VERSION={cudnn}", *_headers(), "-c", _SOURCE, "-o", card)
+    _run(compiler, "-std=c++17", "-O2", "-fPIC", "-fvisibility=hidden", *_headers(), "-c", _SOURCE, "-o", card)
     wanted = {name for path in _libraries(Path(torch.__file__).parent) for name in _symbols(reader, "--undefined-only", "-D", path)}
     missing = sorted(name for name in wanted - set(_symbols(reader, "--defined-only", card)) if _REPLACED.match(name))
     lines = [f'API int {name}() {{ {"emulated_card_product(); " * bool(_PRODUCT.match(name))}return 0; }}' for name in missing]
@@ -56,21 +55,21 @@ def built() -> Path:
 
 def environment(card: Card, gib: float) -> dict[str, str]:
     """Variables under which a Python of this installation has `card`, with `gib` GiB of memory. Raises CannotEmulate."""
-    family = card.architecture.split("-")[0]
-    if family not in _CAPABILITY:
+    capability = _CAPABILITY.get(card.architecture) or _CAPABILITY.get(card.architecture.split("-")[0])
+    if capability is None:
         raise CannotEmulate(f"{card.name} ({card.architecture}) is not emulated; one of {', '.join(_CAPABILITY)} is, such as rtx-4090")
     library = built()
     # What is computed here is worth nothing: no embedding and no compiled kernel of it may be found in a run elsewhere.
     caches = {name: str(library.parent / "cache") for name in ("XDG_CACHE_HOME", "TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR")}
     return caches | {"LD_PRELOAD": str(library), "LD_LIBRARY_PATH": f"{library.parent}:{os.environ.get('LD_LIBRARY_PATH', '')}".rstrip(":"),
             "EMULATED_CARD_NAME": f"Emulated {card.label.removeprefix('NVIDIA ')}", "EMULATED_CARD_MIB": str(int(gib * 1024)),
-            "EMULATED_CARD_CONTEXT_MIB": str(card.context_bytes >> 20), "EMULATED_CARD_CAPABILITY": str(_CAPABILITY[family]),
-            "TORCH_CUDNN_V8_API_DISABLED": "1"}  # the older interface, which is simple enough to stand in for
+            "EMULATED_CARD_CONTEXT_MIB": str(card.context_bytes >> 20), "EMULATED_CARD_CAPABILITY": str(capability)}
 
 
 def _headers() -> list[str]:
-    """Flags that name CUDA's headers: those of the runtime that torch brings along, then what they include, which Triton has."""
-    folders = [folder for root in _folders("nvidia") for folder in root.glob("*/include") if (folder / "cuda_runtime_api.h").exists()]
+    """Flags that name CUDA's and cuDNN's headers: those that torch brings along, then what they include, which Triton has."""
+    wanted = ("cuda_runtime_api.h", "cudnn_backend.h")
+    folders = [folder for root in _folders("nvidia") for folder in root.glob("*/include") if any((folder / name).exists() for name in wanted)]
     folders += [root / "backends/nvidia/include" for root in _folders("triton")]
     folders.append(Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "include")
     return [f"-I{folder}" for folder in folders]

@@ -89,8 +89,7 @@ def main() -> int:
         register_toys()
     session = Session(Gauge(torch.device("cuda", 0)), card_here(dry=options.toy), Forecaster(0), dry=options.toy)
     calibrate(session)
-    path = options.out / "emulated.json"
-    content = json.loads(path.read_text()) if options.only and path.exists() else {}
+    content = json.loads(options.out.read_text()) if options.only and options.out.exists() else {}
     content |= {"card": torch.cuda.get_device_name(), "fixed_terms": session.fixed}
     for name in options.only or PARTS:
         content[name] = PARTS[name](session)
@@ -103,7 +102,7 @@ def main() -> int:
             print_table(name, [[step["settings"], f"{step['num_kernels']:,.0f} kernels", f"{step['host_seconds']:.2f} s of the host"] for step in content[name]])
         sys.stdout.flush()
     content.pop("provenance", None)
-    write_result("emulated", content, options.out, in_parts=True)  # without the options, which name a path
+    write_result(options.out.stem, content, options.out.parent, in_parts=True)  # without the options, which name a path
     return 0
 
 

@@ -18,9 +18,9 @@ def test_a_torch_without_cuda_is_told(monkeypatch):
         environment(lookup("4090"), 24)
 
 
-def test_a_card_that_takes_other_kernels_is_refused():
-    with pytest.raises(CannotEmulate, match=r"h100 \(hopper\) is not emulated; one of .*ada"):
-        environment(lookup("h100"), 80)
+def test_what_is_no_card_is_refused():
+    with pytest.raises(CannotEmulate, match=r"cpu \(cpu\) is not emulated; one of .*ada"):
+        environment(lookup("cpu"), 80)
 
 
 def test_results_of_what_is_not_computed_have_no_times_and_losses():

@@ -217,12 +217,12 @@ def test_attention_work_and_scratch_are_counted():
     assert flops == {"attention": 4 * 256 * 256 * 64 * 2, "attention backward": 10 * 256 * 256 * 64 * 2}
     rows, dq = 2 * 256 * 4, 2 * 256 * 64 * 4
 
-    def takes_scratch(trace):
+    def takes(trace, *scratch):
         born = [trace.storages[event].num_bytes for event in trace.events if event >= 0]
-        return any(born[i : i + 2] == [rows, dq] for i in range(len(born)))
+        return any(born[i : i + len(scratch)] == list(scratch) for i in range(len(born)))
 
-    assert takes_scratch(trace)
-    assert not takes_scratch(run(torch.bfloat16, "cpu")) and not takes_scratch(run(torch.float32, "cuda"))
+    assert takes(trace, rows, dq) and not takes(run(torch.bfloat16, "cpu"), rows, dq)
+    assert takes(run(torch.float32, "cuda"), dq, rows, rows) and not takes(run(torch.float32, "cpu"), dq, rows, rows)
 
 
 def test_convolutions_over_frames_copy_what_they_work_on():
