@@ -29,7 +29,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from memory.timeline import BACKWARD, CATEGORIES, FORWARD, OPTIMIZER, PLACES, Span, Storage, Trace, Visit
 from memory.walks import Walks
-from memory.work import Work, scratch_bytes, work_of
+from memory.work import Work, copied_bytes, scratch_bytes, work_of
 
 OUTSIDE = "other"
 
@@ -189,6 +189,7 @@ class Recorder(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func is torch.ops.prim.device.default and isinstance(args[0], FakeTensor):
             return args[0].fake_device  # two of three calls are this question
+        copies = self._take(copied_bytes(func, args))
         outputs = func(*args, **(kwargs or {}))
         fresh = not _aliases(func)
         self._sum = None
@@ -203,7 +204,8 @@ class Recorder(TorchDispatchMode):
         if func is torch.ops.aten.native_layer_norm.default and self._device == "cuda":
             for statistic in outputs[1:]:  # a card's are in float32, whatever the input is
                 self._records[self._find(statistic)].num_bytes = 4 * statistic.numel()
-        self._scratch(scratch_bytes(func, args, outputs, self._device))
+        self._give_back(self._take(scratch_bytes(func, args, outputs, self._device)))
+        self._give_back(copies)
         work = work_of(func, args, outputs)
         if work is not None:
             if func is torch.ops.aten.copy_.default:
@@ -260,13 +262,18 @@ class Recorder(TorchDispatchMode):
             record.in_place = True
             self._events[-2:] = reversed(self._events[-2:])
 
-    def _scratch(self, sizes: Sequence[int]) -> None:
-        """What a kernel takes inside, one buffer after the other, and gives back the last one first."""
+    def _take(self, sizes: Sequence[int]) -> range:
+        """What a kernel takes inside, one buffer after the other."""
         first = len(self._records)
         self._records += [_Record(num_bytes=size, category="working set", place="device", block=None, born=self._phase,
                                   standing=False, died=self._phase) for size in sizes]
-        indices = range(first, len(self._records))
-        self._events += (*indices, *(~index for index in reversed(indices)))
+        taken = range(first, len(self._records))
+        self._events += taken
+        return taken
+
+    def _give_back(self, taken: range) -> None:
+        """The last one first."""
+        self._events += [~index for index in reversed(taken)]
 
     def _settle_gradient(self, parameter: torch.Tensor) -> None:
         self._records[self._see(parameter.grad, standing=False)].category = "gradients"

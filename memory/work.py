@@ -136,6 +136,14 @@ def scratch_bytes(func, args, outputs, device: str) -> tuple[int, ...]:
     return ()
 
 
+_CONTIGUOUS = {aten.native_layer_norm.default: (0,), aten.native_layer_norm_backward.default: (0, 1)}
+
+
+def copied_bytes(func, args) -> tuple[int, ...]:
+    """Bytes of the contiguous copies that a kernel makes of some of its inputs before its outputs, and holds until it returns."""
+    return tuple(args[i].nbytes for i in _CONTIGUOUS.get(func, ()) if not args[i].is_contiguous())
+
+
 def flash_backward_scratch_bytes(query_shape) -> tuple[int, int]:
     """What FlashAttention-2's backward takes inside: one float32 a row (softmax_d), and dQ in float32.
 
