@@ -225,6 +225,23 @@ def test_attention_work_and_scratch_are_counted():
     assert takes(run(torch.float32, "cuda"), dq, rows, rows) and not takes(run(torch.float32, "cpu"), dq, rows, rows)
 
 
+@pytest.mark.parametrize("is_strided", [False, True])
+def test_a_norm_copies_what_is_strided_and_so_does_its_backward(is_strided):
+    """As torch's kernels do on a CPU, whose allocations the profiler shows."""
+    def run(base, gradient):
+        given, gradient = (t[:, 100:] if is_strided else t[:, :200].contiguous() for t in (base, gradient))
+        output = nn.functional.layer_norm(given, (512,))
+        torch.autograd.grad(output, given, gradient)
+
+    real = [torch.randn(2, 300, 512, requires_grad=True), torch.randn(2, 300, 512)]
+    with FakeTensorMode() as mode, recording(device="cpu") as recorder:
+        fake = [mode.from_tensor(tensor) for tensor in real]
+        recorder.adopt(fake, "other")
+        run(*fake)
+    peaks = recorder.trace().peaks()
+    assert max(peaks.values()) - peaks["load"] == pytest.approx(profiled_peak(lambda: run(*real)), rel=1e-3)
+
+
 def test_convolutions_over_frames_copy_what_they_work_on():
     def scratch(dtype, device, *, dims=3):
         with FakeTensorMode(), recording(device=device) as recorder:
