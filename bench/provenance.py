@@ -35,14 +35,16 @@ def provenance() -> dict[str, Any]:
     }
 
 
-def write_result(name: str, content: dict[str, Any], directory: Path = RESULTS, *, in_parts: bool = False) -> Path:
+def write_result(name: str, content: dict[str, Any], directory: Path = RESULTS, *, in_parts: bool = False, command: str | None = None) -> Path:
     """Write `bench/results/NAME.json` with provenance beside the content; returns the path.
 
     `in_parts`: some of the content may come from earlier calls; what makes all of it is the command without options.
+    `command`: what makes it, where that is not this process' own.
     """
     path, source = directory / f"{name}.json", provenance()
     if in_parts:
         source["command"] = " ".join(source["command"].split()[:3])
+    source["command"] = command or source["command"]
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({"provenance": source, **content}, indent=1) + "\n")
     return path

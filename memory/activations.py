@@ -23,7 +23,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from memory.patching import Handle, replace_forward, require_modules
-from memory.saving import packing
+from memory.saving import packing, values_of
 from memory.streams import Lane, pinning, resolve_device
 
 ALIGNMENT = 256
@@ -83,7 +83,7 @@ class _Parked:
     def __init__(self, parking: "ActivationOffload", group: "_Group", tensor: torch.Tensor):
         self.parking, self.group = parking, group
         self.shape, self.stride, self.dtype, self.num_bytes = tensor.shape, tensor.stride(), tensor.dtype, tensor.nbytes
-        self.tensor: torch.Tensor | None = tensor
+        self.tensor: torch.Tensor | None = values_of(tensor)
         self.num_uses = 0
         self.is_loading = False
         self.buffer = parking.arena.take(tensor.nbytes)
@@ -137,7 +137,7 @@ class _Staying:
     """A tensor of the last block, which stays on the device; backward comes here first, so the block before is sent for."""
 
     def __init__(self, group: "_Group", tensor: torch.Tensor):
-        self.group, self.tensor = group, tensor
+        self.group, self.tensor = group, values_of(tensor)
 
     def unpack(self) -> torch.Tensor:
         self.group.send_for_previous()

@@ -33,7 +33,10 @@ _state = _ThreadState()
 
 @contextmanager
 def packing(packer: Callable[[torch.Tensor], Packed | None]) -> Iterator[None]:
-    """Within: every tensor saved for backward is offered to `packer`, which returns a stand-in or None."""
+    """Within: every tensor saved for backward is offered to `packer`, which returns a stand-in or None.
+
+    A stand-in holds `values_of` the tensor, never the tensor.
+    """
     outer = _state.packers
     _state.packers = (packer, *outer)
     try:
@@ -44,12 +47,21 @@ def packing(packer: Callable[[torch.Tensor], Packed | None]) -> Iterator[None]:
 
 
 def pack(tensor: torch.Tensor) -> Any:
-    """The stand-in that the packers in force on this thread give for `tensor`, else `tensor` itself."""
+    """The stand-in that the packers in force on this thread give for `tensor`, else its values."""
     for packer in _state.packers:
         packed = packer(tensor)
         if packed is not None:
             return packed
-    return tensor
+    return values_of(tensor)
+
+
+def values_of(tensor: torch.Tensor) -> torch.Tensor:
+    """`tensor` without its place in the graph, which is all that a stand-in may hold of it.
+
+    An operator that saves its own output would otherwise be held by what it holds, out of the garbage collector's sight: a graph
+    that no backward walks, as when memory runs out in forward, would never be freed.
+    """
+    return tensor.detach() if tensor.requires_grad else tensor
 
 
 def unpack(packed: Any) -> torch.Tensor:

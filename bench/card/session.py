@@ -7,10 +7,11 @@ from typing import Any
 
 from bench.card.forecasts import Forecaster
 from bench.card.gauge import Attempt, Gauge
-from bench.card.rig import Cell, measured
+from bench.card.rig import Cell, backbone_of, measured
 from bench.naive import Recipe
 from memory.cards import Card
 from memory.plan import MemoryPlan
+from trainer.assemble import resolve_dtype
 
 _PUBLISHED = {"2b": "cogvideox-2b", "5b": "cogvideox-5b", "1.5": "cogvideox1.5-5b"}
 _TOY = dict(num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=4, time_embed_dim=16,
@@ -76,6 +77,9 @@ class Session:
                 **more: Any) -> Attempt:
         """Set up, run and take down one cell. Being out of memory is an answer, and so is an error: it is shown and written
         down, and the cells after it run."""
+        dtype = str(resolve_dtype(backbone_of(cell), cell.plan, insist=True)).removeprefix("torch.")
+        if not self.card.supports(dtype):  # torch would emulate it, with an attention that holds its matrix
+            return Attempt(failed=f"{self.card.label} has no {dtype}")
         return self.gauge.attempt(lambda: measured(cell, self.gauge, num_steps=num_steps, **more), may_fail=may_fail)
 
 
@@ -96,5 +100,5 @@ def rows(attempts: dict[str, dict[str, Any]]) -> list[list[str]]:
             found.append([name, f"{cell['step_seconds']:.3f} s", f"{cell['allocated_bytes'] / 2**30:.3f}",
                           f"{cell['reserved_bytes'] / 2**30:.3f} GiB"])
         else:
-            found.append([name, "out of memory" if cell.get("out_of_memory") else "failed", "", ""])
+            found.append([name, "out of memory" if cell.get("out_of_memory") else f"failed: {cell['failed']}"[:60], "", ""])
     return found

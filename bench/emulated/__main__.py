@@ -16,14 +16,14 @@ import subprocess
 import sys
 from pathlib import Path
 
-from bench.emulated.library import CannotEmulate, environment
+from bench.emulated.library import DEFAULT_CARD, CannotEmulate, environment
 from bench.provenance import RESULTS
 from memory.cards import UnknownCard, lookup
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.emulated", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--card", default="rtx-4090", help="whose name and capability it has: torch takes the kernels that it takes there (%(default)s)")
+    parser.add_argument("--card", default=DEFAULT_CARD, help="whose name and capability it has: torch takes the kernels that it takes there (%(default)s)")
     parser.add_argument("--gib", type=float, default=96, help="its memory (%(default)s)")
     parser.add_argument("--out", type=Path, default=RESULTS, help="directory of the result")
     parser.add_argument("--only", nargs="+", metavar="PART", default=[], help="some of peaks, minimum, feasibility, steps, schedule; the others stay as they are in the result")
@@ -43,8 +43,7 @@ def main() -> int:
     except (CannotEmulate, UnknownCard) as e:
         print(f"error: {e}", file=sys.stderr)
         return 2
-    name = "emulated" if card == lookup(parser.get_default("card")) else f"emulated-{card.name}"
-    measuring = ["-m", "bench.emulated.measure", "--out", str(options.out / f"{name}.json"), *["--toy"] * options.toy, *["--only"] * bool(options.only), *options.only]
+    measuring = ["-m", "bench.emulated.measure", "--card", card.name, "--out", str(options.out), *["--toy"] * options.toy, *["--only"] * bool(options.only), *options.only]
     return subprocess.call([sys.executable, *(options.python or measuring)], env=os.environ | emulated)
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from memory.cards import Card
 from trainer.prompts import cache_directory
 
+DEFAULT_CARD = "rtx-4090"
 _SOURCE = Path(__file__).with_name("card.cpp")
 _REPLACED = re.compile(r"_*(cuda|cu[A-Z]|cublas|cudnn)(?!File)")
 _PRODUCT = re.compile(r"cublas.*(gemm|Gemm|Matmul$)")

@@ -27,6 +27,7 @@ from bench.card.gauge import Gauge
 from bench.card.rig import Cell, rigged
 from bench.card.session import Session, register_toys
 from bench.emulated import schedule
+from bench.emulated.library import DEFAULT_CARD
 from bench.provenance import write_result
 
 _MEANINGLESS = ("loss", "table")  # nothing is computed, and tables are made of the rest
@@ -80,6 +81,7 @@ def steps(session: Session) -> list[dict[str, Any]]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.emulated")
+    parser.add_argument("--card", default=DEFAULT_CARD)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--only", nargs="+", choices=PARTS)
     parser.add_argument("--toy", action="store_true")
@@ -89,20 +91,23 @@ def main() -> int:
         register_toys()
     session = Session(Gauge(torch.device("cuda", 0)), card_here(dry=options.toy), Forecaster(0), dry=options.toy)
     calibrate(session)
-    content = json.loads(options.out.read_text()) if options.only and options.out.exists() else {}
+    other = "" if options.card == DEFAULT_CARD else options.card
+    name, command = f"emulated-{other}" if other else "emulated", "python -m bench.emulated" + f" --card {other}" * bool(other)
+    path = options.out / f"{name}.json"
+    content = json.loads(path.read_text()) if options.only and path.exists() else {}
     content |= {"card": torch.cuda.get_device_name(), "fixed_terms": session.fixed}
-    for name in options.only or PARTS:
-        content[name] = PARTS[name](session)
+    for part in options.only or PARTS:
+        content[part] = PARTS[part](session)
         session.gauge.release()
-        if "goals" in content[name]:
+        if "goals" in content[part]:
             if options.toy:  # a toy's figure reaches no goal and misses none
-                content[name]["goals"] = [g | {"reached": None} for g in content[name]["goals"]]
-            print_table(name, goal_rows(name, content[name]))
+                content[part]["goals"] = [g | {"reached": None} for g in content[part]["goals"]]
+            print_table(part, goal_rows(part, content[part]))
         else:
-            print_table(name, [[step["settings"], f"{step['num_kernels']:,.0f} kernels", f"{step['host_seconds']:.2f} s of the host"] for step in content[name]])
+            print_table(part, [[step["settings"], f"{step['num_kernels']:,.0f} kernels", f"{step['host_seconds']:.2f} s of the host"] for step in content[part]])
         sys.stdout.flush()
     content.pop("provenance", None)
-    write_result(options.out.stem, content, options.out.parent, in_parts=True)  # without the options, which name a path
+    write_result(name, content, options.out, command=command)  # without the options, which name a path
     return 0
 
 

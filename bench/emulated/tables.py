@@ -4,22 +4,32 @@ from collections.abc import Callable
 from typing import Any
 
 from bench.markdown import absent_note, load, markdown
+from bench.provenance import RESULTS
 from memory.cards import GIB
 
 
 def peaks() -> str:
-    """Predicted peaks of whole steps, and what torch's CUDA build then allocated and reserved."""
+    """Predicted peaks of whole steps, and what torch's CUDA build then allocated and reserved, with the kernels of two cards."""
     if absent := absent_note("emulated"):
         return absent
-    result = load("emulated")
-    rows = [[cell["settings"], *(f"{cell['measured'][f'{kind}_bytes'] / GIB:.3f} GiB ({cell[f'{kind}_error']:+{digits}%})"
-                                 for kind, digits in (("allocated", ".3"), ("reserved", ".1")))]
-            for cell in result["peaks"]["cells"] if "allocated_error" in cell]
-    replayed = result["peaks"]["snapshots"].values()
+    names = ["emulated", *(path.stem for path in sorted(RESULTS.glob("emulated-*.json")))]
+    results = [load(name) for name in names]
+    by_settings: dict[str, list[str]] = {}
+    for number, result in enumerate(results):
+        for cell in result["peaks"]["cells"]:
+            if "allocated_error" in cell:
+                found = by_settings.setdefault(cell["settings"], [])
+                found += [""] * (2 * number - len(found))
+                found += [f"{cell['measured'][f'{kind}_bytes'] / GIB:.3f} GiB ({cell[f'{kind}_error']:+{digits}%})"
+                          for kind, digits in (("allocated", ".3"), ("reserved", ".1"))]
+    cards = [result["card"].removeprefix("Emulated ") for result in results]
+    header = ["a step of", *(f"{card}: {kind} (predicted: off by)" for card in cards for kind in ("allocated at peak", "reserved"))]
+    rows = [[settings, *cells, *[""] * (2 * len(results) - len(cells))] for settings, cells in by_settings.items()]
+    replayed = [s for result in results for s in result["peaks"]["snapshots"].values()]
     requests, alike = (sum(s[key] for s in replayed) for key in ("num_requests", "num_placed_alike"))
-    return markdown(["a step of", "allocated at peak (predicted: off by)", "reserved (predicted: off by)"], rows) + (
-        f"\nExpandable segments: of {requests:,} requests of three recorded runs, the simulator serves {alike:,} at the address that torch's "
-        f"allocator chose.\n" + _source(result))
+    return markdown(header, rows) + (
+        f"\nExpandable segments: of {requests:,} requests of {len(replayed)} recorded runs, the simulator serves {alike:,} at the address that torch's "
+        f"allocator chose.\n" + _source(*results))
 
 
 def caps() -> str:
@@ -100,10 +110,11 @@ def _added(cells: dict[str, dict[str, Any]], name: str, base: str) -> str:
     return f"{cell['step_seconds']:.3f} s" + (f" ({cell['step_seconds'] / plain['step_seconds'] - 1:+.1%})" if cell is not plain else "")
 
 
-def _source(result: dict[str, Any]) -> str:
-    p = result["provenance"]
-    return (f"\nNot measured on a card: torch {p['versions']['torch']} on a card that computes nothing ({result['card']}), "
-            f"by `python -m bench.emulated`, {p['date']}.\n")
+def _source(*results: dict[str, Any]) -> str:
+    p, cards = results[0]["provenance"], ", ".join(result["card"] for result in results)
+    commands = " and ".join(f"`{command}`" for command in dict.fromkeys(result["provenance"]["command"] for result in results))
+    return (f"\nNot measured on a card: torch {p['versions']['torch']} on a card that computes nothing ({cards}), "
+            f"by {commands}, {max(result['provenance']['date'] for result in results)}.\n")
 
 
 TABLES: dict[str, Callable[[], str]] = {"emulated-peaks": peaks, "emulated-caps": caps, "emulated-steps": steps, "emulated-schedule": schedule}

@@ -3,6 +3,9 @@
 Sharding needs several processes: started by torchrun, this file holds it to the same contract (test_sharding.py does that).
 """
 
+import gc
+import weakref
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -253,6 +256,23 @@ def test_survives_an_exception(plan, device, num_calls_before):
     assert all(torch.equal(whole(state[name]).cpu(), tensor) for name, tensor in make_tiny("sincos").frozen.items())
     assert_equal([tiny.step()], [plain_run("sincos", device)[0]], tolerance_of(plan))
     assert_equal(tiny.gradients(), plain_run("sincos", device)[1], tolerance_of(plan))
+
+
+def test_a_graph_that_no_backward_walks_is_freed(plan, device):
+    """As where memory runs out in forward: only with that memory back can a run go on."""
+    tiny, made = make_tiny("rope", device), []
+    applied = apply(tiny, plan, device)
+
+    def note(module, args, output):
+        made.append(weakref.ref(output.untyped_storage()))
+
+    hooks = [linear.register_forward_hook(note) for block in tiny.blocks for linear in block.modules() if isinstance(linear, nn.Linear)]
+    with applied.hooked():
+        tiny.predict(tiny.embeds[:1])
+    for hook in hooks:
+        hook.remove()
+    gc.collect()
+    assert made and not any(reference() for reference in made)
 
 
 def test_adapters_written_under_one_plan_load_under_another(device):
