@@ -4,15 +4,17 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
 
 from bench.card import __main__ as suite
 from bench.card import rig
+from bench.card.forecasts import Forecaster
 from bench.card.gauge import Gauge, covered, overlap
 from bench.card.peaks import thick, thin
-from bench.card.session import goal
+from bench.card.session import Session, goal
 from bench.overlap import block_seconds, count_loads, hiding_tokens
 from memory.cards import lookup
 from memory.snapshots import replay_snapshot
@@ -181,3 +183,12 @@ def test_a_cells_peaks_stay_its_own():
     gauge.phase("optimizer")
     gauge.phase("teacher")
     assert peaks == before and set(peaks) == {"teacher"}
+
+
+def test_a_cell_whose_dtype_the_card_lacks_is_told_and_not_measured():
+    session = Session(Gauge(torch.device("cpu")), lookup("t4"), Forecaster(0))
+    bf16, fp16 = session.cell("5b", 9), session.cell("5b", 9, dtype="float16")
+    with patch("bench.card.session.measured", return_value={"step_seconds": 1.0}) as measure:
+        assert session.measure(bf16, num_steps=1).failed == "Tesla T4 has no bfloat16"
+        assert not measure.called
+        assert session.measure(fp16, num_steps=1).worked
