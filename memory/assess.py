@@ -54,6 +54,8 @@ class Assessment:
     fits: bool
     reason: str
     """Empty if it fits; otherwise what is missing and in which phase."""
+    fits_card: bool
+    """Whether it does as far as the card goes; the host may still be short."""
     prediction: Prediction
     by_phase: dict[str, int]
     """Device bytes of every phase of the run, allocated."""
@@ -128,6 +130,7 @@ def assess_trace(
         plan=plan,
         fits=not reason,
         reason=reason,
+        fits_card=not device_short,
         prediction=prediction,
         by_phase=by_phase,
         needed_bytes=reserved + limits.card.context_bytes,

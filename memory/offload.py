@@ -68,22 +68,31 @@ def _layout(parameters: Sequence[nn.Parameter]) -> tuple[tuple[_Entry, ...], int
 
 
 class _Master:
-    """The frozen parameters of one block, in one flat host buffer."""
+    """The frozen parameters of one block on the host: in one flat buffer, or left where they are."""
 
-    def __init__(self, block: nn.Module, parameters: Sequence[nn.Parameter], pin: bool):
+    def __init__(self, block: nn.Module, parameters: Sequence[nn.Parameter], *, gathered: bool, pin: bool):
         self.parameters = list(parameters)
         position = {id(parameter): i for i, parameter in enumerate(parameters)}
         self.seats = [(module._parameters, name, position[id(parameter)]) for module in block.modules()
                       for name, parameter in module._parameters.items() if id(parameter) in position]
         """Where modules hold the parameters: their dictionary, the name in it, which parameter."""
         self.home = parameters[0].device
-        self.layout, num_bytes = _layout(parameters)
+        self.layout, self.num_bytes = _layout(parameters)
+        self.flat: torch.Tensor | None = None
+        if not gathered:
+            return
         with pinning():
-            self.flat = torch.empty(num_bytes, dtype=torch.uint8, device="cpu", pin_memory=pin)
-        self.views = [entry.view(self.flat) for entry in self.layout]
-        for parameter, view in zip(self.parameters, self.views, strict=True):
+            self.flat = torch.empty(self.num_bytes, dtype=torch.uint8, device="cpu", pin_memory=pin)
+        for parameter, entry in zip(self.parameters, self.layout, strict=True):
+            view = entry.view(self.flat)
             view.copy_(parameter.data)
             parameter.data = view  # the old storage is freed here: never two copies of more than one parameter
+
+    def copies(self, slot: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """(destination, source) pairs that fill a slot's flat buffer."""
+        if self.flat is not None:
+            return [(slot[: self.num_bytes], self.flat)]
+        return [(entry.view(slot), parameter.data) for entry, parameter in zip(self.layout, self.parameters, strict=True)]
 
     @contextmanager
     def seated(self, guests: Sequence[nn.Parameter]) -> Iterator[None]:
@@ -97,9 +106,11 @@ class _Master:
                 held[name] = self.parameters[position]
 
     def release(self) -> None:
-        for parameter, view in zip(self.parameters, self.views, strict=True):
-            parameter.data = view.to(self.home, copy=True)
-        self.flat, self.views = None, []
+        if self.flat is None:
+            return
+        for parameter in self.parameters:
+            parameter.data = parameter.data.to(self.home, copy=True)
+        self.flat = None
         release_pinned()  # block by block: never two copies of more than one
 
 
@@ -129,7 +140,7 @@ class _Ring:
         self.num_loads = self.num_late_loads = self.bytes_loaded = 0
 
     def allocate(self, num_slots: int) -> None:
-        size = max((master.flat.numel() for master in self.masters.values()), default=0)
+        size = max((master.num_bytes for master in self.masters.values()), default=0)
         self.slots = [_Slot(size, self.lane) for _ in range(min(num_slots, len(self.masters)))]
 
     def clear(self) -> None:
@@ -156,12 +167,12 @@ class _Ring:
         for block in wanted:
             if block not in present:
                 # Whatever used this slot was given to the compute stream before now, and the lane waits for that.
-                slot = free.pop()
-                self.lane.copy([(slot.flat[: self.masters[block].flat.numel()], self.masters[block].flat)], slot.loaded)
+                slot, master = free.pop(), self.masters[block]
+                self.lane.copy(master.copies(slot.flat), slot.loaded)
                 slot.block = block
                 present[block] = slot
                 self.num_loads += 1
-                self.bytes_loaded += self.masters[block].flat.numel()
+                self.bytes_loaded += master.num_bytes
         if index not in self.masters:
             return None
         self.lane.join(present[index].loaded)
@@ -218,7 +229,8 @@ class Offload(Handle):
     )
     bytes_loaded = property(lambda self: self._ring.bytes_loaded, doc="Bytes copied to the device so far.")
     streamed = property(lambda self: frozenset(self._ring.masters), doc="Indices of the streamed blocks.")
-    host_buffers = property(lambda self: [m.flat for m in self._ring.masters.values()], doc="Masters, one a block.")
+    host_buffers = property(lambda self: [m.flat for m in self._ring.masters.values() if m.flat is not None],
+                            doc="Masters, one a block, if weights were gathered.")
     device_buffers = property(lambda self: [s.flat for s in self._ring.slots], doc="Slots of the ring.")
     lanes = property(lambda self: [self._ring.lane], doc="What copies.")
 
@@ -229,10 +241,13 @@ def offload_blocks(
     device: torch.device | str,
     num_resident: int | None = 0,
     num_buffers: int = 2,
+    gathered: bool = True,
 ) -> Offload:
     """Stream the frozen parameters of `blocks` to `device`, `num_resident` blocks excepted.
 
-    Blocks run in the order given. `num_buffers` slots of one block each are allocated on the device.
+    Blocks run in the order given. `num_buffers` slots of one block each are allocated on the device. `gathered`: a block's weights
+    lie in one pinned buffer, from where copies run beside the computation. Otherwise they are read from where they are, such as
+    a file that is mapped into memory: slower, and for passes so few that pinning would take longer.
     Masters are built block by block, so the model may be larger than the device. Parameters that are trainable
     now, buffers and resident blocks move to the device. Checkpointing, if any, goes on top of this.
     Raises ValueError for no blocks, meta tensors, a parameter that two blocks share, fewer than two buffers,
@@ -252,7 +267,7 @@ def offload_blocks(
         for index, block in enumerate(blocks):
             streamed = [] if index in resident else frozen[index]
             if streamed:
-                ring.masters[index] = _Master(block, streamed, pin=device.type == "cuda")
+                ring.masters[index] = _Master(block, streamed, gathered=gathered, pin=device.type == "cuda")
                 handle._undos.append(ring.masters[index].release)
             handle._undos.append(place(block, device, skip=streamed))
         ring.allocate(num_buffers)

@@ -57,7 +57,7 @@ class Lane:
         """Copy each (destination, source), then record `done`.
 
         The copies start after everything given to the compute stream up to this call, so the destination is free and the source
-        is written, by another lane too if the compute stream has joined that. Host tensors must be pinned on a card.
+        is written, by another lane too if the compute stream has joined that. Host tensors that are not pinned keep the host waiting.
         """
         if self._stream is None:
             with self.waiting():

@@ -13,7 +13,6 @@ from memory.offload import offload_blocks
 from memory.plan import MemoryPlan
 from memory.pools import round_request
 from memory.simulate import recording
-from memory.timeline import pinned_bytes
 from trainer.assemble import resolve_dtype, video_size
 from trainer.backbones.cogvideox import CogVideoX, enable_tiles
 from trainer.config import TrainConfig
@@ -48,17 +47,21 @@ def _transformer_bytes(backbone: CogVideoX, dtype: torch.dtype) -> int:
 
 @lru_cache(maxsize=8)
 def _encoding_bytes(backbone: CogVideoX, dtype: torch.dtype) -> dict[str, int]:
-    """A batch of prompts through the text encoder, its blocks streaming through two buffers: `PhaseNeed`'s figures."""
+    """A batch of prompts through the text encoder, its blocks streaming through two buffers: `PhaseNeed`'s figures.
+
+    Weights are mapped from their file, which the host can do without; those that are converted are in its memory.
+    """
     with FakeMode(), torch.no_grad():
         encoder = backbone.fake_text_encoder(dtype=dtype, num_blocks=3)  # the others are like the last of them
-        offload = offload_blocks(encoder.encoder.block, device="cpu")
+        offload = offload_blocks(encoder.encoder.block, device="cpu", gathered=False)
         ids = torch.zeros(_PROMPT_BATCH, backbone.text_length, dtype=torch.int64)
         beyond = peak_beyond([encoder], lambda: encoder(ids))
         streamed = {id(p) for p in encoder.encoder.block.parameters()}
         standing = sum(p.nbytes for p in encoder.parameters() if id(p) not in streamed)
-        masters = [pinned_bytes(b.nbytes) for b in offload.host_buffers]
+        stored = backbone.stored_text_dtype()
+        converted = [sum(p.nbytes for p in block.parameters() if p.dtype != stored) for block in encoder.encoder.block]
         return {"device_bytes": beyond + standing + sum(b.nbytes for b in offload.device_buffers),
-                "host_bytes": standing + sum(masters) + (backbone.num_text_blocks() - 3) * masters[-1]}
+                "host_bytes": standing + sum(converted) + (backbone.num_text_blocks() - 3) * converted[-1]}
 
 
 @lru_cache(maxsize=8)

@@ -1,6 +1,7 @@
 """What a run needs on a card: the run's own phases as a workload for `memory.search`. Everything here is predicted."""
 
 import json
+import math
 import shlex
 from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass, fields, replace
@@ -158,8 +159,8 @@ def verdict(found: Forecast) -> str:
     if found.result.best:
         return (f"{found.config.model.model} fits {c.label}: predicted {a.needed_bytes / GIB:.2f} GiB of "
                 f"{c.usable_bytes / GIB:.2f} GiB usable, {a.time.seconds:.2f} s a step ({a.time.bottleneck})")
-    return (f"{found.config.model.model} does not fit {c.label}: the smallest plan {a.reason}; "
-            f"the smallest listed card that would do: {smallest_card(found)}")
+    would_do = f"{math.ceil(a.host_bytes / GIB)} GiB free would do" if a.fits_card else f"the smallest listed card that would do: {smallest_card(found)}"
+    return f"{found.config.model.model} does not fit {c.label}: the smallest plan {a.reason}; {would_do}"
 
 
 def smallest_card(found: Forecast) -> str:

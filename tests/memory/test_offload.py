@@ -177,8 +177,9 @@ def test_undo_in_the_wrong_order_is_refused():
     offload.undo()
 
 
+@pytest.mark.parametrize("gathered", [True, False])
 @pytest.mark.parametrize("num_buffers", [2, 3])
-def test_the_text_encoder_streams_through_the_same_engine(num_buffers):
+def test_the_text_encoder_streams_through_the_same_engine(num_buffers, gathered):
     """Its first block has one parameter more than the others."""
     torch.manual_seed(0)
     config = T5Config(
@@ -188,11 +189,24 @@ def test_the_text_encoder_streams_through_the_same_engine(num_buffers):
     ids = torch.randint(0, 50, (2, 7))
     with torch.inference_mode():
         expected = encoder(ids)[0]
-        handle = offload_blocks(encoder.encoder.block, device="cpu", num_buffers=num_buffers)
+        handle = offload_blocks(encoder.encoder.block, device="cpu", num_buffers=num_buffers, gathered=gathered)
         for _ in range(2):
             assert torch.equal(encoder(ids)[0], expected)
     handle.undo()
     assert torch.equal(encoder(ids)[0], expected)
+
+
+def test_weights_that_are_not_gathered_stay_where_they_are_in_training_too():
+    blocks, plain = make_blocks(), make_blocks()
+    where = [parameter.data_ptr() for parameter in blocks.parameters()]
+    handle = offload_blocks(blocks, device="cpu", gathered=False)
+    hidden, expected = (torch.ones(2, 8, requires_grad=True) for _ in range(2))
+    blocks(hidden).sum().backward()
+    plain(expected).sum().backward()
+    assert torch.equal(hidden.grad, expected.grad)
+    assert handle.host_buffers == [] and handle.bytes_loaded == handle.num_loads * handle.device_buffers[0].numel() > 0
+    handle.undo()
+    assert [parameter.data_ptr() for parameter in blocks.parameters()] == where
 
 
 def test_trainable_parameters_and_buffers_stay():

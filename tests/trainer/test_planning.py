@@ -77,6 +77,24 @@ def test_settings_that_cannot_be_are_one_line(tiny_config):
         planning.check_card(tiny_config(memory__dtype="bfloat16"), replace(lookup("t4"), bf16=False))
 
 
+def test_where_the_host_is_short_no_card_is_named(tiny_config):
+    found = planning.forecast(tiny_config(), replace(lookup("4090"), host_bytes=2**30))
+    assert found.result.best is None and found.chosen.fits_card
+    assert planning.verdict(found).endswith("GiB more of host memory; 4 GiB free would do")
+    found = planning.forecast(tiny_config(), replace(lookup("4090"), usable_bytes=lookup("4090").context_bytes))
+    assert not found.chosen.fits_card and "the smallest listed card that would do: " in planning.verdict(found)
+
+
+def test_a_text_encoder_in_its_files_dtype_takes_nothing_of_the_host(pipelines):
+    backbone = CogVideoX(str(pipelines["2b"]))
+    config = backbone._text_config()
+    block_bytes = {dtype: sum(p.nbytes for p in backbone.fake_text_encoder(dtype=dtype).encoder.block.parameters())
+                   for dtype in (torch.float32, torch.bfloat16)}
+    mapped, converted = (phases._encoding_bytes(backbone, dtype)["host_bytes"] for dtype in (torch.float32, torch.bfloat16))
+    assert backbone.stored_text_dtype() == torch.float32 and mapped < 2 * 4 * config.vocab_size * config.d_model
+    assert converted > block_bytes[torch.bfloat16]
+
+
 @pytest.mark.parametrize("blocks", [(0,), (2, 3), (5,)])
 def test_some_blocks_that_make_the_mask_are_planned_as_if_all_did(blocks):
     config = TrainConfig(loss=LossConfig(mask_blocks=blocks))

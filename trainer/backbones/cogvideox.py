@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from memory.offload import offload_blocks, place
-from memory.streams import release_pinned
 from trainer.backbones import Decode, Predict, published
 from trainer.backbones.location import locate, read_config, reading, stored_dtype
 from trainer.backbones.attention import LeanProcessor
@@ -206,14 +205,13 @@ class CogVideoX:
         rows = self._encode(prompts, dtype, device, batch_size, stream)
         if stream:
             gc.collect()  # blocks and what streams them refer to each other: gigabytes that nothing else would free
-            release_pinned()
         return rows
 
     def _encode(self, prompts: list[str], dtype: torch.dtype, device: torch.device, batch_size: int, stream: bool) -> Tensor:
         tokenizer, encoder = self.tokenizer(), self.load_text_encoder(dtype=dtype)
         streamed = []
         if stream:
-            offload_blocks(encoder.encoder.block, device=device)
+            offload_blocks(encoder.encoder.block, device=device, gathered=False)  # the file stays mapped: gigabytes that need not be pinned
             streamed = list(encoder.encoder.block.parameters())
         place(encoder, device, skip=streamed)
         parts = []
@@ -249,6 +247,10 @@ class CogVideoX:
 
     def num_text_blocks(self) -> int:
         return self._text_config().num_layers
+
+    def stored_text_dtype(self) -> torch.dtype:
+        """What the text encoder's file holds: in any other dtype its weights are in memory, and not only mapped from there."""
+        return self.native_dtype if self.directory is None else stored_dtype(self.directory / "text_encoder")
 
     def _text_config(self) -> Any:
         from transformers import T5Config
