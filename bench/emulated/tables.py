@@ -1,6 +1,7 @@
 """Tables of what was seen on the emulated card."""
 
 from collections.abc import Callable
+from itertools import chain
 from typing import Any
 
 from bench.markdown import absent_note, load, markdown
@@ -14,17 +15,12 @@ def peaks() -> str:
         return absent
     names = ["emulated", *(path.stem for path in sorted(RESULTS.glob("emulated-*.json")))]
     results = [load(name) for name in names]
-    by_settings: dict[str, list[str]] = {}
-    for number, result in enumerate(results):
-        for cell in result["peaks"]["cells"]:
-            if "allocated_error" in cell:
-                found = by_settings.setdefault(cell["settings"], [])
-                found += [""] * (2 * number - len(found))
-                found += [f"{cell['measured'][f'{kind}_bytes'] / GIB:.3f} GiB ({cell[f'{kind}_error']:+{digits}%})"
-                          for kind, digits in (("allocated", ".3"), ("reserved", ".1"))]
+    columns = [{cell["settings"]: [f"{cell['measured'][f'{kind}_bytes'] / GIB:.3f} GiB ({cell[f'{kind}_error']:+{digits}%})"
+                                   for kind, digits in (("allocated", ".3"), ("reserved", ".1"))]
+                for cell in result["peaks"]["cells"] if "allocated_error" in cell} for result in results]
+    rows = [[settings, *(text for column in columns for text in column.get(settings, ["", ""]))] for settings in dict.fromkeys(chain(*columns))]
     cards = [result["card"].removeprefix("Emulated ") for result in results]
     header = ["a step of", *(f"{card}: {kind} (predicted: off by)" for card in cards for kind in ("allocated at peak", "reserved"))]
-    rows = [[settings, *cells, *[""] * (2 * len(results) - len(cells))] for settings, cells in by_settings.items()]
     replayed = [s for result in results for s in result["peaks"]["snapshots"].values()]
     requests, alike = (sum(s[key] for s in replayed) for key in ("num_requests", "num_placed_alike"))
     off = max(abs(cell["predicted"]["reserved_bytes"] - cell["measured"]["reserved_bytes"])
