@@ -18,7 +18,7 @@ from bench.provenance import write_result
 from memory.fake import FakeMode
 from memory.plan import AppliedPlan, MemoryPlan, apply_plan
 from memory.simulate import recording
-from trainer.backbones.attention import LeanProcessor
+from trainer.backbones.lean import make_lean
 from trainer.backbones.cogvideox import BOUNDARY_NAMES
 from trainer.erasers import Erasers
 
@@ -40,8 +40,7 @@ class _Stack(nn.Module):
         self.blocks = nn.ModuleList(CogVideoXBlock(dim=width, num_attention_heads=width // HEAD_WIDTH, attention_head_dim=HEAD_WIDTH,
                                                    time_embed_dim=512) for _ in range(2))
         self.to(device, DTYPE).requires_grad_(False)
-        for block in self.blocks:
-            block.attn1.processor = LeanProcessor()
+        make_lean(self.blocks)
         self.text, self.embedding = (torch.randn(1, *size, device=device, dtype=DTYPE) for size in ((NUM_TEXT_TOKENS, width), (512,)))
         angles = torch.rand(NUM_TOKENS - NUM_TEXT_TOKENS, HEAD_WIDTH // 2, device=device).repeat_interleave(2, -1)
         self.positions = (angles.cos(), angles.sin()) if kind == "5b" else None

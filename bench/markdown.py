@@ -15,8 +15,3 @@ def markdown(header: list[str], rows: list[list[str]]) -> str:
     """A table whose first column is text and whose others are figures."""
     rule = ["---"] + ["--:"] * (len(header) - 1)
     return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, rule, *rows)) + "\n"
-
-
-def absent_note(name: str) -> str | None:
-    """What a table says whose result is not there yet."""
-    return None if (RESULTS / f"{name}.json").exists() else f"No result yet: `python -m bench.{name}`.\n"

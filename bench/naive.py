@@ -1,4 +1,4 @@
-"""The recipe that people begin with, from the trainer's own parts and diffusers' attention: what all the saving is measured against.
+"""The recipe that people begin with, from the trainer's own parts and diffusers' blocks: what all the saving is measured against.
 
 Two copies of the backbone in float32 (a teacher and a student), the text encoder and the autoencoder left on the device, the
 teacher's two guidance passes as one batch, both student passes in one joint graph, no checkpointing, AdamW that
@@ -8,14 +8,15 @@ makes temporaries as large as its parameters. Runs on a card, on the CPU, and on
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
-from diffusers.models.attention_processor import CogVideoXAttnProcessor2_0
 from torch import nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from trainer.assemble import open_backbone, resolve_dtype, video_size
+from trainer.backbones import lean
 from trainer.config import TrainConfig
 from trainer.erasers import Erasers, Localisation
 from trainer.latents import make_latents
@@ -49,9 +50,8 @@ class Naive:
         shape = (config.data.batch_size, *backbone.latent_shape(*video_size(backbone, config.model)))
 
         def load() -> nn.Module:
-            model = backbone.fake_transformer(dtype=dtype) if fake else backbone.load_transformer(dtype=dtype, device=device)
-            model.set_attn_processor(CogVideoXAttnProcessor2_0())
-            return model
+            with patch.object(lean, "make_lean"):
+                return backbone.fake_transformer(dtype=dtype) if fake else backbone.load_transformer(dtype=dtype, device=device)
 
         note("loading the student")
         student = load()

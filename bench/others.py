@@ -4,14 +4,12 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from bench.markdown import absent_note, load, markdown
+from bench.markdown import load, markdown
 from memory.cards import GIB
 
 
 def recordings() -> str:
     """Requests of recorded histories that the simulator serves as the card did."""
-    if absent := absent_note("recordings"):
-        return absent
     result, rows = load("recordings"), []
     for repository in dict.fromkeys(row["repository"] for row in result["recordings"]):
         found = [row for row in result["recordings"] if row["repository"] == repository]
@@ -28,8 +26,6 @@ def recordings() -> str:
 
 def traced() -> str:
     """Recorded training steps, predicted from their program."""
-    if absent := absent_note("recordings"):
-        return absent
     result, rows = load("recordings"), []
     for step in result["traced"]:
         pairs = [(step[f"recorded_peak_{kind}_bytes"], step[f"predicted_peak_{kind}_bytes"]) for kind in ("allocated", "reserved")]
@@ -46,8 +42,6 @@ def _recorded(result: dict[str, Any]) -> str:
 
 def published_training() -> str:
     """Reserved bytes of LoRA training, a row for what was trained how, a column a rank."""
-    if absent := absent_note("published"):
-        return absent
     result = load("published")
     rows: dict[tuple, dict[int, str]] = {}
     for row in result["training"]:
@@ -60,8 +54,6 @@ def published_training() -> str:
 
 def published_decoding() -> str:
     """Allocated bytes of decoding beside the models."""
-    if absent := absent_note("published"):
-        return absent
     result = load("published")
     rows = []
     for row in result["decoding"]:
@@ -73,8 +65,6 @@ def published_decoding() -> str:
 
 def published_times() -> str:
     """Seconds of generations and steps."""
-    if absent := absent_note("published"):
-        return absent
     result, rows = load("published"), []
     for row in result["generation"]:
         what = f"{row['steps']} steps" + " and decoding" * row["decoding"] if row["steps"] > 1 else "a step"
@@ -92,8 +82,6 @@ def published_times() -> str:
 
 def published_shares() -> str:
     """What kernels reach of a card's tensor rate."""
-    if absent := absent_note("published"):
-        return absent
     result = load("published")
     matmul = result["shares"]["matmul"]
     rows = [[row["card"], f"{matmul[row['card']]['share']:.0%}" if row["card"] in matmul else "", row.get("kernel", "FlashAttention-2"),

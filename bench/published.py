@@ -22,7 +22,6 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from diffusers.models.attention_processor import CogVideoXAttnProcessor2_0
 from torch import nn
 
 from bench.provenance import write_result
@@ -33,7 +32,7 @@ from memory.fake import FakeMode
 from memory.simulate import BACKWARD, FORWARD, OPTIMIZER, Recorder, Trace, recording
 from memory.timing import load_of
 from memory.work import Work
-from trainer.backbones import Predict, cogvideox
+from trainer.backbones import Predict, lean
 from trainer.backbones import published as configurations
 from trainer.backbones.cogvideox import CogVideoX
 from trainer.rehearse import with_8bit_state
@@ -47,7 +46,7 @@ def main() -> int:
     if missing := [name for name in ("peft", "accelerate") if importlib.util.find_spec(name) is None]:
         print(f"error: the published training needs {', '.join(missing)}: pip install --no-deps {' '.join(missing)}", file=sys.stderr)
         return 2
-    with patch.object(cogvideox, "LeanProcessor", CogVideoXAttnProcessor2_0):
+    with patch.object(lean, "make_lean"):
         found = {"training": training(), "decoding": decoding(), "generation": generation(), "training_step": training_step()}
     write_result("published", {"sources": PUBLISHED["sources"], "shares": shares(), **found})
     return 0

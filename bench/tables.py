@@ -16,7 +16,7 @@ from typing import Any
 from bench import others
 from bench.emulated import tables as emulated
 from bench.erasure import VARIANTS, summary
-from bench.markdown import absent_note, load, markdown
+from bench.markdown import load, markdown
 from trainer.findings import codes_as_markdown
 
 ROOT = Path(__file__).parent.parent
@@ -185,8 +185,6 @@ def _hosted(cell: dict[str, Any], without: dict[str, Any]) -> str:
 
 def feasibility() -> str:
     """Fits or not, peak and step time, by model, frames and card; naive / planned."""
-    if absent := absent_note("feasibility"):
-        return absent
     result, rows = load("feasibility"), []
     for name, cell in result["cells"].items():
         model, frames = name.rsplit("-", 1)
@@ -213,8 +211,6 @@ def planning() -> str:
 
 def strategies() -> str:
     """Peak of the step and its time under each strategy, and against full checkpointing."""
-    if absent := absent_note("strategies"):
-        return absent
     result = load("strategies")
     cells = result["cells"]
     rows = []
@@ -233,11 +229,9 @@ def strategies() -> str:
     return markdown(["strategy (change against checkpoint all)", *cells], rows) + note + _predicted(result)
 
 
-def attention() -> str:
-    """The trainer's attention against diffusers', of the same step."""
-    if absent := absent_note("attention"):
-        return absent
-    result, rows = load("attention"), []
+def lean() -> str:
+    """The trainer's blocks against diffusers', of the same step."""
+    result, rows = load("lean"), []
     for name, cell in result["cells"].items():
         model, frames = name.rsplit("-", 1)
         theirs, ours = cell["diffusers"], cell["ours"]
@@ -245,15 +239,13 @@ def attention() -> str:
                   *(which["seconds"][card] for card in result["cards"])) for which in (theirs, ours)]
         forms = ("{:.0f} GB", "{:.2f} GiB", "{:.2f} GiB", *("{:.2f} s" for _ in result["cards"]))
         rows.append([f"{model}, {frames} frames", *(f"{form.format(a)} → {form.format(b)}" for form, a, b in zip(forms, *pairs))])
-    header = ["diffusers' attention → ours", "moved by element-wise kernels", "peak of the student's forward", "peak of the step",
+    header = ["diffusers' blocks → ours", "moved by element-wise kernels", "peak of the student's forward", "peak of the step",
               *(f"computing, {card}" for card in result["cards"])]
     return markdown(header, rows) + _predicted(result)
 
 
 def blocks() -> str:
     """Peak of two blocks, predicted and measured, and peak and time as they are and compiled."""
-    if absent := absent_note("blocks"):
-        return absent
     result, rows = load("blocks"), []
     for name, cell in result["cells"].items():
         plain, found, expected = cell["as it is"], cell["compiled"], cell["predicted_bytes"]
@@ -265,8 +257,6 @@ def blocks() -> str:
 
 def story() -> str:
     """The reproduction log, replayed."""
-    if absent := absent_note("story"):
-        return absent
     result, rows = load("story"), []
     for name, v in result["variants"].items():
         cards = [("fits" if c["fits"] else f"breaks in {c['breaks_in'] or 'reserving'}") for c in v["cards"].values()]
@@ -286,8 +276,6 @@ def claims() -> str:
 
 def reliability() -> str:
     """Every promise, its target and what was measured."""
-    if absent := absent_note("reliability"):
-        return absent
     result = load("reliability")
     rows = [[r["test"], r["target"], r["figure"] if r["holds"] else f"**does not hold**: {r['figure']}"] for r in result["rows"].values()]
     rule = "| test | target | measured |\n| --- | --- | --- |\n"
@@ -298,7 +286,7 @@ def reliability() -> str:
 TABLES: dict[str, Callable[[], str]] = {
     "reliability": reliability,
     "rank": rank, "feasibility": feasibility, "planning": planning, "strategies": strategies, "story": story, "claims": claims,
-    "main": main_run, "pretrained": pretrained, "erasure": erasure, "overlap": overlap, "attention": attention, "blocks": blocks,
+    "main": main_run, "pretrained": pretrained, "erasure": erasure, "overlap": overlap, "lean": lean, "blocks": blocks,
     **others.TABLES, **emulated.TABLES,
     "codes": codes, "faults": faults, "projection": projection, "leak": leak}
 

@@ -4,15 +4,13 @@ from collections.abc import Callable
 from itertools import chain
 from typing import Any
 
-from bench.markdown import absent_note, load, markdown
+from bench.markdown import load, markdown
 from bench.provenance import RESULTS
 from memory.cards import GIB
 
 
 def peaks() -> str:
     """Predicted peaks of whole steps, and what torch's CUDA build then allocated and reserved, with the kernels of two cards."""
-    if absent := absent_note("emulated"):
-        return absent
     names = ["emulated", *(path.stem for path in sorted(RESULTS.glob("emulated-*.json")))]
     results = [load(name) for name in names]
     columns = [{cell["settings"]: [f"{cell['measured'][f'{kind}_bytes'] / GIB:.3f} GiB ({cell[f'{kind}_error']:+{digits}%})"
@@ -32,8 +30,6 @@ def peaks() -> str:
 
 def caps() -> str:
     """Plans under the caps they were made for, the smallest peaks, and where the naive recipe breaks."""
-    if absent := absent_note("emulated"):
-        return absent
     result = load("emulated")
     rows = [[f"the planner's plan: {_short(name)}", f"{cell['cap_bytes'] / GIB:.2f} GiB", *_outcome(cell)]
             for name, cell in result["feasibility"]["cells"].items()]
@@ -56,8 +52,6 @@ def _outcome(cell: dict[str, Any]) -> list[str]:
 
 def steps() -> str:
     """What the host gives the card to do in a step."""
-    if absent := absent_note("emulated"):
-        return absent
     result = load("emulated")
     rows = [[step["settings"], f"{step['num_kernels']:,.0f}", f"{step['num_products']:,.0f}", f"{step['host_seconds']:.2f} s",
              f"{step['bytes_to_card'] / GIB:.2f} / {step['bytes_to_host'] / GIB:.2f} GiB", f"{step['num_waits']:.0f}",
@@ -69,8 +63,6 @@ def steps() -> str:
 
 def schedule() -> str:
     """Step times on the emulated card's clock, by card: the program's own order of kernels, copies and waits."""
-    if absent := absent_note("emulated"):
-        return absent
     result = load("emulated")
     by_card = result["schedule"]["cards"]
     first = next(iter(by_card.values()))

@@ -13,13 +13,12 @@ from unittest.mock import patch
 import diffusers
 import pytest
 import torch
-from diffusers.models.attention_processor import CogVideoXAttnProcessor2_0
 
 from bench import published
 from bench.markdown import load
 from memory.cards import card_names, lookup
 from memory.timing import FP32_FRACTION, LARGEST_ERROR, TYPICAL_ERROR
-from trainer.backbones import cogvideox
+from trainer.backbones import lean
 
 PUBLISHED = published.PUBLISHED
 
@@ -64,7 +63,7 @@ def test_peaks_are_near_what_was_published():
 def test_the_committed_times_are_todays():
     row = next(row for row in load("published")["generation"] if row["card"] == "l40" and row["steps"] == 1)
     published._denoising.cache_clear()
-    with patch.object(cogvideox, "LeanProcessor", CogVideoXAttnProcessor2_0):
+    with patch.object(lean, "make_lean"):
         seconds = published._seconds(published._denoising(row["model"]), row["card"])
     published._denoising.cache_clear()
     assert seconds == pytest.approx(row["predicted_seconds"], rel=1e-9), "run `python -m bench.published`"

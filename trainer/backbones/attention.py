@@ -5,7 +5,8 @@ output of attention would be laid out so that it must be copied once more.
 
 Rotary positions (5b and 1.5) go without the float32 copies of whole queries and keys that diffusers makes, a dozen of them: a third
 of what element-wise kernels moved in a step, and the peak of a forward pass where feed-forwards run in chunks (predicted,
-bench.attention). Here pairs are multiplied as complex numbers in place, a few heads at a time, and backward rotates the gradient back.
+bench.lean). Here pairs are multiplied as complex numbers in place, a few heads at a time so that a cache may hold them, and backward
+rotates the gradient back.
 The products and sums are those of `apply_rotary_emb`, of which a kernel may round two together; gradients in 16 bits are
 rounded once where autograd rounds three times.
 Legend: B batch, A heads, S all tokens, L text tokens, N video tokens, D width, d head width.
@@ -16,8 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-_CHUNK_BYTES = 208 * 2**20
-"""Of the float32 copy of some heads."""
+_CHUNK_BYTES = 32 * 2**20
+"""Of the float32 copy of some heads: what is written is read from the cache of most cards, not from their memory."""
 
 
 def rotate(x: Tensor, positions: tuple[Tensor, Tensor], length: int) -> Tensor:
@@ -68,7 +69,13 @@ def project(attn: nn.Module, hidden_states: Tensor, encoder_hidden_states: Tenso
 def project_out(attn: nn.Module, out: Tensor, length: int) -> tuple[Tensor, Tensor]:
     """Video (B, N, D) and text (B, L, D) from the attention's output (B, A, S, d)."""
     out = attn.to_out[1](attn.to_out[0](out.transpose(1, 2).flatten(2)))  # (B, S, D)
-    return out[:, length:], out[:, :length]
+    text, video = parted(out, length)
+    return video, text
+
+
+def parted(x: Tensor, length: int) -> tuple[Tensor, Tensor]:
+    """Text (B, L, D) and video (B, N, D) of x (B, S, D). Backward joins two gradients; of two slices it would add two padded ones."""
+    return x.split([length, x.shape[1] - length], dim=1)
 
 
 class LeanProcessor:

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from memory.offload import offload_blocks, place
 from trainer.backbones import Decode, Predict, published
 from trainer.backbones.location import locate, read_config, reading, stored_dtype
-from trainer.backbones.attention import LeanProcessor
 from trainer.backbones.weights import allocate, assign, randomise
 from trainer.errors import CheckpointError, UsageError
 
@@ -63,9 +62,10 @@ class CogVideoX:
         import_utils._bitsandbytes_available = False  # its quantizers are not used here, and a second of every start
         from diffusers import CogVideoXTransformer3DModel
 
+        from trainer.backbones.lean import make_lean
+
         model = CogVideoXTransformer3DModel.from_config(self._config | changes)
-        for block in model.transformer_blocks:
-            block.attn1.processor = LeanProcessor()
+        make_lean(model.transformer_blocks)
         return model
 
     def identity(self) -> dict[str, str]:

@@ -1,12 +1,10 @@
-"""What the trainer's own attention (trainer.backbones.attention) changes against diffusers', predicted for a whole step.
+"""What the trainer's own blocks (trainer.backbones.lean) change against diffusers', predicted for a whole step.
 
-    python -m bench.attention      into bench/results/attention.json
+    python -m bench.lean      into bench/results/lean.json
 """
 
 from typing import Any
 from unittest.mock import patch
-
-from diffusers.models.attention_processor import CogVideoXAttnProcessor2_0
 
 from bench.feasibility import settings
 from bench.provenance import write_result
@@ -15,7 +13,7 @@ from memory.plan import MemoryPlan
 from memory.simulate import FORWARD
 from memory.timing import load_of
 from trainer.assemble import open_backbone
-from trainer.backbones import cogvideox
+from trainer.backbones import lean
 from trainer.rehearse import rehearse
 
 CARDS = ("4090", "h200")
@@ -37,11 +35,11 @@ def measure(model: str, frames: int) -> dict[str, Any]:
 def main() -> None:
     cells: dict[str, Any] = {}
     for model, frames in CELLS:
-        with patch.object(cogvideox, "LeanProcessor", CogVideoXAttnProcessor2_0):
+        with patch.object(lean, "make_lean"):
             theirs = measure(model, frames)
         cells[f"{model}-{frames}"] = {"diffusers": theirs, "ours": measure(model, frames)}
         print(model, frames, cells[f"{model}-{frames}"], flush=True)
-        write_result("attention", {"basis": "predicted", "cards": CARDS, "cells": cells})
+        write_result("lean", {"basis": "predicted", "cards": CARDS, "cells": cells})
 
 
 if __name__ == "__main__":

@@ -1,0 +1,67 @@
+"""The trainer's blocks against diffusers' own."""
+
+from unittest.mock import patch
+
+import pytest
+import torch
+from diffusers.models.transformers.cogvideox_transformer_3d import CogVideoXBlock
+
+from trainer.backbones import lean
+from trainer.backbones.cogvideox import CogVideoX
+
+
+def _block(dtype: torch.dtype, **more) -> CogVideoXBlock:
+    torch.manual_seed(0)
+    block = CogVideoXBlock(dim=64, num_attention_heads=2, attention_head_dim=32, time_embed_dim=16, **more)
+    for norm in (block.norm1.norm, block.norm2.norm):  # a new norm's weight and bias would hide what is done with them
+        for parameter in norm.parameters():
+            torch.nn.init.normal_(parameter, 1.0, 0.3)
+    return block.requires_grad_(False).to(dtype)
+
+
+def _passed(block: CogVideoXBlock, *, batch: int = 2, rounded: torch.dtype = torch.float32) -> list[torch.Tensor]:
+    """Video and text after the block, and the gradients of what went in. `rounded`: to what inputs are rounded first."""
+    dice, dtype = torch.Generator().manual_seed(1), block.norm1.linear.weight.dtype
+    video, text, timestep = (torch.randn(batch, *size, generator=dice).to(rounded).to(dtype) for size in ((24, 64), (5, 64), (16,)))
+    angles = torch.rand(24, 16, generator=dice).repeat_interleave(2, -1) * 6
+    out = block(video.requires_grad_(), text.requires_grad_(), timestep, (angles.cos(), angles.sin()))
+    return [*out, *torch.autograd.grad(sum(o.float().square().mean() for o in out), (video, text))]
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("more", [{}, {"norm_elementwise_affine": False}], ids=str)
+def test_outputs_and_gradients_are_those_of_diffusers_to_rounding(batch, more):
+    block = _block(torch.float32, **more)
+    expected = _passed(block, batch=batch)
+    lean.make_lean([block])
+    for ours, theirs in zip(_passed(block, batch=batch), expected):
+        torch.testing.assert_close(ours, theirs, rtol=2e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_in_16_bits_they_are_no_further_from_the_truth(dtype):
+    ours = _block(dtype)
+    lean.make_lean([ours])
+    true, theirs, found = (_passed(block, rounded=dtype) for block in (_block(dtype).float(), _block(dtype), ours))
+    for exact, stock, lean_ in zip(true, theirs, found):
+        off = [torch.linalg.vector_norm(each.float() - exact) / torch.linalg.vector_norm(exact) for each in (stock, lean_)]
+        assert lean_.dtype == dtype and off[1] < 1.1 * off[0] < 0.05
+
+
+@pytest.mark.parametrize("kind", ["2b", "5b", "1.5"])
+def test_a_transformer_predicts_and_learns_as_diffusers_does(pipelines, kind):
+    backbone = CogVideoX(str(pipelines[kind]))
+    shape, results = backbone.latent_shape(9, 32, 32), []
+    for stock in (False, True):
+        if stock:
+            with patch.object(lean, "make_lean"):
+                model = backbone.load_transformer(dtype=torch.float32)
+        else:
+            model = backbone.load_transformer(dtype=torch.float32)
+        assert {type(block) for block in model.transformer_blocks} == {CogVideoXBlock if stock else lean.LeanBlock}
+        x = torch.randn(2, *shape, generator=torch.Generator().manual_seed(1), requires_grad=True)
+        text = torch.randn(2, backbone.text_length, backbone.text_width, generator=torch.Generator().manual_seed(2))
+        v = backbone.predictor(model, shape)(x, torch.tensor([500, 20]), text)
+        results.append((v, torch.autograd.grad(v.square().sum(), x)[0]))
+    for ours, theirs in zip(*results):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)

@@ -1,0 +1,60 @@
+"""CogVideoX's blocks as diffusers has them, to rounding, with fewer passes over the tokens.
+
+What diffusers does to a norm's output, to scale and shift it, is done to the norm's weight and bias, which are (D) where the output
+is (B, N, D); a gate and the sum after it are one kernel. In 16 bits what is left out is rounding, too. Names of parameters and modules
+stay, and so do hooks on all modules but the `nn.LayerNorm` inside of a `LeanNorm`, which is not called.
+Legend: B batch, L text tokens, N video tokens, D width.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers.models.normalization import CogVideoXLayerNormZero
+from diffusers.models.transformers.cogvideox_transformer_3d import CogVideoXBlock
+from torch import Tensor
+
+from trainer.backbones.attention import LeanProcessor, parted
+
+
+class LeanNorm(CogVideoXLayerNormZero):
+    """A norm of video and text, each scaled and shifted by what the timestep says."""
+
+    def forward(self, hidden_states: Tensor, encoder_hidden_states: Tensor, temb: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Video (B, N, D), text (B, L, D) and the gates of both (B, 1, D)."""
+        shift, scale, gate = self.linear(self.silu(temb)).unflatten(1, (2, 3, -1)).unbind(2)  # (B, 2, D): of video and text
+        weight, bias, scale = self.norm.weight, self.norm.bias, 1 + scale
+        bias = shift if bias is None else torch.addcmul(shift, bias, scale)
+        weight = scale if weight is None else weight * scale
+        video, text = (self._normed(x, weight[:, i], bias[:, i]) for i, x in enumerate((hidden_states, encoder_hidden_states)))
+        return video, text, gate[:, :1], gate[:, 1:]
+
+    def _normed(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        """x (B, S, D) with a weight and a bias (B, D) for each sample."""
+        samples = [F.layer_norm(sample, sample.shape[-1:], w, b, self.norm.eps) for sample, w, b in zip(x.split(1), weight, bias)]
+        return samples[0] if len(samples) == 1 else torch.cat(samples)
+
+
+class LeanBlock(CogVideoXBlock):
+    """A block whose gates are added as they multiply."""
+
+    def forward(self, hidden_states: Tensor, encoder_hidden_states: Tensor, temb: Tensor,
+                image_rotary_emb: tuple[Tensor, Tensor] | None = None, attention_kwargs: dict[str, Any] | None = None
+                ) -> tuple[Tensor, Tensor]:
+        """Video (B, N, D) and text (B, L, D) after attention and feed-forward."""
+        video, text, gate, text_gate = self.norm1(hidden_states, encoder_hidden_states, temb)
+        video, text = self.attn1(hidden_states=video, encoder_hidden_states=text, image_rotary_emb=image_rotary_emb,
+                                 **(attention_kwargs or {}))
+        hidden_states = torch.addcmul(hidden_states, gate, video)
+        encoder_hidden_states = torch.addcmul(encoder_hidden_states, text_gate, text)
+        video, text, gate, text_gate = self.norm2(hidden_states, encoder_hidden_states, temb)
+        text, video = parted(self.ff(torch.cat([text, video], dim=1)), text.shape[1])
+        return torch.addcmul(hidden_states, gate, video), torch.addcmul(encoder_hidden_states, text_gate, text)
+
+
+def make_lean(blocks: Sequence[CogVideoXBlock]) -> None:
+    """Have diffusers' blocks compute so from now on."""
+    for block in blocks:
+        block.__class__, block.attn1.processor = LeanBlock, LeanProcessor()
+        block.norm1.__class__ = block.norm2.__class__ = LeanNorm
