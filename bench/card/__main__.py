@@ -1,6 +1,6 @@
 """The suite for one card: what is predicted is measured, beside its peers. Random weights; no network, no video files.
 
-    python -m bench.card                       every part that has no result yet, under 9 minutes
+    python -m bench.card                       parts that have no result yet, as many as 9 minutes hold; once more for the next
     python -m bench.card --only offload speed  some parts; --again measures parts that have a result anew
     python -m bench.card --dry                 every part at toy size on the CPU; the figures mean nothing
 
@@ -11,10 +11,12 @@ from memory import environment
 
 environment.prepare()  # before torch is imported: as a run does
 
+import itertools
 import json
 import logging
 import os
 import re
+import signal
 import sys
 import time
 import traceback
@@ -34,10 +36,10 @@ from bench.card.session import Session, register_toys
 from bench.provenance import RESULTS, write_result
 from memory.streams import release_pinned
 
-TOTAL_S = 480  # when the last cell may start; what it takes comes on top, and nine minutes are the limit
-PARTS: dict[str, ModuleType] = {"peaks": peaks, "health": health, "offload": offload, "minimum": minimum, "speed": speed,
+# Such that parts that follow each other fill nine minutes.
+PARTS: dict[str, ModuleType] = {"offload": offload, "minimum": minimum, "peaks": peaks, "health": health, "speed": speed,
                                 "cap": cap, "feasibility": feasibility, "choice": choice}
-Part = Literal["peaks", "health", "offload", "minimum", "speed", "cap", "feasibility", "choice"]
+Part = Literal["offload", "minimum", "peaks", "health", "speed", "cap", "feasibility", "choice"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,14 +54,15 @@ class Card:
     """Every part at toy size on the CPU: the code runs, the figures mean nothing."""
     out: Path = RESULTS
     """Directory of results; a directory of the card's name is made in it."""
-    stretch: float = 1.0
-    """Times the usual nine minutes: what is skipped for lack of time at 1 may run at 3. Fewer parts share all of it."""
+    seconds: float = 480.0
+    """After which no cell starts; what the last one takes comes on top. A part that would not end by then (by what an H100 needs) is left
+    for the next call, unless it is the first. Ctrl-C does the same at once."""
     workers: int | None = None
-    """Processes that predict while the card measures; by default half of the cores, at most 6."""
+    """Processes that predict while the card measures; by default half of the cores, at most 8."""
 
     def __post_init__(self):
-        if not 0.1 <= self.stretch <= 100:
-            raise ValueError(f"--stretch {self.stretch}: from 0.1 to 100")
+        if not 10 <= self.seconds <= 86400:
+            raise ValueError(f"--seconds {self.seconds:g}: from 10 to 86400")
         if self.workers is not None and not 0 <= self.workers <= 64:
             raise ValueError(f"--workers {self.workers}: from 0 to 64; 0 predicts in this process")
 
@@ -83,25 +86,23 @@ def calibrate(session: Session) -> None:
         z = torch.nn.functional.linear(x, x, x[0])
     more = torch.cuda.max_memory_allocated() - held - z.nbytes
     gauge.synchronize()
-    free, total = torch.cuda.mem_get_info()
     session.fixed = {
         "workspace_of_forward_bytes": forward, "more_workspace_with_bias_bytes": more,
-        "context_bytes": total - free - torch.cuda.memory_reserved(), "cublas_workspace_bytes": session.workspace_bytes,
-        "total_bytes": total, "assumed_context_bytes": session.card.context_bytes,
+        "context_bytes": gauge.context_bytes(), "cublas_workspace_bytes": session.workspace_bytes,
+        "total_bytes": torch.cuda.mem_get_info()[1], "assumed_context_bytes": session.card.context_bytes,
         "assumed_cublas_workspace_bytes": session.card.cublas_workspace_bytes,
         "allocator": os.environ.get("PYTORCH_ALLOC_CONF") or os.environ.get("PYTORCH_CUDA_ALLOC_CONF"),
-        "cublas": os.environ.get("CUBLAS_WORKSPACE_CONFIG"), "note": "context: all that is used and not reserved by this process"}
+        "cublas": os.environ.get("CUBLAS_WORKSPACE_CONFIG"), "note": "context: all that is used and not reserved by this process, before its first kernels of size"}
 
 
-def run_part(name: str, session: Session, out: Path, *, seconds: float, end: float) -> dict[str, Any]:
-    """Measure one part within `seconds`, and before `end` by time.monotonic(); write its JSON."""
+def run_part(name: str, session: Session, out: Path) -> dict[str, Any]:
+    """Measure one part; write its JSON."""
     started = time.monotonic()
-    session.deadline = min(started + seconds, end)
     result = PARTS[name].measure(session, out)
     if session.dry:  # a figure of a dry run reaches no goal and misses none
         result["goals"] = [g | {"reached": None} for g in result["goals"]]
-    content = {"part": name, "dry": session.dry, "budget_seconds": None if session.dry else round(seconds, 1),
-               "seconds": round(time.monotonic() - started, 1), "card": session.card.name, "fixed_terms": session.fixed, **result}
+    content = {"part": name, "dry": session.dry, "seconds": round(time.monotonic() - started, 1), "card": session.card.name,
+               "fixed_terms": session.fixed, "context_bytes_after": session.gauge.context_bytes(), **result}
     write_result(name, content, out)
     session.gauge.release()
     release_pinned()  # in sizes that other parts may not ask for
@@ -134,10 +135,10 @@ def goal_rows(name: str, content: dict[str, Any]) -> list[list[str]]:
     return shown
 
 
-def budgets(parts: Sequence[str], seconds: float) -> dict[str, float]:
-    """The time of all, divided among the parts that are to be measured."""
-    whole = sum(PARTS[name].BUDGET_S for name in parts)
-    return {name: seconds * PARTS[name].BUDGET_S / whole for name in parts}
+def in_time(parts: Sequence[str], seconds: float) -> list[str]:
+    """The first parts that end within `seconds`; the very first in any case."""
+    ends = itertools.accumulate(PARTS[name].SECONDS for name in parts)
+    return [name for i, (name, end) in enumerate(zip(parts, ends)) if end <= seconds or i == 0]
 
 
 def stored(path: Path) -> dict[str, Any] | None:
@@ -159,7 +160,7 @@ def main(config: Card) -> int:
     device = torch.device("cpu") if config.dry else torch.device("cuda", torch.cuda.current_device())
     if config.dry:
         register_toys()
-    workers = config.workers if config.workers is not None else min(6, (os.cpu_count() or 1) // 2)
+    workers = config.workers if config.workers is not None else min(8, (os.cpu_count() or 1) // 2)
     label = "dry" if config.dry else re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-")
     out = config.out / label
     try:
@@ -172,17 +173,26 @@ def main(config: Card) -> int:
     wanted = [name for name in PARTS if name in (config.only or PARTS)]
     results = {} if config.again else {name: known for name in wanted if (known := stored(out / f"{name}.json"))}
     missing = [name for name in wanted if name not in results]
-    total = float("inf") if config.dry else TOTAL_S * config.stretch
-    seconds = budgets(missing, total)
+    failed: list[str] = []
+    todo = missing if config.dry else in_time(missing, config.seconds)
+    session.deadline = float("inf") if config.dry else started + config.seconds
+
+    def stop(number: int, frame: Any) -> None:
+        session.deadline = 0.0  # the cell under way is the last, and what was measured is written
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        for name in missing:
+        for name in todo:
             if hasattr(PARTS[name], "prepare"):
                 PARTS[name].prepare(session)
-        for name in missing:
+        for name in todo:
+            if time.monotonic() > session.deadline:
+                break
             try:
-                results[name] = run_part(name, session, out, seconds=seconds[name], end=started + total)
+                results[name] = run_part(name, session, out)
             except Exception:  # said aloud, and the parts after it are measured: the card may be here for nine minutes only
                 traceback.print_exc()
+                failed.append(name)
                 if not recovered(session.gauge):
                     break
                 continue
@@ -192,8 +202,11 @@ def main(config: Card) -> int:
             sys.stdout.flush()
     finally:
         session.forecaster.close()
+        for number, handler in before.items():
+            signal.signal(number, handler)
     print_table(f"goals ({out})", [row for name in wanted if name in results for row in goal_rows(name, results[name])])
-    failed = [name for name in wanted if name not in results]
+    if left := [name for name in missing if name not in results and name not in failed]:
+        print(f"not begun: {', '.join(left)}; the same command again measures {'them' if len(left) > 1 else 'it'}")
     if failed:
         print(f"error: failed, see above: {', '.join(failed)}; again with --only {' '.join(failed)}", file=sys.stderr)
     return 1 if failed else 0

@@ -11,7 +11,7 @@ from bench.card.forecasts import plans_of, shrunk
 from bench.card.rig import Cell
 from bench.card.session import Session, goal, rows
 
-BUDGET_S = 40
+SECONDS = 125
 SIZES = (24.0, 48.0, 96.0)
 MODELS = (("5b", 49), ("2b", 49))
 WANTED = {24.0: 0.12, 48.0: 0.20, 96.0: 0.22}
@@ -40,11 +40,11 @@ def measure(session: Session, out: Path) -> dict[str, Any]:
         plans = session.forecaster.answer(plans_of, plain, _cards(session))
         todo.append((f"{kind} {frames}f plain", plain, None))
         for card, (best, _) in zip(_cards(session), plans):
-            if best is not None:
+            if best is not None and not (card.name.endswith("-host") and best.plan.kept == "device"):  # that would be the first one again
                 cell = dataclasses.replace(plain, plan=best.plan)
                 todo.append((f"{kind} {frames}f {card.name}", cell, card.available_bytes))
     for name, cell, cap in session.within_budget(todo, skipped, name=lambda entry: entry[0]):
-        found[name] = session.measure(cell, num_steps=2, cap=cap).as_json() | {"settings": cell.name(), "cap_bytes": cap}
+        found[name] = session.measure(cell, num_steps=2, cap=cap) | {"cap_bytes": cap}
     for name, cell in found.items():
         plain = found.get(" ".join(name.split()[:2]) + " plain", {})
         if not name.endswith("plain") and "step_seconds" in cell and "step_seconds" in plain:

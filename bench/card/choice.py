@@ -9,10 +9,10 @@ from bench.card.forecasts import plans_of, shrunk
 from bench.card.rig import Cell
 from bench.card.session import Session, goal, rows
 
-BUDGET_S = 60
+SECONDS = 180
 SIZES = (6.0, 9.0)
 MODEL = ("2b", 9)  # short steps: the whole grid has to run
-NUM_STEPS = 2
+NUM_STEPS, NUM_AGAIN = 2, 4
 
 
 def _plain(session: Session, **plan: Any) -> Cell:
@@ -38,21 +38,26 @@ def prepare(session: Session) -> None:
 
 def measure(session: Session, out: Path) -> dict[str, Any]:
     """The part's result. The grid runs without a cap; a cell fits a card if what it reserved is available there."""
-    found, skipped, chosen, regrets = {}, [], {}, {}
+    found, skipped, chosen, again, regrets, cells = {}, [], {}, {}, {}, {}
     plain = _plain(session)
     plans = session.forecaster.answer(plans_of, plain, _cards(session))
     for card, (best, _) in zip(_cards(session), plans):
         if best is not None:
             cell = dataclasses.replace(plain, plan=best.plan)
-            chosen[card.name] = session.measure(cell, num_steps=NUM_STEPS, cap=card.available_bytes).as_json() | {
-                "settings": cell.name(), "cap_bytes": card.available_bytes, "predicted_step_seconds": best.time.seconds}
+            cells[card.name] = cell
+            chosen[card.name] = session.measure(cell, num_steps=NUM_STEPS, cap=card.available_bytes) | {
+                "cap_bytes": card.available_bytes, "predicted_step_seconds": best.time.seconds}
     for cell in session.within_budget(_grid(session), skipped, name=Cell.name):
-        found[cell.name()] = session.measure(cell, num_steps=NUM_STEPS).as_json()
-    for card in _cards(session):
-        fitting = [c["step_seconds"] for c in found.values() if c.get("reserved_bytes", card.capacity_bytes) <= card.available_bytes]
+        cells[cell.name()], found[cell.name()] = cell, session.measure(cell, num_steps=NUM_STEPS)
+    for card in _cards(session) if not skipped else ():
+        fitting = {name: c["step_seconds"] for name, c in found.items()
+                   if c.get("reserved_bytes", card.capacity_bytes) <= card.available_bytes}
         if fitting and "step_seconds" in chosen.get(card.name, {}):
-            regrets[card.name] = chosen[card.name]["step_seconds"] / min(fitting) - 1
-    return {"chosen": chosen, "grid": found, "regret": regrets, "skipped": skipped,
+            best = min(fitting, key=fitting.get)  # of many, so some of its lead is luck: both anew, in turns
+            again[card.name] = {name: session.measure(cells[name], num_steps=NUM_AGAIN) for name in (best, card.name)}
+            if all("step_seconds" in cell for cell in again[card.name].values()):
+                regrets[card.name] = again[card.name][card.name]["step_seconds"] / again[card.name][best]["step_seconds"] - 1
+    return {"chosen": chosen, "grid": found, "best_and_chosen_again": again, "regret": regrets, "skipped": skipped,
             "goals": [goal(f"time lost to the best of the grid under {gib:g} GB", regrets.get(card.name), 0.03)
                       for gib, card in zip(SIZES, _cards(session))],
             "table": rows(chosen)}

@@ -6,11 +6,11 @@ from typing import Any
 
 from bench.card.forecasts import plans_of, shrunk
 from bench.card.rig import Cell
-from bench.card.session import Session, goal, rows
+from bench.card.session import Session, failures, goal, rows
 from bench.naive import Naive
 from memory.cards import Card
 
-BUDGET_S = 60
+SECONDS = 175
 LARGE, SMALL = ((24.0, 49), (48.0, 49), (96.0, 49)), ((8.0, 17), (12.0, 17), (16.0, 17))  # (GiB, frames of the 5b)
 NUM_STEPS = 3
 
@@ -44,7 +44,7 @@ def _naive(session: Session, cap: int) -> dict[str, Any]:
 
     attempt = session.gauge.attempt(run)
     return {"cap_bytes": cap, "ran": attempt.worked, "out_of_memory": attempt.out_of_memory,
-            "broke_in": None if attempt.worked else stages[-1]}
+            "failed": attempt.failed, "broke_in": None if attempt.worked else stages[-1]}
 
 
 def _planned(session: Session, card: Card, frames: int) -> dict[str, Any]:
@@ -54,8 +54,8 @@ def _planned(session: Session, card: Card, frames: int) -> dict[str, Any]:
     if best is None:
         return {"failed": f"the planner says it does not fit: {smallest.reason}"}
     cell = dataclasses.replace(plain, plan=best.plan)
-    return session.measure(cell, num_steps=NUM_STEPS - 1, cap=card.available_bytes).as_json() | {
-        "settings": cell.name(), "cap_bytes": card.available_bytes,
+    return session.measure(cell, num_steps=NUM_STEPS - 1, cap=card.available_bytes) | {
+        "cap_bytes": card.available_bytes,
         "predicted": {"reserved_bytes": best.prediction.reserved_bytes, "step_seconds": best.time.seconds}}
 
 
@@ -71,10 +71,10 @@ def measure(session: Session, out: Path) -> dict[str, Any]:
     for card, frames in session.within_budget(cases[len(LARGE):], skipped, name=lambda case: case[0].name):
         found[f"5b {frames}f {card.name}"] = _planned(session, card, frames)
     ran = [name for name in (f"5b {frames}f {card.name}" for card, frames in large) if "step_seconds" in found.get(name, {})]
-    broken = [entry for entry in found.values() if "out_of_memory" in entry]
+    broken = ["step_seconds" not in entry for entry in found.values()]
     return {
         "cells": found, "naive": naive, "skipped": skipped,
         "goals": [goal("of 24, 48 and 96 GB, those under which three steps ran", len(ran), 3, at_least=True),
-                  goal("plans said to fit that ran out of memory", len(broken), 0)],
+                  goal("plans said to fit that did not run", failures(broken, complete=not skipped), 0)],
         "table": rows(found) + [[f"naive 2b 17f {name}", "ran" if r["ran"] else f"broke in {r['broke_in']}"] for name, r in naive.items()],
     }

@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Callable
 from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from functools import lru_cache, partial
 from multiprocessing import get_context
 from typing import Any
@@ -92,7 +93,11 @@ class Forecaster:
     def answer(self, function: Callable[..., Any], *args: Any) -> Any:
         """What `function(*args)` returns."""
         self.ask(function, *args)
-        return function(*args) if self._pool is None else self._futures[function, args].result()
+        try:
+            return function(*args) if self._pool is None else self._futures[function, args].result()
+        except BrokenProcessPool:  # a worker was killed, as for want of memory
+            self._pool = None
+            return function(*args)
 
     def close(self) -> None:
         if self._pool is not None:

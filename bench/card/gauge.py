@@ -84,6 +84,13 @@ class Gauge:
         if self.is_card:
             torch.cuda.synchronize(self.device)
 
+    def context_bytes(self) -> int:
+        """All that is used of the card and not reserved by this process' allocator. It grows as kernels are loaded."""
+        if not self.is_card:
+            return 0
+        free, total = torch.cuda.mem_get_info(self.device)
+        return total - free - torch.cuda.memory_reserved(self.device)
+
     def release(self) -> None:
         """Give back what nothing refers to any more, cuBLAS' workspaces, and the allocator's cache: as in a new process."""
         gc.collect()
@@ -92,18 +99,17 @@ class Gauge:
             torch._C._cuda_clearCublasWorkspaces()
             torch.cuda.empty_cache()
 
-    def attempt(self, run: Callable[[], Any], *, may_fail: tuple[type[Exception], ...] = ()) -> Attempt:
-        """Run a cell; being out of memory, and the errors of `may_fail` (for peers), are answers.
+    def attempt(self, run: Callable[[], Any]) -> Attempt:
+        """Run a cell. Being out of memory is an answer, and so is any other error: it is shown and written down, and the cells after it
+        run, since the card may be there for minutes only.
 
         Memory is given back outside of the except block: inside, the traceback still holds the cell's tensors.
         """
-        out_of_memory = (torch.OutOfMemoryError, MemoryError)
         try:
             result = Attempt(run())
-        except out_of_memory as e:
+        except (torch.OutOfMemoryError, MemoryError) as e:
             result = Attempt(out_of_memory=_first_line(e))
-        except may_fail as e:
-            # Pinned memory that the host cannot give is a plain RuntimeError.
+        except Exception as e:
             result = Attempt(failed=f"{type(e).__name__}: {_first_line(e)}")
         self.release()
         return result

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from bench.card.rig import Rig, rigged
-from bench.card.session import Session, goal
+from bench.card.session import Session, failures, goal
 from memory.meter import Meter
 from trainer.metrics import MetricsLog
 from trainer.monitor import Monitor, read_memory, sensors
 
-BUDGET_S = 20
+SECONDS = 100
 STEPS_A_ROUND = 3
 
 
@@ -59,24 +59,25 @@ def _compare(session: Session, kind: str, frames: int, num_rounds: int, director
             gauge.synchronize()
             watched.health.flush()
     log.close()
-    medians = {name: statistics.median(values) for name, values in taken.items()}
-    means = {name: statistics.mean(values) for name, values in taken.items()}
-    return {"step_seconds": medians, "mean_step_seconds": means, "num_rounds": num_rounds, "num_drawn": num_drawn,
-            "cost": medians["watched"] / medians["plain"] - 1}
+    # A round's ratio: what drifts from round to round is in both of its halves.
+    rounds = {name: [sum(values[i:i + STEPS_A_ROUND]) for i in range(0, len(values), STEPS_A_ROUND)] for name, values in taken.items()}
+    costs = [watched / plain - 1 for plain, watched in zip(rounds["plain"], rounds["watched"])]
+    return {"all_step_seconds": taken, "step_seconds": {name: statistics.median(values) for name, values in taken.items()},
+            "num_rounds": num_rounds, "num_drawn": num_drawn, "cost_by_round": costs, "cost": statistics.median(costs)}
 
 
 def measure(session: Session, out: Path) -> dict[str, Any]:
     """The part's result. An operator that waits ends the cell with torch's own message."""
     found, skipped = {}, []
     for kind, frames, num_rounds in session.within_budget(
-            session.few([("2b", 17, 4), ("5b", 17, 3)], 1), skipped, name=lambda entry: f"{entry[0]} {entry[1]}f"):
+            session.few([("2b", 17, 8), ("5b", 17, 4)], 1), skipped, name=lambda entry: f"{entry[0]} {entry[1]}f"):
         with tempfile.TemporaryDirectory() as directory:
             attempt = session.gauge.attempt(
-                lambda: _compare(session, kind, frames, 1 if session.dry else num_rounds, Path(directory)), may_fail=(RuntimeError,))
+                lambda: _compare(session, kind, frames, 1 if session.dry else num_rounds, Path(directory)))
         found[f"{kind} {frames}f"] = attempt.as_json()
     costs = [cell["cost"] for cell in found.values() if "cost" in cell]
-    waits = sum("synchroniz" in cell.get("failed", "") for cell in found.values())
+    waits = ["synchroniz" in cell.get("failed", "") for cell in found.values()]
     return {"cells": found, "skipped": skipped,
             "goals": [goal("cost of the checks and the live view", max(costs, default=None), 0.005),
-                      goal("cells in which the host had to wait", waits, 0)],
+                      goal("cells in which the host had to wait", failures(waits, complete=len(costs) == len(found) and not skipped), 0)],
             "table": [[name, f"{cell['cost']:+.2%}" if "cost" in cell else "failed"] for name, cell in found.items()]}

@@ -7,9 +7,10 @@ from bench.card.forecasts import peaks_of
 from bench.card.rig import Cell
 from bench.card.session import Session, goal, rows
 
-BUDGET_S = 85
+SECONDS = 125
 _SMALLEST = dict(resident_blocks=0, boundaries="host", feed_forward_chunks=8)
-GOALS = {("5b", 49): 3.0, ("2b", 17): 1.1, ("1.5", 81): 7.0}  # GiB allocated
+LONG = ("1.5", 81)
+GOALS = {("5b", 49): 3.0, ("2b", 17): 1.1, LONG: 7.0}  # GiB allocated
 
 
 def _cells(session: Session) -> dict[tuple[str, int], list[Cell]]:
@@ -27,10 +28,10 @@ def measure(session: Session, out: Path) -> dict[str, Any]:
     """The part's result."""
     found, skipped, goals = {}, [], []
     # The long one after each has been measured once, and the plain optimizers with what time is left.
-    todo = [(key, cells[i]) for i in (0, 1) for key, cells in _cells(session).items() if not (i and key == ("1.5", 81))]
+    todo = [(key, cells[i]) for i in (0, 1) for key, cells in _cells(session).items() if not (i and key == LONG)]
     for key, cell in session.within_budget(todo[:3] if session.dry else todo, skipped, name=lambda pair: pair[1].name()):
-        found[f"{key[0]} {key[1]}f {cell.plan.optimizer}"] = session.measure(cell, num_steps=1).as_json() | {
-            "settings": cell.name()}
+        # The long one takes the better part of a minute: its first step has to do, all that outlives it was there before.
+        found[f"{key[0]} {key[1]}f {cell.plan.optimizer}"] = session.measure(cell, num_steps=1, num_warm=int(key != LONG))
     predicted = {}
     for key, cells in _cells(session).items():
         prediction, _ = session.forecaster.answer(peaks_of, cells[0], session.workspace_bytes)

@@ -17,10 +17,6 @@ from memory.checkpointing import checkpoint_blocks
 from memory.plan import MemoryPlan
 from trainer.tracing import in_backward
 
-PEER_ERRORS = (RuntimeError, ValueError, KeyError, ImportError)
-"""What a peer may fail with; it is written down, and the part goes on."""
-
-
 def _checkpointed(blocks: nn.ModuleList) -> None:
     checkpoint_blocks(blocks, ["inputs"] * len(blocks))
 

@@ -185,10 +185,10 @@ class Rig:
         peaks, after = self.gauge.end(), self.gauge.counters()
         moved = {key: (value - before[key]) // num_steps for key, value in self._totals().items()}
         return {
-            "step_seconds": statistics.median(step["seconds"] for step in taken),
+            "settings": self.cell.name(), "step_seconds": statistics.median(step["seconds"] for step in taken),
             "seconds_by_phase": {name: statistics.median(step["phase_seconds"].get(name, 0.0) for step in taken)
                                  for name in taken[0]["phase_seconds"]},
-            "num_steps": num_steps, "peaks": peaks,
+            "num_steps": num_steps, "all_step_seconds": [step["seconds"] for step in taken], "peaks": peaks,
             "allocated_bytes": max(peak["allocated_bytes"] for peak in peaks.values()),
             "reserved_bytes": max(peak["reserved_bytes"] for peak in peaks.values()),
             "num_retries": after["num_retries"] - counted["num_retries"],
@@ -218,6 +218,8 @@ def rigged(cell: Cell, gauge: Gauge, **more: Any) -> Iterator[Rig]:
     finally:
         # Hooks and forwards refer to each other in circles; without this, nothing goes before the next collection.
         rig.__dict__.clear()
+        if cell.plan.compile:
+            torch._dynamo.reset()  # compiled code holds on to what it was compiled for
 
 
 def measured(cell: Cell, gauge: Gauge, *, num_steps: int, num_warm: int = 1, cap: int | None = None, **more: Any) -> dict[str, Any]:

@@ -73,14 +73,14 @@ class Session:
             else:
                 yield cell
 
-    def measure(self, cell: Cell, *, num_steps: int, may_fail: tuple[type[Exception], ...] = (RuntimeError,),
-                **more: Any) -> Attempt:
-        """Set up, run and take down one cell. Being out of memory is an answer, and so is an error: it is shown and written
-        down, and the cells after it run."""
+    def measure(self, cell: Cell, *, num_steps: int, **more: Any) -> dict[str, Any]:
+        """Set up, run and take down one cell: what it is, and what was measured or why nothing was."""
         dtype = str(resolve_dtype(backbone_of(cell), cell.plan, insist=True)).removeprefix("torch.")
-        if not self.card.supports(dtype):  # torch would emulate it, with an attention that holds its matrix
-            return Attempt(failed=f"{self.card.label} has no {dtype}")
-        return self.gauge.attempt(lambda: measured(cell, self.gauge, num_steps=num_steps, **more), may_fail=may_fail)
+        if self.card.supports(dtype):
+            attempt = self.gauge.attempt(lambda: measured(cell, self.gauge, num_steps=num_steps, **more))
+        else:  # torch would emulate it, with an attention that holds its matrix
+            attempt = Attempt(failed=f"{self.card.label} has no {dtype}")
+        return {"settings": cell.name(), **attempt.as_json()}
 
 
 _COUNTS = ("resident_blocks", "num_keep_attention", "num_keep_everything")
@@ -90,6 +90,11 @@ def goal(text: str, value: float | None, wanted: float, *, at_least: bool = Fals
     """A goal beside what was measured. None: not measured, so neither reached nor missed."""
     reached = None if value is None else (value >= wanted if at_least else value <= wanted)
     return {"goal": text, "measured": value, "wanted": ("at least " if at_least else "at most ") + f"{wanted:g}", "reached": reached}
+
+
+def failures(failed: Sequence[bool], *, complete: bool) -> int | None:
+    """How many failed. None where none has but not all were asked."""
+    return sum(failed) if any(failed) or (complete and failed) else None
 
 
 def rows(attempts: dict[str, dict[str, Any]]) -> list[list[str]]:

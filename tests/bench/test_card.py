@@ -1,6 +1,8 @@
 """The suite for a card, walked through at toy size on the CPU; and what it computes without one."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -10,18 +12,19 @@ import pytest
 import torch
 
 from bench.card import __main__ as suite
-from bench.card import rig
+from bench.card import offload, rig
 from bench.card.forecasts import Forecaster
 from bench.card.gauge import Gauge, covered, overlap
+from bench.card.offload import PEERS
 from bench.card.peaks import thick, thin
-from bench.card.session import Session, goal
+from bench.card.session import Session, failures, goal
 from bench.overlap import block_seconds, count_loads, hiding_tokens
 from memory.cards import lookup
 from memory.snapshots import replay_snapshot
 from trainer.backbones import published
 
 ROOT = Path(__file__).parent.parent.parent
-PARTS = ("peaks", "health", "offload", "minimum", "speed", "cap", "feasibility", "choice")
+PARTS = ("offload", "minimum", "peaks", "health", "speed", "cap", "feasibility", "choice")
 
 
 def _suite(*args: str) -> str:
@@ -65,7 +68,7 @@ def test_every_part_walks_through_and_is_not_measured_twice(tmp_path):
 
 
 @pytest.mark.parametrize("words, message", [
-    (["--only", "peeks"], "peeks"), (["--stretch", "0"], "--stretch 0.0: from 0.1 to 100"), (["--workers", "-1"], "--workers -1"),
+    (["--only", "peeks"], "peeks"), (["--seconds", "0"], "--seconds 0: from 10 to 86400"), (["--workers", "-1"], "--workers -1"),
     ([], "there is no CUDA card here; --dry")])
 def test_wrong_input_ends_with_2_and_a_word(words, message, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -76,11 +79,30 @@ def test_wrong_input_ends_with_2_and_a_word(words, message, monkeypatch, capsys)
     assert code == 2 and message in capsys.readouterr().err
 
 
-def test_parts_share_less_than_nine_minutes(tmp_path):
-    whole = suite.budgets(PARTS, suite.TOTAL_S)
-    assert sum(whole.values()) == pytest.approx(suite.TOTAL_S) and suite.TOTAL_S < 540
-    assert suite.budgets(["peaks", "health"], suite.TOTAL_S)["peaks"] > 3 * whole["peaks"] and suite.budgets([], 1.0) == {}
-    assert tuple(suite.PARTS) == PARTS
+def test_a_call_begins_what_it_can_end_and_the_next_goes_on():
+    left, calls = list(suite.PARTS), 0
+    while left:
+        now = suite.in_time(left, suite.Card().seconds)
+        assert now == left[:len(now)] and now
+        left, calls = left[len(now):], calls + 1
+    assert tuple(suite.PARTS) == PARTS and calls == 4
+    assert suite.in_time(["speed", "cap"], 10) == ["speed"] and suite.in_time([], 480) == []
+
+
+def test_a_signal_ends_it_with_what_was_measured(tmp_path, monkeypatch, capsys):
+    def measure(session, out):
+        done = []
+        for cell in session.within_budget(("first", "second"), skipped := []):
+            done.append(cell)
+            os.kill(os.getpid(), signal.SIGTERM)
+        return {"goals": [goal("cells", len(done), 1)], "table": [["a"]], "skipped": skipped}
+
+    monkeypatch.setattr(suite.peaks, "measure", measure)
+    before = signal.getsignal(signal.SIGTERM)
+    assert suite.main(suite.Card(dry=True, out=tmp_path, only=("peaks", "health"))) == 0
+    said = capsys.readouterr().out
+    assert json.loads((tmp_path / "dry" / "peaks.json").read_text())["skipped"] == ["second"]
+    assert "not begun: health; the same command again measures it" in said and signal.getsignal(signal.SIGTERM) is before
 
 
 def test_a_part_that_fails_is_told_and_the_others_are_measured(tmp_path, monkeypatch, capsys):
@@ -105,10 +127,11 @@ def test_a_device_that_is_gone_ends_the_suite_with_what_was_measured(tmp_path, m
 
     monkeypatch.setattr(suite.peaks, "measure", lambda session, out: {"goals": [goal("error", 0.1, 1.0)], "table": [["a"]], "skipped": []})
     monkeypatch.setattr(suite.health, "measure", fail)
-    monkeypatch.setattr(suite.offload, "measure", lambda *_: pytest.fail("measured on a device that is gone"))
-    assert suite.main(suite.Card(dry=True, out=tmp_path, only=("peaks", "health", "offload"))) == 1
+    monkeypatch.setattr(suite.speed, "measure", lambda *_: pytest.fail("measured on a device that is gone"))
+    assert suite.main(suite.Card(dry=True, out=tmp_path, only=("peaks", "health", "speed"))) == 1
     said = capsys.readouterr()
-    assert "does not answer any more" in said.err and "--only health offload" in said.err and "peaks: error" in said.out
+    assert "does not answer any more" in said.err and "--only health\n" in said.err and "peaks: error" in said.out
+    assert "not begun: speed" in said.out
 
 
 def test_a_result_that_cannot_be_read_is_measured_anew(tmp_path, capsys):
@@ -189,6 +212,25 @@ def test_a_cell_whose_dtype_the_card_lacks_is_told_and_not_measured():
     session = Session(Gauge(torch.device("cpu")), lookup("t4"), Forecaster(0))
     bf16, fp16 = session.cell("5b", 9), session.cell("5b", 9, dtype="float16")
     with patch("bench.card.session.measured", return_value={"step_seconds": 1.0}) as measure:
-        assert session.measure(bf16, num_steps=1).failed == "Tesla T4 has no bfloat16"
+        assert session.measure(bf16, num_steps=1) == {"settings": bf16.name(), "failed": "Tesla T4 has no bfloat16"}
         assert not measure.called
-        assert session.measure(fp16, num_steps=1).worked
+        assert session.measure(fp16, num_steps=1) == {"settings": fp16.name(), "step_seconds": 1.0}
+
+
+@pytest.mark.parametrize("failed, complete, count", [([], True, None), ([False], False, None), ([False, False], True, 0), ([False, True], False, 1)])
+def test_what_was_not_asked_has_not_succeeded(failed, complete, count):
+    assert failures(failed, complete=complete) == count
+
+
+def test_goals_of_what_was_not_measured_are_neither_reached_nor_missed():
+    cell = {"step_seconds": 1.0, "allocated_bytes": 10, "num_retries": 0, "num_driver_allocations": 0, "grown_bytes": 0, "streamed_bytes": 0}
+    for found in ({}, {"5b-17f all resident": cell}, {f"2b-17f {PEERS[-1]}": cell}):
+        for g in offload.goals(found, {}, {}):
+            assert g["measured"] is None or "retries" in g["goal"], g
+
+
+@pytest.mark.parametrize("ours, over", [(9, -0.5), (10, -0.5), (11, None)])
+def test_a_peer_is_compared_with_what_holds_no_more(ours, over):
+    found = {f"5b-17f {PEERS[0]}": {"step_seconds": 2.0, "allocated_bytes": 10}, "5b-17f ring": {"step_seconds": 1.0, "allocated_bytes": ours},
+             "2b-17f ring": {"step_seconds": 0.1, "allocated_bytes": 1}}
+    assert offload._over(found, found, PEERS[0]) == over

@@ -25,7 +25,7 @@ def _stock(x, positions):
 @pytest.mark.parametrize("heads_at_once", [1, 2, 5])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_outputs_and_gradients_are_those_of_diffusers(monkeypatch, dtype, heads_at_once):
-    monkeypatch.setattr(attention, "_CHUNK_BYTES", 4 * B * N * WIDTH * heads_at_once)
+    monkeypatch.setattr(attention, "CHUNK_BYTES", 4 * B * N * WIDTH * heads_at_once)
     x, positions, grad = _case(dtype)
     ours, stock = rotate(x, positions, L), _stock(x, positions)
     torch.testing.assert_close(ours, stock, rtol=0, atol=ROUNDING if dtype == torch.float32 else 0)

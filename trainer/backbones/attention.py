@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-_CHUNK_BYTES = 32 * 2**20
+CHUNK_BYTES = 32 * 2**20
 """Of the float32 copy of some heads: what is written is read from the cache of most cards, not from their memory."""
 
 
@@ -43,7 +43,7 @@ def _rotated(x: Tensor, cos: Tensor, sin: Tensor, length: int, *, back: bool) ->
     result = torch.empty_like(x)
     result[:, :, :length] = x[:, :, :length]
     turn = torch.complex(cos[:, ::2], -sin[:, ::2] if back else sin[:, ::2])  # (N, d/2): both of a pair turn by one angle
-    step = max(1, _CHUNK_BYTES // (4 * x.shape[0] * cos.numel()))  # heads at a time
+    step = max(1, CHUNK_BYTES // (4 * x.shape[0] * cos.numel()))  # heads at a time
     for heads in (slice(a, a + step) for a in range(0, x.shape[1], step)):
         # (B, step, N, d): pairs of a real and an imaginary part, side by side however x lies
         part = x[:, heads, length:].to(torch.float32, copy=True, memory_format=torch.contiguous_format)
