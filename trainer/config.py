@@ -84,7 +84,7 @@ class LossConfig:
     beta: float = 1.0
     """β: weight of the preservation loss; 0 trains without."""
     mask_threshold: float = 0.5
-    """Where the concept is: attention maps, normalised over the clip, above this value."""
+    """Where the concept is: attention maps, normalised over the clip, from this value on."""
     mask_blocks: tuple[int, ...] = ()
     """Blocks whose attention makes the mask; empty takes all."""
 
@@ -110,7 +110,7 @@ class OptimConfig:
     warmup: int = 10
     """Steps over which the learning rate rises from zero."""
     schedule: Literal["constant", "cosine"] = "constant"
-    """Learning rate after warm-up: constant, or a cosine to zero at the last step."""
+    """Learning rate after warm-up: constant, or a cosine that would be zero after the last step."""
     weight_decay: float = 0.0
     """Decoupled weight decay."""
     clip: float = 1.0

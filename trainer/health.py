@@ -87,9 +87,10 @@ class Health:
         return self.bill.as_json()["findings"]
 
     def reduce(self, terms: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """Average gradients and `terms` over all processes, and join the norms of activations: once a step, before unscaling.
+        """Add up the gradients of all processes, average `terms`, and join the norms of activations: once a step, before unscaling.
 
-        After it every process has the same numbers, and so takes the same decision about the step.
+        After it every process has the same numbers, and so takes the same decision about the step. Gradients are added, of losses
+        that were divided by the number of processes: in float16 they are then as large on their way as in one process.
         """
         if num_ranks() == 1:
             return terms
@@ -98,6 +99,7 @@ class Health:
         # A gradient that is missing here makes the step non-finite everywhere.
         gradients = [torch.full_like(p, math.nan) if p.grad is None else p.grad for p in self.erasers.parameters()]
         average([*gradients, *means, squares])
+        torch._foreach_mul_(gradients, num_ranks())
         self._teacher, self._student, *norms = squares.sqrt()
         self._eraser, self._residual = norms[:len(self._eraser)], norms[len(self._eraser):]
         return dict(zip(terms, means))
@@ -186,11 +188,11 @@ class Health:
     def _locate(self, record: dict[str, Any]) -> Finding:
         """The second pass: where does it begin?"""
         data, optim, scale = self.subject.config.data, self.subject.config.optim, record.get("loss_scale", 1.0)
-        found = None
+        found, share = None, scale / optim.accumulation / num_ranks()  # as in the step
         for k in range(optim.accumulation):
             index = record["step"] * optim.accumulation + k
             if found is None:
-                own = trace(self.subject, index % data.pool if data.pool else index, scale=scale, loss=record["loss"])
+                own = trace(self.subject, index % data.pool if data.pool else index, scale=share, loss=record["loss"])
                 found = next(filter(None, everyones(own)), None)
         if self._skips and (found is None or scale_collapsed(found)):
             return finding("loss-scale-collapse", "backward", loss_scale=scale, num_skipped_steps=self._skips)

@@ -21,7 +21,7 @@ from trainer.assemble import (assemble, collect_prompts, embed_prompts, masking_
 from trainer.checkpoint import Saver, latest_checkpoint
 from trainer.clock import PhaseClock
 from trainer.config import TrainConfig
-from trainer.distributed import agreed, on_main, shared
+from trainer.distributed import agreed, num_ranks, on_main, shared
 from trainer.eraser_files import save_eraser
 from trainer.errors import Interrupted
 from trainer.health import Health
@@ -114,7 +114,8 @@ def train(config: TrainConfig, origins: Mapping[str, str], *, resume: Path | Non
             totals: dict[str, torch.Tensor] = {}
             for k in range(num_passes):
                 clock.phase("teacher")
-                number, share = state.step * num_passes + k, scaler.scale(torch.full((), 1 / num_passes, device=device))
+                number = state.step * num_passes + k
+                share = scaler.scale(torch.full((), 1 / num_passes / num_ranks(), device=device))
                 if together:
                     terms = lockstep_backward(together, predict, erasers, samples, number, config.loss, scale=share)
                 else:

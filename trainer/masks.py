@@ -102,16 +102,15 @@ class ConceptMaps:
         return concept_mask([processor.map for processor in self.processors], threshold=threshold)
 
 
-def concept_mask(maps: Sequence[Tensor], *, threshold: float, soft: bool = False) -> Tensor:
-    """One mask (B, N) in 0..1 from maps (B, N) of several blocks.
+def concept_mask(maps: Sequence[Tensor], *, threshold: float) -> Tensor:
+    """One mask (B, N) of 0 and 1 from maps (B, N) of several blocks.
 
     The mean over blocks is normalised to 0..1 over the whole clip, so that a frame without the concept stays empty,
-    and cut at `threshold`; `soft` keeps the normalised values instead.
+    and cut at `threshold`.
     """
     mean = torch.stack(list(maps)).mean(0)
     low, high = mean.amin(1, keepdim=True), mean.amax(1, keepdim=True)
-    normalised = (mean - low) / (high - low).clamp(min=1e-12)
-    return normalised if soft else (normalised >= threshold).float()
+    return ((mean - low) / (high - low).clamp(min=1e-12) >= threshold).float()
 
 
 def prompt_columns(backbone: CogVideoX, prompts: PromptSet) -> dict[str, Tensor]:

@@ -41,7 +41,7 @@ def trace(subject: Subject, index: int, *, scale: float = 1.0, loss: float = 0.0
     """Run student pass `index` again, its teacher included; None if everything in it is finite.
 
     The trajectory is walked again from its start, so nothing had to be kept for this. `scale` multiplies the loss.
-    `loss` is what was measured: if it was not finite, it comes before any gradient.
+    `loss` is what was measured, over all passes of the step: if it was not finite, that comes before any gradient.
     """
     known = non_finite_weight(subject) or non_finite_embedding(subject)
     if known:
@@ -56,11 +56,9 @@ def trace(subject: Subject, index: int, *, scale: float = 1.0, loss: float = 0.0
             for name in ("target", "preserved_target"):
                 _check_target(first, getattr(sample, name), name)
             terms = student_backward(subject.assembly.predict, erasers, sample, subject.config.loss, scale=scale)
-        if first.found is None:
-            return _bad_gradient(subject) or _bad_term(terms)
-        if first.found.phase == "backward" and not math.isfinite(loss):
-            return finding("non-finite-loss", "student", loss=loss)
-        return first.found
+        if first.found is not None and (first.found.phase != "backward" or math.isfinite(loss)):
+            return first.found
+        return (_bad_gradient(subject) if math.isfinite(loss) else None) or _bad_term(terms)
     finally:
         _clear_gradients(erasers)
 

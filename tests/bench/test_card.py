@@ -39,9 +39,11 @@ def test_every_part_walks_through_and_is_not_measured_twice(tmp_path):
     for name, result in results.items():
         assert result["dry"] and not result["skipped"] and result["provenance"]["versions"]["torch"]
         assert result["goals"] and all(g["reached"] is None for g in result["goals"])
-        # Every goal is computed, as on a card; only a card's own record shows copies beside computation, and addresses.
+        # Every goal is computed, as on a card; only a card's own record shows copies beside computation, and addresses;
+        # and where nobody knows what the host has, nothing is kept there.
         assert {g["goal"] for g in result["goals"] if g["measured"] is None} <= {
-            "share of copies to the device beside computation", "requests that the simulator serves at another address"}
+            "share of copies to the device beside computation", "requests that the simulator serves at another address",
+            "time saved, 5b at 49 frames under 24 GB and what blocks keep on the host"}
         assert f"{name}: {result['goals'][0]['goal']}" in shown
     # Nothing failed or ran out of memory along the way, peers included.
     for name in set(PARTS) - {"peaks", "choice"}:
@@ -231,6 +233,5 @@ def test_goals_of_what_was_not_measured_are_neither_reached_nor_missed():
 
 @pytest.mark.parametrize("ours, over", [(9, -0.5), (10, -0.5), (11, None)])
 def test_a_peer_is_compared_with_what_holds_no_more(ours, over):
-    found = {f"5b-17f {PEERS[0]}": {"step_seconds": 2.0, "allocated_bytes": 10}, "5b-17f ring": {"step_seconds": 1.0, "allocated_bytes": ours},
-             "2b-17f ring": {"step_seconds": 0.1, "allocated_bytes": 1}}
-    assert offload._over(found, found, PEERS[0]) == over
+    own = {"5b-17f ring": {"step_seconds": 1.0, "allocated_bytes": ours}, "2b-17f ring": {"step_seconds": 0.1, "allocated_bytes": 1}}
+    assert offload._over(own | {f"5b-17f {PEERS[0]}": {"step_seconds": 2.0, "allocated_bytes": 10}}, own, PEERS[0]) == over

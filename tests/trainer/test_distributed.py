@@ -116,6 +116,28 @@ def test_two_processes_train_as_one(two, tiny_config, pipelines, tmp_path, overr
         assert all(torch.equal(ours[0][name], ours[1][name]) for name in ours[0])
 
 
+def test_each_process_adds_its_share_of_a_gradient(two, tmp_path):
+    """A share is of the whole batch's loss: in float16 nothing on its way is larger than in one process."""
+    def remember(rank: int) -> None:
+        reduce = Health.reduce
+
+        def reduced(health, terms):
+            parameters = health.erasers.parameters()
+            before = [p.grad.clone() for p in parameters]
+            found = reduce(health, terms)
+            torch.save((before, [p.grad.clone() for p in parameters]), tmp_path / f"gradients-{rank}")
+            return found
+
+        Health.reduce = reduced
+
+    two("two", remember, optim__steps=1)
+    (first, whole), (second, same) = (torch.load(tmp_path / f"gradients-{rank}", weights_only=True) for rank in (0, 1))
+    assert any(g.abs().max() > 0 for g in whole)
+    for a, b, total, other in zip(first, second, whole, same, strict=True):
+        torch.testing.assert_close(a + b, total)
+        assert torch.equal(total, other)
+
+
 def test_sharded_weights_train_to_the_same_bits(two):
     whole = two("whole", output__sample_every=2)
     sharded = two("sharded", output__sample_every=2, memory__num_shards=2)

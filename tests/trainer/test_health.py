@@ -164,6 +164,22 @@ def test_an_infinite_gradient_under_a_loss_scaler_halves_the_scale(tiny_config: 
     assert health.bill.healthy
 
 
+@pytest.mark.parametrize("accumulation, bad", [(1, 1), (2, 1), (4, 3)])
+def test_what_overflows_in_a_later_pass_of_a_step_is_named_by_the_second_pass(accumulation: int, bad: int, tiny_config: Make) -> None:
+    """Not the gradients of passes before it, which at the loss scale of a whole step may overflow too."""
+    subject = prepare(tiny_config(memory__dtype="float16", optim__accumulation=accumulation, data__trajectory_steps=8, data__latents="noise"))
+    bad_timesteps, timesteps = subject.teacher.draw(bad).timestep, {}
+    with subject.assembly, Health(subject) as health, pytest.raises(Unhealthy) as raised:
+        subject.assembly.transformer.register_forward_pre_hook(lambda m, a, kwargs: timesteps.update(now=kwargs["timestep"]), with_kwargs=True)
+        subject.assembly.blocks[1].ff.register_forward_hook(
+            lambda m, a, output: output * float("inf") if torch.equal(timesteps["now"], bad_timesteps) else None)
+        subject.scaler.scale(torch.ones(()))
+        subject.scaler.update(2.0**30)  # where gradients would overflow as well
+        for step in range(3):
+            one_step(subject, health, step)
+    assert [(f.code, f.block) for f in raised.value.findings] == [("half-precision-overflow", 1)]
+
+
 @pytest.mark.parametrize("growth, limit", [(1.0, MAX_SKIPS), (0.5, 18)], ids=["skips in a row", "scale below 1"])
 def test_a_collapsing_loss_scale_is_a_finding(growth: float, limit: int, tiny_config: Make) -> None:
     subject = _half(tiny_config)
