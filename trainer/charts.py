@@ -74,7 +74,7 @@ def heat_map(title: str, steps: Sequence[int], rows: Sequence[Sequence[float]], 
     for share in (0, 0.5, 1):
         step = steps[round(share * (len(steps) - 1))]
         x = left + plot * share
-        body.append(f'<text class="tick" x="{x:.0f}" y="{height - 8}" text-anchor="middle">{step}</text>')
+        body.append(f'<text class="tick" x="{x:.0f}" y="{height - 8}" text-anchor="middle">{escape(str(step))}</text>')
     return _svg(title, width, height, "".join(body) + _scale(low, high, left + plot + 20, top))
 
 

@@ -150,7 +150,14 @@ def _train(argv: Sequence[str]) -> None:
     if rank:
         return  # the first process speaks for all
     if config.model.model == "shapes" and config.output.evaluate:
-        _measure(EvaluateConfig(run=run_dir, model=config.model, memory=replace(read_config(run_dir)[0].memory, num_shards=1)))
+        from trainer.evaluate import require_measurable
+
+        try:
+            require_measurable(config.data.concept, config.model)
+        except UsageError as e:
+            print(f"not measured: {e}", file=sys.stderr)
+        else:
+            _measure(EvaluateConfig(run=run_dir, model=config.model, memory=replace(read_config(run_dir)[0].memory, num_shards=1)))
     print(f"eraser: {run_dir / 'eraser.safetensors'}")
     print(f"run: {run_dir}")
 

@@ -8,6 +8,7 @@ import difflib
 import json
 import math
 import tomllib
+from contextlib import suppress
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -205,7 +206,8 @@ class GenerateConfig:
         if self.out.suffix not in (".mp4", ".png"):
             raise UsageError(f"--out {self.out}: ends in .mp4 or .png")
         _at_least("num-steps", self.num_steps, 1)
-        _at_least("fps", self.fps, 1)
+        if not 1 <= self.fps <= 1000:
+            raise UsageError(f"--fps {self.fps}: from 1 to 1000")
         check_seed(self.seed)
         if self.eraser is None and not self.no_eraser:
             raise UsageError("--eraser is missing; name a run directory, or say --no-eraser")
@@ -293,7 +295,7 @@ def replaced(config: Any, values: dict[str, Any]) -> Any:
 def read_toml(path: Path) -> dict[str, Any]:
     """Settings of a TOML file by dotted path. Unknown names and values of another type are refused."""
     try:
-        table = tomllib.loads(path.read_text())
+        table = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, UnicodeDecodeError) as e:
         raise UsageError(f"--config {path}: cannot be read ({e})") from e
     except (ValueError, RecursionError) as e:  # TOMLDecodeError, a number of thousands of digits, brackets in brackets
@@ -321,7 +323,8 @@ def _typed(value: Any, dotted: str, path: Path) -> Any:
         if origin is Literal and value in typing.get_args(option):
             return value
         if option is float and isinstance(value, int | float) and not isinstance(value, bool):
-            return float(value)
+            with suppress(OverflowError):  # more digits than a float has
+                return float(value)
         if option is Path and isinstance(value, str):
             return Path(value)
         if origin is tuple and isinstance(value, list):

@@ -40,7 +40,7 @@ def diagnose_run(run_dir: Path) -> Bill:
             content = json.loads((run_dir / FINDINGS).read_text())
             bill = Bill(findings=tuple(from_json(f) for f in content["findings"]))
             checked += [f"during the run: {line}" for line in content["checked"]]
-        except (ValueError, KeyError, TypeError) as e:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
             raise CheckpointError(f"{run_dir / FINDINGS} cannot be read ({e})") from e
     written = read_metrics(run_dir)
     records = [record for record in written if "blocks" in record]

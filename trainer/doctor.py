@@ -21,6 +21,7 @@ from typing import Any, Literal, TextIO
 
 from memory.cards import GIB, Card, CardUnreadable, available_host_bytes, detect
 from trainer.errors import TrainerError
+from trainer.prompts import cache_directory
 
 LEAST_HOST_BYTES = 4 * GIB  # interpreter and libraries take about 3
 LEAST_DISK_BYTES = 2 * GIB  # two checkpoints of the 5b at rank 128 and one being written
@@ -178,8 +179,7 @@ def _pinned(available: int) -> Check:
 
 def disk() -> Iterator[Check]:
     """Room for runs and for the cache of embeddings, and whether they can be written."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
-    for name, directory in (("disk for runs", Path("runs")), ("disk for the cache", cache)):
+    for name, directory in (("disk for runs", Path("runs")), ("disk for the cache", cache_directory())):
         there = next(path for path in (directory.absolute(), *directory.absolute().parents) if path.exists())
         free, writable = shutil.disk_usage(there).free, os.access(there, os.W_OK | os.X_OK) and there.is_dir()
         values = {"path": str(there), "free_bytes": free, "writable": writable}

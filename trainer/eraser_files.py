@@ -62,9 +62,13 @@ def save_released(directory: Path, state: Mapping[str, Tensor], rank: int) -> No
     weights = {f"transformer_blocks.{i}.attn1.adapter": {leaf: state[f"{i}.{leaf}"] for leaf in _LEAVES} for i in blocks}
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        torch.save(weights, directory / RELEASED_WEIGHTS)
-        config = {"eraser_type": "adapter", "eraser_rank": rank}
-        (directory / RELEASED_CONFIG).write_text(json.dumps(config) + "\n")
+        part = directory / f".{RELEASED_WEIGHTS}.part"
+        try:
+            torch.save(weights, part)
+            (directory / RELEASED_CONFIG).write_text(json.dumps({"eraser_type": "adapter", "eraser_rank": rank}) + "\n")
+            part.replace(directory / RELEASED_WEIGHTS)
+        finally:
+            part.unlink(missing_ok=True)
     except (OSError, RuntimeError) as e:
         raise InputOutputError(f"the eraser cannot be written into {directory} ({e})") from e
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from trainer.assemble import Assembly, assemble, embed_prompts, open_backbone, resolve_device, video_size
 from trainer.backbones.cogvideox import CogVideoX
-from trainer.config import EvaluateConfig
+from trainer.config import EvaluateConfig, ModelConfig
 from trainer.eraser_files import apply_eraser, load_eraser
 from trainer.errors import InputOutputError, UsageError
 from trainer.generate import generate_latents
@@ -70,6 +70,19 @@ def wilson(hits: int, count: int, z: float = 1.96) -> tuple[float, float]:
     return max(0.0, (middle - half) / d), min(1.0, (middle + half) / d)
 
 
+def require_measurable(concept: str, model: ModelConfig) -> None:
+    """Raises UsageError for what the rule that looks at videos of the bundled model cannot see."""
+    try:
+        world.kind_of(concept)
+    except KeyError:
+        raise UsageError(f"--concept {concept}: only what the bundled model knows can be measured") from None
+    own = {"frames": world.FRAMES, "height": world.SIZE, "width": world.SIZE}
+    for name, value in own.items():
+        if getattr(model, name) not in (None, value):
+            raise UsageError(f"--{name} {getattr(model, name)}: only videos of {world.FRAMES} frames of {world.SIZE} x {world.SIZE} pixels can "
+                             "be measured")
+
+
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     """Measure a run or an eraser file and write evaluation.json, a sheet of samples beside it; returns the content."""
     eraser = load_eraser(config.run)
@@ -77,10 +90,8 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     concept = config.concept or ((eraser.training or {}).get("data") or {}).get("concept")
     if concept is None:
         raise UsageError(f"{config.run} does not say which concept it erases; name it with --concept")
-    try:
-        chosen = cases(concept, config.num_videos, config.seed)
-    except KeyError:
-        raise UsageError(f"--concept {concept}: only what the bundled model knows can be measured") from None
+    require_measurable(concept, config.model)
+    chosen = cases(concept, config.num_videos, config.seed)
     embeddings = embed_prompts(backbone, config.model, config.memory, [*(c.prompt for c in chosen), ""])
     with assemble(backbone, config.model, config.memory) as assembly:
         assembly.erasers = apply_eraser(assembly.transformer, config.run, base_model=backbone.identity())
@@ -88,7 +99,9 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
                                 config)
     directory = eraser.path.parent
     try:
-        (directory / EVALUATION).write_text(json.dumps(result, indent=2) + "\n")
+        part = directory / f".{EVALUATION}.part"
+        part.write_text(json.dumps(result, indent=2) + "\n")
+        part.replace(directory / EVALUATION)
     except OSError as e:
         raise InputOutputError(f"{directory / EVALUATION} cannot be written ({e.strerror})") from e
     contact_sheet(directory / "before-after.png", sheet)

@@ -17,6 +17,7 @@ from trainer.backbones import Predict
 from trainer.config import GenerateConfig, ModelConfig
 from trainer.diffusion import sample
 from trainer.eraser_files import apply_eraser, load_eraser
+from trainer.errors import NonFinite
 from trainer.prompts import Embeddings
 from trainer.video import contact_sheet, write_mp4
 
@@ -28,7 +29,7 @@ def generate_latents(predict: Predict, scheduler: Any, embeddings: Embeddings, p
     """Latents (B,F,C,H,W) for prompts and seeds, on the host, in batches.
 
     Every video has a generator of its own, which also serves a stochastic scheduler: the result does not depend on
-    the batch size, and is what the pipeline makes from that seed.
+    the batch size, and is what the pipeline makes from that seed (which takes a guidance scale below 1 for 1). Raises NonFinite.
     """
     table, parts = embeddings.table, []
     for start in range(0, len(prompts), batch_size):
@@ -39,7 +40,11 @@ def generate_latents(predict: Predict, scheduler: Any, embeddings: Embeddings, p
         noise = torch.cat([torch.randn((1, *shape), generator=g, dtype=table.dtype) for g in dice])
         parts.append(sample(predict, scheduler, noise.to(table.device), text, empty, num_steps=num_steps,
                             guidance_scale=guidance_scale, guidance=guidance, generator=dice, check=check).cpu())
-    return torch.cat(parts)
+    latents = torch.cat(parts)
+    if not latents.isfinite().all():
+        raise NonFinite("the generated latents hold NaN or infinity; `run.py diagnose ERASER` looks at the eraser, --no-eraser leaves it out, "
+                        "and a lower --guidance-scale or --memory.dtype float32 may help")
+    return latents
 
 
 def generate(config: GenerateConfig) -> list[Path]:

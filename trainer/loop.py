@@ -154,4 +154,6 @@ def train(config: TrainConfig, origins: Mapping[str, str], *, resume: Path | Non
             raise Interrupted(f"stopped at step {state.step} and saved; go on with --resume {run_dir}", stop.signal_number)
         health.after_training()  # the frozen weights are what they were
         sampling.run(run_dir, state.step, assembly, embeddings, stop)
+        if agreed(stop):
+            raise Interrupted(f"stopped after the last step, in its samples; all else is in {run_dir}", stop.signal_number)
     return run_dir

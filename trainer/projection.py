@@ -157,44 +157,46 @@ def forget(config: ForgetConfig, origins: Mapping[str, str], *,
     clock = PhaseClock(device, on_phase=meter.turn_to)
     case = meter.phase("encode")(prepare)(config, device)
     problems = {name: make_problem(case, name, config, device) for name in case.layers}
-    run, identity = Run(problems, config), fingerprint(case.tower.directory)
+    run, identity, examples = Run(problems, config), fingerprint(case.tower.directory), case.digest()
     frozen = {name: problem.layer.weight.clone() for name, problem in problems.items()}
     run_dir = resume or make_run_directory(replaced(TrainConfig(), {"output.out": config.out, "data.concept": case.forget}))
     trace = max((predict_step(problem, config) for problem in problems.values()), key=lambda t: t.prediction().peak_bytes)
     monitor = Monitor(config.steps * len(problems), mode=config.monitor, title=case.forget,
                       facts={"predicted_peak_bytes": trace.prediction().peak_bytes})
-    with RunLock(run_dir), StopFlag() as stop, monitor:
-        bill = examine(problems)
-        keep_findings(run_dir, bill)
-        bill.raise_if_fatal("before training (nothing was changed)")
-        if resume:
-            _restore(run, run_dir, identity, config, device)
-        write_config(run_dir, config, origins, command="forget", first_step=run.step, base_model=identity)
-        keep_prediction(run_dir, trace)
-        log, saver = MetricsLog(run_dir, first_step=run.step), Saver(run_dir, last_step=run.step if resume else None)
-        monitor.done, monitor.findings = run.step, lambda: [f.as_json() for f in bill.findings]
-        while not run.finished and not stop:
-            try:
-                record = run.advance(clock.phase)
-            except Unhealthy as e:
-                keep_findings(run_dir, bill.with_findings(e.findings))
-                raise
-            clock.end_step()
-            record |= clock.read()
-            if record["step"] % 100 == 0 or run.finished:
-                record |= {"memory": read_memory(meter), "peak_bytes_by_phase": meter.highest()}
-            log.write(record)
-            monitor.num_steps = config.steps * (len(problems) + sum(not a["accepted"] for a in run.attempts))
-            monitor.step(record)
-            if run.step % config.save_every == 0:
-                tensors, state = run.export()
-                saver.save(run.step, tensors=tensors, state=state | {"base_model": identity, "config": as_json(config)})
-        monitor.close()
-        log.close()
-        tensors, state = run.export()
-        saver.save(run.step, tensors=tensors, state=state | {"base_model": identity, "config": as_json(config)}, final=True)
-        if stop:
-            raise Interrupted(f"stopped at step {run.step} and saved; go on with forget --resume {run_dir}", stop.signal_number)
+    with RunLock(run_dir):
+        with StopFlag() as stop, monitor:
+            bill = examine(problems)
+            keep_findings(run_dir, bill)
+            bill.raise_if_fatal("before training (nothing was changed)")
+            if resume:
+                _restore(run, run_dir, identity, examples, config, device)
+            write_config(run_dir, config, origins, command="forget", first_step=run.step, base_model=identity)
+            keep_prediction(run_dir, trace)
+            log, saver = MetricsLog(run_dir, first_step=run.step), Saver(run_dir, last_step=run.step if resume else None)
+            monitor.done, monitor.findings = run.step, lambda: [f.as_json() for f in bill.findings]
+            while not run.finished and not stop:
+                try:
+                    record = run.advance(clock.phase)
+                except Unhealthy as e:
+                    keep_findings(run_dir, bill.with_findings(e.findings))
+                    raise
+                clock.end_step()
+                record |= clock.read()
+                if record["step"] % 100 == 0 or run.finished:
+                    record |= {"memory": read_memory(meter), "peak_bytes_by_phase": meter.highest()}
+                log.write(record)
+                monitor.num_steps = config.steps * (len(problems) + sum(not a["accepted"] for a in run.attempts))
+                monitor.step(record)
+                if run.step % config.save_every == 0:
+                    tensors, state = run.export()
+                    saver.save(run.step, tensors=tensors, state=state | {"base_model": identity, "examples": examples, "config": as_json(config)})
+            monitor.close()
+            log.close()
+            tensors, state = run.export()
+            saver.save(run.step, tensors=tensors, state=state | {"base_model": identity, "examples": examples, "config": as_json(config)}, final=True)
+            if stop:
+                raise Interrupted(f"stopped at step {run.step} and saved; go on with forget --resume {run_dir}", stop.signal_number)
+        # From here on a signal ends the process as it always does: what was trained is saved.
         save_lora(run_dir, run.done, alpha=config.alpha, base_model=str(config.model))
         if config.merge:
             save_merged(run_dir, case.layers, run.updates(), case.dtype)
@@ -208,12 +210,14 @@ def forget(config: ForgetConfig, origins: Mapping[str, str], *,
 _FREE = ("out", "device", "monitor", "save_every", "merge", "batch_size", "memory", "question", "num_answers", "images", "model")
 
 
-def _restore(run: Run, run_dir: Path, identity: str, config: ForgetConfig, device: torch.device) -> None:
+def _restore(run: Run, run_dir: Path, identity: str, examples: str, config: ForgetConfig, device: torch.device) -> None:
     checkpoint = latest_checkpoint(run_dir)
     if checkpoint is None:
         raise CheckpointError(f"--resume {run_dir}: there is no checkpoint; start again with another --out")
     if checkpoint.state.get("base_model") != identity:
         raise CheckpointError(f"--resume {run_dir}: the model is not the one that the run began with; give that one back")
+    if checkpoint.state.get("examples", examples) != examples:
+        raise CheckpointError(f"--resume {run_dir}: the texts or pictures are not those that the run began with; give those back")
     saved = checkpoint.state["config"]
     for name, value in as_json(config).items():
         if name not in _FREE and saved.get(name) != value:

@@ -1,6 +1,7 @@
 """Settings of `run.py forget`. Imports no torch, so that `--help` answers at once."""
 
 import json
+import math
 import typing
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -84,11 +85,11 @@ class ForgetConfig:
         if self.num_answers < 0:
             raise UsageError(f"--num-answers {self.num_answers}: must be 0 or more")
         for name in ("lr", "alpha"):
-            if not getattr(self, name) > 0:
-                raise UsageError(f"--{name} {getattr(self, name)}: must be above 0")
+            if not 0 < getattr(self, name) < math.inf:
+                raise UsageError(f"--{name} {getattr(self, name)}: must be above 0, and finite")
         for name in ("lambda_forget", "lambda_preserve", "lambda_weight"):
-            if not getattr(self, name) >= 0:
-                raise UsageError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be 0 or more")
+            if not 0 <= getattr(self, name) < math.inf:
+                raise UsageError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be 0 or more, and finite")
         if not 0 <= self.acceptance < 1:
             raise UsageError(f"--acceptance {self.acceptance}: from 0 to below 1")
         check_seed(self.seed)

@@ -8,6 +8,7 @@ nor averaged; s is the LoRA's scale. CLIP and Qwen3-VL differ in encoder, layer 
 Legend: N forgotten rows, M preserved rows, D input width, E output width.
 """
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,6 +42,14 @@ class Case:
     """What CLIP's zero-shot accuracy is measured on; may be empty."""
     embeddings: Tensor | None
     """Of those pictures, (pictures, E), normalised."""
+
+    def digest(self) -> str:
+        """Identifies what is trained on."""
+        digest = hashlib.sha256()
+        for example in self.examples:
+            if example.split == "train":
+                digest.update(f"{example.name}\0".encode() + example.digest())
+        return digest.hexdigest()[:16]
 
     def rows(self, name: str, split: str, *, forgotten: bool) -> Tensor:
         """The inputs (N, D) of a layer, of the class to forget or of those to keep."""

@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import dropwhile
 from pathlib import Path
 
 import torch
@@ -39,19 +40,31 @@ def collect(data: DataConfig, *, bundled: bool) -> PromptSet:
     """
     concepts = list(data.preserve) + (_lines(data.preserve_file, "--preserve-file") if data.preserve_file else [])
     pairs = _pairs(data.prompts) if data.prompts else None
+    concept = data.concept
     if bundled:
-        pairs, preserved = _world(data, pairs, concepts)
+        concept, pairs, preserved = _world(data, pairs, concepts)
     else:
-        pairs = _instead(pairs or [(t.format(data.concept), "") for t in _TEMPLATES], data.concept, data.instead)
+        if same := [c for c in concepts if c.lower() == concept.lower()]:
+            raise UsageError(f"--preserve {same[0]}: that is what is to be erased")
+        pairs = _instead(pairs or [(t.format(concept), "") for t in _TEMPLATES], concept, data.instead)
         preserved = [t.format(c) if " " not in c else c for c in concepts for t in _TEMPLATES[: 1 if " " in c else None]]
-    return PromptSet(data.concept, tuple(p for p, _ in pairs), tuple(s for _, s in pairs), tuple(preserved))
+    for prompt in (*(safe for _, safe in pairs), *preserved):
+        if _word(concept).search(prompt):
+            logger.warning("%r is to be kept, or pushed towards, and holds %r, which is to be erased", prompt, concept)
+            break
+    return PromptSet(concept, tuple(p for p, _ in pairs), tuple(s for _, s in pairs), tuple(preserved))
+
+
+def _word(text: str) -> re.Pattern[str]:
+    """Finds `text` as a word, or words."""
+    return re.compile(rf"(?<!\w){re.escape(text)}(?!\w)", re.IGNORECASE)
 
 
 def _instead(pairs: list[tuple[str, str]], concept: str, instead: str) -> list[tuple[str, str]]:
     """The pairs; those without a safe prompt get one that names `instead` in the concept's place, unless that is empty."""
     if not instead:
         return pairs
-    words = re.compile(rf"(?<!\w){re.escape(concept)}(?!\w)", re.IGNORECASE)
+    words = _word(concept)
     for prompt, safe in pairs:
         if not safe and not words.search(prompt):
             raise UsageError(f"--instead {instead}: the prompt {prompt!r} does not hold {concept!r}; give it a safe prompt of its own, "
@@ -60,8 +73,8 @@ def _instead(pairs: list[tuple[str, str]], concept: str, instead: str) -> list[t
 
 
 def _world(data: DataConfig, pairs: list[tuple[str, str]] | None, concepts: list[str]
-           ) -> tuple[list[tuple[str, str]], list[str]]:
-    """The shapes world's captions of a concept, and of what shares its kind."""
+           ) -> tuple[str, list[tuple[str, str]], list[str]]:
+    """The word that prompts have for a concept, the shapes world's captions of it, and of what shares its kind."""
     from trainer.shapes import world
 
     concept, names = data.concept, ", ".join(name for kind in world.ATTRIBUTES.values() for name in kind)
@@ -87,13 +100,13 @@ def _world(data: DataConfig, pairs: list[tuple[str, str]] | None, concepts: list
             continue
         try:
             # A circle may be red: what shows the concept itself is not to be kept.
-            kept = [prompt for prompt, _ in world.erasure_pairs(name) if erased not in prompt.split()]
+            kept = [prompt for prompt, _ in world.erasure_pairs(name) if not _word(erased).search(prompt)]
         except KeyError:
             raise UsageError(f"--preserve {name}: the bundled model does not know it; name one of {names}") from None
         if not kept:
             raise UsageError(f"--preserve {name}: that is what is to be erased")
         preserved += kept
-    return pairs, preserved
+    return concept if data.prompts else erased, pairs, preserved
 
 
 def _lines(path: Path, flag: str) -> list[str]:
@@ -113,7 +126,7 @@ def _pairs(path: Path) -> list[tuple[str, str]]:
     if path.suffix.lower() != ".csv":
         return [(line, "") for line in lines]
     with path.open(newline="", encoding="utf-8-sig") as f:
-        reader = csv.DictReader(f, strict=True)
+        reader = csv.DictReader(dropwhile(str.isspace, f), strict=True)
         try:
             reader.fieldnames = columns = [(name or "").strip().lower() for name in reader.fieldnames or ()]
             rows = [((row.get("prompt") or "").strip(), (row.get("safe") or "").strip()) for row in reader]
@@ -146,7 +159,10 @@ _EMBEDDING = 2  # what a cached row is: in float16, T5's `wo` was float16 too in
 
 def cache_directory() -> Path:
     """Where embeddings are cached: $XDG_CACHE_HOME/eraser-trainer, by default under ~/.cache."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "eraser-trainer" / "embeddings"
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "eraser-trainer" / "embeddings"
+    except RuntimeError as e:
+        raise UsageError("there is no home directory to cache embeddings in; XDG_CACHE_HOME names another place") from e
 
 
 def embed(backbone, prompts: Sequence[str], *, dtype: torch.dtype, device: torch.device | str,

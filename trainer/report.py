@@ -12,7 +12,7 @@ from typing import Any
 
 from trainer.charts import bars, heat_map, interval, line_chart, number, share_bar, stacked_area
 from trainer.config import TrainConfig, leaves
-from trainer.errors import InputOutputError
+from trainer.errors import InputOutputError, UsageError
 from trainer.run_files import RunFiles, lookup
 
 REPORT = "report.html"
@@ -33,6 +33,8 @@ def write_report(run: Path, out: Path | None = None) -> Path:
     Raises CheckpointError if `run` is no run directory, InputOutputError if the file cannot be written.
     """
     files, out = RunFiles.read(run), out or run / REPORT
+    if not out.name:
+        raise UsageError(f"--out {out}: name a file, such as {REPORT}")
     concept = files.setting("data.concept")
     builders = (_tiles, _findings, _evaluation, _pictures, _losses, _norms, _time, _memory, _settings)
     page = string.Template(_TEMPLATE.read_text(encoding="utf-8")).substitute(
@@ -42,8 +44,9 @@ def write_report(run: Path, out: Path | None = None) -> Path:
     try:
         part.write_text(page, encoding="utf-8")
         part.replace(out)
-    except OSError as e:
-        raise InputOutputError(f"{out} cannot be written ({e.strerror}); choose another --out") from e
+    except (OSError, UnicodeEncodeError) as e:
+        part.unlink(missing_ok=True)
+        raise InputOutputError(f"{out} cannot be written ({e}); choose another --out") from e
     return out
 
 
@@ -144,7 +147,7 @@ def _evaluation(files: RunFiles) -> str:
     rows += [(escape(str(r.get("name"))), escape(str(r.get("kind"))), r) for r in result.get("preserved", [])]
     counted = "examples" if measured else "videos"
     table = _table(("", "kind", counted, "before", "after", "95 %", "before ○   after ●   0 to 100 %"), [
-        (name, kind, str(row["num_images" if measured else "num_videos"]), f"{row['before']:.1%}", f"{row['after']:.1%}",
+        (name, kind, escape(str(row["num_images" if measured else "num_videos"])), f"{row['before']:.1%}", f"{row['after']:.1%}",
          "{:.1%} to {:.1%}".format(*row["after_interval"]),
          interval(row["before"], row["after"], *row["after_interval"]))
         for name, kind, row in rows], numbers=(2, 3, 4, 5))

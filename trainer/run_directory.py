@@ -52,7 +52,7 @@ def make_run_directory(config: TrainConfig) -> Path:
 
 def _new_directory(concept: str) -> Path:
     """The next runs/<concept>-<number>, by count and not by clock. Of processes that start together each gets its own."""
-    stem = re.sub(r"[^a-z0-9]+", "-", concept.lower()).strip("-") or "concept"
+    stem = re.sub(r"[^a-z0-9]+", "-", concept.lower()).strip("-")[:100] or "concept"
     while True:
         taken = {int(m[1]) for p in Path("runs").glob(f"{stem}-*") if (m := re.fullmatch(rf"{stem}-(\d+)", p.name))}
         directory = Path("runs") / f"{stem}-{max(taken, default=0) + 1}"

@@ -4,16 +4,19 @@ import contextlib
 import os
 import signal
 import threading
+import time
 from types import FrameType
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+ONE_STROKE = 0.2
+"""Seconds within which all signals are one: `timeout` and shells send theirs to the process and to its group."""
 
 
 class StopFlag:
     """Context manager under which SIGINT and SIGTERM set a flag that the loop tests once a step.
 
-    Truthy once a signal came; `signal_number` says which. A second signal of either kind ends the process within a second with status
-    128 + its number and without clean-up: the checkpoint protocol leaves nothing half-written at any moment. Must be entered in the main
+    Truthy once a signal came; `signal_number` says which. A second signal of either kind, no sooner than ONE_STROKE after the first, ends
+    the process within a second with status 128 + its number and without clean-up: the checkpoint protocol leaves nothing half-written at any moment. Must be entered in the main
     thread; on exit the former handlers are back.
     """
 
@@ -47,11 +50,14 @@ class StopFlag:
             self.signal_number = number
 
     def _leave_on_second(self) -> None:
-        num_signals = 0
+        first = None
         while received := os.read(self._read, 64):
             for number in received:
-                num_signals += number in SIGNALS  # other signals with a Python handler are written here too
-                if num_signals == 2:
+                if number not in SIGNALS:
+                    continue  # others with a Python handler are written here too
+                if first is None:
+                    first = time.monotonic()
+                elif time.monotonic() - first > ONE_STROKE:
                     with contextlib.suppress(OSError):
                         os.write(2, b"second signal: leaving at once, without saving\n")
                     os._exit(128 + number)

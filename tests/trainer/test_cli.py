@@ -178,7 +178,7 @@ def test_damaged_eraser_files(sincos, call, pipelines, tmp_path, damage, message
     (["generate", "--prompt", "x", "--no-eraser", "--out", "x.gif"], "ends in .mp4 or .png"),
     (["generate", "--prompt", "x", "--no-eraser", "--guidance", "none"], "--guidance-scale 1"),
     (["generate", "--prompt", "x", "--no-eraser", "--num-steps", "0"], "--num-steps 0"),
-    (["generate", "--prompt", "x", "--no-eraser", "--fps", "0"], "--fps 0: must be 1 or more"),
+    (["generate", "--prompt", "x", "--no-eraser", "--fps", "0"], "--fps 0: from 1 to 1000"),
     (["generate", "--prompt", "x", "--no-eraser", "--compare"], "--compare shows what an eraser changes"),
     (["generate", "--prompt", "x", "--no-eraser", "--guidance-scale", "inf"], "--guidance-scale inf"),
     (["diagnose", "--guidance", "none"], "--guidance none: training needs the anchor"),

@@ -7,13 +7,14 @@ import pytest
 import torch
 from test_erasers import shake
 
+from trainer import cli
 from trainer import evaluate as module
 from trainer.backbones.cogvideox import CogVideoX
 from trainer.config import EvaluateConfig, ModelConfig
 from trainer.eraser_files import save_eraser, save_released
 from trainer.erasers import Erasers
 from trainer.errors import CheckpointError, InputOutputError, UsageError
-from trainer.evaluate import cases, evaluate, print_table, wilson
+from trainer.evaluate import cases, evaluate, print_table, require_measurable, wilson
 from trainer.shapes import world
 
 
@@ -194,3 +195,21 @@ def test_unwritable_evaluation(eraser):
     (eraser / "evaluation.json").mkdir()
     with pytest.raises(InputOutputError, match="evaluation.json cannot be written"):
         evaluate(_config(eraser))
+
+
+@pytest.mark.parametrize("concept, size, message", [
+    ("giraffe", {}, "--concept giraffe: only what the bundled model knows"), ("red", {"height": 64}, "--height 64: only videos of 9 frames of 32 x 32"),
+    ("red", {"frames": 1}, "--frames 1: only videos of 9 frames")])
+def test_what_the_rule_cannot_see_is_refused_at_once(concept, size, message):
+    with pytest.raises(UsageError, match=message):
+        require_measurable(concept, ModelConfig(**size))
+    require_measurable("crimson", ModelConfig(width=32))
+
+
+def test_a_run_that_cannot_be_measured_ends_well(tmp_path, capsys):
+    prompts = tmp_path / "p.txt"
+    prompts.write_text("a red circle moving left\n")
+    cli.main(["--concept", "red circle", "--prompts", str(prompts), "--preserve", "green", "--steps", "1", "--batch-size", "1", "--sample-steps", "1",
+              "--monitor", "off", "--out", str(tmp_path / "run"), "--device", "cpu"])
+    said = capsys.readouterr()
+    assert "not measured: --concept red circle" in said.err and f"run: {tmp_path / 'run'}" in said.out

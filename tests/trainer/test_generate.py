@@ -12,7 +12,7 @@ from trainer.assemble import named_scheduler
 from trainer.config import GenerateConfig, ModelConfig
 from trainer.eraser_files import save_eraser
 from trainer.erasers import Erasers
-from trainer.errors import CheckpointError, UsageError
+from trainer.errors import CheckpointError, NonFinite, UsageError
 from trainer.video import contact_sheet
 
 PROMPT, SEED, NUM_STEPS = "a red circle moving left", 11, 3
@@ -129,6 +129,12 @@ def test_latents_do_not_depend_on_the_batch_size(backbone):
                                     guidance_scale=4.0, batch_size=size) for size in (1, 2, 3)]
     torch.testing.assert_close(made[1], made[0], rtol=0, atol=1e-4)
     torch.testing.assert_close(made[2], made[0], rtol=0, atol=1e-4)
+
+
+def test_what_is_not_finite_is_no_video(sincos, written, tmp_path):
+    with pytest.raises(NonFinite, match="the generated latents hold NaN or infinity"):
+        module.generate(_config(sincos.directory, tmp_path / "x.mp4", guidance_scale=1e308))
+    assert not written
 
 
 def test_png_is_a_contact_sheet(sincos, tmp_path):

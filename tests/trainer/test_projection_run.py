@@ -171,6 +171,15 @@ def test_a_resumed_run_keeps_what_it_trains_on(encoders, tmp_path):
         main(clip(encoders, tmp_path / "run"))
 
 
+def test_other_examples_are_not_resumed(encoders, tmp_path):
+    keep = tmp_path / "keep.txt"
+    keep.write_text("bird\n")
+    main(clip(encoders, tmp_path / "run", "--preserve-file", str(keep)))
+    keep.write_text("fish\n")
+    with pytest.raises(CheckpointError, match="the texts or pictures are not those that the run began with"):
+        main(["forget", "--resume", str(tmp_path / "run")])
+
+
 def test_another_model_is_not_resumed(encoders, tmp_path):
     model = shutil.copytree(encoders["clip"], tmp_path / "model")
     main(clip({"clip": model}, tmp_path / "run"))

@@ -89,6 +89,17 @@ def test_bundled_model_with_chosen_preserved_concepts_and_synonyms():
     circles = [p for p, _ in world.erasure_pairs("circle") if "red" not in p.split()]
     assert len(circles) == 4 * 4 * 4
     assert list(found.preserved) == circles + [p for p, _ in world.erasure_pairs("blue")] + ["a small dog"]
+    assert found.concept == "red"  # as the prompts have it
+
+
+def test_what_is_to_be_erased_is_not_preserved(tmp_path, caplog):
+    path = _file(tmp_path, "p.txt", "a red circle moving left\n")
+    found = collect(DataConfig(concept="red circle", prompts=path, preserve=("circle", "red")), bundled=True)
+    assert found.preserved and not [p for p in found.preserved if "red circle" in p] and not caplog.records
+    with pytest.raises(UsageError, match="--preserve Golf ball: that is what is to be erased"):
+        collect(DataConfig(concept="golf ball", preserve=("Golf ball",)), bundled=False)
+    collect(DataConfig(concept="ball", preserve=("football", "a tennis ball")), bundled=False)
+    assert [r.getMessage() for r in caplog.records] == ["'a tennis ball' is to be kept, or pushed towards, and holds 'ball', which is to be erased"]
 
 
 def test_bundled_model_does_not_know_every_word(tmp_path):

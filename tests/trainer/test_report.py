@@ -17,6 +17,7 @@ from trainer.charts import bars, heat_map, interval, line_chart, share_bar, stac
 from trainer.config import TrainConfig, as_json, leaves, replaced
 from trainer.errors import CheckpointError, InputOutputError
 from trainer.findings import Bill, finding
+from trainer.metrics import read_metrics
 from trainer.report import write_report
 from trainer.run_directory import write_config
 
@@ -173,6 +174,16 @@ def test_what_a_run_says_is_text(run):
     page, text = read(write_report(run))
     assert page.tags.count("script") == 1 and hostile in text
     assert all(a.startswith("data:image/png") for a in page.addresses)
+
+
+def test_numbers_that_are_text_are_shown_as_text(run):
+    script = "<script>alert(1)</script>"
+    records = [r | {"step": script} for r in read_metrics(run)]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    evaluation = json.loads((run / "evaluation.json").read_text())
+    evaluation["target"]["num_videos"] = script
+    (run / "evaluation.json").write_text(json.dumps(evaluation))
+    assert script not in write_report(run).read_text()
 
 
 def test_a_long_run_stays_a_small_file(run):

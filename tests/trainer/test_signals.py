@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from trainer.signals import SIGNALS, StopFlag
+from trainer.signals import ONE_STROKE, SIGNALS, StopFlag
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -74,9 +74,11 @@ def test_second_signal_leaves_within_a_second_whatever_runs(work, numbers, tmp_p
         with subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as child:
             try:
                 assert child.stdout.readline() == b"busy\n"
-                child.send_signal(numbers[0])
+                for _ in range(2):  # of one stroke, as `timeout` sends it: to the process, and to its group
+                    child.send_signal(numbers[0])
+                    time.sleep(0.02)
                 with pytest.raises(subprocess.TimeoutExpired):  # the first one alone ends nothing
-                    child.wait(0.2)
+                    child.wait(2 * ONE_STROKE)
                 start = time.monotonic()
                 child.send_signal(numbers[1])
                 assert child.wait(10) == 128 + numbers[1]

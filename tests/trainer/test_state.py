@@ -136,6 +136,16 @@ def test_interrupted_and_resumed_equals_straight_bitwise(straight, tiny_config, 
     _same_run(one, train(config, {}, resume=config.output.out), pooled=config.data.pool > 0)
 
 
+def test_a_signal_in_the_last_samples_is_told(tiny_config, monkeypatch):
+    def run(self, run_dir, step, assembly, embeddings, stop):
+        stop.signal_number = signal.SIGINT if step == 6 else None
+
+    monkeypatch.setattr(loop.Sampling, "run", run)
+    with pytest.raises(Interrupted, match="stopped after the last step, in its samples") as raised:
+        train(tiny_config(), {})
+    assert raised.value.exit_code == 130 and load_eraser(tiny_config().output.out).state
+
+
 def test_longer_run_goes_on_from_a_finished_one(straight, tiny_config):
     first = train(tiny_config(optim__steps=3), {})
     _same_run(straight(), train(tiny_config(), {}, resume=first))
