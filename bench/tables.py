@@ -198,6 +198,15 @@ def feasibility() -> str:
     return markdown(["", *result["cards"]], rows) + _predicted(result)
 
 
+def cards() -> str:
+    """Peak and step time of the planner's plans, a row a card."""
+    result = load("feasibility")
+    names, plans = [name.rsplit("-", 1) for name in result["cells"]], [cell["planned"] for cell in result["cells"].values()]
+    rows = [[f"`{card}`", *(_feasible(plan[card], plan[card]["predicted"]["needed_bytes"]) for plan in plans)] for card in result["cards"]]
+    header = ["`--profile`", *(f"{model.removeprefix('cogvideox').strip('-')}, {frames} frames" for model, frames in names)]
+    return markdown(header, rows) + _predicted(result)
+
+
 def planning() -> str:
     """Seconds of a search and of the whole process, how many plans were ranked, and what the chosen one loses to the best."""
     result, rows = load("planning"), []
@@ -285,7 +294,7 @@ def reliability() -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     "reliability": reliability,
-    "rank": rank, "feasibility": feasibility, "planning": planning, "strategies": strategies, "story": story, "claims": claims,
+    "rank": rank, "feasibility": feasibility, "cards": cards, "planning": planning, "strategies": strategies, "story": story, "claims": claims,
     "main": main_run, "pretrained": pretrained, "erasure": erasure, "overlap": overlap, "lean": lean, "blocks": blocks,
     **others.TABLES, **emulated.TABLES,
     "codes": codes, "faults": faults, "projection": projection, "leak": leak}
