@@ -91,21 +91,9 @@ class MemoryPlan:
         self._check_checkpointing()
 
     def _check_checkpointing(self) -> None:
-        pattern, count = parse_checkpoint(self.checkpoint)
-        no_checkpoint = pattern == "none" or (pattern == "first" and count == 0)
-        if no_checkpoint and self.boundaries == "host":
-            raise PlanError(
-                "boundaries is host, but checkpoint names no block: without checkpointing a block keeps "
-                "more than its inputs. Use checkpoint = all, or boundaries = device with kept = host"
-            )
-        for field in ("num_keep_attention", "num_keep_everything"):
-            if no_checkpoint and getattr(self, field):
-                raise PlanError(f"{field} is {getattr(self, field)}, but checkpoint names no block; use checkpoint = all")
-        if self.kept == "host" and (pattern, count) == ("every", 1) and not self.num_keep_attention and not self.num_keep_everything:
-            raise PlanError(
-                "kept is host, but every block keeps its inputs only, which boundaries = host moves. "
-                "Set num_keep_attention or num_keep_everything, or kept = device"
-            )
+        pattern = parse_checkpoint(self.checkpoint)
+        if pattern == ("first", 0) or (pattern == ("every", 1) and not self.num_keep_attention + self.num_keep_everything):
+            resolve_keeps(self, 1)  # all blocks are alike: what is wrong for one is wrong for any number
 
 
 _CHOICES = {
@@ -154,7 +142,7 @@ def resolve_keeps(plan: MemoryPlan, num_blocks: int) -> tuple[Keep, ...]:
     if plan.num_keep_everything + plan.num_keep_attention > len(named):
         raise PlanError(
             f"num_keep_everything {plan.num_keep_everything} + num_keep_attention {plan.num_keep_attention} "
-            f"exceed the {len(named)} of {num_blocks} blocks that checkpoint = {plan.checkpoint} names"
+            f"exceed the {len(named)} blocks that checkpoint = {plan.checkpoint} names"
         )
     checkpointed = list(named)[: len(named) - plan.num_keep_everything]
     keeps: list[Keep] = ["everything"] * num_blocks
@@ -162,10 +150,10 @@ def resolve_keeps(plan: MemoryPlan, num_blocks: int) -> tuple[Keep, ...]:
         keeps[index] = "inputs"
     for index in checkpointed[len(checkpointed) - plan.num_keep_attention :]:
         keeps[index] = "attention"
-    if plan.boundaries == "host" and not checkpointed:
+    if plan.boundaries == "host" and not is_checkpointed(keeps):
         raise PlanError(
-            f"boundaries is host, but all {num_blocks} blocks keep everything; lower num_keep_everything, "
-            "or use boundaries = device with kept = host"
+            "boundaries is host, but no block is checkpointed, and such a block keeps more than its inputs. "
+            "Use checkpoint = all and a lower num_keep_everything, or boundaries = device with kept = host"
         )
     if plan.kept == "host" and all(keep == "inputs" for keep in keeps):
         raise PlanError(
@@ -173,6 +161,11 @@ def resolve_keeps(plan: MemoryPlan, num_blocks: int) -> tuple[Keep, ...]:
             "Set num_keep_attention or num_keep_everything, or kept = device"
         )
     return tuple(keeps)
+
+
+def is_checkpointed(keeps: Sequence[Keep]) -> bool:
+    """Whether any of the blocks is recomputed."""
+    return any(keep != "everything" for keep in keeps)
 
 
 class AppliedPlan:
@@ -330,7 +323,7 @@ def _apply(applied: AppliedPlan, model, blocks, device, boundary_names, feed_for
     applied._undos.append(place(model, device, skip=streamed))
 
     # 5. Checkpointing around the weights' streaming.
-    if any(keep != "everything" for keep in keeps):
+    if is_checkpointed(keeps):
         applied.checkpointing = checkpoint_blocks(blocks, keeps)
         applied._undos.append(applied.checkpointing.undo)
 

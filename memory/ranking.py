@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from memory.assess import Assessment, Limits, Workload, assess_in_full
 from memory.cards import Card
 from memory.growth import grow
-from memory.plan import MemoryPlan, PlanError, parse_checkpoint, resolve_keeps
+from memory.plan import MemoryPlan, PlanError, is_checkpointed, resolve_keeps
 from memory.splice import Recipe, SpliceError
 from memory.timeline import Trace
 from memory.variants import Candidate, Variant
@@ -208,8 +208,7 @@ class Ranking:
 
     def _savings(self) -> list[dict]:
         savings = [{}]
-        checkpointed = parse_checkpoint(self.base.checkpoint) != ("first", 0)
-        if "boundaries" not in self.fixed and checkpointed:
+        if "boundaries" not in self.fixed and is_checkpointed(resolve_keeps(self.base, self.workload.num_blocks)):
             savings.append({"boundaries": "host"})
         if "feed_forward_chunks" not in self.fixed:
             savings += [{**fields, "feed_forward_chunks": CHUNKS} for fields in savings]

@@ -14,7 +14,7 @@ from collections.abc import Collection
 
 from memory.assess import MARGIN, Assessment, Limits, Workload
 from memory.cards import Card
-from memory.plan import MemoryPlan, resolve_keeps
+from memory.plan import MemoryPlan, is_checkpointed, resolve_keeps
 from memory.ranking import COUNTS, Ranking, SearchResult
 
 HOST_SHARE = 0.8
@@ -65,7 +65,7 @@ def search(
 def _could_park(best: Assessment, workload: Workload, card: Card, fixed: frozenset[str]) -> bool:
     """Whether the plan computes something twice that it need not, if the host has room for what blocks keep."""
     free = not fixed & {"kept", "checkpoint", "boundaries", *COUNTS}
-    return free and not card.is_cpu and set(resolve_keeps(best.plan, workload.num_blocks)) != {"everything"}
+    return free and not card.is_cpu and is_checkpointed(resolve_keeps(best.plan, workload.num_blocks))
 
 
 def _waits_for_link(assessment: Assessment) -> bool:

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from memory.offload import ALIGNMENT, resident_indices
+from memory.plan import is_checkpointed
 from memory.pools import round_request
 from memory.timeline import Span, Storage, Trace, Visit, pinned_bytes
 from memory.work import Work
@@ -122,7 +123,7 @@ class Recipe:
         self.num_blocks = len(keeps)
         self._layout = layout
         self._cells: dict[tuple, Cell | None] = {}  # None: recorded, but not always the same
-        self._is_checkpointed = any(keep != "everything" for keep in keeps)
+        self._is_checkpointed = is_checkpointed(keeps)
         self._learn(layout, keeps)
         self._standing = standing
         self.block_weights: list[list[Storage]] = [[] for _ in range(self.num_blocks)]
@@ -177,7 +178,7 @@ class Recipe:
 
     def visits(self, keeps: Sequence[str]) -> Iterator[tuple[Visit | None, Cell]]:
         """(visit, cell) of every span of the step, in order. Raises SpliceError."""
-        if any(keep != "everything" for keep in keeps) != self._is_checkpointed:
+        if is_checkpointed(keeps) != self._is_checkpointed:
             # What blocks share (the time embedding) is saved by checkpoints, so its life depends on there being one.
             raise SpliceError("with and without any checkpointed block differ between the blocks; trace this plan in full")
         for visit, cell in self._layout:

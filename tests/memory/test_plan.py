@@ -32,9 +32,9 @@ def test_importable_without_torch():
         ({"checkpoint": "some"}, "checkpoint is 'some'; one of all, none, every:N"),
         ({"checkpoint": "every:0"}, "every:0"),
         ({"checkpoint": 3}, "checkpoint is 3"),
-        ({"boundaries": "host", "checkpoint": "none"}, "boundaries is host, but checkpoint names no block"),
-        ({"boundaries": "host", "checkpoint": "first:0"}, "boundaries is host, but checkpoint names no block"),
-        ({"num_keep_attention": 1, "checkpoint": "none"}, "num_keep_attention is 1, but checkpoint names no block"),
+        ({"boundaries": "host", "checkpoint": "none"}, "boundaries is host, but no block is checkpointed"),
+        ({"boundaries": "host", "checkpoint": "first:0"}, "boundaries is host, but no block is checkpointed"),
+        ({"num_keep_attention": 1, "checkpoint": "none"}, "num_keep_attention 1 exceed the 0 blocks that checkpoint = none names"),
         ({"kept": "host"}, "kept is host, but every block keeps its inputs only"),
         ({"kept": "host", "checkpoint": "every:1"}, "kept is host, but every block keeps its inputs only"),
     ],
@@ -67,8 +67,8 @@ def test_what_each_block_keeps(settings, keeps):
     ("settings", "message"),
     [
         ({"checkpoint": "first:7"}, "first:7, but the model has 6 blocks"),
-        ({"num_keep_attention": 4, "num_keep_everything": 3}, "exceed the 6 of 6 blocks"),
-        ({"boundaries": "host", "num_keep_everything": 6}, "all 6 blocks keep everything"),
+        ({"num_keep_attention": 4, "num_keep_everything": 3}, "exceed the 6 blocks that checkpoint = all names"),
+        ({"boundaries": "host", "num_keep_everything": 6}, "boundaries is host, but no block is checkpointed"),
         ({"kept": "host", "checkpoint": "first:6"}, "every block keeps its inputs only"),
     ],
 )

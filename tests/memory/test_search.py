@@ -159,6 +159,11 @@ def test_a_plan_fixed_as_a_whole_is_predicted_as_a_full_trace_predicts_it(worklo
     assert found.time.seconds == pytest.approx(full.time.seconds)
 
 
+def test_a_model_told_to_keep_everything_is_not_asked_where_inputs_wait(workload):
+    found = plan_for(workload, 4096, base=MemoryPlan(num_keep_everything=NUM_BLOCKS), fixed={"num_keep_everything"})
+    assert found.best.plan == MemoryPlan(num_keep_everything=NUM_BLOCKS)
+
+
 def test_nothing_fits_a_card_that_is_too_small(workload):
     result = plan_for(workload, 100)
     assert result.best is None and result.near_misses
