@@ -27,22 +27,11 @@ import torch
 from torch import nn
 
 from memory.patching import Handle, replace_forward, require_modules
+from memory.plan import resident_indices
 from memory.saving import current_region, packing, will_return
 from memory.streams import Lane, pinning, release_pinned, resolve_device
 
 ALIGNMENT = 256  # bytes, as cudaMalloc aligns: kernels choose by alignment, and must choose as for ordinary weights
-
-
-def resident_indices(num_blocks: int, num_resident: int | None) -> frozenset[int]:
-    """Which blocks stay on the device: spread evenly, the last one (where forward turns into backward) among them.
-
-    None means all. Raises ValueError if more are asked for than there are.
-    """
-    if num_resident is None:
-        return frozenset(range(num_blocks))
-    if not 0 <= num_resident <= num_blocks:
-        raise ValueError(f"resident_blocks is {num_resident}, but the model has {num_blocks} blocks (0 to {num_blocks})")
-    return frozenset(num_blocks - 1 - position * num_blocks // num_resident for position in range(num_resident))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -251,7 +240,7 @@ def offload_blocks(
     Masters are built block by block, so the model may be larger than the device. Parameters that are trainable
     now, buffers and resident blocks move to the device. Checkpointing, if any, goes on top of this.
     Raises ValueError for no blocks, meta tensors, a parameter that two blocks share, fewer than two buffers,
-    or blocks without frozen parameters; RuntimeError if applied already.
+    or blocks without frozen parameters; PlanError for more resident blocks than there are; RuntimeError if applied already.
     """
     blocks = require_modules(blocks, "block offload")
     device = resolve_device(device)

@@ -163,6 +163,18 @@ def resolve_keeps(plan: MemoryPlan, num_blocks: int) -> tuple[Keep, ...]:
     return tuple(keeps)
 
 
+def resident_indices(num_blocks: int, num_resident: int | None) -> frozenset[int]:
+    """Which blocks stay on the device: spread evenly, the last one (where forward turns into backward) among them.
+
+    None means all. Raises PlanError if more are asked for than there are.
+    """
+    if num_resident is None:
+        return frozenset(range(num_blocks))
+    if not 0 <= num_resident <= num_blocks:
+        raise PlanError(f"resident_blocks is {num_resident}, but the model has {num_blocks} blocks (0 to {num_blocks})")
+    return frozenset(num_blocks - 1 - position * num_blocks // num_resident for position in range(num_resident))
+
+
 def is_checkpointed(keeps: Sequence[Keep]) -> bool:
     """Whether any of the blocks is recomputed."""
     return any(keep != "everything" for keep in keeps)
@@ -260,8 +272,6 @@ def apply_plan(
                 f"{type(module).__name__}.gradient_checkpointing is on; the plan does the checkpointing. "
                 "Call disable_gradient_checkpointing() first"
             )
-    if plan.resident_blocks is not None and plan.resident_blocks > len(blocks):
-        raise PlanError(f"resident_blocks is {plan.resident_blocks}, but the model has {len(blocks)} blocks")
     applied = AppliedPlan(plan, resolve_keeps(plan, len(blocks)))
     try:
         _apply(applied, model, blocks, device, boundary_names, feed_forwards)
@@ -309,17 +319,12 @@ def _apply(applied: AppliedPlan, model, blocks, device, boundary_names, feed_for
     if plan.num_shards > 1:
         applied.sharding = shard_blocks(model, blocks, num_shards=plan.num_shards, device=device)
         applied._undos.append(applied.sharding.undo)
-    if plan.resident_blocks is not None and plan.resident_blocks < len(blocks):
+    if len(resident_indices(len(blocks), plan.resident_blocks)) < len(blocks):
         applied.offload = offload_blocks(
             blocks, device=device, num_resident=plan.resident_blocks, num_buffers=plan.offload_buffers
         )
         applied._undos.append(applied.offload.undo)
-        streamed = [
-            parameter
-            for index in applied.offload.streamed
-            for parameter in blocks[index].parameters()
-            if not parameter.requires_grad
-        ]
+        streamed = [p for index in applied.offload.streamed for p in blocks[index].parameters() if not p.requires_grad]
     applied._undos.append(place(model, device, skip=streamed))
 
     # 5. Checkpointing around the weights' streaming.

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from memory.assess import Assessment, Limits, Workload, assess_in_full
 from memory.cards import Card
 from memory.growth import grow
-from memory.plan import MemoryPlan, PlanError, is_checkpointed, resolve_keeps
+from memory.plan import MemoryPlan, PlanError, is_checkpointed, resident_indices, resolve_keeps
 from memory.splice import Recipe, SpliceError
 from memory.timeline import Trace
 from memory.variants import Candidate, Variant
@@ -56,7 +56,7 @@ class Ranking:
 
     def __init__(self, workload: Workload, card: Card, base: MemoryPlan, fixed: frozenset[str], expandable_segments: bool,
                  tf32: bool):  # fmt: skip
-        """Raises PlanError for a field in `fixed` that no plan has."""
+        """Raises PlanError for a field in `fixed` that no plan has, and for more resident blocks than there are."""
         unknown = fixed - {f.name for f in dataclasses.fields(MemoryPlan)}
         if unknown:
             raise PlanError(f"{', '.join(sorted(unknown))}: no such field of a plan")
@@ -64,6 +64,7 @@ class Ranking:
         self.workload, self.card, self.fixed = workload, card, fixed
         self.expandable_segments, self.tf32, self.short = expandable_segments, tf32, min(_SHORT, workload.num_blocks)
         self.base = dataclasses.replace(base, **free)
+        resident_indices(workload.num_blocks, self.base.resident_blocks)
         self.num_traces = self.num_replays = self.num_candidates = self.num_unknown = 0
         self._announced: set[tuple[MemoryPlan, int]] = set()
         self._assessed: dict[MemoryPlan, Assessment] = {}

@@ -16,8 +16,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from memory.offload import ALIGNMENT, resident_indices
-from memory.plan import is_checkpointed
+from memory.offload import ALIGNMENT
+from memory.plan import is_checkpointed, resident_indices
 from memory.pools import round_request
 from memory.timeline import Span, Storage, Trace, Visit, pinned_bytes
 from memory.work import Work

@@ -11,8 +11,7 @@ from tiny_transformer import BOUNDARY_NAMES, assert_equal, make_tiny, plain_run,
 from torch import nn
 
 from memory.lockstep import Lockstep, Pass
-from memory.offload import resident_indices
-from memory.plan import MemoryPlan, apply_plan
+from memory.plan import MemoryPlan, apply_plan, resident_indices
 
 
 def apply(tiny, **fields):

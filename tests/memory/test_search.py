@@ -164,6 +164,13 @@ def test_a_model_told_to_keep_everything_is_not_asked_where_inputs_wait(workload
     assert found.best.plan == MemoryPlan(num_keep_everything=NUM_BLOCKS)
 
 
+def test_more_resident_blocks_than_there_are_are_refused_before_anything_is_traced(workload):
+    for fixed in (["resident_blocks"], SEARCHED):
+        with pytest.raises(PlanError, match="resident_blocks is 13, but the model has 12 blocks"):
+            plan_for(workload, 4096, base=MemoryPlan(resident_blocks=13), fixed=fixed)
+    assert not workload.trace.asked
+
+
 def test_nothing_fits_a_card_that_is_too_small(workload):
     result = plan_for(workload, 100)
     assert result.best is None and result.near_misses

@@ -128,6 +128,7 @@ WRONG = {
     "missing settings file": (["--config", "{tmp}/absent.toml"], 2, "cannot be read"),
     "contradicting plan": (["--checkpoint", "none", "--boundaries", "host"], 2, "boundaries is host"),
     "impossible plan": (["--checkpoint", "first:9"], 2, "the model has 2 blocks"),
+    "more resident blocks than there are": (["--resident-blocks", "3"], 2, "resident_blocks is 3, but the model has 2 blocks"),
     "block that is not there": (["--mask-blocks", "1", "2"], 2, "--mask-blocks 2:"),
     "more denoising steps than the scheduler has": (["--sample-steps", "5000"], 2, "5000 denoising steps"),
     "more steps of a trajectory": (["--trajectory-steps", "5000"], 2, "5000 denoising steps"),
