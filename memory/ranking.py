@@ -253,7 +253,7 @@ class Ranking:
         found = list(variant.candidates(plans, self._residents()))
         yield from found
         nearly = [c.device_bytes for c in found if c.plan.num_keep_everything == num_blocks - 1]
-        if plan.feed_forward_chunks == 1 and nearly and min(nearly) <= limits.reservable_bytes:
+        if plan.boundaries == "device" and plan.feed_forward_chunks == 1 and nearly and min(nearly) <= limits.reservable_bytes:
             # Without any recomputation what blocks share lives differently: a trace of its own.
             nothing = dataclasses.replace(plan, checkpoint="none")
             yield from self._resident_variant(nothing).candidates([nothing], self._residents())

@@ -171,6 +171,14 @@ def test_more_resident_blocks_than_there_are_are_refused_before_anything_is_trac
     assert not workload.trace.asked
 
 
+@pytest.mark.parametrize("mib", [20, 80, 104, 4096])
+def test_a_model_of_one_block_is_planned_on_every_card(workload, mib):
+    single = dataclasses.replace(workload, num_blocks=1)
+    found = plan_for(single, mib)
+    full = assess(single, found.smallest.plan, fixed_card(mib * MIB), margin=0.0, host_bytes=GIB)
+    assert full.prediction == found.smallest.prediction and (found.best is not None) == (mib > 20)
+
+
 def test_nothing_fits_a_card_that_is_too_small(workload):
     result = plan_for(workload, 100)
     assert result.best is None and result.near_misses
