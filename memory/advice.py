@@ -9,7 +9,7 @@ import shlex
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 
-from memory.plan import MemoryPlan, PlanError, resolve_keeps
+from memory.plan import MemoryPlan, varied
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,12 +88,8 @@ def _steps(plan: MemoryPlan, num_blocks: int, fixed: Collection[str]) -> Iterato
     for change, why in _changes(plan, num_blocks):
         if any(name in fixed and value != getattr(plan, name) for name, value in change.items()):
             continue
-        try:
-            cheaper = dataclasses.replace(plan, **change)
-            resolve_keeps(cheaper, num_blocks)
-        except PlanError:  # this step contradicts another setting of the plan
-            continue
-        if cheaper != plan:
+        cheaper = varied(plan, num_blocks, **change)
+        if cheaper not in (None, plan):
             yield cheaper, why
 
 

@@ -163,6 +163,16 @@ def resolve_keeps(plan: MemoryPlan, num_blocks: int) -> tuple[Keep, ...]:
     return tuple(keeps)
 
 
+def varied(plan: MemoryPlan, num_blocks: int, **changes: object) -> MemoryPlan | None:
+    """The plan with some fields changed; None where they contradict the others."""
+    try:
+        changed = dataclasses.replace(plan, **changes)
+        resolve_keeps(changed, num_blocks)
+    except PlanError:
+        return None
+    return changed
+
+
 def resident_indices(num_blocks: int, num_resident: int | None) -> frozenset[int]:
     """Which blocks stay on the device: spread evenly, the last one (where forward turns into backward) among them.
 
@@ -268,10 +278,8 @@ def apply_plan(
         if applied_strategies(module):
             raise RuntimeError(f"{applied_strategies(module)[0]} is applied to this model already; undo() it first")
         if getattr(module, "gradient_checkpointing", False):
-            raise PlanError(
-                f"{type(module).__name__}.gradient_checkpointing is on; the plan does the checkpointing. "
-                "Call disable_gradient_checkpointing() first"
-            )
+            raise PlanError(f"{type(module).__name__}.gradient_checkpointing is on; the plan does the checkpointing. "
+                            "Call disable_gradient_checkpointing() first")
     applied = AppliedPlan(plan, resolve_keeps(plan, len(blocks)))
     try:
         _apply(applied, model, blocks, device, boundary_names, feed_forwards)
@@ -320,9 +328,7 @@ def _apply(applied: AppliedPlan, model, blocks, device, boundary_names, feed_for
         applied.sharding = shard_blocks(model, blocks, num_shards=plan.num_shards, device=device)
         applied._undos.append(applied.sharding.undo)
     if len(resident_indices(len(blocks), plan.resident_blocks)) < len(blocks):
-        applied.offload = offload_blocks(
-            blocks, device=device, num_resident=plan.resident_blocks, num_buffers=plan.offload_buffers
-        )
+        applied.offload = offload_blocks(blocks, device=device, num_resident=plan.resident_blocks, num_buffers=plan.offload_buffers)
         applied._undos.append(applied.offload.undo)
         streamed = [p for index in applied.offload.streamed for p in blocks[index].parameters() if not p.requires_grad]
     applied._undos.append(place(model, device, skip=streamed))
@@ -334,13 +340,8 @@ def _apply(applied: AppliedPlan, model, blocks, device, boundary_names, feed_for
 
     # 6. Activations to the host outermost: they see what checkpointing saves, and nothing of its inside.
     if "host" in (plan.boundaries, plan.kept):
-        applied.activations = offload_activations(
-            blocks,
-            device=device,
-            boundary_names=boundary_names,
-            boundaries=plan.boundaries == "host",
-            kept=plan.kept == "host",
-        )
+        applied.activations = offload_activations(blocks, device=device, boundary_names=boundary_names,
+                                                  boundaries=plan.boundaries == "host", kept=plan.kept == "host")
         applied._undos.append(applied.activations.undo)
 
     # 7. Lockstep changes nothing: it runs blocks, whatever is around them.

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from memory.assess import Assessment, Workload, assess
 from memory.cards import Card
-from memory.plan import MemoryPlan
+from memory.plan import MemoryPlan, resolve_keeps, varied
 from memory.ranking import CHUNKS, SEARCHED, SearchResult
 from trainer.config import TrainConfig
 from trainer.errors import UsageError
@@ -27,12 +27,16 @@ def host_share(card: Card, num_cards: int) -> int | None:
 
 
 def sharded_plans(base: MemoryPlan, num_blocks: int, num_cards: int, fixed: Collection[str]) -> list[MemoryPlan]:
-    """Plans with divided blocks, from the fastest to the most frugal; fields named in `fixed` are as in `base`."""
+    """Plans with divided blocks, from the fastest to the most frugal; fields named in `fixed` are as in `base`.
+
+    Raises PlanError where they contradict each other or the model; what contradicts them is left out.
+    """
     recipes = ({"num_keep_attention": num_blocks}, {}, {"boundaries": "host"}, {"boundaries": "host", "feed_forward_chunks": CHUNKS})
     free = {name: getattr(MemoryPlan(), name) for name in SEARCHED if name not in fixed}
-    plans = [replace(base, **{**free, **{k: v for k, v in recipe.items() if k in free}, "resident_blocks": None,
-                              "num_shards": num_cards}) for recipe in recipes]
-    return list(dict.fromkeys(plans))
+    plain = replace(base, **free, num_shards=num_cards)
+    resolve_keeps(plain, num_blocks)
+    plans = [varied(plain, num_blocks, **{k: v for k, v in recipe.items() if k in free}) for recipe in recipes]
+    return list(dict.fromkeys(filter(None, plans)))
 
 
 def assess_sharded(run: Workload, card: Card, base: MemoryPlan, num_cards: int, fixed: Collection[str]) -> SearchResult:

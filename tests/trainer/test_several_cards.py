@@ -7,12 +7,14 @@ import pytest
 
 from memory.assess import assess
 from memory.cards import lookup
-from memory.plan import SHARDING_BUFFERS, MemoryPlan
+from memory.plan import SHARDING_BUFFERS, MemoryPlan, PlanError
+from memory.ranking import CHUNKS
 from trainer import cli
 from trainer.assemble import open_backbone
 from trainer.errors import UsageError
 from trainer.planning import as_json, command, forecast, workload
 from trainer.rehearse import rehearse
+from trainer.several_cards import sharded_plans
 
 NUM_BLOCKS, RANK = 12, 32
 CARD = "4090"
@@ -73,6 +75,23 @@ def test_forecast_compares_the_ways_to_hold_blocks(tiny_config):
     assert "--num-shards 2" in command(config, divided.chosen.plan, {}, 2)
     alone = forecast(config, card)
     assert as_json(alone, {})["num_cards"] == 1 and alone.sharded is None and not alone.by_placement()
+
+
+@pytest.mark.parametrize("given, tried", [
+    ({}, [{"num_keep_attention": NUM_BLOCKS}, {}, {"boundaries": "host"}, {"boundaries": "host", "feed_forward_chunks": CHUNKS}]),
+    ({"num_keep_everything": 5}, [{}, {"boundaries": "host"}, {"boundaries": "host", "feed_forward_chunks": CHUNKS}]),
+    ({"num_keep_everything": NUM_BLOCKS}, [{}]),
+    ({"checkpoint": "none"}, [{}]),
+    ({"checkpoint": "every:2"}, [{}, {"boundaries": "host"}, {"boundaries": "host", "feed_forward_chunks": CHUNKS}]),
+], ids=str)
+def test_what_contradicts_the_settings_given_is_not_tried(given, tried):
+    plans = sharded_plans(MemoryPlan(**given), NUM_BLOCKS, 2, list(given))
+    assert plans == [MemoryPlan(num_shards=2, **given, **recipe) for recipe in tried]
+
+
+def test_settings_given_that_contradict_each_other_are_named():
+    with pytest.raises(PlanError, match="num_keep_everything 13 .* exceed the 12 blocks"):
+        sharded_plans(MemoryPlan(num_keep_everything=13), NUM_BLOCKS, 2, ["num_keep_everything"])
 
 
 def test_what_does_not_go_together_is_refused(tiny_config):
