@@ -112,6 +112,8 @@ def _changes(plan: MemoryPlan, num_blocks: int) -> Iterator[tuple[dict, str]]:
             f"{plan.num_keep_everything - fewer} blocks more are recomputed, all but their attention",
         )
     resident = num_blocks if plan.resident_blocks is None else plan.resident_blocks
+    if plan.offload_buffers > 2 and resident < num_blocks:
+        yield {"offload_buffers": 2}, "streamed blocks pass through two buffers"
     if resident > 0:
         yield {"resident_blocks": resident // 2}, f"{num_blocks - resident // 2} of {num_blocks} blocks stream from host memory"
     if plan.boundaries == "device":
@@ -119,6 +121,8 @@ def _changes(plan: MemoryPlan, num_blocks: int) -> Iterator[tuple[dict, str]]:
     if plan.num_keep_attention:
         fewer = plan.num_keep_attention // 2
         yield {"num_keep_attention": fewer, "kept": "device"}, "fewer blocks keep their attention output"
+    if plan.kept == "host":  # fewer blocks that keep something may need more: what they keep would be on the device
+        yield {"num_keep_everything": 0, "num_keep_attention": 0, "kept": "device"}, "blocks keep their inputs only"
     if plan.feed_forward_chunks < 8:
         chunks = max(4, plan.feed_forward_chunks * 2)
         yield {"feed_forward_chunks": chunks}, f"feed-forwards run in {chunks} chunks of tokens"

@@ -37,6 +37,21 @@ def test_kept_activations_on_the_host_are_given_up_with_what_was_kept():
     assert advice.plan.kept == "device" and advice.plan.num_keep_everything == 0
 
 
+def test_where_less_on_the_host_would_be_more_on_the_device_nothing_is_kept():
+    def needed(plan):
+        return 5 + (plan.num_keep_attention + plan.num_keep_everything if plan.kept == "device" else 1)
+
+    frugal = {"resident_blocks": 0, "boundaries": "host", "feed_forward_chunks": 8, "optimizer": "adamw8bit"}
+    parked = MemoryPlan(**frugal, kept="host", num_keep_attention=15, num_keep_everything=15)
+    advice = next_cheaper(parked, 30, needed_bytes=needed)
+    assert advice.plan == MemoryPlan(**frugal) and advice.needed_bytes == 5
+
+
+def test_of_many_buffers_two_are_left_where_blocks_stream():
+    assert next_cheaper(MemoryPlan(resident_blocks=8, offload_buffers=4), 30).change == {"offload_buffers": 2}
+    assert next_cheaper(MemoryPlan(offload_buffers=4), 30).change == {"resident_blocks": 15}
+
+
 def test_steps_that_save_nothing_are_passed_over():
     def needed(plan):  # only the boundaries matter
         return 5 if plan.boundaries == "device" else 4
