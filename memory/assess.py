@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from memory.cards import GIB, Card
 from memory.plan import SHARDING_BUFFERS, MemoryPlan, resolve_keeps
 from memory.timeline import Prediction, Trace
-from memory.timing import Load, StepTime, add_loads, load_of, step_time
+from memory.timing import StepLoad, StepTime, load_of, step_time
 
 MARGIN = 0.03
 _PHASE_FRAGMENTATION = 1.06  # reserved over allocated of phases that are given as a figure (assumed)
@@ -42,6 +42,8 @@ class Workload:
     """The other phases of the run under a plan; what `memory.search` sets on its own account does not matter to them."""
     prepare: Callable[[Sequence[tuple[MemoryPlan, int]], Sequence[MemoryPlan]], None] = lambda traces, phases: None
     """Is told which traces, in about this order, and which phases a search will ask for, most of them; empty: no more."""
+    repeats: float = 1.0
+    """How often a step does what a trace shows, the optimizer's work excepted."""
     host_bytes: int = 3 * GIB
     """What the process takes of the host besides: interpreter, libraries, CUDA's own (assumed)."""
 
@@ -161,21 +163,13 @@ def assess_in_full(
     """`assess` against limits that are known already."""
     resolve_keeps(plan, workload.num_blocks)
     trace = workload.trace(plan, workload.num_blocks)
-    walks: dict[int | None, list[Load]] = {None: []}
-    for span in trace.spans:
-        number = None if span.visit is None else span.visit.walk
-        walks.setdefault(number, []).append(load_of(span.work, limits.card, tf32=tf32))
-    between = add_loads(walks.pop(None))
+    load = StepLoad.of((span.phase, span.visit, load_of(span.work, limits.card, tf32=tf32)) for span in trace.spans)
     streamed = 0 if plan.resident_blocks is None else workload.num_blocks - plan.resident_blocks
     streamed_bytes = trace.standing_bytes("weights", "pinned")
     if plan.num_shards > 1:  # what the other cards hold comes over the same link; blocks are alike
         streamed = workload.num_blocks
         block_bytes = trace.standing_bytes("transfer buffers", "device") // min(SHARDING_BUFFERS, streamed)
         streamed_bytes = streamed * block_bytes * (plan.num_shards - 1) // plan.num_shards
-    time = step_time(
-        between,
-        [(add_loads(loads), streamed_bytes) for loads in walks.values()],
-        limits.card,
-        streamed_share=streamed / workload.num_blocks,
-    )
+    time = step_time(load, limits.card, weight_bytes=streamed_bytes, streamed_share=streamed / workload.num_blocks,
+                     repeats=workload.repeats)
     return assess_trace(workload, plan, trace, time, limits, expandable_segments)

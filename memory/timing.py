@@ -5,10 +5,11 @@ cards (`memory.cards`, bench/published.toml). Weights and activations cross the 
 the blocks takes the longer of the two. Good for ranking plans; not a promise.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from memory.cards import Card
+from memory.timeline import OPTIMIZER, Visit
 from memory.work import Work
 
 BOUNDS = ("matrix products", "attention", "memory traffic", "host link", "overhead")
@@ -54,6 +55,27 @@ class Load:
     to_host: int
 
 
+@dataclass(frozen=True)
+class StepLoad:
+    """What a whole step asks of a card."""
+
+    optimizer: Load
+    between: Load
+    """Between walks over the blocks."""
+    walks: Sequence[Load]
+
+    @classmethod
+    def of(cls, stretches: Iterable[tuple[str, Visit | None, Load]]) -> "StepLoad":
+        """From (phase, visit, load) of every span of a step."""
+        optimizer, between, walks = [], [], {}
+        for phase, visit, load in stretches:
+            if visit is not None:
+                walks.setdefault(visit.walk, []).append(load)
+            else:
+                (optimizer if phase == OPTIMIZER else between).append(load)
+        return cls(add_loads(optimizer), add_loads(between), [add_loads(loads) for loads in walks.values()])
+
+
 def load_of(work: Iterable[Work], card: Card, *, tf32: bool = True) -> Load:
     """The seconds and transfers of some operators on `card`. `tf32`: float32 products run in TF32 where there is bf16."""
     compute = dict.fromkeys(BOUNDS, 0.0)
@@ -94,13 +116,12 @@ def add_loads(loads: Iterable[Load]) -> Load:
     return Load(compute, to_device, to_host)
 
 
-def step_time(between: Load, walks: Iterable[tuple[Load, int]], card: Card, *, streamed_share: float) -> StepTime:
-    """The time of a step: what lies between walks, and each walk with the weight bytes that stream during it."""
-    total = dict(between.compute)
+def step_time(step: StepLoad, card: Card, *, weight_bytes: int, streamed_share: float, repeats: float = 1.0) -> StepTime:
+    """The time of a step, in each walk of which `weight_bytes` stream; all but the optimizer's work counts `repeats` times."""
     link = card.host_link_bandwidth
     # Activations stored outside any walk find nothing to hide behind.
-    total["host link"] += (between.to_device + between.to_host) / link
-    for load, weight_bytes in walks:
+    once, total = ({**load.compute, "host link": (load.to_device + load.to_host) / link} for load in (step.optimizer, step.between))
+    for load in step.walks:
         computing = sum(load.compute.values())
         for bound, seconds in load.compute.items():
             total[bound] += seconds
@@ -110,4 +131,4 @@ def step_time(between: Load, walks: Iterable[tuple[Load, int]], card: Card, *, s
             total["overhead"] += computing * STREAMING_OVERHEAD * streamed_share
         if load.to_device or load.to_host:
             total["overhead"] += computing * PARKING_OVERHEAD
-    return StepTime(by_bound=total)
+    return StepTime(by_bound={bound: once[bound] + repeats * total[bound] for bound in BOUNDS})

@@ -8,9 +8,9 @@ from memory.assess import Assessment, Limits, Workload, assess_trace, other_phas
 from memory.cards import Card
 from memory.plan import MemoryPlan, resolve_keeps
 from memory.pools import round_request
-from memory.splice import Recipe, SpliceError
+from memory.splice import Cell, Recipe, SpliceError
 from memory.timeline import pinned_bytes
-from memory.timing import Load, StepTime, add_loads, load_of, step_time
+from memory.timing import Load, StepLoad, StepTime, load_of, step_time
 
 
 @dataclass(frozen=True, order=True)
@@ -38,26 +38,21 @@ class Variant:
         weights = recipe.standing(0, base.offload_buffers)
         self.flats = [s.num_bytes for s in weights if s.place == "pinned" and s.category == "weights"]
 
-    def loads(self, keeps: Sequence[str]) -> tuple[Load, list[Load]]:
-        """What lies between walks, and each walk."""
-        between, walks = [], {}
-        for visit, cell in self.recipe.visits(keeps):
-            load = self._loads.get(id(cell))
-            if load is None:
-                load = self._loads[id(cell)] = load_of(cell.work, self.card, tf32=self.tf32)
-            if visit is None:
-                between.append(load)
-            else:
-                walks.setdefault(visit.walk, []).append(load)
-        return add_loads(between), [add_loads(loads) for loads in walks.values()]
+    def load(self, keeps: Sequence[str]) -> StepLoad:
+        """What the step asks for when the blocks keep `keeps`, streaming excepted."""
+        return StepLoad.of((cell.phase, visit, self._load_of(cell)) for visit, cell in self.recipe.visits(keeps))
 
-    def time(self, loads: tuple[Load, list[Load]], num_resident: int | None) -> StepTime:
+    def _load_of(self, cell: Cell) -> Load:
+        load = self._loads.get(id(cell))
+        if load is None:
+            load = self._loads[id(cell)] = load_of(cell.work, self.card, tf32=self.tf32)
+        return load
+
+    def time(self, load: StepLoad, num_resident: int | None) -> StepTime:
         """Of a step with so many blocks resident."""
-        between, walks = loads
         num_streamed = 0 if num_resident is None else len(self.flats) - num_resident
-        streamed_bytes = num_streamed * max(self.flats, default=0)
-        walked = [(walk, streamed_bytes) for walk in walks]
-        return step_time(between, walked, self.card, streamed_share=num_streamed / max(1, len(self.flats)))
+        return step_time(load, self.card, weight_bytes=num_streamed * max(self.flats, default=0),
+                         streamed_share=num_streamed / max(1, len(self.flats)), repeats=self.workload.repeats)
 
     def candidates(self, plans: Sequence[MemoryPlan], residents: Sequence[int | None]) -> Iterator[Candidate]:
         """Every plan with every number of resident blocks, as far as the recipe knows it."""
@@ -65,7 +60,7 @@ class Variant:
         for plan in plans:
             keeps = resolve_keeps(plan, self.recipe.num_blocks)
             try:
-                gain, loads, slabs = self.recipe.peak_bytes(keeps), self.loads(keeps), sum(self.recipe.slabs(keeps))
+                gain, load, slabs = self.recipe.peak_bytes(keeps), self.load(keeps), sum(self.recipe.slabs(keeps))
             except SpliceError:
                 self.num_unknown += 1
                 continue
@@ -81,7 +76,7 @@ class Variant:
                     masters_bytes=host + slabs,
                 )
                 yield Candidate(
-                    self.time(loads, num_resident).seconds,
+                    self.time(load, num_resident).seconds,
                     device + gain,
                     others.reserved_bytes,
                     max(host + slabs, others.host_bytes) + self.workload.host_bytes,
@@ -104,5 +99,5 @@ class Variant:
     def assess(self, plan: MemoryPlan, limits: Limits, expandable_segments: bool) -> Assessment:
         keeps = resolve_keeps(plan, self.recipe.num_blocks)
         trace = self.recipe.splice(keeps, num_resident=plan.resident_blocks, num_buffers=plan.offload_buffers)
-        time = self.time(self.loads(keeps), plan.resident_blocks)
+        time = self.time(self.load(keeps), plan.resident_blocks)
         return assess_trace(self.workload, plan, trace, time, limits, expandable_segments)

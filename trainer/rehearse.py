@@ -32,7 +32,7 @@ _PROMPTS = PromptSet("concept", ("concept",), ("safe",), ("preserved",))
 
 def rehearse(backbone: CogVideoX, config: TrainConfig, plan: MemoryPlan, num_blocks: int | None = None,
              num_cards: int = 1) -> Trace:
-    """The trace of one training step under `plan`. `num_blocks`: with fewer blocks; all are alike.
+    """The trace of one training step under `plan`, with `num_rehearsed(config)` passes. `num_blocks`: with fewer blocks; all are alike.
 
     `num_cards`: what one of several sees, with its rows of the batch and a reduction of gradients. Sharded blocks, which
     need processes, are rehearsed as streamed ones: they too pass through a few buffers, and their masters are divided.
@@ -87,6 +87,11 @@ def rehearse(backbone: CogVideoX, config: TrainConfig, plan: MemoryPlan, num_blo
     return trace if plan.optimizer == "adamw" else with_8bit_state(trace)
 
 
+def num_rehearsed(config: TrainConfig) -> int:
+    """Accumulated passes that a trace shows: the first, and one of those that find its gradients there and add to them."""
+    return min(config.optim.accumulation, 2)
+
+
 def peak_beyond(adopt: list[torch.nn.Module], run: Callable[[], object]) -> int:
     """Device bytes that `run` needs at its peak, the parameters of `adopt` excepted. Call it under FakeTensorMode."""
     with recording() as recorder:
@@ -119,12 +124,13 @@ def _step(teacher: Teacher, predict: Predict, lockstep: Lockstep | None, erasers
 
         return phased
 
-    phase("teacher")
-    if lockstep:
-        samples = Samples(teacher, 0, torch.device("cpu"))
-        lockstep_backward(student(lockstep), predict, erasers, samples, 0, config.loss)
-    else:
-        student_backward(student(predict), erasers, teacher.sample(0), config.loss)
+    samples = Samples(teacher, 0, torch.device("cpu"))
+    for k in range(num_rehearsed(config)):
+        phase("teacher")
+        if lockstep:
+            lockstep_backward(student(lockstep), predict, erasers, samples, k, config.loss)
+        else:
+            student_backward(student(predict), erasers, samples(k), config.loss)
     phase(OPTIMIZER)
     if num_cards > 1:
         average([p.grad for p in erasers.parameters()], reduce=lambda flat: None)

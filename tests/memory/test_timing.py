@@ -5,7 +5,8 @@ from dataclasses import replace
 import pytest
 
 from memory.cards import lookup
-from memory.timing import CONVOLUTION_FRACTION, FP32_FRACTION, PARKING_OVERHEAD, STREAMING_OVERHEAD, Load, add_loads, load_of, step_time
+from memory.timeline import OPTIMIZER, Visit
+from memory.timing import CONVOLUTION_FRACTION, FP32_FRACTION, PARKING_OVERHEAD, STREAMING_OVERHEAD, Load, StepLoad, add_loads, load_of, step_time
 from memory.work import Work
 
 CARD = replace(
@@ -61,8 +62,19 @@ def test_loads_add_up():
     (_load(2.0, to_device=10**10, to_host=6 * 10**10), 0, 1.0, 2.0 * PARKING_OVERHEAD),  # the other way beside it
 ])  # fmt: skip
 def test_a_walk_takes_the_longer_of_computing_and_moving(walk, weight_bytes, waited, overhead):
-    time = step_time(_load(0.25, to_device=10**10, to_host=10**10), [(walk, weight_bytes)], CARD, streamed_share=0.5)
+    step = StepLoad(_load(0.0), _load(0.25, to_device=10**10, to_host=10**10), [walk])
+    time = step_time(step, CARD, weight_bytes=weight_bytes, streamed_share=0.5)
     assert time.by_bound["matrix products"] == pytest.approx(2.25)
     assert time.by_bound["host link"] == pytest.approx(1.0 + waited)  # between walks nothing hides
     assert time.by_bound["overhead"] == pytest.approx(overhead)
     assert time.seconds == pytest.approx(3.25 + waited + overhead) and time.bottleneck == "matrix products"
+
+
+def test_all_but_the_optimizers_work_is_repeated():
+    spans = [("teacher", None, _load(0.25)), ("teacher", Visit(0, 0), _load(1.0)), ("student forward", Visit(1, 0), _load(2.0)),
+             ("student backward", Visit(2, 0), _load(0.5)), ("student backward", Visit(2, 1), _load(0.5)), (OPTIMIZER, None, _load(0.125))]
+    step = StepLoad.of(spans)
+    assert step == StepLoad(_load(0.125), _load(0.25), [_load(1.0), _load(2.0), _load(1.0)])
+    once, often = (step_time(step, CARD, weight_bytes=5 * 10**10, streamed_share=1.0, repeats=repeats) for repeats in (1, 4))
+    assert once.by_bound["host link"] == pytest.approx(1.5 + 0.5 + 1.5)
+    assert often.seconds - 0.125 == pytest.approx(4 * (once.seconds - 0.125))

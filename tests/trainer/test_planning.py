@@ -52,6 +52,20 @@ def test_settings_given_are_predicted_as_given(tiny_config):
     assert (found.chosen.plan.resident_blocks, found.chosen.plan.boundaries) == (1, "host")
 
 
+@pytest.mark.parametrize("settings", [{}, {"memory__passes": "lockstep"}, {"memory__resident_blocks": 0, "memory__boundaries": "host"}],
+                         ids=str)
+def test_accumulated_passes_take_their_time_and_find_gradients_there(tiny_config, settings):
+    card, fixed = lookup("4090"), [name.removeprefix("memory__") for name in settings]
+    once, twice, often = (planning.forecast(tiny_config(optim__rank=64, optim__accumulation=n, **settings), card, fixed).chosen
+                          for n in (1, 2, 6))
+    assert 1.9 * once.time.seconds < twice.time.seconds < 2 * once.time.seconds
+    assert often.time.seconds - twice.time.seconds == pytest.approx(2 * (2 * twice.time.seconds - 2 * once.time.seconds), rel=0.05)
+    assert once.prediction.peak_bytes < twice.prediction.peak_bytes and often.prediction == twice.prediction
+    config = tiny_config(optim__rank=64, optim__accumulation=6, memory=often.plan)
+    given = planning.forecast_as_given(config, card)
+    assert given.prediction == often.prediction and given.time.seconds == pytest.approx(often.time.seconds)
+
+
 def test_the_command_gives_all_that_was_given_and_leaves_the_planner_what_it_chose():
     config = TrainConfig(loss=LossConfig(eta=2.0), memory=MemoryPlan(checkpoint="all"))
     plan = MemoryPlan(resident_blocks=3)

@@ -82,3 +82,23 @@ def test_host_memory_of_parked_activations_is_told_without_a_trace(tiny_config, 
     trace, keeps = rehearse(backbone, config, plan), resolve_keeps(plan, backbone.num_blocks)
     held = sorted(s.num_bytes for s in trace.storages if s.place == "pinned")
     assert held and sorted(Recipe.of(trace, keeps).slabs(keeps)) == held
+
+
+@pytest.mark.parametrize("passes", ["sequential", "lockstep"])
+@pytest.mark.parametrize("beta", [0.0, 0.1])
+def test_from_the_second_accumulated_pass_on_gradients_are_there_throughout(tiny_config, passes, beta):
+    once, twice, often = (tiny_config(loss__beta=beta, optim__rank=64, optim__accumulation=n) for n in (1, 2, 5))
+    backbone, plan = open_backbone(once.model), MemoryPlan(passes=passes)
+    one, two = (rehearse(backbone, config, plan) for config in (once, twice))
+    grads = one.standing_bytes("adapters")
+    found = {phase: live["gradients"] for phase, _, live in two.timeline(rounded=False)}
+    assert found["student backward"] == found["optimizer"] == grads
+    assert grads in {live["gradients"] for phase, _, live in two.timeline(rounded=False) if phase == "teacher"}
+    if not beta:
+        assert two.peaks()["student forward"] - one.peaks()["student forward"] >= grads
+    assert sum(len(span.work) for span in two.spans if span.phase == "optimizer") == sum(
+        len(span.work) for span in one.spans if span.phase == "optimizer")
+    assert 2 * len({span.visit.walk for span in one.spans if span.visit}) == len({span.visit.walk for span in two.spans if span.visit})
+    assert rehearse(backbone, often, plan) == two  # later passes are like the second
+    keeps = resolve_keeps(plan, backbone.num_blocks)
+    assert Recipe.of(two, keeps).splice(keeps).peaks() == two.peaks()
