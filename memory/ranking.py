@@ -111,10 +111,12 @@ class Ranking:
                                        for number in range(num_blocks)], self._residents())  # fmt: skip
 
     def _result(self, candidates: list[Candidate], best: Assessment | None, smallest: Assessment, limits: Limits) -> SearchResult:
-        misses = self._near_misses(sorted(candidates), best, limits)  # replays some more
+        faster = self._faster(sorted(candidates), best, limits)  # replays some more
+        best = next((found for found in faster if found.fits), best)  # what was seen of others made it look too large
+        misses = [found for found in faster if not found.fits and (best is None or found.time.seconds < best.time.seconds)]
         return SearchResult(
             best=best,
-            near_misses=tuple(misses),
+            near_misses=tuple(sorted(misses, key=lambda miss: miss.needed_bytes)),
             smallest=smallest,
             num_candidates=self.num_candidates,
             num_unknown=self.num_unknown,
@@ -285,10 +287,8 @@ class Ranking:
             excess[id(candidate.variant)] = min(seen, excess.get(id(candidate.variant), seen))
         return None
 
-    def _near_misses(
-        self, ranked: list[Candidate], best: Assessment | None, limits: Limits
-    ) -> list[Assessment]:
-        """The fastest plan of all, and the best plan's faster neighbours: one for each setting that costs it time."""
+    def _faster(self, ranked: list[Candidate], best: Assessment | None, limits: Limits) -> list[Assessment]:
+        """The fastest plan of all, and the best plan's faster neighbours, one for each setting that costs it time: by time."""
         faster = ranked if best is None else [c for c in ranked if c.seconds < best.time.seconds]
         picks: dict[str, Candidate] = {}
         for candidate in faster:
@@ -302,5 +302,5 @@ class Ranking:
                     picks.setdefault(*different, candidate)
                 if different <= {"num_keep_attention", "num_keep_everything"}:
                     picks["keep more"] = candidate  # the last one is the nearest
-        misses = {candidate.plan: self._assess(candidate, limits) for candidate in picks.values()}
-        return sorted((miss for miss in misses.values() if not miss.fits), key=lambda miss: miss.needed_bytes)
+        found = {candidate.plan: self._assess(candidate, limits) for candidate in picks.values()}
+        return sorted(found.values(), key=lambda assessment: assessment.time.seconds)

@@ -11,7 +11,7 @@ import memory.activations
 from memory.assess import Limits, PhaseNeed, Workload, assess
 from memory.cards import GIB, lookup
 from memory.plan import MemoryPlan, PlanError, resolve_keeps
-from memory.ranking import SEARCHED
+from memory.ranking import SEARCHED, Ranking
 from memory.search import HOST_GAIN, HOST_SHARE, search
 
 MIB = 1 << 20
@@ -82,6 +82,15 @@ def test_the_chosen_plan_is_the_fastest_that_fits_and_its_prediction_that_of_a_f
     for miss in result.near_misses:
         again = assess(workload, miss.plan, fixed_card(450 * MIB), margin=0.0, host_bytes=GIB)
         assert not again.fits and again.reason == miss.reason
+
+
+@pytest.mark.parametrize("mib", [150, 210])
+def test_of_all_plans_looked_at_the_fastest_that_fits_is_chosen(workload, mib, monkeypatch):
+    seen, look = [], Ranking._assess
+    monkeypatch.setattr(Ranking, "_assess", lambda *args: seen.append(look(*args)) or seen[-1])
+    found = plan_for(workload, mib, host_bytes=None)
+    assert found.best.time.seconds == min(assessment.time.seconds for assessment in seen if assessment.fits)
+    assert all(miss.time.seconds < found.best.time.seconds for miss in found.near_misses)
 
 
 @pytest.mark.parametrize("mib", [520, 560])
