@@ -204,7 +204,10 @@ def cards() -> str:
     names, plans = [name.rsplit("-", 1) for name in result["cells"]], [cell["planned"] for cell in result["cells"].values()]
     rows = [[f"`{card}`", *(_feasible(plan[card], plan[card]["predicted"]["needed_bytes"]) for plan in plans)] for card in result["cards"]]
     header = ["`--profile`", *(f"{model.removeprefix('cogvideox').strip('-')}, {frames} frames" for model, frames in names)]
-    return markdown(header, rows) + _predicted(result)
+    least = max(load(name)["minimum"]["cells"]["5b 49f adamw8bit"]["allocated_bytes"] for name in ("emulated", "emulated-h100"))
+    note = (f"\nAt the least, with all streamed and recomputed that can be, steps of the 5b at 49 frames allocate {least / GIB:.1f} GiB "
+            "(MEMORY.md, emulated cards).\n")
+    return markdown(header, rows) + note + _predicted(result)
 
 
 def planning() -> str:
