@@ -473,6 +473,7 @@ API int nvmlDeviceGetHandleByIndex_v2(unsigned, void** handle) { *handle = (void
 API int nvmlDeviceGetHandleByUUID(const char*, void** handle) { *handle = (void*)1; return 0; }
 API int nvmlDeviceGetHandleByPciBusId_v2(const char*, void** handle) { *handle = (void*)1; return 0; }
 API int nvmlDeviceGetName(void*, char* text, unsigned length) { snprintf(text, length, "%s", card_name()); return 0; }
+API int nvmlDeviceGetCudaComputeCapability(void*, int* major, int* minor) { *major = MAJOR; *minor = MINOR; return 0; }
 API int nvmlDeviceGetMemoryInfo_v2(void*, NvmlMemory* found) {
     std::lock_guard<std::mutex> guard(lock);
     unsigned long long taken = std::min(TOTAL, used + context);
