@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from memory import environment
+from memory.host import available_host_bytes
 
 GIB = 1 << 30
 _MIB = 1 << 20
@@ -156,20 +157,6 @@ def detect(index: int = 0) -> Card:
         used_by_others_bytes=others,
         host_bytes=available_host_bytes(),
     )
-
-
-def available_host_bytes() -> int:
-    """Host memory that can be had without swapping, within the container's limit if there is one."""
-    available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    meminfo, limit, used = (
-        Path(path) for path in ("/proc/meminfo", "/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current")
-    )
-    if meminfo.exists():
-        fields = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
-        available = int(fields["MemAvailable"].split()[0]) * 1024
-    if limit.exists() and used.exists() and limit.read_text().strip() != "max":
-        available = min(available, int(limit.read_text()) - int(used.read_text()))
-    return max(0, available)
 
 
 @cache

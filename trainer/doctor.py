@@ -19,7 +19,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal, TextIO
 
-from memory.cards import GIB, Card, CardUnreadable, available_host_bytes, detect
+from memory.cards import GIB, Card, CardUnreadable, detect
+from memory.host import available_host_bytes, host_limit_bytes
 from trainer.errors import TrainerError
 from trainer.prompts import cache_directory
 
@@ -142,7 +143,7 @@ def _driver() -> str:
 def host(card: Card | None) -> Iterator[Check]:
     """Memory of the host, the container's limit, and how much may be locked."""
     total, available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), available_host_bytes()
-    limit = _cgroup_limit()
+    limit = host_limit_bytes()
     short = available < LEAST_HOST_BYTES
     bound = f", container limited to {limit / GIB:.1f}" if limit is not None and limit < total else ""
     yield Check(name="host memory", status="warning" if short else "ok", found=f"{available / GIB:.1f} GiB available of "
@@ -155,13 +156,6 @@ def host(card: Card | None) -> Iterator[Check]:
                 found=f"ulimit -l: {said}" + ("" if locked is None else "; CUDA's pinned memory is not counted there"))
     if card is not None:
         yield _pinned(available)
-
-
-def _cgroup_limit() -> int | None:
-    for path in (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes")):
-        if path.exists() and (text := path.read_text().strip()).isdigit():
-            return int(text)
-    return None
 
 
 def _pinned(available: int) -> Check:

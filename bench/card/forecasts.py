@@ -10,7 +10,8 @@ from typing import Any
 
 from bench.card.rig import Cell, backbone_of
 from memory.assess import Assessment, Workload, assess
-from memory.cards import GIB, Card, CardUnreadable, available_host_bytes, detect, lookup
+from memory.cards import GIB, Card, CardUnreadable, detect, lookup
+from memory.host import available_host_bytes
 from memory.plan import MemoryPlan
 from memory.ranking import SEARCHED
 from memory.search import search

@@ -84,7 +84,7 @@ def test_a_card_that_torch_cannot_use(monkeypatch):
 
 def test_little_memory_and_a_container(monkeypatch):
     monkeypatch.setattr(doctor, "available_host_bytes", lambda: GIB)
-    monkeypatch.setattr(doctor, "_cgroup_limit", lambda: 2 * GIB)
+    monkeypatch.setattr(doctor, "host_limit_bytes", lambda: 2 * GIB)
     check = _one(doctor.host(None), "host memory")
     assert check.status == "warning" and "1.0 GiB available" in check.found and "limited to 2.0" in check.found and check.fix
 

@@ -1,0 +1,60 @@
+"""Host memory that can be had: what the machine has left, and what containers, jobs and services leave of it.
+
+Importable without torch.
+"""
+
+import os
+from pathlib import Path
+
+_PROCESS = Path("/proc/self/cgroup")
+_MEMINFO = Path("/proc/meminfo")
+_GROUPS = Path("/sys/fs/cgroup")
+_V2 = ("memory.max", "memory.current", "")
+_V1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_")  # limit, usage, prefix of what descendants hold, too
+
+
+def available_host_bytes() -> int:
+    """Host memory that can be had without swapping, within the limits of the control groups that this process is in."""
+    available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if _MEMINFO.exists():
+        fields = dict(line.split(":", 1) for line in _MEMINFO.read_text().splitlines())
+        available = int(fields["MemAvailable"].split()[0]) * 1024
+    return max(0, min([available, *(left for _, left in _limits())]))
+
+
+def host_limit_bytes() -> int | None:
+    """The least that a control group allows; None without a limit (which version 1 may write as a huge number)."""
+    return min((limit for limit, _ in _limits()), default=None)
+
+
+def _limits() -> list[tuple[int, int]]:
+    """(limit, what it leaves) of the group of this process and of those around it."""
+    limits = []
+    for line in _PROCESS.read_text().splitlines() if _PROCESS.exists() else ():
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":
+            mount, files = _GROUPS, _V2
+        elif "memory" in controllers.split(","):
+            mount, files = _GROUPS / "memory", _V1
+        else:
+            continue
+        # A container may see its path on the host, but only its own group, as the mount's root: what is not there, is no limit.
+        group = mount / path.strip("/")
+        limits += [found for folder in (group, *group.parents) if (found := _limit(folder, *files))]
+    return limits
+
+
+def _limit(group: Path, limit: str, usage: str, prefix: str) -> tuple[int, int] | None:
+    """None: no such group, or one without a limit."""
+    try:
+        allowed, used = (group / limit).read_text().strip(), int((group / usage).read_text())
+    except OSError:
+        return None
+    if allowed == "max":
+        return None
+    stat = group / "memory.stat"
+    held = dict(line.split() for line in stat.read_text().splitlines()) if stat.exists() else {}
+    # Usage counts the page cache of whatever was read, such as weights. The kernel takes that back before it refuses memory, of
+    # files read twice (active) too, as MemAvailable has it. `file` would count shared memory, which only swap could take.
+    cached = sum(int(held.get(f"{prefix}{name}", 0)) for name in ("inactive_file", "active_file"))
+    return int(allowed), int(allowed) - used + cached
