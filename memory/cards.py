@@ -29,6 +29,8 @@ _ASSUMED = (
     "memory_fraction",
     "host_link_bandwidth",
 )
+_BF16_SINCE = (8, 0)  # compute capability
+_OLD = {(7, 0): "volta", (7, 5): "turing"}  # those before that have tensor cores
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(?:gb|gib|g)", re.IGNORECASE)
 
 
@@ -147,11 +149,9 @@ def detect(index: int = 0) -> Card:
     reading = _read_nvml(index)
     if reading is None:
         return _cpu()
-    label, total, others = reading
-    card = _by_label(label, total)
+    label, capability, total, others = reading
     return replace(
-        card,
-        label=label,
+        _by_label(label, capability, total),
         capacity_bytes=total,
         usable_bytes=_usable(total),
         used_by_others_bytes=others,
@@ -206,33 +206,37 @@ def _named(name: str) -> Card:
     )
 
 
-def _of_size(gib: float) -> Card:
+def _of_size(gib: float, label: str | None = None, table: str = "typical") -> Card:
+    """A card that is known by its size; `table`, of cards.toml, says whose rates it has."""
     if gib <= 0:
         raise UnknownCard(f"a card of {gib:g} GiB does not exist; try 8gb.")
-    typical = next(name for limit, name in _table()["typical"].items() if gib <= int(limit))
-    model = _named(typical)
+    model = _named(next(name for limit, name in _table()[table].items() if gib <= int(limit)))
     capacity = int(gib * GIB)
     return replace(
         model,
         name=f"{gib:g}gb",
-        label=f"{gib:g} GB (rates of {model.label})",
+        label=f"{label or f'{gib:g} GB'} (assumed rates of {model.label})",
         capacity_bytes=capacity,
         usable_bytes=_usable(capacity),
         assumed=_ASSUMED + ("tensor_rate", "fp32_rate", "memory_bandwidth", "host_link_nominal"),
     )
 
 
-def _by_label(label: str, total_bytes: int) -> Card:
-    """The listed card that NVML's name means; a card of that size where the name is not listed."""
+def _by_label(label: str, capability: tuple[int, int], total_bytes: int) -> Card:
+    """The listed card that NVML's name means; a card of that size and generation where the name is not listed."""
     words = [word for word in re.split(r"[^a-z0-9]+", label.lower()) if _squash(word)]
     runs = {"".join(words[i:j]) for i in range(len(words)) for j in range(i + 1, len(words) + 1)}
     rows = _table()["cards"]
     bases = {name: _squash(re.sub(r"-\d+gb$", "", name)) for name in rows}
-    found = [name for name in rows if bases[name] in runs]
-    if not found:
-        return _of_size(round(total_bytes / GIB))
-    # "RTX 4070 Ti SUPER" also contains "4070": the longest name wins, then the nearest size.
-    return _named(min(found, key=lambda name: (-len(bases[name]), abs(rows[name]["mib"] * _MIB - total_bytes))))
+    old = capability < _BF16_SINCE
+    # By its name alone, a TITAN V or a TITAN Xp would be a TITAN RTX.
+    found = [name for name in rows if bases[name] in runs and (not old or rows[name]["architecture"] == _OLD.get(capability))]
+    if found:
+        # "RTX 4070 Ti SUPER" also contains "4070": the longest name wins, then the nearest size.
+        name = min(found, key=lambda name: (-len(bases[name]), abs(rows[name]["mib"] * _MIB - total_bytes)))
+        return replace(_named(name), label=label)
+    card = _of_size(round(total_bytes / GIB), label, "typical_old" if old else "typical")
+    return card if capability >= min(_OLD) else replace(card, tensor_rate=card.fp32_rate)  # without tensor cores
 
 
 def _cpu() -> Card:
@@ -265,8 +269,8 @@ def _cpu() -> Card:
     )
 
 
-def _read_nvml(index: int) -> tuple[str, int, int] | None:
-    """(label, total bytes, bytes held by other processes) of card `index`, or None where there is no driver or card.
+def _read_nvml(index: int) -> tuple[str, tuple[int, int], int, int] | None:
+    """(label, compute capability, total bytes, bytes held by other processes) of card `index`; None: no driver or no card.
 
     Raises: CardUnreadable, when there is a card but the driver does not answer for it.
     """
@@ -283,6 +287,7 @@ def _read_nvml(index: int) -> tuple[str, int, int] | None:
             return None
         handle = _handle(pynvml, index)
         label = pynvml.nvmlDeviceGetName(handle)
+        capability = tuple(pynvml.nvmlDeviceGetCudaComputeCapability(handle))
         memory = pynvml.nvmlDeviceGetMemoryInfo(handle, version=pynvml.nvmlMemory_v2)
         processes = pynvml.nvmlDeviceGetComputeRunningProcesses(handle)
     except pynvml.NVMLError as error:
@@ -292,7 +297,7 @@ def _read_nvml(index: int) -> tuple[str, int, int] | None:
     ours = sum(process.usedGpuMemory or 0 for process in processes if process.pid == os.getpid())
     # What the driver reserves for itself is nobody's; `_usable` knows of it.
     others = max(0, memory.total - memory.free - memory.reserved - ours)
-    return label.decode() if isinstance(label, bytes) else label, memory.total, others
+    return label.decode() if isinstance(label, bytes) else label, capability, memory.total, others
 
 
 def _handle(pynvml: Any, index: int) -> Any:

@@ -86,17 +86,32 @@ def test_nonsense_is_refused(profile):
         ("Tesla V100-SXM2-32GB", 32768, "v100-32gb"),
         ("NVIDIA RTX 6000 Ada Generation", 49140, "rtx-6000-ada"),
         ("NVIDIA RTX PRO 6000 Blackwell Workstation Edition", 97887, "rtx-pro-6000"),
+        ("NVIDIA TITAN RTX", 24576, "titan-rtx"),
+        ("Tesla T4", 15360, "t4"),
         ("NVIDIA Something New", 36000, "35gb"),
     ],
 )
 def test_the_card_in_the_machine_is_recognised(monkeypatch, label, mib, name):
-    monkeypatch.setattr(cards, "_read_nvml", lambda index: (label, mib << 20, 3 * GIB))
+    capability = {"turing": (7, 5), "volta": (7, 0)}.get(lookup(name).architecture, (8, 6))
+    monkeypatch.setattr(cards, "_read_nvml", lambda index: (label, capability, mib << 20, 3 * GIB))
     card = lookup("auto")
     assert card.name == name
-    assert card.label == label and card.capacity_bytes == mib << 20
+    assert card.label.startswith(label) and card.capacity_bytes == mib << 20
     assert card.used_by_others_bytes == 3 * GIB
     assert card.available_bytes == card.usable_bytes - card.context_bytes - 3 * GIB
     assert card.host_bytes > 0
+
+
+@pytest.mark.parametrize("label, capability, mib, rates_of", [
+    ("NVIDIA GeForce RTX 2070 SUPER", (7, 5), 8192, "rtx-2060"), ("Quadro RTX 5000", (7, 5), 16384, "rtx-2080ti"),
+    ("Quadro RTX 8000", (7, 5), 49152, "titan-rtx"), ("NVIDIA TITAN V", (7, 0), 12288, "rtx-2080ti"),
+    ("NVIDIA TITAN Xp", (6, 1), 12288, "rtx-2080ti"), ("Tesla P40", (6, 1), 24576, "titan-rtx")])
+def test_a_card_from_before_ampere_has_no_bf16_whatever_its_size(monkeypatch, label, capability, mib, rates_of):
+    monkeypatch.setattr(cards, "_read_nvml", lambda index: (label, capability, mib << 20, 0))
+    card, rates = detect(), lookup(rates_of)
+    assert card.fp16 and not card.bf16 and not card.fp8 and card.name not in card_names() and card.capacity_bytes == mib << 20
+    assert card.memory_bandwidth == rates.memory_bandwidth and card.label == f"{label} (assumed rates of {rates.label})"
+    assert card.tensor_rate == (rates.tensor_rate if capability >= (7, 0) else rates.fp32_rate)
 
 
 def test_without_a_card_auto_is_the_cpu(monkeypatch):
@@ -118,6 +133,7 @@ def fake_nvml(**overrides):
         nvmlDeviceGetCount=lambda: 1,
         nvmlDeviceGetHandleByIndex=lambda index: index,
         nvmlDeviceGetName=lambda handle: b"NVIDIA H20",
+        nvmlDeviceGetCudaComputeCapability=lambda handle: [9, 0],
         nvmlDeviceGetHandleByUUID=lambda name: name,
         nvmlMemory_v2=2,
         nvmlDeviceGetMemoryInfo=lambda handle, version: SimpleNamespace(total=96 * GIB, reserved=GIB, free=85 * GIB),
