@@ -208,9 +208,10 @@ def _named(name: str) -> Card:
 
 def _of_size(gib: float, label: str | None = None, table: str = "typical") -> Card:
     """A card that is known by its size; `table`, of cards.toml, says whose rates it has."""
-    if gib <= 0:
+    typical = [name for limit, name in _table()[table].items() if 0 < gib <= int(limit)]
+    if not typical:
         raise UnknownCard(f"a card of {gib:g} GiB does not exist; try 8gb.")
-    model = _named(next(name for limit, name in _table()[table].items() if gib <= int(limit)))
+    model = _named(typical[0])
     capacity = int(gib * GIB)
     return replace(
         model,
@@ -235,7 +236,7 @@ def _by_label(label: str, capability: tuple[int, int], total_bytes: int) -> Card
         # "RTX 4070 Ti SUPER" also contains "4070": the longest name wins, then the nearest size.
         name = min(found, key=lambda name: (-len(bases[name]), abs(rows[name]["mib"] * _MIB - total_bytes)))
         return replace(_named(name), label=label)
-    card = _of_size(round(total_bytes / GIB), label, "typical_old" if old else "typical")
+    card = _of_size(round(total_bytes / GIB) or total_bytes / GIB, label, "typical_old" if old else "typical")
     return card if capability >= min(_OLD) else replace(card, tensor_rate=card.fp32_rate)  # without tensor cores
 
 

@@ -62,7 +62,7 @@ def test_unknown_names_suggest_the_nearest(profile, suggestion):
         lookup(profile)
 
 
-@pytest.mark.parametrize("profile", ["", "zzzzzzzzz", "0gb", "-5gb"])
+@pytest.mark.parametrize("profile", ["", "zzzzzzzzz", "0gb", "-5gb", "100000000gb"])
 def test_nonsense_is_refused(profile):
     with pytest.raises(UnknownCard):
         lookup(profile)
@@ -112,6 +112,12 @@ def test_a_card_from_before_ampere_has_no_bf16_whatever_its_size(monkeypatch, la
     assert card.fp16 and not card.bf16 and not card.fp8 and card.name not in card_names() and card.capacity_bytes == mib << 20
     assert card.memory_bandwidth == rates.memory_bandwidth and card.label == f"{label} (assumed rates of {rates.label})"
     assert card.tensor_rate == (rates.tensor_rate if capability >= (7, 0) else rates.fp32_rate)
+
+
+def test_a_card_of_less_than_half_a_gib_is_one_that_holds_nothing(monkeypatch):
+    monkeypatch.setattr(cards, "_read_nvml", lambda index: ("NVIDIA GeForce GT 710", (3, 5), 256 << 20, 0))
+    card = lookup("auto")
+    assert card.name == "0.25gb" and card.capacity_bytes == 256 << 20 and card.available_bytes < 0
 
 
 def test_without_a_card_auto_is_the_cpu(monkeypatch):
