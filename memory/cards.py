@@ -10,6 +10,7 @@ import re
 import tomllib
 from dataclasses import dataclass, replace
 from functools import cache
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -284,9 +285,9 @@ def _read_nvml(index: int) -> tuple[str, tuple[int, int], int, int] | None:
     except pynvml.NVMLError:  # no driver, or no library: there is no card to plan for
         return None
     try:
-        if index >= pynvml.nvmlDeviceGetCount():
-            return None
         handle = _handle(pynvml, index)
+        if handle is None:
+            return None
         label = pynvml.nvmlDeviceGetName(handle)
         capability = tuple(pynvml.nvmlDeviceGetCudaComputeCapability(handle))
         memory = pynvml.nvmlDeviceGetMemoryInfo(handle, version=pynvml.nvmlMemory_v2)
@@ -301,10 +302,13 @@ def _read_nvml(index: int) -> tuple[str, tuple[int, int], int, int] | None:
     return label.decode() if isinstance(label, bytes) else label, capability, memory.total, others
 
 
-def _handle(pynvml: Any, index: int) -> Any:
-    """NVML's handle of the card that is `index` to torch: NVML itself does not look at CUDA_VISIBLE_DEVICES."""
-    visible = [name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")]
-    name = visible[index] if index < len(visible) else ""
-    if name.startswith(("GPU-", "MIG-")):
-        return pynvml.nvmlDeviceGetHandleByUUID(name)
-    return pynvml.nvmlDeviceGetHandleByIndex(int(name) if name.isdigit() else index)
+def _handle(pynvml: Any, index: int) -> Any | None:
+    """NVML's handle of the card that is `index` to torch, if it sees one: NVML itself does not look at CUDA_VISIBLE_DEVICES."""
+    count, names = pynvml.nvmlDeviceGetCount(), os.environ.get("CUDA_VISIBLE_DEVICES")
+    listed = map(str, range(count)) if names is None else map(str.strip, names.split(","))
+    # What is no card ends the list: with "" and "-1" there is none.
+    visible = list(takewhile(lambda name: name.startswith(("GPU-", "MIG-")) or (name.isdigit() and int(name) < count), listed))
+    if index >= len(visible):
+        return None
+    name = visible[index]
+    return pynvml.nvmlDeviceGetHandleByIndex(int(name)) if name.isdigit() else pynvml.nvmlDeviceGetHandleByUUID(name)

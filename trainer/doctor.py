@@ -105,7 +105,8 @@ def the_card() -> tuple[Card | None, Check]:
                            fix="look at nvidia-smi and dmesg; a card that fell off the bus comes back with a restart")
     if card.is_cpu:
         return None, Check(name="card", status="note", found="none: training runs on the CPU, which the bundled model is small "
-                           "enough for", fix="with a card in the machine: install its driver, and a torch built for CUDA")
+                           "enough for", fix="with a card in the machine: install its driver and a torch built for CUDA, and look at "
+                           "CUDA_VISIBLE_DEVICES")
     import torch
 
     values = {"name": card.name, "label": card.label, "capacity_bytes": card.capacity_bytes, "usable_bytes": card.usable_bytes,

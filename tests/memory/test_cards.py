@@ -5,9 +5,15 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from memory import cards
 from memory.cards import GIB, CardUnreadable, UnknownCard, card_names, detect, lookup
+
+
+@pytest.fixture(autouse=True)
+def _all_cards_visible(monkeypatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
 
 
 def test_the_table_is_complete_and_plausible():
@@ -163,16 +169,23 @@ def test_what_this_process_holds_is_not_counted_against_it(monkeypatch):
 
 
 @pytest.mark.parametrize("visible, index, handle", [
-    (None, 1, 1), ("", 0, 0), ("2", 0, 2), ("3,1", 1, 1), ("0, GPU-5ebe", 1, "GPU-5ebe"), ("MIG-1/2/0", 0, "MIG-1/2/0")])
+    (None, 1, 1), ("2", 0, 2), ("3,1", 1, 1), ("0, GPU-5ebe", 1, "GPU-5ebe"), ("MIG-1/2/0", 0, "MIG-1/2/0")])
 def test_the_card_asked_is_the_one_that_torch_takes(monkeypatch, visible, index, handle):
     asked = []
     monkeypatch.setitem(sys.modules, "pynvml", fake_nvml(nvmlDeviceGetCount=lambda: 4,
                                                          nvmlDeviceGetName=lambda handle: asked.append(handle) or "NVIDIA H20"))
-    if visible is None:
-        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    else:
+    if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     assert detect(index).name == "h20" and asked == [handle]
+
+
+@pytest.mark.parametrize("visible, index", [("", 0), ("-1", 0), ("NoDevFiles", 0), ("4", 0), ("2", 1), ("1,-1,2", 1), (None, 4)])
+def test_where_torch_sees_no_card_a_run_is_planned_for_the_cpu(monkeypatch, visible, index):
+    monkeypatch.setitem(sys.modules, "pynvml", fake_nvml(nvmlDeviceGetCount=lambda: 4))
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        assert len(torch.cuda._parse_visible_devices()) <= index or visible == "4"  # which torch compares with what is there
+    assert detect(index).is_cpu
 
 
 def test_no_driver_means_no_card(monkeypatch):
