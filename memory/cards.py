@@ -32,6 +32,7 @@ _ASSUMED = (
 )
 _BF16_SINCE = (8, 0)  # compute capability
 _OLD = {(7, 0): "volta", (7, 5): "turing"}  # those before that have tensor cores
+_LAPTOP = re.compile(r"laptop|mobile|max-q design")  # fewer cores, less power and often less memory than the card of that number
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(?:gb|gib|g)", re.IGNORECASE)
 
 
@@ -226,19 +227,30 @@ def _of_size(gib: float, label: str | None = None, table: str = "typical") -> Ca
 
 def _by_label(label: str, capability: tuple[int, int], total_bytes: int) -> Card:
     """The listed card that NVML's name means; a card of that size and generation where the name is not listed."""
-    words = [word for word in re.split(r"[^a-z0-9]+", label.lower()) if _squash(word)]
+    whole, _, profile = label.lower().partition(" mig ")
+    words = [word for word in re.split(r"[^a-z0-9]+", whole) if _squash(word)]
     runs = {"".join(words[i:j]) for i in range(len(words)) for j in range(i + 1, len(words) + 1)}
     rows = _table()["cards"]
     bases = {name: _squash(re.sub(r"-\d+gb$", "", name)) for name in rows}
     old = capability < _BF16_SINCE
     # By its name alone, a TITAN V or a TITAN Xp would be a TITAN RTX.
     found = [name for name in rows if bases[name] in runs and (not old or rows[name]["architecture"] == _OLD.get(capability))]
-    if found:
+    if found and not _LAPTOP.search(whole):
+        # Of a slice, the memory says nothing of the card's, but the name does where there are two.
+        size = re.search(r"(\d+)gb", whole) if profile else None
+        mib = int(size[1]) * 1024 if size else total_bytes / _MIB
         # "RTX 4070 Ti SUPER" also contains "4070": the longest name wins, then the nearest size.
-        name = min(found, key=lambda name: (-len(bases[name]), abs(rows[name]["mib"] * _MIB - total_bytes)))
-        return replace(_named(name), label=label)
+        card = replace(_named(min(found, key=lambda name: (-len(bases[name]), abs(rows[name]["mib"] - mib)))), label=label)
+        return _slice(card, profile, total_bytes) if profile else card
     card = _of_size(round(total_bytes / GIB) or total_bytes / GIB, label, "typical_old" if old else "typical")
     return card if capability >= min(_OLD) else replace(card, tensor_rate=card.fp32_rate)  # without tensor cores
+
+
+def _slice(card: Card, profile: str, total_bytes: int) -> Card:
+    """A MIG slice: "2g.10gb" computes with 2 of the card's 7 parts (an A30's 4), "1c.2g.10gb" with 1; bandwidth goes with memory."""
+    share = int(profile[0]) / (4 if card.name == "a30" else 7)
+    return replace(card, tensor_rate=card.tensor_rate * share, fp32_rate=card.fp32_rate * share,
+                   memory_bandwidth=card.memory_bandwidth * min(1, total_bytes / card.capacity_bytes))
 
 
 def _cpu() -> Card:
@@ -288,8 +300,10 @@ def _read_nvml(index: int) -> tuple[str, tuple[int, int], int, int] | None:
         handle = _handle(pynvml, index)
         if handle is None:
             return None
-        label = pynvml.nvmlDeviceGetName(handle)
-        capability = tuple(pynvml.nvmlDeviceGetCudaComputeCapability(handle))
+        name = pynvml.nvmlDeviceGetName(handle)
+        label = name.decode() if isinstance(name, bytes) else name
+        # A slice's handle is not a card's; no card before Ampere can be split.
+        capability = _BF16_SINCE if " MIG " in label else tuple(pynvml.nvmlDeviceGetCudaComputeCapability(handle))
         memory = pynvml.nvmlDeviceGetMemoryInfo(handle, version=pynvml.nvmlMemory_v2)
         processes = pynvml.nvmlDeviceGetComputeRunningProcesses(handle)
     except pynvml.NVMLError as error:
@@ -299,7 +313,7 @@ def _read_nvml(index: int) -> tuple[str, tuple[int, int], int, int] | None:
     ours = sum(process.usedGpuMemory or 0 for process in processes if process.pid == os.getpid())
     # What the driver reserves for itself is nobody's; `_usable` knows of it.
     others = max(0, memory.total - memory.free - memory.reserved - ours)
-    return label.decode() if isinstance(label, bytes) else label, capability, memory.total, others
+    return label, capability, memory.total, others
 
 
 def _handle(pynvml: Any, index: int) -> Any | None:

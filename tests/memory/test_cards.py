@@ -92,6 +92,7 @@ def test_nonsense_is_refused(profile):
         ("Tesla V100-SXM2-32GB", 32768, "v100-32gb"),
         ("NVIDIA RTX 6000 Ada Generation", 49140, "rtx-6000-ada"),
         ("NVIDIA RTX PRO 6000 Blackwell Workstation Edition", 97887, "rtx-pro-6000"),
+        ("NVIDIA RTX PRO 6000 Blackwell Max-Q Workstation Edition", 97887, "rtx-pro-6000"),
         ("NVIDIA TITAN RTX", 24576, "titan-rtx"),
         ("Tesla T4", 15360, "t4"),
         ("NVIDIA Something New", 36000, "35gb"),
@@ -118,6 +119,27 @@ def test_a_card_from_before_ampere_has_no_bf16_whatever_its_size(monkeypatch, la
     assert card.fp16 and not card.bf16 and not card.fp8 and card.name not in card_names() and card.capacity_bytes == mib << 20
     assert card.memory_bandwidth == rates.memory_bandwidth and card.label == f"{label} (assumed rates of {rates.label})"
     assert card.tensor_rate == (rates.tensor_rate if capability >= (7, 0) else rates.fp32_rate)
+
+
+@pytest.mark.parametrize("label, mib, name, compute, memory", [
+    ("NVIDIA A100-SXM4-80GB MIG 1g.10gb", 9728, "a100-80gb", 1 / 7, 0.11875),
+    ("NVIDIA A100-SXM4-40GB MIG 3g.20gb", 20096, "a100-40gb", 3 / 7, 0.490625),
+    ("NVIDIA H100 80GB HBM3 MIG 1c.7g.80gb", 81559, "h100", 1 / 7, 1), ("NVIDIA A30 MIG 2g.12gb", 12032, "a30", 2 / 4, 0.48958)])
+def test_a_slice_has_its_share_of_the_cards_rates(monkeypatch, label, mib, name, compute, memory):
+    info = SimpleNamespace(total=mib << 20, reserved=0, free=mib << 20)
+    monkeypatch.setitem(sys.modules, "pynvml", fake_nvml(nvmlDeviceGetName=lambda handle: label,
+                                                         nvmlDeviceGetMemoryInfo=lambda handle, version: info))
+    card, whole = detect(), lookup(name)
+    assert card.name == name and card.label == label and card.capacity_bytes == mib << 20
+    assert card.tensor_rate / whole.tensor_rate == card.fp32_rate / whole.fp32_rate == pytest.approx(compute)
+    assert card.memory_bandwidth / whole.memory_bandwidth == pytest.approx(memory, rel=1e-4)
+
+
+def test_a_laptops_card_is_not_the_desktops(monkeypatch):
+    monkeypatch.setattr(cards, "_read_nvml", lambda index: ("NVIDIA GeForce RTX 4090 Laptop GPU", (8, 9), 16376 << 20, 0))
+    card = detect()
+    assert card.name == "16gb" and card.label.startswith("NVIDIA GeForce RTX 4090 Laptop GPU (assumed rates of")
+    assert card.tensor_rate < lookup("4090").tensor_rate / 2 and "tensor_rate" in card.assumed
 
 
 def test_a_card_of_less_than_half_a_gib_is_one_that_holds_nothing(monkeypatch):
