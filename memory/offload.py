@@ -292,15 +292,19 @@ def place(module: nn.Module, device: torch.device, *, skip: Sequence[nn.Paramete
     """
     skipped = {id(parameter) for parameter in skip}
     moved = []
-    for tensor in [*module.parameters(), *module.buffers()]:
-        if id(tensor) not in skipped and tensor.device != device:
-            moved.append((tensor, tensor.device))
-            tensor.data = tensor.data.to(device)
 
     def undo() -> None:
         for tensor, home in moved:
             tensor.data = tensor.data.to(home)
 
+    try:
+        for tensor in [*module.parameters(), *module.buffers()]:
+            if id(tensor) not in skipped and tensor.device != device:
+                moved.append((tensor, tensor.device))
+                tensor.data = tensor.data.to(device)
+    except BaseException:  # out of memory: leave the module as it was
+        undo()
+        raise
     return undo
 
 

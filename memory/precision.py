@@ -29,6 +29,7 @@ def cast_frozen(model: nn.Module, dtype: torch.dtype, *, keep_originals: bool = 
 
     Parameter objects stay the same; trainable parameters are not touched. One tensor is cast at a time, so the
     peak is the model plus one tensor. `keep_originals` holds the former data (a second model) for an exact undo.
+    An exception on the way, such as out of memory, leaves the model as `undo` would.
     Raises ValueError if `model` has no frozen floating-point parameter, or if a trainable one is not float32.
     """
     frozen = [p for p in model.parameters() if not p.requires_grad and p.is_floating_point()]
@@ -37,14 +38,19 @@ def cast_frozen(model: nn.Module, dtype: torch.dtype, *, keep_originals: bool = 
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and parameter.dtype != torch.float32:
             raise ValueError(f"{name} is trainable in {parameter.dtype}; trainable parameters must be float32")
-    casts, originals = [], []
-    for tensor in [*frozen, *(buffer for buffer in model.buffers() if buffer.is_floating_point())]:
-        if tensor.dtype != dtype:
-            casts.append((tensor, tensor.dtype))
-            if keep_originals:
-                originals.append(tensor.data)
-            tensor.data = tensor.data.to(dtype)
-    return Cast(casts, originals if keep_originals else None)
+    casts, originals = [], [] if keep_originals else None
+    handle = Cast(casts, originals)
+    try:
+        for tensor in [*frozen, *(buffer for buffer in model.buffers() if buffer.is_floating_point())]:
+            if tensor.dtype != dtype:
+                casts.append((tensor, tensor.dtype))
+                if keep_originals:
+                    originals.append(tensor.data)
+                tensor.data = tensor.data.to(dtype)
+    except BaseException:
+        handle.undo()
+        raise
+    return handle
 
 
 def make_scaler(dtype: torch.dtype, device: torch.device | str) -> torch.amp.GradScaler:

@@ -4,10 +4,11 @@ import pytest
 import torch
 from tiny_transformer import assert_equal, make_tiny
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import T5Config, T5EncoderModel
 
 from memory.checkpointing import checkpoint_blocks
-from memory.offload import ALIGNMENT, offload_blocks
+from memory.offload import ALIGNMENT, offload_blocks, place
 from memory.plan import PlanError, resident_indices
 
 
@@ -273,6 +274,23 @@ def test_running_out_of_memory_while_applying_leaves_the_model_as_it_was(monkeyp
     assert not any("forward" in block.__dict__ for block in blocks)
     assert len({parameter.untyped_storage().data_ptr() for parameter in blocks.parameters()}) == 12
     assert torch.equal(blocks(torch.ones(2, 8)), expected)
+
+
+def test_running_out_of_memory_while_placing_leaves_the_module_where_it_was(monkeypatch):
+    to, asked = torch.Tensor.to, []
+
+    def exhausted(tensor, device):
+        asked.append(device.type)
+        if len(asked) == 3:
+            raise torch.OutOfMemoryError("no more")
+        return to(tensor, device)
+
+    with FakeTensorMode():
+        blocks = make_blocks()
+        monkeypatch.setattr(torch.Tensor, "to", exhausted)
+        with pytest.raises(torch.OutOfMemoryError):
+            place(blocks, torch.device("cuda", 0))
+    assert asked == ["cuda"] * 3 + ["cpu"] * 3  # a fake tensor does not tell where its data went
 
 
 def test_other_orders_of_blocks_are_right_too():

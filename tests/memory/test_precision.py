@@ -36,6 +36,24 @@ def test_undo_after_a_narrowing_restores_the_dtype_alone():
     assert not torch.equal(tiny.step(), plain_run("sincos")[0])
 
 
+@pytest.mark.parametrize("keep_originals", [False, True])
+def test_running_out_of_memory_while_casting_leaves_the_former_dtypes(monkeypatch, keep_originals):
+    tiny = make_tiny()
+    before = {name: tensor.clone() for name, tensor in tiny.frozen.items()}
+    to, calls = torch.Tensor.to, iter(range(1000))
+
+    def exhausted(tensor, where):
+        if next(calls) == 3:
+            raise torch.OutOfMemoryError("no more")
+        return to(tensor, where)
+
+    with monkeypatch.context() as context, pytest.raises(torch.OutOfMemoryError):
+        context.setattr(torch.Tensor, "to", exhausted)
+        cast_frozen(tiny.model, torch.bfloat16, keep_originals=keep_originals)
+    assert {tensor.dtype for tensor in tiny.model.state_dict().values()} == {torch.float32}
+    assert all(torch.equal(tensor, before[name]) for name, tensor in tiny.frozen.items()) == keep_originals
+
+
 def test_integer_tensors_are_left_alone():
     module = nn.Linear(2, 2).requires_grad_(False)
     module.register_buffer("position", torch.arange(3))
