@@ -86,7 +86,8 @@ class _Parked:
         self.tensor: torch.Tensor | None = values_of(tensor)
         self.num_uses = 0
         self.is_loading = False
-        self.buffer = parking.arena.take(tensor.nbytes)
+        self.arena = parking.arena
+        self.buffer = self.arena.take(tensor.nbytes)
         # The buffer may be one that was read for an earlier backward: who gave it back has waited for that.
         parking.store_lane.copy([(self._host(), tensor)], self.buffer.stored)
         parking.bytes_stored += tensor.nbytes
@@ -130,7 +131,7 @@ class _Parked:
         # The graph is gone, perhaps without a backward: a load under way must not outlive its memory.
         if hasattr(self, "buffer") and not sys.is_finalizing():
             self._arrive()
-            self.parking.arena.give_back(self.buffer)
+            self.arena.give_back(self.buffer)
 
 
 class _Staying:
@@ -196,6 +197,7 @@ class ActivationOffload(Handle):
         self.device = device
         self.store_lane, self.load_lane = Lane(device), Lane(device)
         self.arena = _Arena(self.store_lane, num_blocks)
+        self._undos.append(self._leave_arena)
         self.bytes_stored = 0
         """Bytes copied to the host so far."""
         self.bytes_loaded = 0
@@ -206,6 +208,10 @@ class ActivationOffload(Handle):
 
     host_buffers = property(lambda self: list(self.arena.slabs), doc="Slabs of host memory, allocated in the first step.")
     lanes = property(lambda self: [self.store_lane, self.load_lane], doc="What copies.")
+
+    def _leave_arena(self) -> None:
+        """The host gets its memory back, from under a graph that still reads it once that is gone."""
+        self.arena = _Arena(self.store_lane, self.arena.num_blocks)
 
     def start_block(self) -> _Group:
         while self._leaving:  # of the block before the last

@@ -25,6 +25,7 @@ from memory.exhaustion import exhausted, requested_bytes
 from memory.meter import Meter, PhasePeak
 from memory.plan import MemoryPlan
 from memory.ranking import SEARCHED
+from memory.streams import release_pinned
 from trainer.assemble import open_backbone
 from trainer.checkpoint import latest_checkpoint, save_checkpoint
 from trainer.config import TrainConfig
@@ -162,6 +163,7 @@ def train_in_memory(train: Callable[..., Path], config: TrainConfig, origins: Ma
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+        release_pinned()  # masters and parked activations of the plan that failed: the next one asks for other sizes
         run_dir = failure.run_dir
         begun = run_dir is not None and (run_dir / CONFIG).exists()
         if begun:

@@ -1,4 +1,5 @@
 import gc
+import weakref
 
 import pytest
 import torch
@@ -120,6 +121,19 @@ def test_host_memory_is_allocated_in_the_first_step_only():
         tiny.step()
     assert [slab.data_ptr() for slab in handle.host_buffers] == before
     assert handle.arena._used == used
+
+
+def test_undo_gives_the_host_its_memory_back_once_no_graph_reads_it():
+    tiny = make_tiny("rope")
+    handle = apply(tiny)
+    loss = tiny.predict(tiny.embeds[:1]).sum()
+    slabs = [weakref.ref(slab.untyped_storage()) for slab in handle.host_buffers]
+    handle.undo()
+    assert handle.host_buffers == [] and slabs and all(slab() is not None for slab in slabs)
+    loss.backward()
+    del loss
+    gc.collect()
+    assert all(slab() is None for slab in slabs) and handle.arena._free == {}
 
 
 def test_a_graph_without_backward_gives_its_memory_back():

@@ -16,7 +16,7 @@ import memory.lockstep
 import run
 from memory.cards import lookup
 from memory.plan import MemoryPlan
-from trainer import checkpoint, loop, losses, samples, tracing
+from trainer import checkpoint, loop, losses, recovery, samples, tracing
 from trainer.assemble import Assembly
 from trainer.backbones.cogvideox import CogVideoX
 from trainer.checkpoint import latest_checkpoint
@@ -118,6 +118,20 @@ def test_a_step_down_in_any_phase_ends_with_the_same_bits(phase, config, referen
     metrics = (run_dir / "metrics.jsonl").read_text()
     (run_dir / "metrics.jsonl").write_text(re.sub(r', "events": \[\{.*?\}\]', "", metrics))
     _same_run(straight, run_dir)
+
+
+def test_a_step_down_gives_pinned_memory_back_before_it_goes_on(config, monkeypatch, tmp_path):
+    told = []
+
+    def train(*args, **more):
+        told.append("train")
+        if len(told) == 1:
+            raise torch.OutOfMemoryError(MESSAGE)
+        return tmp_path
+
+    monkeypatch.setattr(recovery, "release_pinned", lambda: told.append("release"))
+    assert train_in_memory(train, config(), {}, resume=None, card=lookup("cpu"), step_down=True, command=("python", "run.py")) == tmp_path
+    assert told == ["train", "release", "train"]
 
 
 @pytest.mark.parametrize("phase, fault", [
