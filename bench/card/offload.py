@@ -16,8 +16,6 @@ SECONDS = 290
 EQUAL_STEPS = 20
 _SHORT = 17  # frames
 _SMALL = (256, 384)  # pixels: steps of which many are taken
-
-
 _EQUAL: dict[str, dict[str, Any]] = {
     "all resident": {}, "ring, boundaries on host": dict(resident_blocks=0, boundaries="host"), "resident again": {},
     "ring in lockstep": dict(resident_blocks=0, passes="lockstep"), "3 buffers, a third resident": dict(resident_blocks=10, offload_buffers=3)}
@@ -78,9 +76,9 @@ def _equality(session: Session, skipped: list[str]) -> dict[str, Any]:
         attempt = session.gauge.attempt(lambda fields=fields: run(cell(**fields)))
         if not attempt.worked:
             result[name] = attempt.as_json()
-        elif not plain:
+        elif name == "all resident":
             plain = attempt.value
-        else:
+        elif plain:
             differing = [n for n, tensor in plain.items() if not torch.equal(tensor, attempt.value[n])]
             result[name] = {"equal": not differing, "num_tensors": len(plain), "differing": differing[:5]}
     return result
@@ -171,7 +169,7 @@ def goals(found: dict[str, Any], equality: dict[str, Any], overlap: dict[str, An
               for name, cell in ours.items() if "step_seconds" in cell]
     base, least = _added(found, f"2b-17f {PEERS[-1]}"), _added(found, "2b-17f ring")
     copied = overlap.get("to device seconds")
-    equal = [not entry.get("equal", False) for entry in equality.values()]
+    equal = [not entry["equal"] for entry in equality.values() if "equal" in entry]
     return [
         goal("time that the ring adds at 49 frames", _added(found, "5b-49f ring"), 0.015),
         goal("time that the ring with the planner's residency adds at 17 frames", _added(found, "5b-17f planner's residency"), 0.03),
