@@ -38,6 +38,17 @@ def test_outputs_and_gradients_are_those_of_diffusers_to_rounding(batch, more):
         torch.testing.assert_close(ours, theirs, rtol=2e-5, atol=2e-6)
 
 
+def test_every_module_is_called():
+    """Hooks, such as those that fetch a layer's weights, come to all of them."""
+    block, called = _block(torch.float32), set()
+    lean.make_lean([block])
+    for name, module in block.named_modules():
+        module.register_forward_hook(lambda *_, name=name: called.add(name))
+    _passed(block)
+    own = {name.rpartition(".")[0] for name, _ in block.named_parameters()}
+    assert own and own <= called
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_in_16_bits_they_are_no_further_from_the_truth(dtype):
     ours = _block(dtype)

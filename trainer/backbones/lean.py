@@ -1,8 +1,8 @@
 """CogVideoX's blocks as diffusers has them, to rounding, with fewer passes over the tokens.
 
 What diffusers does to a norm's output, to scale and shift it, is done to the norm's weight and bias, which are (D) where the output
-is (B, N, D); a gate and the sum after it are one kernel. In 16 bits what is left out is rounding, too. Names of parameters and modules
-stay, and so do hooks on all modules but the `nn.LayerNorm` inside of a `LeanNorm`, which is not called.
+is (B, N, D); a gate and the sum after it are one kernel. In 16 bits what is left out is rounding, too. Names of parameters and modules stay, and
+every module is called, with whatever hooks it has.
 Legend: B batch, L text tokens, N video tokens, D width.
 """
 
@@ -13,9 +13,24 @@ import torch
 import torch.nn.functional as F
 from diffusers.models.normalization import CogVideoXLayerNormZero
 from diffusers.models.transformers.cogvideox_transformer_3d import CogVideoXBlock
-from torch import Tensor
+from torch import Tensor, nn
 
 from trainer.backbones.attention import LeanProcessor, parted
+
+
+class _ScaledNorm(nn.LayerNorm):
+    """A norm of several sequences, of which each sample is scaled and shifted in its own way."""
+
+    def forward(self, sequences: tuple[Tensor, ...], scale: Tensor, shift: Tensor) -> tuple[Tensor, ...]:
+        """Of sequences (B, S, D), each normed, scaled and shifted by its part of `scale` and `shift` (B, sequences, D)."""
+        bias = shift if self.bias is None else torch.addcmul(shift, self.bias, scale)
+        weight = scale if self.weight is None else self.weight * scale
+        return tuple(self._normed(x, weight[:, i], bias[:, i]) for i, x in enumerate(sequences))
+
+    def _normed(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        """x (B, S, D) with a weight and a bias (B, D) for each sample."""
+        samples = [F.layer_norm(sample, self.normalized_shape, w, b, self.eps) for sample, w, b in zip(x.split(1), weight, bias)]
+        return samples[0] if len(samples) == 1 else torch.cat(samples)
 
 
 class LeanNorm(CogVideoXLayerNormZero):
@@ -24,16 +39,8 @@ class LeanNorm(CogVideoXLayerNormZero):
     def forward(self, hidden_states: Tensor, encoder_hidden_states: Tensor, temb: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Video (B, N, D), text (B, L, D) and the gates of both (B, 1, D)."""
         shift, scale, gate = self.linear(self.silu(temb)).unflatten(1, (2, 3, -1)).unbind(2)  # (B, 2, D): of video and text
-        weight, bias, scale = self.norm.weight, self.norm.bias, 1 + scale
-        bias = shift if bias is None else torch.addcmul(shift, bias, scale)
-        weight = scale if weight is None else weight * scale
-        video, text = (self._normed(x, weight[:, i], bias[:, i]) for i, x in enumerate((hidden_states, encoder_hidden_states)))
+        video, text = self.norm((hidden_states, encoder_hidden_states), 1 + scale, shift)
         return video, text, gate[:, :1], gate[:, 1:]
-
-    def _normed(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        """x (B, S, D) with a weight and a bias (B, D) for each sample."""
-        samples = [F.layer_norm(sample, sample.shape[-1:], w, b, self.norm.eps) for sample, w, b in zip(x.split(1), weight, bias)]
-        return samples[0] if len(samples) == 1 else torch.cat(samples)
 
 
 class LeanBlock(CogVideoXBlock):
@@ -57,4 +64,5 @@ def make_lean(blocks: Sequence[CogVideoXBlock]) -> None:
     """Have diffusers' blocks compute so from now on."""
     for block in blocks:
         block.__class__, block.attn1.processor = LeanBlock, LeanProcessor()
-        block.norm1.__class__ = block.norm2.__class__ = LeanNorm
+        for norm in (block.norm1, block.norm2):
+            norm.__class__, norm.norm.__class__ = LeanNorm, _ScaledNorm
