@@ -74,8 +74,10 @@ def schedule() -> str:
         for ending, label in labels.items():
             found = [next(((cells, n) for n in cells if n.startswith(kind) and (n.endswith(f"-{ending}") or n == f"{kind} {ending}")), None)
                      for cells in (parts["cap"]["cells"] for parts in by_card.values())]
-            if all(found):
-                rows.append([f"{kind.replace(' ', '-')} {label}", _allocated(found[0][0][found[0][1]]), *(_added(cells, n, "plain") for cells, n in found)])
+            if there := next(filter(None, found), None):
+                # Where nothing is kept on the host, that would be the plan without.
+                rows.append([f"{kind.replace(' ', '-')} {label}", _allocated(there[0][there[1]]), *(
+                    _added(*each, "plain") if each else "the same" for each in found)])
     errors = [cell["predicted_step_seconds"] / cell["step_seconds"] - 1 for parts in by_card.values()
               for cell in (*parts["offload"]["cells"].values(), *parts["choice"]["chosen"].values()) if "predicted_step_seconds" in cell]
     choices = [parts["choice"] for parts in by_card.values()]
