@@ -18,8 +18,8 @@ from bench.provenance import write_result
 from memory.fake import FakeMode
 from memory.plan import AppliedPlan, MemoryPlan, apply_plan
 from memory.simulate import recording
-from trainer.backbones.lean import make_lean
 from trainer.backbones.cogvideox import BOUNDARY_NAMES
+from trainer.backbones.lean import make_lean
 from trainer.erasers import Erasers
 
 ON_CARD = torch.cuda.is_available()
