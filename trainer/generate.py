@@ -43,7 +43,7 @@ def generate_latents(predict: Predict, scheduler: Any, embeddings: Embeddings, p
     latents = torch.cat(parts)
     if not latents.isfinite().all():
         raise NonFinite("the generated latents hold NaN or infinity; `run.py diagnose ERASER` looks at the eraser, --no-eraser leaves it out, "
-                        "and a lower --guidance-scale or --memory.dtype float32 may help")
+                        "and a lower --guidance-scale or --dtype float32 may help")
     return latents
 
 

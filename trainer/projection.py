@@ -165,6 +165,7 @@ def forget(config: ForgetConfig, origins: Mapping[str, str], *,
                       facts={"predicted_peak_bytes": trace.prediction().peak_bytes})
     with RunLock(run_dir):
         with StopFlag() as stop, monitor:
+            facts = {"base_model": identity, "examples": examples, "config": as_json(config)}
             bill = examine(problems)
             keep_findings(run_dir, bill)
             bill.raise_if_fatal("before training (nothing was changed)")
@@ -189,11 +190,11 @@ def forget(config: ForgetConfig, origins: Mapping[str, str], *,
                 monitor.step(record)
                 if run.step % config.save_every == 0:
                     tensors, state = run.export()
-                    saver.save(run.step, tensors=tensors, state=state | {"base_model": identity, "examples": examples, "config": as_json(config)})
+                    saver.save(run.step, tensors=tensors, state=state | facts)
             monitor.close()
             log.close()
             tensors, state = run.export()
-            saver.save(run.step, tensors=tensors, state=state | {"base_model": identity, "examples": examples, "config": as_json(config)}, final=True)
+            saver.save(run.step, tensors=tensors, state=state | facts, final=True)
             if stop:
                 raise Interrupted(f"stopped at step {run.step} and saved; go on with forget --resume {run_dir}", stop.signal_number)
         # From here on a signal ends the process as it always does: what was trained is saved.

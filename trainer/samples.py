@@ -12,7 +12,7 @@ from trainer.config import TrainConfig
 from trainer.assemble import video_size
 from trainer.diffusion import Sampler
 from trainer.distributed import agreed, rank
-from trainer.errors import InputOutputError
+from trainer.errors import InputOutputError, NonFinite
 from trainer.generate import generate_latents
 from trainer.prompts import Embeddings, PromptSet
 from trainer.signals import StopFlag
@@ -66,7 +66,7 @@ class Sampling:
             contact_sheet(run_dir / "samples" / f"step-{step:06d}.png", list(zip(self.prompts, videos)))
         except _Stopped:
             return
-        except (RuntimeError, MemoryError, InputOutputError) as e:
-            if not (isinstance(e, InputOutputError) or exhausted(e) and not together):  # together: the others wait for this one
+        except (RuntimeError, MemoryError, InputOutputError, NonFinite) as e:
+            if not (isinstance(e, InputOutputError | NonFinite) or exhausted(e) and not together):  # together: the others wait for this one
                 raise
             logger.warning("sampling at step %d failed, training is not affected: %s", step, e or type(e).__name__)

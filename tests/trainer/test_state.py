@@ -146,6 +146,16 @@ def test_a_signal_in_the_last_samples_is_told(tiny_config, monkeypatch):
     assert raised.value.exit_code == 130 and load_eraser(tiny_config().output.out).state
 
 
+def test_samples_that_are_not_finite_are_a_warning(straight, tiny_config, monkeypatch, caplog):
+    def spoilt(*args, **kwargs):
+        raise NonFinite("the generated latents hold NaN")
+
+    monkeypatch.setattr("trainer.samples.generate_latents", spoilt)
+    other = train(tiny_config(output__sample_every=2), {})
+    assert "sampling at step 2 failed, training is not affected: the generated latents hold NaN" in caplog.text
+    assert _numbers(straight()) == _numbers(other)
+
+
 def test_longer_run_goes_on_from_a_finished_one(straight, tiny_config):
     first = train(tiny_config(optim__steps=3), {})
     _same_run(straight(), train(tiny_config(), {}, resume=first))
