@@ -58,6 +58,7 @@ class Naive:
         note("loading the teacher")
         teacher = load() if recipe.num_copies == 2 else student
         note("loading the text encoder and the autoencoder")
+        lean.rotate_in_norms(backbone.blocks(teacher))  # of which the mask is made
         self.residents = [torch.empty(numel, dtype=dtype, device=device) for numel in (recipe.text_encoder_numel, recipe.vae_numel)]
         self.models = (student, teacher)
         self.erasers = Erasers(backbone.blocks(student), config.optim.rank)

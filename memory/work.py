@@ -111,12 +111,22 @@ def _bytes(values) -> int:
     return 0
 
 
+_scratch_of_others: dict = {}
+
+
+def register_scratch(func, count) -> None:
+    """Say what an operator that is not torch's takes inside: `count(args, device)` gives its buffers, as `scratch_bytes` does."""
+    _scratch_of_others[func] = count
+
+
 def scratch_bytes(func, args, outputs, device: str) -> tuple[int, ...]:
     """Bytes of the buffers that a kernel takes inside, freed before it returns: no tracer sees them. `device`: "cuda" or "cpu".
 
     cuDNN's 16-bit convolutions over frames, height and width have their tensors channels last, and copy what is not:
     input, output and weight. Inferred from published peaks of decoding (bench/published.toml).
     """
+    if func in _scratch_of_others:
+        return _scratch_of_others[func](args, device)
     if device == "cuda":
         if func in _FLASH_BACKWARD:
             take = flash_backward_scratch_bytes if args[1].dtype in (torch.float16, torch.bfloat16) else efficient_backward_scratch_bytes

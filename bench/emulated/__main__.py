@@ -44,7 +44,7 @@ def main() -> int:
         print(f"error: {e}", file=sys.stderr)
         return 2
     measuring = ["-m", "bench.emulated.measure", "--card", card.name, "--out", str(options.out), *["--toy"] * options.toy, *["--only"] * bool(options.only), *options.only]
-    return subprocess.call([sys.executable, *(options.python or measuring)], env=os.environ | emulated)
+    return subprocess.call([sys.executable, "-m", "bench.emulated.within", *(options.python or measuring)], env=os.environ | emulated)
 
 
 if __name__ == "__main__":

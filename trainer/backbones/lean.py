@@ -16,6 +16,7 @@ from diffusers.models.transformers.cogvideox_transformer_3d import CogVideoXBloc
 from torch import Tensor, nn
 
 from trainer.backbones.attention import LeanProcessor, parted
+from trainer.backbones.norm_rotate import RotatingNorm
 
 
 class _ScaledNorm(nn.LayerNorm):
@@ -66,3 +67,10 @@ def make_lean(blocks: Sequence[CogVideoXBlock]) -> None:
         block.__class__, block.attn1.processor = LeanBlock, LeanProcessor()
         for norm in (block.norm1, block.norm2):
             norm.__class__, norm.norm.__class__ = LeanNorm, _ScaledNorm
+    rotate_in_norms(blocks)
+
+
+def rotate_in_norms(blocks: Sequence[CogVideoXBlock]) -> None:
+    """Let norms of queries and keys rotate them, where they are given positions: what `attention.project` asks of them."""
+    for block in blocks:
+        block.attn1.norm_q.__class__ = block.attn1.norm_k.__class__ = RotatingNorm
