@@ -62,7 +62,7 @@ def shares() -> dict[str, Any]:
                         for way in ("forward", "backward") if way in row} for row in PUBLISHED["attention"]]
     return {"matmul": {card: share(card, tflops, "tensor_rate") for card, tflops in PUBLISHED["matmul"].items()},
             "float32": {card: share(card, tflops, "fp32_rate") for card, tflops in PUBLISHED["float32"].items()},
-            "attention": attention, "element_wise": lookup("h100").memory_fraction}
+            "attention": attention, "element_wise": PUBLISHED["element_wise"]}
 
 
 # ---- memory ------------------------------------------------------------------------------------------------------------
@@ -211,7 +211,8 @@ def _works(trace: Trace) -> list[Work]:
 def _seconds(works: list[Work], name: str) -> float:
     """With FlashAttention-2, which torch picked on every card when these times were measured."""
     card = lookup(name)
-    card = replace(card, attention_fraction=card.flash_fraction, attention_backward_fraction=card.flash_backward_fraction)
+    card = replace(card, attention_fraction=card.flash_fraction, attention_backward_fraction=card.flash_backward_fraction,
+                   memory_fraction=PUBLISHED["element_wise"])
     return sum(load_of(works, card).compute.values())
 
 

@@ -11,6 +11,7 @@ from bench.card.forecasts import plans_of, shrunk
 from bench.card.rig import Cell, rigged
 from bench.card.session import Session, failures, goal, rows
 from memory.cards import Card
+from trainer.clock import WAITING
 
 SECONDS = 290
 EQUAL_STEPS = 20
@@ -41,6 +42,8 @@ def prepare(session: Session) -> None:
     session.forecaster.ask(plans_of, *_residency(session))
 
 
+_COPIED = "5b-17f ring, boundaries on host"
+"""Of which the copies are looked at: everything on the host that can be there."""
 PEERS = ("diffusers group offload, block level, streams", "torch save_on_cpu", "sequential, layer by layer")
 
 
@@ -112,7 +115,7 @@ def _cells(session: Session) -> list[tuple[str, Cell, dict[str, Any]]]:
 
 
 def hidden(session: Session, skipped: list[str]) -> dict[str, float]:
-    """What is copied beside computation in a step with everything on the host that can be there."""
+    """What is copied beside computation in a step, by the profiler."""
     ring = session.cell("5b", _SHORT, resident_blocks=0, boundaries="host")
     for _ in session.within_budget(["overlap"], skipped):
         return session.gauge.attempt(lambda: _activity(session, ring)).as_json()
@@ -168,7 +171,7 @@ def goals(found: dict[str, Any], equality: dict[str, Any], overlap: dict[str, An
     steady = [cell["num_retries"] + cell["num_driver_allocations"] + max(0, cell["grown_bytes"])
               for name, cell in ours.items() if "step_seconds" in cell]
     base, least = _added(found, f"2b-17f {PEERS[-1]}"), _added(found, "2b-17f ring")
-    copied = overlap.get("to device seconds")
+    copied, waited = overlap.get("to device seconds"), found.get(_COPIED, {}).get("seconds_by_phase", {}).get(WAITING)
     equal = [not entry["equal"] for entry in equality.values() if "equal" in entry]
     return [
         goal("time that the ring adds at 49 frames", _added(found, "5b-49f ring"), 0.015),
@@ -181,6 +184,8 @@ def goals(found: dict[str, Any], equality: dict[str, Any], overlap: dict[str, An
         goal("weight bytes of a student's pass, over what streams", _loads(ours, "5b-49f"), 2),
         goal("weight bytes of a whole step in lockstep, over what streams", _loads(ours, "5b-17f ring in lockstep"), 2),
         goal("retries, driver allocations and growth after step 2", max(steady, default=None), 0),
-        goal("share of copies to the device beside computation", overlap["to device hidden seconds"] / copied if copied else None,
-             0.95, at_least=True),
+        # By events on the compute stream. The profiler's record counts as not hidden what is copied while the host is late with kernels,
+        # which the profiler makes it.
+        goal("share of copies to the device that computation does not wait for",
+             1 - waited / copied if copied and waited is not None else None, 0.95, at_least=True),
     ]

@@ -12,7 +12,8 @@ from bench.card.forecasts import peaks_of, plans_of
 from bench.card.rig import Cell, measured
 from bench.card.session import Session, goal, rows
 from bench.naive import Naive
-from trainer.backbones import attention
+from trainer.backbones import norm_rotate
+from trainer.backbones.norm_rotate import RotatingNorm
 
 SECONDS = 320
 _SUSTAINED_S = 1.5
@@ -37,15 +38,23 @@ def _rates(session: Session) -> dict[str, float]:
             "to_host_bytes_per_second": host.nbytes / back}
 
 
-def _rotary_seconds(session: Session) -> dict[str, float]:
-    """Of the rotary positions of a 5b block's queries at 49 frames, by MiB of their float32 copy at a time: what a cache is worth."""
+def _norm_seconds(session: Session) -> dict[str, float]:
+    """Of norming and rotating a 5b block's queries at 49 frames, forward and backward: by Triton's kernel where there is one, and by torch's
+    operators with so many MiB of float32 copies at a time, which says what a cache is worth."""
     num_heads, num_tokens = (2, 8) if session.dry else (48, 17_550)
-    x = torch.randn(1, num_heads, num_tokens, 64, dtype=torch.bfloat16, device=session.gauge.device)
+    norm = RotatingNorm(64, device=session.gauge.device, dtype=torch.bfloat16).requires_grad_(False)
+    x, grad = torch.randn(2, 1, num_tokens, num_heads, 64, dtype=torch.bfloat16, device=session.gauge.device)
     angles = torch.rand(num_tokens, 32, device=x.device).repeat_interleave(2, -1)
-    found = {}
-    for mib in (5, 16, 32, 64, 206):
-        with patch.object(attention, "CHUNK_BYTES", mib * 2**20):
-            found[str(mib)] = session.gauge.seconds(lambda: attention.rotate(x, (angles.cos(), angles.sin()), 0), repeats=5)
+    positions = angles.cos(), angles.sin()
+
+    def seconds() -> float:
+        return session.gauge.seconds(lambda: torch.autograd.grad(norm(x.requires_grad_(), positions), x, grad), repeats=5)
+
+    found = {"as in a run": seconds()}
+    with patch.object(norm_rotate, "_kernels_for", return_value=None):
+        for mib in (5, 16, 32, 64, 206):
+            with patch.object(norm_rotate, "CHUNK_BYTES", mib * 2**20):
+                found[f"torch, {mib} MiB"] = seconds()
     return found
 
 
@@ -110,7 +119,7 @@ def prepare(session: Session) -> None:
 
 def measure(session: Session, out: Path) -> dict[str, Any]:
     """The part's result. Variants may fail for want of a kernel or a compiler; that is written down."""
-    rate, rotary, found, skipped = _rates(session), _rotary_seconds(session), {}, []
+    rate, norms, found, skipped = _rates(session), _norm_seconds(session), {}, []
     session.gauge.release()
     for name, run in session.within_budget(_variants(session), skipped, name=lambda pair: pair[0]):
         found[name] = session.gauge.attempt(run).as_json()
@@ -121,7 +130,7 @@ def measure(session: Session, out: Path) -> dict[str, Any]:
               if name.startswith("5b 49f") and "filling" not in name and "step_seconds" in cell}
     both = "step_seconds" in small and "step_seconds" in naive
     return {
-        "rates": rate, "rotary_seconds_by_mib": rotary, "picked_attention": _picked_attention(session).name.lower(),
+        "rates": rate, "norm_seconds": norms, "picked_attention": _picked_attention(session).name.lower(),
         "flops_5b_49f": flops, "share_of_matrix_rate": shares, "cells": found, "skipped": skipped,
         "goals": [goal("share of the matrix rate, 5b at 49 frames", shares.get("5b 49f"), 0.55, at_least=True),
                   goal("the same with the best attention kernels, or compiled", max(shares.values(), default=None), 0.55, at_least=True),
