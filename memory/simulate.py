@@ -189,6 +189,10 @@ class Recorder(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func is torch.ops.prim.device.default and isinstance(args[0], FakeTensor):
             return args[0].fake_device  # two of three calls are this question
+        if func.namespace != "aten":
+            for argument in args:  # of tables that were there before, torch's operators make a view first
+                if isinstance(argument, torch.Tensor):
+                    self._see(argument, standing=True)
         copies = self._take(copied_bytes(func, args))
         outputs = func(*args, **(kwargs or {}))
         fresh = not _aliases(func)

@@ -1,6 +1,7 @@
 """What the simulator and the planner say of cells, in worker processes beside the card where there are cores for it."""
 
 import dataclasses
+import os
 from collections.abc import Callable
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -82,8 +83,10 @@ class Forecaster:
     """Runs forecasts ahead of need: `ask` starts one, `answer` waits for it. With no workers, when it is needed."""
 
     def __init__(self, num_workers: int):
-        # spawn: a process forked after the card was touched cannot be used
-        self._pool = ProcessPoolExecutor(num_workers, mp_context=get_context("spawn")) if num_workers else None
+        # spawn: a process forked after the card was touched cannot be used. The card is hidden from them: autograd makes a context, half a
+        # GiB of it, in every process that runs a backward where there is one.
+        self._pool = ProcessPoolExecutor(num_workers, mp_context=get_context("spawn"), initializer=os.environ.update,
+                                         initargs=({"CUDA_VISIBLE_DEVICES": ""},)) if num_workers else None
         self._futures: dict[tuple, Future] = {}
 
     def ask(self, function: Callable[..., Any], *args: Any) -> None:
