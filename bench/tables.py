@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import others
+from bench.card import tables as card
 from bench.emulated import tables as emulated
 from bench.erasure import VARIANTS, summary
 from bench.markdown import load, markdown
@@ -299,7 +300,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "reliability": reliability,
     "rank": rank, "feasibility": feasibility, "cards": cards, "planning": planning, "strategies": strategies, "story": story, "claims": claims,
     "main": main_run, "pretrained": pretrained, "erasure": erasure, "overlap": overlap, "lean": lean, "blocks": blocks,
-    **others.TABLES, **emulated.TABLES,
+    **others.TABLES, **emulated.TABLES, **card.TABLES,
     "codes": codes, "faults": faults, "projection": projection, "leak": leak}
 
 

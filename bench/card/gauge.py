@@ -184,15 +184,7 @@ class Gauge:
         if not self.is_card:
             run()
             return {}
-        from torch.autograd import DeviceType
-        from torch.profiler import ProfilerActivity, profile
-
-        self.synchronize()
-        with profile(activities=[ProfilerActivity.CUDA]) as record:
-            run()
-            self.synchronize()
-        # Spans that only bear a label, such as the optimizer's, are no work.
-        events = [e for e in record.events() if e.device_type == DeviceType.CUDA and not e.is_user_annotation]
+        events = self._record(run)
         kinds = {"to device": "Memcpy HtoD", "to host": "Memcpy DtoH"}
         spans = {kind: [(e.time_range.start, e.time_range.end) for e in events if e.name.startswith(prefix)]
                  for kind, prefix in kinds.items()}
@@ -202,6 +194,29 @@ class Gauge:
             found[f"{kind} seconds"] = covered(copies) / 1e6
             found[f"{kind} hidden seconds"] = overlap(copies, computing) / 1e6
         return found
+
+    def kernels(self, run: Callable[[], object], *, most: int = 30) -> list[dict[str, Any]]:
+        """The kernels that took most of `run`: name, count and seconds by the card's own record; empty on the CPU."""
+        if not self.is_card:
+            run()
+            return []
+        found: dict[str, list[float]] = {}
+        for event in self._record(run):
+            found.setdefault(event.name[:120], []).append((event.time_range.end - event.time_range.start) / 1e6)
+        longest = sorted(found.items(), key=lambda entry: -sum(entry[1]))[:most]
+        return [{"name": name, "count": len(seconds), "seconds": sum(seconds)} for name, seconds in longest]
+
+    def _record(self, run: Callable[[], object]) -> list[Any]:
+        """What the card did during `run`, by torch.profiler."""
+        from torch.autograd import DeviceType
+        from torch.profiler import ProfilerActivity, profile
+
+        self.synchronize()
+        with profile(activities=[ProfilerActivity.CUDA]) as record:
+            run()
+            self.synchronize()
+        # Spans that only bear a label, such as the optimizer's, are no work.
+        return [e for e in record.events() if e.device_type == DeviceType.CUDA and not e.is_user_annotation]
 
 
 def _first_line(error: BaseException) -> str:

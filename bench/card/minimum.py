@@ -7,7 +7,7 @@ from bench.card.forecasts import peaks_of
 from bench.card.rig import Cell
 from bench.card.session import Session, goal, rows
 
-SECONDS = 125
+SECONDS = 115
 _SMALLEST = dict(resident_blocks=0, boundaries="host", feed_forward_chunks=8)
 LONG = ("1.5", 81)
 GOALS = {("5b", 49): 3.0, ("2b", 17): 1.1, LONG: 7.0}  # GiB allocated

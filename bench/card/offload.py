@@ -13,7 +13,7 @@ from bench.card.session import Session, failures, goal, rows
 from memory.cards import Card
 from trainer.clock import WAITING
 
-SECONDS = 290
+SECONDS = 390
 EQUAL_STEPS = 20
 _SHORT = 17  # frames
 _SMALL = (256, 384)  # pixels: steps of which many are taken

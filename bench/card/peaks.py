@@ -15,7 +15,7 @@ from bench.card.session import Session, failures, goal
 from memory.assess import MARGIN
 from memory.snapshots import replay_snapshot
 
-SECONDS = 310
+SECONDS = 270
 
 
 def cells(session: Session) -> list[Cell]:

@@ -1,5 +1,6 @@
 """The suite for a card, walked through at toy size on the CPU; and what it computes without one."""
 
+import gzip
 import json
 import os
 import signal
@@ -17,9 +18,13 @@ from bench.card.forecasts import Forecaster
 from bench.card.gauge import Gauge, covered, overlap
 from bench.card.offload import PEERS
 from bench.card.peaks import thick, thin
+from bench.card.rig import Cell
 from bench.card.session import Session, failures, goal
 from bench.overlap import block_seconds, count_loads, hiding_tokens
+from bench.provenance import RESULTS
+from bench.times import cell_of
 from memory.cards import lookup
+from memory.plan import MemoryPlan
 from memory.snapshots import replay_snapshot
 from trainer.backbones import published
 
@@ -87,7 +92,7 @@ def test_a_call_begins_what_it_can_end_and_the_next_goes_on():
         now = suite.in_time(left, suite.Card().seconds)
         assert now == left[:len(now)] and now
         left, calls = left[len(now):], calls + 1
-    assert tuple(suite.PARTS) == PARTS and calls == 4
+    assert tuple(suite.PARTS) == PARTS and calls == 5
     assert suite.in_time(["speed", "cap"], 10) == ["speed"] and suite.in_time([], 480) == []
 
 
@@ -235,3 +240,16 @@ def test_goals_of_what_was_not_measured_are_neither_reached_nor_missed():
 def test_a_peer_is_compared_with_what_holds_no_more(ours, over):
     own = {"5b-17f ring": {"step_seconds": 1.0, "allocated_bytes": ours}, "2b-17f ring": {"step_seconds": 0.1, "allocated_bytes": 1}}
     assert offload._over(own | {f"5b-17f {PEERS[0]}": {"step_seconds": 2.0, "allocated_bytes": 10}}, own, PEERS[0]) == over
+
+
+@pytest.mark.parametrize("path", sorted(RESULTS.glob("*/snapshot-*.json.gz")), ids=lambda path: path.name)
+def test_every_request_of_a_recorded_run_is_served_at_the_address_that_the_card_chose(path):
+    replayed = replay_snapshot(thick(json.loads(gzip.decompress(path.read_bytes()))))
+    assert replayed.num_placed_alike == replayed.num_requests > 10_000
+    assert replayed.simulated.peak_reserved_bytes == replayed.recorded_peak_reserved_bytes
+
+
+def test_a_cell_is_read_back_from_its_name():
+    for cell in (Cell(model="cogvideox-2b", frames=9, rank=16, plan=MemoryPlan(resident_blocks=0, boundaries="host", checkpoint="every:2")),
+                 Cell(model="cogvideox-5b", frames=49, student_only=True, plan=MemoryPlan(optimizer="adamw8bit", feed_forward_chunks=4))):
+        assert cell_of(cell.name()) == cell

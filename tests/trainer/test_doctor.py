@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import sys
+import warnings
 from collections import namedtuple
 from dataclasses import replace
 from importlib import metadata
@@ -146,3 +147,19 @@ def test_the_driver_that_fails_to_say_its_version(monkeypatch):
     assert doctor._driver() == "unknown"
     monkeypatch.setitem(sys.modules, "pynvml", None)  # not installed
     assert doctor._driver() == "unknown"
+
+
+def test_whether_tritons_kernels_work(monkeypatch):
+    from trainer.backbones import norm_rotate
+
+    def broken(device):
+        warnings.warn("Triton's kernels do not work here: no compiler", stacklevel=2)
+
+    monkeypatch.setattr("torch.cuda.current_device", lambda: 0)
+    found = []
+    for answer in (lambda device: norm_rotate, lambda device: None, broken):
+        monkeypatch.setattr(norm_rotate, "working_kernels", answer)
+        found += doctor.kernels(lookup("4090"))
+    assert [check.status for check in found] == ["ok", "warning", "warning"]
+    assert "not installed" in found[1].found and "no compiler" in found[2].found and "gcc" in found[2].fix
+    assert not list(doctor.kernels(None))

@@ -101,7 +101,7 @@ def test_kernels_that_are_broken_or_wrong_are_not_used(monkeypatch, kernels, sai
     monkeypatch.setitem(sys.modules, "trainer.backbones.kernels", kernels)
     monkeypatch.setattr("trainer.backbones.kernels", kernels, raising=False)
     with pytest.warns(UserWarning, match=said):
-        assert norm_rotate._kernels.__wrapped__(torch.device("cpu")) is None
+        assert norm_rotate.working_kernels.__wrapped__(torch.device("cpu")) is None
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
@@ -116,7 +116,7 @@ def test_the_kernels_interpreted_compute_what_torch_does():
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 def test_the_kernels_on_a_card_are_nearer_to_the_truth(dtype, monkeypatch):
-    if norm_rotate._kernels(torch.device("cuda", 0)) is None:
+    if norm_rotate.working_kernels(torch.device("cuda", 0)) is None:
         pytest.skip("Triton does not work here")
     norm, x, positions, grad = _case(dtype)
     norm, x, grad = norm.cuda(), x.detach().cuda().requires_grad_(), grad.cuda()

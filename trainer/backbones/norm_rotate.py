@@ -140,11 +140,11 @@ register_scratch(_ops.norm_rotate_backward.default, _backward_scratch)
 def _kernels_for(x: Tensor) -> ModuleType | None:
     """The kernels, if they can take x and work here."""
     width = x.shape[-1]
-    return _kernels(x.device) if x.is_cuda and width & (width - 1) == 0 and 16 <= width <= 256 else None
+    return working_kernels(x.device) if x.is_cuda and width & (width - 1) == 0 and 16 <= width <= 256 else None
 
 
 @functools.cache
-def _kernels(device: torch.device) -> ModuleType | None:
+def working_kernels(device: torch.device) -> ModuleType | None:
     """The Triton kernels, once seen to compute on `device` what torch does; else None, and a warning where they should have worked.
 
     Triton builds its launchers with the C compiler of the machine, which may not be there.

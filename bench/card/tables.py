@@ -1,0 +1,153 @@
+"""Tables of what was measured on cards."""
+
+import json
+import statistics
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from bench.markdown import load, markdown
+from bench.provenance import RESULTS
+from memory.cards import GIB
+
+PARTS = ("offload", "minimum", "peaks", "health", "speed", "cap", "feasibility", "choice")
+
+
+def results(*parts: str) -> list[tuple[str, dict[str, Any]]]:
+    """(part, result) of every card that has been measured, card after card. Raises FileNotFoundError if there is none."""
+    found = [(part, json.loads(path.read_text())) for folder in sorted({path.parent for path in RESULTS.glob("*/*.json")})
+             for part in parts if (path := folder / f"{part}.json").exists()]
+    if not found:
+        raise FileNotFoundError(2, "no card has been measured", f"{parts[0]}.json")
+    return found
+
+
+_HEADLINE = (
+    ("speed", "5b 49f", "5b, 49 frames: all blocks on the card, checkpointed"), ("minimum", "5b 49f adamw8bit", "5b, 49 frames: the least memory"),
+    ("peaks", "cogvideox-5b 49f resident_blocks=0 boundaries=host", "5b, 49 frames: blocks and their inputs on the host *"),
+    ("speed", "5b 49f filling the card", "5b, 49 frames: the planner's plan for the whole card"),
+    ("minimum", "1.5 81f adamw8bit", "1.5-5b, 81 frames: the least memory"),
+    ("offload", "5b-17f all resident", "5b, 17 frames: all blocks on the card, checkpointed"),
+    ("offload", "5b-17f ring, boundaries on host", "5b, 17 frames: blocks and their inputs on the host"),
+    ("peaks", "cogvideox-5b 17f", "5b, 17 frames: all blocks on the card, checkpointed *"),
+    ("offload", "5b-17f diffusers group offload, block level, streams", "5b, 17 frames: diffusers' group offload, blocks, streams"),
+    ("offload", "5b-17f torch save_on_cpu", "5b, 17 frames: torch's `save_on_cpu`"),
+    ("offload", "2b-17f ring, boundaries on host", "2b, 17 frames: blocks and their inputs on the host"),
+    ("offload", "2b-17f sequential, layer by layer", "2b, 17 frames: sequential offload, layer by layer"),
+    ("minimum", "2b 17f adamw8bit", "2b, 17 frames: the least memory"),
+    ("speed", "naive 2b 17f", "2b, 17 frames: the naive recipe (two copies, float32, joint graphs)"))
+
+
+def headline() -> str:
+    """A few cells for those who want to know what it does."""
+    found, cells = results("speed", "minimum", "offload", "peaks"), {}
+    for part, result in found:
+        named = {cell["settings"]: cell["measured"] for cell in result["cells"]} if part == "peaks" else result["cells"]
+        cells |= {(part, name): cell for name, cell in named.items()}
+    rows = [[label, _bytes(cells[part, name])[0], _seconds(cells[part, name], None)] for part, name, label in _HEADLINE]
+    return markdown(["a step of all three losses", "allocated at peak", "seconds"], rows) + (
+        "\n\\* since queries and keys are normed and rotated by one operator, the others of ours before (MEMORY.md).\n" + _source(found))
+
+
+def goals() -> str:
+    """What every part was to reach, and what it did."""
+    found = results(*PARTS)
+    rows = [[f"{part}: {g['goal']}", "not measured" if g["measured"] is None else f"{g['measured']:.4g}", g["wanted"],
+             {True: "reached", False: "**missed**", None: ""}[g["reached"]]] for part, result in found for g in result["goals"]]
+    return markdown(["", "measured", "wanted", ""], rows) + _source(found)
+
+
+def offload() -> str:
+    """Ours beside resident blocks and beside peers: seconds and bytes of a step."""
+    found = results("offload")
+    rows = [[name, *_bytes(cell), _seconds(cell, result["cells"].get(f"{name.split()[0]} all resident"))]
+            for _, result in found for name, cell in result["cells"].items()]
+    return markdown(["a step of", "allocated", "reserved", "seconds"], rows) + _source(found)
+
+
+def steps() -> str:
+    """The smallest, the fastest, and what changes a step."""
+    found = results("minimum", "speed", "cap")
+    rows = [[f"{part}: {name}", *_bytes(cell), _seconds(cell, result["cells"].get(" ".join(name.split()[:2]) + " plain"))]
+            for part, result in found for name, cell in result["cells"].items()]
+    return markdown(["a step of", "allocated", "reserved", "seconds"], rows) + _source(found)
+
+
+def peaks() -> str:
+    """Allocated and reserved peaks against the simulator's, by model and size."""
+    found, rows = results("peaks"), []
+    for _, result in found:
+        ran = [cell for cell in result["cells"] if "allocated_error" in cell]
+        for label, cells in _by_size(ran):
+            sizes = [cell["measured"]["allocated_bytes"] / GIB for cell in cells]
+            rows.append([label, str(len(cells)), f"{min(sizes):.2f} to {max(sizes):.2f} GiB" if len(sizes) > 1 else f"{sizes[0]:.2f} GiB",
+                         *(f"{max((cell[f'{kind}_error'] for cell in cells), key=abs):+.{digits}%}" for kind, digits in (("allocated", 3), ("reserved", 1)))])
+        replayed = result["snapshots"].values()
+    requests, alike = (sum(s[key] for s in replayed) for key in ("num_requests", "num_placed_alike"))
+    return markdown(["steps of", "plans", "measured at peak", "predicted: allocated off by at most", "reserved"], rows) + (
+        f"\nOf {requests:,} requests in {len(replayed)} recorded runs the simulator serves {alike:,} at the address that the card's allocator chose.\n"
+        + _source(found))
+
+
+def times() -> str:
+    """Seconds of a step against the planner's, by model and size."""
+    result = load("times")
+    rows = [[f"{label}, {card}", str(len(cells)), " to ".join(f"{edge(cell['measured_seconds'] for cell in cells):.2f}" for edge in (min, max)) + " s",
+             f"{statistics.median(cell['error'] for cell in cells):+.1%}", f"{max((cell['error'] for cell in cells), key=abs):+.1%}"]
+            for card in dict.fromkeys(cell["card"] for cell in result["cells"])
+            for label, cells in _by_size([cell for cell in result["cells"] if cell["card"] == card])]
+    return markdown(["steps of", "plans", "measured", "predicted: off by, median", "at most"], rows) + (
+        f"\nPredicted by `{result['provenance']['command']}`, {result['provenance']['date']}.\n")
+
+
+def norms() -> str:
+    """What the operator for norms and rotations of queries and keys changes."""
+    found = results("probe")
+    result = found[0][1]
+    alone = [next(op["us"] / op["n"] for op in result["before"]["5b 49f"]["operators"] if op["op"] == name and "48, 64]" in op["shapes"])
+             for name in ("aten::native_layer_norm", "aten::native_layer_norm_backward")]
+    ours = result["norm_rotate"]["microseconds"]["48h 17776t rows 32 warps 4"]
+    rows = [[f"5b, 49 frames: queries, {way}", f"{before:.0f} µs, the norm alone", f"{ours[f'{way}_us']:.0f} µs, norm and rotation",
+             f"{ours[f'{short}_TBps']:.1f} TB/s"] for way, before, short in zip(("forward", "backward"), alone, ("fw", "bw"))]
+    for name in ("5b 49f", "5b 17f"):
+        before, after = (result["student_only"][f"{name} {kind}"]["step_seconds"] for kind in ("torch", "kernels"))
+        rows.append([f"{name.replace(' ', ', ').replace('f', ' frames')}: the student's pass, forward and backward", f"{before:.3f} s", f"{after:.3f} s", f"{after / before - 1:+.1%}"])
+    errors = result["norm_rotate"]["errors"]["bfloat16"]
+    rows.append(["off from float64, bfloat16: forward / backward", *(f"{errors[kind]:.2e} / {errors[kind + ' backward']:.2e}" for kind in ("torch", "kernel")), ""])
+    return markdown(["", "torch's operators", "`eraser::norm_rotate`", ""], rows) + (
+        f"\nMeasured on {result['provenance']['card']}, torch {result['provenance']['versions']['torch']}, {result['provenance']['date']} "
+        "(`probe.json` beside the suite's results).\n")
+
+
+def _by_size(cells: Iterable[dict[str, Any]]) -> list[tuple[str, list[dict[str, Any]]]]:
+    """Cells by model and frames, in order."""
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for cell in cells:
+        model, frames = cell["settings"].split()[:2]
+        groups.setdefault(f"{model.removeprefix('cogvideox-')}, {frames.removesuffix('f')} frames", []).append(cell)
+    return sorted(groups.items(), key=lambda group: (group[0].split(",")[0], int(group[0].split()[1])))
+
+
+def _bytes(cell: dict[str, Any]) -> list[str]:
+    if "allocated_bytes" not in cell:
+        return [cell.get("out_of_memory") or cell.get("failed") or "", ""]
+    return [f"{cell[f'{kind}_bytes'] / GIB:.2f} GiB" for kind in ("allocated", "reserved")]
+
+
+def _seconds(cell: dict[str, Any], base: dict[str, Any] | None) -> str:
+    """Seconds, and by how much they differ from the group's first."""
+    if "step_seconds" not in cell:
+        return ""
+    against = f" ({cell['step_seconds'] / base['step_seconds'] - 1:+.1%})" if base and base is not cell and "step_seconds" in base else ""
+    return f"{cell['step_seconds']:.3f} s{against}"
+
+
+def _source(found: list[tuple[str, dict[str, Any]]]) -> str:
+    by_card: dict[str, list[str]] = {}
+    for part, result in found:
+        p = result["provenance"]
+        by_card.setdefault(f"{p['card']}, torch {p['versions']['torch']}", []).append(f"{part} {p['date']}, {p['commit']}")
+    return "\nMeasured by `python -m bench.card` on " + "; on ".join(f"{card} ({'; '.join(parts)})" for card, parts in by_card.items()) + ".\n"
+
+
+TABLES: dict[str, Callable[[], str]] = {"card": headline, "card-goals": goals, "card-offload": offload, "card-steps": steps, "card-peaks": peaks, "card-times": times,
+                                       "card-norms": norms}
