@@ -47,7 +47,7 @@ def test_every_part_walks_through_and_is_not_measured_twice(tmp_path):
         # Every goal is computed, as on a card; only a card's own record shows copies beside computation, and addresses;
         # and where nobody knows what the host has, nothing is kept there.
         assert {g["goal"] for g in result["goals"] if g["measured"] is None} <= {
-            "share of copies to the device beside computation", "requests that the simulator serves at another address",
+            "share of copies to the device that computation does not wait for", "requests that the simulator serves at another address",
             "time saved, 5b at 49 frames under 24 GB and what blocks keep on the host"}
         assert f"{name}: {result['goals'][0]['goal']}" in shown
     # Nothing failed or ran out of memory along the way, peers included.

@@ -134,7 +134,7 @@ def test_where_the_host_has_room_nothing_is_computed_twice(workload):
 
 def test_where_the_host_has_some_room_as_many_blocks_as_it_holds_are_not_computed_twice(workload, monkeypatch):
     monkeypatch.setattr(memory.activations, "MAX_SLAB_BYTES", 4 * MIB)  # a slab should not hold what all blocks keep
-    card = fixed_card(260 * MIB, host_link_bandwidth=1e12)
+    card = fixed_card(260 * MIB, host_link_bandwidth=1e12, memory_fraction=0.35)
     whole = search(workload, card, margin=0.0, host_bytes=4 * GIB).best
     assert (whole.plan.kept, whole.plan.checkpoint) == ("host", "none")
     numbers = []
