@@ -27,9 +27,6 @@ from trainer.rehearse import num_rehearsed, rehearse
 from trainer.several_cards import assess_sharded, check_batch, faster, host_share
 
 
-_WORTH_COMPILING = 0.1  # of a step's time in element-wise work
-
-
 @dataclass(frozen=True)
 class Forecast:
     """What a search said for a card."""
@@ -252,9 +249,6 @@ def print_forecast(found: Forecast, origins: dict[str, str], *, explain: bool) -
         for miss in found.result.near_misses:
             table.add_row(_difference(miss.plan, a.plan), f"{miss.time.seconds:.2f}", miss.reason)
         console.print(table)
-    element_wise = a.time.by_bound["memory traffic"] / a.time.seconds
-    if element_wise > _WORTH_COMPILING and not a.plan.compile and not found.card.is_cpu:
-        console.print(f"{element_wise:.0%} of a step is element-wise work; --compile fuses most of that, for a minute of compiling", highlight=False)
     if explain:
         console.print("seconds by what limits them: " + json.dumps({k: round(v, 3) for k, v in a.time.by_bound.items()}))
         console.print(f"assumed of {found.card.label}, not measured: {', '.join(found.card.assumed)}\n"

@@ -37,12 +37,9 @@ def test_json_has_the_promised_keys_and_sums(forecast):
     assert content["settings"].keys() == MemoryPlan.__dataclass_fields__.keys()
 
 
-@pytest.mark.parametrize("memory_rate, compile, said", [(1e9, False, True), (1e9, True, False), (1e18, False, False)])
-def test_compiling_is_advised_where_much_of_a_step_is_element_wise(tiny_config, capsys, memory_rate, compile, said):
-    card = replace(lookup("4090"), memory_bandwidth=memory_rate)
-    planning.print_forecast(planning.forecast(tiny_config(memory__compile=compile), card), {}, explain=False)
+def test_a_plan_says_that_it_is_predicted_and_how_far_times_may_be_off(forecast, capsys):
+    planning.print_forecast(forecast, {}, explain=False)
     output = " ".join(capsys.readouterr().out.split())
-    assert ("--compile fuses most of that" in output) == said
     assert "(all figures predicted" in output and "times that others measured differ" in output
 
 
