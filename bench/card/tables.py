@@ -81,7 +81,7 @@ def peaks() -> str:
             sizes = [cell["measured"]["allocated_bytes"] / GIB for cell in cells]
             rows.append([label, str(len(cells)), f"{min(sizes):.2f} to {max(sizes):.2f} GiB" if len(sizes) > 1 else f"{sizes[0]:.2f} GiB",
                          *(f"{max((cell[f'{kind}_error'] for cell in cells), key=abs):+.{digits}%}" for kind, digits in (("allocated", 3), ("reserved", 1)))])
-        replayed = result["snapshots"].values()
+    replayed = [snapshot for _, result in found for snapshot in result["snapshots"].values()]
     requests, alike = (sum(s[key] for s in replayed) for key in ("num_requests", "num_placed_alike"))
     return markdown(["steps of", "plans", "measured at peak", "predicted: allocated off by at most", "reserved"], rows) + (
         f"\nOf {requests:,} requests in {len(replayed)} recorded runs the simulator serves {alike:,} at the address that the card's allocator chose.\n"

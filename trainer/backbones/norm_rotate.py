@@ -108,10 +108,8 @@ def _heads_at_once(shape: torch.Size, length: int) -> int:
     return max(1, CHUNK_BYTES // (4 * shape[0] * (shape[1] - length) * shape[3]))
 
 
-def _scratch(args: tuple, device: str) -> tuple[int, int]:
-    """Bytes of (float32 heads and angles while they are rotated, statistics of rows) by torch's operators; none by the kernels."""
-    if device != "cpu":
-        return 0, 0
+def _scratch(args: tuple) -> tuple[int, int]:
+    """Bytes of (float32 heads and angles while they are rotated, statistics of rows) by torch's operators."""
     x, _, _, cos, _, length, _ = args[-7:]
     rows, statistics = math.prod(x.shape[:-1]), 4 if x.dtype == torch.float32 else x.element_size()
     if cos is None:
@@ -122,13 +120,13 @@ def _scratch(args: tuple, device: str) -> tuple[int, int]:
 
 
 def _forward_scratch(args: tuple, device: str) -> tuple[int, ...]:
-    return (max(_scratch(args, device)),)
+    return (max(_scratch(args)),) if device == "cpu" else ()  # Triton's kernels take none
 
 
 def _backward_scratch(args: tuple, device: str) -> tuple[int, ...]:
-    rotating, statistics = _scratch(args, device)
     if device != "cpu":
         return ()
+    rotating, statistics = _scratch(args)
     angles = 0 if args[4] is None else args[4].nbytes  # the negative sine
     return args[1].nbytes, statistics, max(0, rotating + angles - args[1].nbytes)  # what is returned is made after that
 
