@@ -83,8 +83,12 @@ def peaks() -> str:
                          *(f"{max((cell[f'{kind}_error'] for cell in cells), key=abs):+.{digits}%}" for kind, digits in (("allocated", 3), ("reserved", 1)))])
     replayed = [snapshot for _, result in found for snapshot in result["snapshots"].values()]
     requests, alike = (sum(s[key] for s in replayed) for key in ("num_requests", "num_placed_alike"))
+    twins = [(cell["measured"], twin["measured"]) for _, result in found if (path := RESULTS / f"emulated-{result['card']}.json").exists()
+             for cell in result["cells"] for twin in json.loads(path.read_text())["peaks"]["cells"] if twin["settings"] == cell["settings"]]
+    equal = sum(all(real.get(key) == emulated.get(key) is not None for key in ("allocated_bytes", "reserved_bytes")) for real, emulated in twins)
     return markdown(["steps of", "plans", "measured at peak", "predicted: allocated off by at most", "reserved"], rows) + (
-        f"\nOf {requests:,} requests in {len(replayed)} recorded runs the simulator serves {alike:,} at the address that the card's allocator chose.\n"
+        f"\nOf {requests:,} requests in {len(replayed)} recorded runs the simulator serves {alike:,} at the address that the card's allocator chose. "
+        f"Of {len(twins)} plans that ran on the emulated card too, {equal} have the same allocated and reserved bytes there, to the byte.\n"
         + _source(found))
 
 
