@@ -1,4 +1,4 @@
-"""Measured seconds of whole steps (part peaks of bench.card) beside what the planner predicts for the same plans on the same card.
+"""Measured seconds of steps (parts peaks and cap of bench.card) beside what the planner predicts for the same plans on the same card.
 
     python -m bench.times      into bench/results/times.json
 """
@@ -25,12 +25,13 @@ def cell_of(settings: str) -> Cell:
 
 def main() -> None:
     found = []
-    for path in sorted(RESULTS.glob("*/peaks.json")):
+    for path in sorted(path for part in ("peaks", "cap") for path in RESULTS.glob(f"*/{part}.json")):
         result = json.loads(path.read_text())
-        card = lookup(result["card"])
-        for settings, measured in ((cell["settings"], cell["measured"]) for cell in result["cells"]):
+        card, cells = lookup(result["card"]), result["cells"]
+        for measured in cells.values() if isinstance(cells, dict) else (cell["measured"] for cell in cells):
             if "step_seconds" not in measured:
                 continue
+            settings = measured["settings"]
             predicted = seconds_of(cell_of(settings), card)
             found.append({"card": card.name, "settings": settings, "measured_seconds": measured["step_seconds"],
                           "predicted_seconds": predicted, "error": predicted / measured["step_seconds"] - 1})

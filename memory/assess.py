@@ -44,6 +44,8 @@ class Workload:
     """Is told which traces, in about this order, and which phases a search will ask for, most of them; empty: no more."""
     repeats: float = 1.0
     """How often a step does what a trace shows, the optimizer's work excepted."""
+    teacher_share: float = 1.0
+    """How often it has the teacher in it, of those times: less than 1 where samples are kept and used again."""
     host_bytes: int = 3 * GIB
     """What the process takes of the host besides: interpreter, libraries, CUDA's own (assumed)."""
 
@@ -163,7 +165,8 @@ def assess_in_full(
     """`assess` against limits that are known already."""
     resolve_keeps(plan, workload.num_blocks)
     trace = workload.trace(plan, workload.num_blocks)
-    load = StepLoad.of((span.phase, span.visit, load_of(span.work, limits.card, tf32=tf32)) for span in trace.spans)
+    load = StepLoad.of(((span.phase, span.visit, load_of(span.work, limits.card, tf32=tf32)) for span in trace.spans),
+                       teacher_share=workload.teacher_share)
     streamed = 0 if plan.resident_blocks is None else workload.num_blocks - plan.resident_blocks
     streamed_bytes = trace.standing_bytes("weights", "pinned")
     if plan.num_shards > 1:  # what the other cards hold comes over the same link; blocks are alike

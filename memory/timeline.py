@@ -23,7 +23,7 @@ CATEGORIES = (
     "other",
 )
 PLACES = ("device", "pinned", "host")
-FORWARD, BACKWARD, OPTIMIZER = "student forward", "student backward", "optimizer"
+TEACHER, FORWARD, BACKWARD, OPTIMIZER = "teacher", "student forward", "student backward", "optimizer"
 
 
 @dataclass(frozen=True, kw_only=True)

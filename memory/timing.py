@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from memory.cards import Card
-from memory.timeline import OPTIMIZER, Visit
+from memory.timeline import OPTIMIZER, TEACHER, Visit
 from memory.work import Work
 
 BOUNDS = ("matrix products", "attention", "memory traffic", "host link", "overhead")
@@ -54,6 +54,10 @@ class Load:
     """Activation bytes over the host link."""
     to_host: int
 
+    def times(self, share: float) -> "Load":
+        """The same asked for so often."""
+        return Load({bound: share * seconds for bound, seconds in self.compute.items()}, round(share * self.to_device), round(share * self.to_host))
+
 
 @dataclass(frozen=True)
 class StepLoad:
@@ -63,17 +67,23 @@ class StepLoad:
     between: Load
     """Between walks over the blocks."""
     walks: Sequence[Load]
+    shares: Sequence[float]
+    """How often a step takes each of the walks."""
 
     @classmethod
-    def of(cls, stretches: Iterable[tuple[str, Visit | None, Load]]) -> "StepLoad":
-        """From (phase, visit, load) of every span of a step."""
-        optimizer, between, walks = [], [], {}
+    def of(cls, stretches: Iterable[tuple[str, Visit | None, Load]], *, teacher_share: float = 1.0) -> "StepLoad":
+        """From (phase, visit, load) of every span of a step. `teacher_share`: how often a step has the teacher."""
+        optimizer, between, walks, shares = [], [], {}, {}
         for phase, visit, load in stretches:
+            share = teacher_share if phase == TEACHER else 1.0
             if visit is not None:
                 walks.setdefault(visit.walk, []).append(load)
+                shares[visit.walk] = share
+            elif phase == OPTIMIZER:
+                optimizer.append(load)
             else:
-                (optimizer if phase == OPTIMIZER else between).append(load)
-        return cls(add_loads(optimizer), add_loads(between), [add_loads(loads) for loads in walks.values()])
+                between.append(load if share == 1.0 else load.times(share))
+        return cls(add_loads(optimizer), add_loads(between), [add_loads(loads) for loads in walks.values()], list(shares.values()))
 
 
 def load_of(work: Iterable[Work], card: Card, *, tf32: bool = True) -> Load:
@@ -121,14 +131,14 @@ def step_time(step: StepLoad, card: Card, *, weight_bytes: int, streamed_share: 
     link = card.host_link_bandwidth
     # Activations stored outside any walk find nothing to hide behind.
     once, total = ({**load.compute, "host link": (load.to_device + load.to_host) / link} for load in (step.optimizer, step.between))
-    for load in step.walks:
+    for load, share in zip(step.walks, step.shares, strict=True):
         computing = sum(load.compute.values())
         for bound, seconds in load.compute.items():
-            total[bound] += seconds
+            total[bound] += share * seconds
         moving = max(weight_bytes + load.to_device, load.to_host) / link
-        total["host link"] += max(0.0, moving - computing)
+        total["host link"] += share * max(0.0, moving - computing)
         if weight_bytes:
-            total["overhead"] += computing * STREAMING_OVERHEAD * streamed_share
+            total["overhead"] += share * computing * STREAMING_OVERHEAD * streamed_share
         if load.to_device or load.to_host:
-            total["overhead"] += computing * PARKING_OVERHEAD
+            total["overhead"] += share * computing * PARKING_OVERHEAD
     return StepTime(by_bound={bound: once[bound] + repeats * total[bound] for bound in BOUNDS})

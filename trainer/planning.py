@@ -23,7 +23,7 @@ from trainer.config import ModelConfig, TrainConfig
 from trainer.distributed import num_ranks
 from trainer.errors import DoesNotFit, UsageError
 from trainer.phases import phases_around
-from trainer.rehearse import num_rehearsed, rehearse
+from trainer.rehearse import num_rehearsed, rehearse, teacher_share
 from trainer.several_cards import assess_sharded, check_batch, faster, host_share
 
 
@@ -89,6 +89,7 @@ def workload(config: TrainConfig, *, num_cards: int | None = None) -> Workload:
 
     return Workload(
         model=config.model.model, num_blocks=backbone.num_blocks, repeats=config.optim.accumulation / num_rehearsed(config),
+        teacher_share=teacher_share(config),
         trace=lambda plan, num_blocks: _calls(trace(plan, num_blocks)), phases=lambda plan: _calls(phases(plan)),
         prepare=lambda traces, plans: _calls.announce([*(trace(*wanted) for wanted in traces[:2]), *map(phases, plans),
                                                        *(trace(*wanted) for wanted in traces[2:])]))

@@ -17,6 +17,7 @@ from memory.lockstep import Lockstep
 from memory.optimizers import BLOCK_NUMEL_8BIT, MIN_8BIT_NUMEL, make_optimizer, update_norms
 from memory.plan import SHARDING_BUFFERS, MemoryPlan, apply_plan
 from memory.simulate import BACKWARD, FORWARD, OPTIMIZER, Storage, Trace, recording
+from memory.timeline import TEACHER
 from trainer.assemble import resolve_dtype, video_size
 from trainer.backbones import Predict
 from trainer.backbones.cogvideox import BOUNDARY_NAMES, CogVideoX
@@ -92,6 +93,12 @@ def num_rehearsed(config: TrainConfig) -> int:
     return min(config.optim.accumulation, 2)
 
 
+def teacher_share(config: TrainConfig) -> float:
+    """How often a pass has the teacher in it: with a pool, as often as the pool is filled in the whole run."""
+    num_passes = config.optim.steps * config.optim.accumulation
+    return min(1.0, config.data.pool / num_passes) if config.data.pool and num_passes else 1.0
+
+
 def peak_beyond(adopt: list[torch.nn.Module], run: Callable[[], object]) -> int:
     """Device bytes that `run` needs at its peak, the parameters of `adopt` excepted. Call it under FakeTensorMode."""
     with recording() as recorder:
@@ -126,7 +133,7 @@ def _step(teacher: Teacher, predict: Predict, lockstep: Lockstep | None, erasers
 
     samples = Samples(teacher, 0, torch.device("cpu"))
     for k in range(num_rehearsed(config)):
-        phase("teacher")
+        phase(TEACHER)
         if lockstep:
             lockstep_backward(student(lockstep), predict, erasers, samples, k, config.loss)
         else:

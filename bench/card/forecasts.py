@@ -17,7 +17,7 @@ from memory.plan import MemoryPlan
 from memory.ranking import SEARCHED
 from memory.search import search
 from memory.timeline import Prediction, Trace
-from trainer.rehearse import rehearse
+from trainer.rehearse import rehearse, teacher_share
 
 
 def card_here(*, dry: bool) -> Card:
@@ -60,7 +60,8 @@ def seconds_of(cell: Cell, card: Card) -> float:
 
 
 def _workload(cell: Cell) -> Workload:
-    return Workload(model=cell.model, num_blocks=backbone_of(cell).num_blocks, trace=partial(_trace, cell))
+    return Workload(model=cell.model, num_blocks=backbone_of(cell).num_blocks, trace=partial(_trace, cell),
+                    teacher_share=teacher_share(cell.config()))
 
 
 @lru_cache(maxsize=64)

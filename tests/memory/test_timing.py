@@ -62,7 +62,7 @@ def test_loads_add_up():
     (_load(2.0, to_device=10**10, to_host=6 * 10**10), 0, 1.0, 2.0 * PARKING_OVERHEAD),  # the other way beside it
 ])  # fmt: skip
 def test_a_walk_takes_the_longer_of_computing_and_moving(walk, weight_bytes, waited, overhead):
-    step = StepLoad(_load(0.0), _load(0.25, to_device=10**10, to_host=10**10), [walk])
+    step = StepLoad(_load(0.0), _load(0.25, to_device=10**10, to_host=10**10), [walk], [1.0])
     time = step_time(step, CARD, weight_bytes=weight_bytes, streamed_share=0.5)
     assert time.by_bound["matrix products"] == pytest.approx(2.25)
     assert time.by_bound["host link"] == pytest.approx(1.0 + waited)  # between walks nothing hides
@@ -74,7 +74,16 @@ def test_all_but_the_optimizers_work_is_repeated():
     spans = [("teacher", None, _load(0.25)), ("teacher", Visit(0, 0), _load(1.0)), ("student forward", Visit(1, 0), _load(2.0)),
              ("student backward", Visit(2, 0), _load(0.5)), ("student backward", Visit(2, 1), _load(0.5)), (OPTIMIZER, None, _load(0.125))]
     step = StepLoad.of(spans)
-    assert step == StepLoad(_load(0.125), _load(0.25), [_load(1.0), _load(2.0), _load(1.0)])
+    assert step == StepLoad(_load(0.125), _load(0.25), [_load(1.0), _load(2.0), _load(1.0)], [1.0] * 3)
     once, often = (step_time(step, CARD, weight_bytes=5 * 10**10, streamed_share=1.0, repeats=repeats) for repeats in (1, 4))
     assert once.by_bound["host link"] == pytest.approx(1.5 + 0.5 + 1.5)
     assert often.seconds - 0.125 == pytest.approx(4 * (once.seconds - 0.125))
+
+
+def test_a_teacher_whose_samples_are_kept_counts_as_often_as_it_is_asked():
+    spans = [("teacher", None, _load(0.25, to_device=10**10)), ("teacher", Visit(0, 0), _load(1.0)), ("student forward", Visit(1, 0), _load(2.0)),
+             ("student forward", None, _load(0.5)), (OPTIMIZER, None, _load(0.125))]
+    whole, without = (step_time(StepLoad.of(spans, teacher_share=share), CARD, weight_bytes=4 * 10**10, streamed_share=1.0) for share in (1.0, 0.0))
+    teacher, tenth = whole.seconds - without.seconds, step_time(StepLoad.of(spans, teacher_share=0.1), CARD, weight_bytes=4 * 10**10, streamed_share=1.0)
+    assert teacher == pytest.approx(0.25 + 0.5 + 1.0 + 1.0 + 1.0 * STREAMING_OVERHEAD)  # a second of its weights' two hides
+    assert tenth.seconds == pytest.approx(without.seconds + teacher / 10)
