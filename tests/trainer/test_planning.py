@@ -123,3 +123,13 @@ def test_one_tile_stands_for_all(pipelines, frames, height, width):
         video = torch.empty(1, 4, num_frames, height, width)
         actual = peak_beyond([vae], lambda: vae.decode(video)) + sum(p.nbytes for p in vae.parameters())
     assert predicted == pytest.approx(actual, rel=0.01)
+
+
+def test_a_pool_spares_the_teachers_time(tiny_config):
+    fixed = ["resident_blocks", "boundaries", "checkpoint", "passes", "kept"]
+    seconds = {}
+    for pool, steps in ((0, 50), (5, 50), (50, 50), (100, 50)):
+        config = tiny_config(data__pool=pool, data__latents="noise", optim__steps=steps)
+        seconds[pool] = planning.forecast(config, lookup("4090"), fixed).chosen.time.seconds
+    teacher = seconds[0] - seconds[5]
+    assert seconds[0] == seconds[50] == seconds[100] > seconds[5] > 0 and 0.1 < teacher / seconds[0] < 0.6
