@@ -33,4 +33,4 @@ def test_every_card_gets_a_plan_of_its_own_that_fills_it(model, frames):
 def test_5b_at_49_frames_fits_4_gb_with_everything_streamed():
     found = _plans("cogvideox-5b", 49, ["4gb"])["4gb"]
     assert found.result.best and found.chosen.plan.resident_blocks == 0 and found.chosen.plan.boundaries == "host"
-    assert max(found.chosen.by_phase.values()) <= 3 * GIB
+    assert found.chosen.fits and max(found.result.smallest.by_phase.values()) <= 3 * GIB  # what is left buys less recomputation
