@@ -41,6 +41,7 @@ from trainer.errors import InputOutputError, Interrupted
 from trainer.loop import train
 from trainer.metrics import MetricsLog, read_metrics
 from trainer.run_directory import CONFIG
+from trainer.signals import ONE_STROKE
 
 NO_SEED_DECIDES = ("seconds", "phase_seconds", "memory", "peak_bytes_by_phase")
 SAVE_EVERY = 5
@@ -194,7 +195,8 @@ def signalled(directory: Path, phase: str, numbers: tuple[int, ...]) -> dict[str
             calls.append(1)
             if len(calls) == call:
                 finished_before.step = num_finished
-                for number in numbers:
+                for i, number in enumerate(numbers):
+                    time.sleep(2 * ONE_STROKE if i else 0)  # sooner, it would be one signal that came twice
                     moment_ns.step = time.monotonic_ns()
                     os.kill(os.getpid(), number)
                 if len(numbers) > 1:
