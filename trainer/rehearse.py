@@ -16,8 +16,8 @@ from memory.lockstep import Lockstep
 
 from memory.optimizers import BLOCK_NUMEL_8BIT, MIN_8BIT_NUMEL, make_optimizer, update_norms
 from memory.plan import SHARDING_BUFFERS, MemoryPlan, apply_plan
-from memory.simulate import BACKWARD, FORWARD, OPTIMIZER, Storage, Trace, recording
-from memory.timeline import TEACHER
+from memory.simulate import Storage, Trace, recording
+from memory.timeline import BACKWARD, FORWARD, OPTIMIZER, TEACHER
 from trainer.assemble import resolve_dtype, video_size
 from trainer.backbones import Predict
 from trainer.backbones.cogvideox import BOUNDARY_NAMES, CogVideoX

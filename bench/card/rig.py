@@ -18,7 +18,7 @@ from bench.card.gauge import Gauge
 from memory.optimizers import make_optimizer, update_norms
 from memory.plan import AppliedPlan, MemoryPlan, apply_plan
 from memory.precision import make_scaler
-from memory.simulate import BACKWARD, FORWARD, OPTIMIZER
+from memory.timeline import BACKWARD, FORWARD, OPTIMIZER, TEACHER
 from trainer.assemble import Assembly, open_backbone, resolve_dtype, video_size
 from trainer.backbones.cogvideox import BOUNDARY_NAMES, CogVideoX
 from trainer.clock import PhaseClock
@@ -133,7 +133,7 @@ class Rig:
 
     def step(self) -> None:
         """One optimizer step, as in `trainer.loop`. The host does not wait."""
-        self._phase("teacher")
+        self._phase(TEACHER)
         share = self.scaler.scale(torch.ones((), device=self.gauge.device))
         number, loss = self.num_steps, self.config.loss
         if self.applied is not None and (lockstep := self.applied.lockstep):

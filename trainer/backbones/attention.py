@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+
 def project(attn: nn.Module, hidden_states: Tensor, encoder_hidden_states: Tensor, positions: tuple[Tensor, Tensor] | None
             ) -> tuple[Tensor, Tensor, Tensor]:
     """q, k and v (B, A, S, d) of video (B, N, D) and text (B, L, D), text first, normed and rotated."""

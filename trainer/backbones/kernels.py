@@ -65,10 +65,9 @@ def _backward(grad, x, weight, cos, sin, out, num_rows, num_heads, num_tokens, l
 def norm_rotate(x: Tensor, weight: Tensor, bias: Tensor, cos: Tensor | None, sin: Tensor | None, length: int, eps: float) -> Tensor:
     """x (B, S, A, d), contiguous, normed with weight and bias (d), and tokens after `length` rotated by cos and sin (N, d)."""
     out = torch.empty_like(x)
-    rotated = cos is not None
     with torch.cuda.device_of(x):
-        _forward[_grid(x)](x, weight, bias, *_positions(cos, sin, weight), out, x.numel() // x.shape[3], x.shape[2], x.shape[1], length, eps,
-                           ROTATED=rotated, WIDTH=x.shape[3], ROWS=ROWS, num_warps=NUM_WARPS)
+        _forward[_grid(x)](x, weight, bias, *_positions(cos, sin, weight), out, *_sizes(x), length, eps, ROTATED=cos is not None,
+                           WIDTH=x.shape[3], ROWS=ROWS, num_warps=NUM_WARPS)
     return out
 
 
@@ -77,8 +76,8 @@ def norm_rotate_backward(grad: Tensor, x: Tensor, weight: Tensor, cos: Tensor | 
     out = torch.empty_like(x)
     grad = grad if grad.stride(3) == 1 else grad.contiguous()
     with torch.cuda.device_of(x):
-        _backward[_grid(x)](grad, x, weight, *_positions(cos, sin, weight), out, x.numel() // x.shape[3], x.shape[2], x.shape[1], length, eps,
-                            *grad.stride()[:3], ROTATED=cos is not None, WIDTH=x.shape[3], ROWS=ROWS, num_warps=NUM_WARPS)
+        _backward[_grid(x)](grad, x, weight, *_positions(cos, sin, weight), out, *_sizes(x), length, eps, *grad.stride()[:3],
+                            ROTATED=cos is not None, WIDTH=x.shape[3], ROWS=ROWS, num_warps=NUM_WARPS)
     return out
 
 
@@ -86,5 +85,10 @@ def _positions(cos: Tensor | None, sin: Tensor | None, unused: Tensor) -> tuple[
     return (unused, unused) if cos is None else (cos.contiguous(), sin.contiguous())
 
 
+def _sizes(x: Tensor) -> tuple[int, int, int]:
+    """Rows, heads and tokens."""
+    return x.numel() // x.shape[3], x.shape[2], x.shape[1]
+
+
 def _grid(x: Tensor) -> tuple[int]:
-    return (triton.cdiv(x.numel() // x.shape[3], ROWS),)
+    return (triton.cdiv(_sizes(x)[0], ROWS),)
