@@ -1,10 +1,10 @@
-"""Measured seconds of steps (parts peaks and cap of bench.card) beside what the planner predicts for the same plans on the same card.
+"""Measured seconds of steps (parts short, peaks and cap of bench.card) beside what the planner predicts for the same plans on the same card.
 
     python -m bench.times      into bench/results/times.json
 """
 
 import json
-from typing import get_args, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 from bench.card.forecasts import seconds_of
 from bench.card.rig import Cell
@@ -24,19 +24,20 @@ def cell_of(settings: str) -> Cell:
 
 
 def main() -> None:
-    found = []
-    for path in sorted(path for part in ("peaks", "cap") for path in RESULTS.glob(f"*/{part}.json")):
+    found: dict[tuple[str, str], dict[str, Any]] = {}
+    for path in (path for part in ("short", "peaks", "cap") for path in sorted(RESULTS.glob(f"*/{part}.json"))):
         result = json.loads(path.read_text())
         card, cells = lookup(result["card"]), result["cells"]
         for measured in cells.values() if isinstance(cells, dict) else (cell["measured"] for cell in cells):
-            if "step_seconds" not in measured:
-                continue
             settings = measured["settings"]
+            if "step_seconds" not in measured or measured.get("num_forecasts_beside") or (card.name, settings) in found:
+                continue
             predicted = seconds_of(cell_of(settings), card)
-            found.append({"card": card.name, "settings": settings, "measured_seconds": measured["step_seconds"],
-                          "predicted_seconds": predicted, "error": predicted / measured["step_seconds"] - 1})
-            print(f"{settings:90} {measured['step_seconds']:8.3f} {predicted:8.3f} {found[-1]['error']:+.1%}", flush=True)
-    write_result("times", {"cells": found})
+            error = predicted / measured["step_seconds"] - 1
+            found[card.name, settings] = {"card": card.name, "settings": settings, "measured_seconds": measured["step_seconds"],
+                                          "predicted_seconds": predicted, "error": error}
+            print(f"{settings:90} {measured['step_seconds']:8.3f} {predicted:8.3f} {error:+.1%}", flush=True)
+    write_result("times", {"cells": list(found.values())})
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ from typing import Any, Literal
 import torch
 import tyro
 
-from bench.card import cap, choice, feasibility, health, minimum, offload, peaks, speed
+from bench.card import cap, choice, feasibility, health, minimum, offload, peaks, short, speed
 from bench.card.forecasts import Forecaster, card_here
 from bench.card.gauge import Gauge
 from bench.card.session import Session, register_toys
@@ -37,9 +37,9 @@ from bench.provenance import RESULTS, write_result
 from memory.streams import release_pinned
 
 # Such that parts that follow each other fill nine minutes.
-PARTS: dict[str, ModuleType] = {"offload": offload, "minimum": minimum, "peaks": peaks, "health": health, "speed": speed,
-                                "cap": cap, "feasibility": feasibility, "choice": choice}
-Part = Literal["offload", "minimum", "peaks", "health", "speed", "cap", "feasibility", "choice"]
+PARTS: dict[str, ModuleType] = {"offload": offload, "minimum": minimum, "peaks": peaks, "short": short, "health": health,
+                                "speed": speed, "cap": cap, "feasibility": feasibility, "choice": choice}
+Part = Literal["offload", "minimum", "peaks", "short", "health", "speed", "cap", "feasibility", "choice"]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -80,20 +80,29 @@ def plans_of(cell: Cell, cards: tuple[Card, ...], free: tuple[str, ...] = SEARCH
     return [(result.best, result.smallest) for result in found]
 
 
+def _step_back() -> None:
+    """Leave the card and the cores to the process that measures. Autograd would make a context, half a GiB of the card, in every
+    process that runs a backward."""
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    os.nice(19)
+
+
 class Forecaster:
     """Runs forecasts ahead of need: `ask` starts one, `answer` waits for it. With no workers, when it is needed."""
 
     def __init__(self, num_workers: int):
-        # spawn: a process forked after the card was touched cannot be used. The card is hidden from them: autograd makes a context, half a
-        # GiB of it, in every process that runs a backward where there is one.
-        self._pool = ProcessPoolExecutor(num_workers, mp_context=get_context("spawn"), initializer=os.environ.update,
-                                         initargs=({"CUDA_VISIBLE_DEVICES": ""},)) if num_workers else None
+        # spawn: a process forked after the card was touched cannot be used.
+        self._pool = ProcessPoolExecutor(num_workers, mp_context=get_context("spawn"), initializer=_step_back) if num_workers else None
         self._futures: dict[tuple, Future] = {}
 
     def ask(self, function: Callable[..., Any], *args: Any) -> None:
         """Start `function(*args)` unless it was asked for before. Arguments must be hashable."""
         if self._pool is not None and (function, args) not in self._futures:
             self._futures[function, args] = self._pool.submit(function, *args)
+
+    def num_under_way(self) -> int:
+        """Forecasts that were asked for and have not come: with them a host gives the card its kernels more slowly."""
+        return sum(not future.done() for future in self._futures.values())
 
     def answer(self, function: Callable[..., Any], *args: Any) -> Any:
         """What `function(*args)` returns."""

@@ -75,12 +75,12 @@ class Session:
 
     def measure(self, cell: Cell, *, num_steps: int, **more: Any) -> dict[str, Any]:
         """Set up, run and take down one cell: what it is, and what was measured or why nothing was."""
-        dtype = str(resolve_dtype(backbone_of(cell), cell.plan, insist=True)).removeprefix("torch.")
+        dtype, beside = str(resolve_dtype(backbone_of(cell), cell.plan, insist=True)).removeprefix("torch."), self.forecaster.num_under_way()
         if self.card.supports(dtype):
             attempt = self.gauge.attempt(lambda: measured(cell, self.gauge, num_steps=num_steps, **more))
         else:  # torch would emulate it, with an attention that holds its matrix
             attempt = Attempt(failed=f"{self.card.label} has no {dtype}")
-        return {"settings": cell.name(), **attempt.as_json()}
+        return {"settings": cell.name(), "num_forecasts_beside": beside, **attempt.as_json()}
 
 
 _COUNTS = ("resident_blocks", "num_keep_attention", "num_keep_everything")

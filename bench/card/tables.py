@@ -105,10 +105,10 @@ def times() -> str:
     """Seconds of a step against the planner's, by model and size."""
     result = load("times")
     rows = [[f"{label}, {card}", str(len(cells)), " to ".join(f"{edge(cell['measured_seconds'] for cell in cells):.2f}" for edge in (min, max)) + " s",
-             f"{statistics.median(cell['error'] for cell in cells):+.1%}", f"{max((cell['error'] for cell in cells), key=abs):+.1%}"]
+             f"{min((cell['error'] for cell in cells), key=abs):+.1%}", f"{statistics.median(cell['error'] for cell in cells):+.1%}", f"{max((cell['error'] for cell in cells), key=abs):+.1%}"]
             for card in dict.fromkeys(cell["card"] for cell in result["cells"])
             for label, cells in _by_size([cell for cell in result["cells"] if cell["card"] == card])]
-    return markdown(["steps of", "plans", "measured", "predicted: off by, median", "at most"], rows) + (
+    return markdown(["steps of", "plans", "measured", "predicted: off by at least", "median", "at most"], rows) + (
         f"\nPredicted by `{result['provenance']['command']}`, {result['provenance']['date']}.\n")
 
 

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from unittest.mock import patch
 
@@ -29,7 +30,7 @@ from memory.snapshots import replay_snapshot
 from trainer.backbones import published
 
 ROOT = Path(__file__).parent.parent.parent
-PARTS = ("offload", "minimum", "peaks", "health", "speed", "cap", "feasibility", "choice")
+PARTS = ("offload", "minimum", "peaks", "short", "health", "speed", "cap", "feasibility", "choice")
 
 
 def _suite(*args: str) -> str:
@@ -219,9 +220,20 @@ def test_a_cell_whose_dtype_the_card_lacks_is_told_and_not_measured():
     session = Session(Gauge(torch.device("cpu")), lookup("t4"), Forecaster(0))
     bf16, fp16 = session.cell("5b", 9), session.cell("5b", 9, dtype="float16")
     with patch("bench.card.session.measured", return_value={"step_seconds": 1.0}) as measure:
-        assert session.measure(bf16, num_steps=1) == {"settings": bf16.name(), "failed": "Tesla T4 has no bfloat16"}
+        assert session.measure(bf16, num_steps=1) == {"settings": bf16.name(), "num_forecasts_beside": 0, "failed": "Tesla T4 has no bfloat16"}
         assert not measure.called
-        assert session.measure(fp16, num_steps=1) == {"settings": fp16.name(), "step_seconds": 1.0}
+        assert session.measure(fp16, num_steps=1) == {"settings": fp16.name(), "num_forecasts_beside": 0, "step_seconds": 1.0}
+
+
+def test_forecasts_under_way_are_counted_and_leave_the_cores_to_others():
+    forecaster = Forecaster(1)
+    try:
+        forecaster.ask(time.sleep, 0.5)
+        forecaster.ask(os.nice, 0)
+        assert forecaster.num_under_way() == 2
+        assert forecaster.answer(os.nice, 0) == min(os.nice(0) + 19, 19) and forecaster.num_under_way() == 0
+    finally:
+        forecaster.close()
 
 
 @pytest.mark.parametrize("failed, complete, count", [([], True, None), ([False], False, None), ([False, False], True, 0), ([False, True], False, 1)])
