@@ -22,12 +22,19 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
-from memory.patching import Handle, replace_forward, require_modules
+from memory.handle import Handle
+from memory.patching import replace_forward, require_modules
 from memory.saving import packing, values_of
-from memory.streams import Lane, pinning, resolve_device
+from memory.streams import Lane, pinning, release_pinned, resolve_device
+from memory.timeline import pinned_bytes
 
 ALIGNMENT = 256
 MAX_SLAB_BYTES = 2**30
+
+
+def slab_bytes(num_bytes: int, num_blocks: int) -> int:
+    """Of a slab in which a tensor of `num_bytes` is the first: enough for one such a block, in as few slabs as is decent."""
+    return pinned_bytes(max(num_bytes, min(num_bytes * num_blocks, MAX_SLAB_BYTES)))
 
 
 class _HostBuffer:
@@ -52,10 +59,7 @@ class _Arena:
         if self._free.get(num_bytes):
             return self._free[num_bytes].pop()
         if not self.slabs or self._used + num_bytes > self.slabs[-1].numel():
-            # Enough for one such tensor a block, in as few slabs as is decent.
-            wanted = max(num_bytes, min(num_bytes * self.num_blocks, MAX_SLAB_BYTES))
-            pin = self.lane.device.type == "cuda"
-            size = 1 << (wanted - 1).bit_length()
+            pin, size = self.lane.device.type == "cuda", slab_bytes(num_bytes, self.num_blocks)
             with pinning():
                 self.slabs.append(torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=pin))
             self._used = 0
@@ -84,6 +88,7 @@ class _Parked:
         self.parking, self.group = parking, group
         self.shape, self.stride, self.dtype, self.num_bytes = tensor.shape, tensor.stride(), tensor.dtype, tensor.nbytes
         self.tensor: torch.Tensor | None = values_of(tensor)
+        self._version = tensor._version
         self.num_uses = 0
         self.is_loading = False
         self.arena = parking.arena
@@ -97,7 +102,12 @@ class _Parked:
         return host.as_strided(self.shape, self.stride, host.storage_offset())
 
     def forget_device_copy(self) -> None:
-        """Forward is past this: after the copy out, the memory is free for the compute stream."""
+        """Forward is past this: after the copy out, the memory is free for the compute stream.
+
+        Raises RuntimeError where something was written into the tensor meanwhile: the copy may have some of it.
+        """
+        if self.tensor is not None:
+            _require_unchanged(self.tensor, self._version)
         self.parking.store_lane.join(self.buffer.stored)
         self.tensor = None
 
@@ -106,6 +116,7 @@ class _Parked:
         if self.tensor is None and self.num_uses > 0:
             self.tensor = torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device=self.parking.device)
             self.parking.load_lane.copy([(self.tensor, self._host())], self.buffer.loaded)
+            self._version = self.tensor._version
             self.is_loading = True
             self.parking.bytes_loaded += self.tensor.nbytes
 
@@ -138,9 +149,10 @@ class _Staying:
     """A tensor of the last block, which stays on the device; backward comes here first, so the block before is sent for."""
 
     def __init__(self, group: "_Group", tensor: torch.Tensor):
-        self.group, self.tensor = group, values_of(tensor)
+        self.group, self.tensor, self._version = group, values_of(tensor), tensor._version
 
     def unpack(self) -> torch.Tensor:
+        _require_unchanged(self.tensor, self._version)
         self.group.send_for_previous()
         return self.tensor
 
@@ -184,9 +196,15 @@ class _Group:
                 parked.load()
 
 
+def _require_unchanged(tensor: torch.Tensor, version: int) -> None:
+    """What autograd asks of the tensors that it keeps itself."""
+    if tensor._version != version:
+        raise RuntimeError(f"a tensor of shape {tuple(tensor.shape)} that is kept for backward was changed in place")
+
+
 def _identity(tensor: torch.Tensor) -> tuple:
     # By storage, not by address: fake tensors of the simulator have no address.
-    return tensor.untyped_storage()._cdata, tensor.storage_offset(), tensor.shape
+    return tensor.untyped_storage()._cdata, tensor.storage_offset(), tensor.shape, tensor.dtype
 
 
 class ActivationOffload(Handle):
@@ -210,8 +228,9 @@ class ActivationOffload(Handle):
     lanes = property(lambda self: [self.store_lane, self.load_lane], doc="What copies.")
 
     def _leave_arena(self) -> None:
-        """The host gets its memory back, from under a graph that still reads it once that is gone."""
+        """The host gets its memory back; what a graph still reads, torch keeps for the next pinned memory once that is gone."""
         self.arena = _Arena(self.store_lane, self.arena.num_blocks)
+        release_pinned()
 
     def start_block(self) -> _Group:
         while self._leaving:  # of the block before the last

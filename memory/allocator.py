@@ -66,7 +66,6 @@ class AllocatorStats:
     peak_reserved_bytes: int = 0
     num_retries: int = 0
     """Times the cache had to be given back to serve a request."""
-    num_ooms: int = 0
 
 
 class CachingAllocator:
@@ -211,7 +210,6 @@ class CachingAllocator:
         raise self._out_of_memory(size)
 
     def _out_of_memory(self, size: int) -> SimulatedOutOfMemory:
-        self.stats.num_ooms += 1
         return SimulatedOutOfMemory(size, self.stats.allocated_bytes, self.stats.reserved_bytes, self.capacity_bytes)
 
     def _take(self, num_bytes: int) -> bool:
@@ -318,8 +316,6 @@ class CachingAllocator:
         if before:
             head = Block(block.address, before, pool)
             link(head, block.prev, block)
-            if pool.segment_head is block:
-                pool.segment_head = head
             pool.add(head)
         if after:
             tail = Block(block.address + block.size - after, after, pool)

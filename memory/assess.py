@@ -33,7 +33,6 @@ class PhaseNeed:
 class Workload:
     """What is to be planned for."""
 
-    model: str
     num_blocks: int
     trace: Callable[[MemoryPlan, int], Trace]
     """`trace(plan, num_blocks)`: one step of the model cut to `num_blocks` blocks under `plan`, on fake tensors, with
@@ -110,16 +109,16 @@ def other_phases(
 
 
 def assess_trace(
-    workload: Workload, plan: MemoryPlan, trace: Trace, time: StepTime, limits: Limits, expandable_segments: bool
+    workload: Workload, plan: MemoryPlan, trace: Trace, time: StepTime, limits: Limits
 ) -> Assessment:
     """Whether the step of `trace` and the other phases fit."""
     workspace = limits.card.cublas_workspace_bytes
-    prediction = trace.prediction(workspace_bytes=workspace, expandable_segments=expandable_segments)
+    prediction = trace.prediction(workspace_bytes=workspace, expandable_segments=True)
     others = other_phases(
         workload.phases(plan),
         standing_bytes=prediction.by_phase["load"],
         workspace_bytes=workspace,
-        masters_bytes=prediction.pinned_bytes,
+        masters_bytes=prediction.host_bytes,
     )
     by_phase = prediction.by_phase | others.by_phase
     reserved = max(prediction.reserved_bytes, others.reserved_bytes)
@@ -151,21 +150,19 @@ def assess(
     *,
     margin: float = MARGIN,
     host_bytes: int | None = None,
-    expandable_segments: bool = True,
-    tf32: bool = True,
 ) -> Assessment:
     """Predict one plan as given, from a full trace of it. Raises PlanError if plan and model do not go together."""
     limits = Limits(card, margin=margin, host_bytes=host_bytes)
-    return assess_in_full(workload, plan, limits, expandable_segments, tf32)
+    return assess_in_full(workload, plan, limits)
 
 
 def assess_in_full(
-    workload: Workload, plan: MemoryPlan, limits: Limits, expandable_segments: bool, tf32: bool
+    workload: Workload, plan: MemoryPlan, limits: Limits
 ) -> Assessment:
     """`assess` against limits that are known already."""
     resolve_keeps(plan, workload.num_blocks)
     trace = workload.trace(plan, workload.num_blocks)
-    load = StepLoad.of(((span.phase, span.visit, load_of(span.work, limits.card, tf32=tf32)) for span in trace.spans),
+    load = StepLoad.of(((span.phase, span.visit, load_of(span.work, limits.card)) for span in trace.spans),
                        teacher_share=workload.teacher_share)
     streamed = 0 if plan.resident_blocks is None else workload.num_blocks - plan.resident_blocks
     streamed_bytes = trace.standing_bytes("weights", "pinned")
@@ -175,4 +172,4 @@ def assess_in_full(
         streamed_bytes = streamed * block_bytes * (plan.num_shards - 1) // plan.num_shards
     time = step_time(load, limits.card, weight_bytes=streamed_bytes, streamed_share=streamed / workload.num_blocks,
                      repeats=workload.repeats)
-    return assess_trace(workload, plan, trace, time, limits, expandable_segments)
+    return assess_trace(workload, plan, trace, time, limits)

@@ -71,9 +71,9 @@ class Card:
     host_link_bandwidth: float
     """What a pinned copy reaches, bytes/s."""
     matmul_fraction: float
-    """Share of `tensor_rate` that large matrix products reach."""
+    """Share of `tensor_rate` that large matrix products reach; the nominal clock may be exceeded."""
     attention_fraction: float
-    """Share of `tensor_rate` that the 16-bit attention which torch picks reaches on its way forward; the nominal clock may be exceeded."""
+    """Share of `tensor_rate` that the 16-bit attention which torch picks reaches on its way forward."""
     attention_backward_fraction: float
     """The same on its way back."""
     flash_fraction: float
@@ -204,8 +204,17 @@ def _named(name: str) -> Card:
         context_bytes=kind["context_mib"] * _MIB,
         cublas_workspace_bytes=environment.cublas_workspace_bytes(kind["cublas_kib"]),
         source=row["source"],
-        assumed=tuple(field for field in _ASSUMED if field != "matmul_fraction" or "matmul" not in row),
+        assumed=_assumed_of(row, kind, link),
     )
+
+
+def _assumed_of(row: dict[str, Any], kind: dict[str, Any], link: dict[str, Any]) -> tuple[str, ...]:
+    way = "cudnn" if "cudnn" in kind else "flash"
+    sources = {"context_bytes": "context_mib", "memory_fraction": "element_wise", "flash_fraction": "flash", "flash_backward_fraction": "flash_backward",
+               "attention_fraction": way, "attention_backward_fraction": f"{way}_backward"}
+    known = {field for field, key in sources.items() if key in kind.get("known", ())}
+    told = {"matmul_fraction": "matmul" in row, "host_link_bandwidth": link.get("measured", False)}
+    return tuple(field for field in _ASSUMED if field not in known and not told.get(field))
 
 
 def _of_size(gib: float, label: str | None = None, table: str = "typical") -> Card:

@@ -2,8 +2,8 @@
 
 A feed-forward of width 4 D makes the largest tensors of a block, and backward three of them at once. Its tokens do not see
 each other, so both passes go chunk by chunk. Forward keeps the input only, and backward recomputes each chunk's hidden
-layer: one more forward of the feed-forward a backward pass, about 9 % of a student pass at 49 frames (predicted), for a
-quarter to a third of the block's peak (predicted: 21.7 to 14.7 units on the 2b, 22.6 to 17.4 on the 5b).
+layer: one more forward of the feed-forward a backward pass, 6 to 10 % of a student pass at 49 frames, for a quarter to a third of
+the block's peak (predicted).
 
 Shapes: B batch, N tokens, D width.
 """
@@ -17,7 +17,8 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.nn.modules.dropout import _DropoutNd
 
-from memory.patching import Handle, replace_forward, require_modules
+from memory.handle import Handle
+from memory.patching import replace_forward, require_modules
 
 TOKENS = 1  # the dimension of N
 

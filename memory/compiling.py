@@ -22,7 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from memory.patching import Handle, replace_forward, require_modules
+from memory.handle import Handle
+from memory.patching import replace_forward, require_modules
 from memory.plan import PlanError
 
 STRATEGY = "compilation"
@@ -34,6 +35,7 @@ torch's own 8 would silently not be compiled."""
 def compile_blocks(blocks: Sequence[nn.Module], *, device: torch.device, backend: str = "inductor") -> Handle:
     """Compile the forward of `blocks`, before any other strategy is put around it. It happens when a block first runs.
 
+    What Dynamo is told of attention and of strategies it is told for the rest of the process.
     Raises PlanError where nothing can be compiled for `device`; ValueError for no blocks; RuntimeError if applied already.
     """
     blocks = require_modules(blocks, STRATEGY)
@@ -48,11 +50,15 @@ def compile_blocks(blocks: Sequence[nn.Module], *, device: torch.device, backend
     handle._undos.append(torch._dynamo.reset)  # compiled code holds on to what it was compiled for
     handle._undos.append(functools.partial(setattr, config, "recompile_limit", config.recompile_limit))
     config.recompile_limit = NUM_VARIANTS
-    for block in blocks:
-        for module in block.modules():
-            if module is not block and (module._forward_pre_hooks or module._forward_hooks):
-                handle._undos.append(_compile_inside_hooks(module, compiled))
-        handle._undos.append(replace_forward(block, STRATEGY, compiled))
+    try:
+        for block in blocks:
+            for module in block.modules():
+                if module is not block and (module._forward_pre_hooks or module._forward_hooks):
+                    handle._undos.append(_compile_inside_hooks(module, compiled))
+            handle._undos.append(replace_forward(block, STRATEGY, compiled))
+    except BaseException:
+        handle.undo()
+        raise
     return handle
 
 

@@ -26,7 +26,8 @@ from contextlib import contextmanager, nullcontext
 import torch
 from torch import nn
 
-from memory.patching import Handle, replace_forward, require_modules
+from memory.handle import Handle
+from memory.patching import replace_forward, require_modules
 from memory.plan import resident_indices
 from memory.saving import current_region, packing, will_return
 from memory.streams import Lane, pinning, release_pinned, resolve_device
@@ -157,6 +158,7 @@ class _Ring:
             if block not in present:
                 # Whatever used this slot was given to the compute stream before now, and the lane waits for that.
                 slot, master = free.pop(), self.masters[block]
+                slot.block = None  # should the copy be interrupted, it holds neither
                 self.lane.copy(master.copies(slot.flat), slot.loaded)
                 slot.block = block
                 present[block] = slot

@@ -6,8 +6,8 @@ import torch
 
 from memory.plan import OptimizerKind
 
-MIN_8BIT_NUMEL = 4096  # bitsandbytes keeps smaller tensors in float32
-BLOCK_NUMEL_8BIT = 256  # elements that share one float32 maximum
+_MIN_8BIT_NUMEL = 4096  # bitsandbytes keeps smaller tensors in float32
+_BLOCK_NUMEL_8BIT = 256  # elements that share one float32 maximum
 MAP_BYTES_8BIT = 2 * 256 * 4  # the signed and the unsigned code book, one each an optimizer
 
 
@@ -50,6 +50,34 @@ def make_optimizer(
 
 
 @torch.no_grad()
+def create_state(optimizer: torch.optim.Optimizer) -> None:
+    """Make the state that a first step would make, all zero, before it: a step of rate 0 with gradients of 0, which changes no weight."""
+    rates = [group["lr"] for group in optimizer.param_groups]
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+        for parameter in group["params"]:
+            parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    for group, rate in zip(optimizer.param_groups, rates):
+        group["lr"] = rate
+    optimizer.zero_grad(set_to_none=True)
+    reset_state(optimizer)
+
+
+@torch.no_grad()
+def reset_state(optimizer: torch.optim.Optimizer) -> None:
+    """Set all that the optimizer has counted and summed up to zero, where it lies."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()  # paged state is written by the host
+    for state in optimizer.state.values():
+        for key, value in state.items():
+            if not isinstance(value, torch.Tensor):
+                state[key] = 0
+            elif not key.startswith("qmap"):  # bitsandbytes' code books stay
+                value.zero_()
+
+
+@torch.no_grad()
 def update_norms(parameters: Sequence[torch.Tensor], update: Callable[[], object]) -> tuple[Sequence[torch.Tensor], Sequence[torch.Tensor]]:
     """Norms of what `update()` changes in each parameter, and of the parameters after it. Holds a copy of all of them meanwhile."""
     before = torch._foreach_mul([p.detach() for p in parameters], 1)  # a copy; torch 2.11 has no _foreach_clone
@@ -61,28 +89,17 @@ def update_norms(parameters: Sequence[torch.Tensor], update: Callable[[], object
 def predict_state_bytes(numels: Iterable[int], kind: OptimizerKind) -> int:
     """Bytes of optimizer state for float32 parameters of these sizes, exactly.
 
-    adamw: two float32 moments and a float32 step count each. 8-bit: two bytes an element and two float32 maxima every 256
-    elements, or two float32 moments under 4,096 elements.
+    adamw: two float32 moments and a float32 step count each. 8-bit: two moments of `moment_bytes_8bit`, and the code books.
     """
     numels = list(numels)
     if kind == "adamw":
         return sum(8 * numel + 4 for numel in numels)
     if kind not in ("adamw8bit", "paged-adamw8bit"):
         raise ValueError(f"optimizer is {kind!r}; one of adamw, adamw8bit, paged-adamw8bit")
-    total = 0
-    for numel in numels:
-        if numel < MIN_8BIT_NUMEL:
-            total += 8 * numel
-        else:
-            total += 2 * numel + 2 * 4 * -(-numel // BLOCK_NUMEL_8BIT)
-    return total + (MAP_BYTES_8BIT if any(numel >= MIN_8BIT_NUMEL for numel in numels) else 0)
+    books = MAP_BYTES_8BIT if any(numel >= _MIN_8BIT_NUMEL for numel in numels) else 0
+    return 2 * sum(map(moment_bytes_8bit, numels)) + books
 
 
-def count_state_bytes(optimizer: torch.optim.Optimizer) -> int:
-    """Bytes that the state of `optimizer` holds now; tensors that parameters share count once."""
-    tensors = {}
-    for state in optimizer.state.values():
-        for value in state.values():
-            if isinstance(value, torch.Tensor):
-                tensors[value.untyped_storage()._cdata] = value.nbytes
-    return sum(tensors.values())
+def moment_bytes_8bit(numel: int) -> int:
+    """Of one of Adam's two moments: a byte an element and a float32 maximum every 256; float32 under 4,096 elements."""
+    return numel + 4 * -(-numel // _BLOCK_NUMEL_8BIT) if numel >= _MIN_8BIT_NUMEL else 4 * numel

@@ -11,6 +11,8 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Literal, get_args
 
+from memory.handle import Handle
+
 if TYPE_CHECKING:
     import torch
     from torch import nn
@@ -190,15 +192,15 @@ def is_checkpointed(keeps: Sequence[Keep]) -> bool:
     return any(keep != "everything" for keep in keeps)
 
 
-class AppliedPlan:
-    """Handle of `apply_plan`: counters, buffers, undo."""
+class AppliedPlan(Handle):
+    """Handle of `apply_plan`: counters, buffers, undo. A narrowing of the dtype is undone in dtype, not in the lost bits."""
 
     def __init__(self, plan: MemoryPlan, keeps: tuple[Keep, ...]):
+        super().__init__()
         self.plan, self.keeps = plan, keeps
         self.sharding = self.offload = self.checkpointing = self.activations = None
         self.lockstep = None
         """Runs several passes together (memory.lockstep), where the plan has them run so."""
-        self._undos: list = []
 
     @property
     def num_recomputes(self) -> int:
@@ -217,7 +219,7 @@ class AppliedPlan:
 
     @property
     def bytes_parked(self) -> int:
-        """Activation bytes copied to the host so far; as many come back in backward, the last block's excepted."""
+        """Activation bytes copied to the host so far; as many come back in backward."""
         return self.activations.bytes_stored if self.activations else 0
 
     @property
@@ -242,17 +244,6 @@ class AppliedPlan:
 
         return uncompiled() if self.plan.compile else nullcontext()
 
-    def require_recomputed(self) -> None:
-        """RuntimeError if checkpointing is silently off; call it after a backward pass."""
-        if self.checkpointing:
-            self.checkpointing.require_recomputed()
-
-    def undo(self) -> None:
-        """Take everything back, in reverse order. A narrowing of the dtype is undone in dtype, not in the lost bits."""
-        while self._undos:
-            self._undos[-1]()
-            self._undos.pop()
-
 
 def apply_plan(
     model: nn.Module,
@@ -269,7 +260,8 @@ def apply_plan(
     arguments of a block's forward that the block before it computed; `feed_forwards` the modules to run in token chunks.
     The optimizer, guidance, the number of copies and the text encoder are for the caller.
     Raises PlanError where plan and model do not go together; RuntimeError if a plan is applied already.
-    After an exception here the model is as it was.
+    After an exception here the model is as it was; one that was to be divided among processes is of no use any more, since
+    its weights come together only if all of them gather them, and one that fails may be alone.
     """
     from memory.patching import applied_strategies, require_modules
 
@@ -284,7 +276,8 @@ def apply_plan(
     try:
         _apply(applied, model, blocks, device, boundary_names, feed_forwards)
     except BaseException:
-        applied.undo()
+        if plan.num_shards == 1:
+            applied.undo()
         raise
     return applied
 

@@ -54,15 +54,14 @@ class SearchResult:
 class Ranking:
     """The plans of a workload on one card that leave all but the searched settings as in `base`; `fixed` ones too."""
 
-    def __init__(self, workload: Workload, card: Card, base: MemoryPlan, fixed: frozenset[str], expandable_segments: bool,
-                 tf32: bool):  # fmt: skip
+    def __init__(self, workload: Workload, card: Card, base: MemoryPlan, fixed: frozenset[str]):
         """Raises PlanError for a field in `fixed` that no plan has, and for more resident blocks than there are."""
         unknown = fixed - {f.name for f in dataclasses.fields(MemoryPlan)}
         if unknown:
             raise PlanError(f"{', '.join(sorted(unknown))}: no such field of a plan")
         free = {name: MemoryPlan.__dataclass_fields__[name].default for name in SEARCHED if name not in fixed}
         self.workload, self.card, self.fixed = workload, card, fixed
-        self.expandable_segments, self.tf32, self.short = expandable_segments, tf32, min(_SHORT, workload.num_blocks)
+        self.short = min(_SHORT, workload.num_blocks)
         self.base = dataclasses.replace(base, **free)
         resident_indices(workload.num_blocks, self.base.resident_blocks)
         self.num_traces = self.num_replays = self.num_candidates = self.num_unknown = 0
@@ -170,7 +169,7 @@ class Ranking:
 
     def _resident_variant(self, plan: MemoryPlan) -> Variant:
         """A variant with a recipe of its own."""
-        return Variant(self.workload, self.card, plan, self._recipe(self._resident(plan)), self.tf32)
+        return Variant(self.workload, self.card, plan, self._recipe(self._resident(plan)))
 
     def _traces_of_recipe(self, plan: MemoryPlan) -> list[tuple[MemoryPlan, int]]:
         num_blocks = self.workload.num_blocks
@@ -205,7 +204,7 @@ class Ranking:
         else:
             short, _ = self._trace(self._resident(plain.base), self.short)
             recipe = plain.recipe.with_visits_of(short, *self._trace(resident, self.short)) or self._recipe(resident)
-        found = Variant(self.workload, self.card, plan, recipe, self.tf32)
+        found = Variant(self.workload, self.card, plan, recipe)
         found.fits = found.least_bytes(self._residents()) <= limits.reservable_bytes
         return found
 
@@ -264,10 +263,10 @@ class Ranking:
         if candidate.plan not in self._assessed:
             self.num_replays += 1
             try:
-                found = candidate.variant.assess(candidate.plan, limits, self.expandable_segments)
+                found = candidate.variant.assess(candidate.plan, limits)
             except SpliceError:  # the visits are known, but do not fit together
                 self.num_traces += 1
-                found = assess_in_full(self.workload, candidate.plan, limits, self.expandable_segments, self.tf32)
+                found = assess_in_full(self.workload, candidate.plan, limits)
             self._assessed[candidate.plan] = found
         return self._assessed[candidate.plan]
 

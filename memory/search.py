@@ -31,20 +31,17 @@ def search(
     fixed: Collection[str] = (),
     margin: float = MARGIN,
     host_bytes: int | None = None,
-    expandable_segments: bool = True,
-    tf32: bool = True,
 ) -> SearchResult:
     """The fastest plan for `workload` that fits `card`.
 
     `base` gives the fields that are not searched; fields named in `fixed` keep its value. `margin` is the share of the
     card's usable bytes left free; `host_bytes` what the host has (None: what `card` knows, else unlimited).
-    `expandable_segments` and `tf32` must be what the run will set.
     Raises PlanError, when `base` with its fixed fields cannot be.
     """
     base, fixed, limits = base or MemoryPlan(), frozenset(fixed), Limits(card, margin=margin, host_bytes=host_bytes)
 
     def ranking(base: MemoryPlan, fixed: frozenset[str]) -> Ranking:
-        return Ranking(workload, card, base, fixed, expandable_segments, tf32)
+        return Ranking(workload, card, base, fixed)
 
     try:
         found = ranking(base, fixed).run(limits)

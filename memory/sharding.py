@@ -19,7 +19,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
-from memory.patching import Handle, require_modules
+from memory.handle import Handle
+from memory.patching import require_modules
 from memory.plan import PlanError
 from memory.streams import resolve_device
 
@@ -54,14 +55,11 @@ def shard_blocks(model: nn.Module, blocks: Sequence[nn.Module], *, num_shards: i
     mesh = init_device_mesh(resolve_device(device).type, (num_shards,))
     trainable = {p for block in blocks for p in block.parameters() if p.requires_grad}
     handle = Handle()
-    try:
-        for block in blocks:
-            handle._undos.append(_shard(block, mesh, trainable))
-        # The root holds nothing itself: it gives all blocks the same streams, and an order to gather ahead in.
-        handle._undos.append(_shard(model, mesh, set(model.parameters())))
-    except BaseException:
-        handle.undo()
-        raise
+    # Not undone after an exception: that would gather, and this process may be the only one that failed.
+    for block in blocks:
+        handle._undos.append(_shard(block, mesh, trainable))
+    # The root holds nothing itself: it gives all blocks the same streams, and an order to gather ahead in.
+    handle._undos.append(_shard(model, mesh, set(model.parameters())))
     fresh_start = model.register_forward_pre_hook(_fresh_start, prepend=True)
     handle._undos.append(fresh_start.remove)
     return handle

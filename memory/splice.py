@@ -19,7 +19,7 @@ from functools import cached_property
 from memory.offload import ALIGNMENT
 from memory.plan import is_checkpointed, resident_indices
 from memory.pools import round_request
-from memory.timeline import Span, Storage, Trace, Visit, pinned_bytes
+from memory.timeline import Span, Storage, Trace, Visit
 from memory.work import Work
 
 EDGE = 2  # blocks this near to either end may differ: inputs that need no gradient, nothing to prefetch
@@ -222,21 +222,19 @@ class Recipe:
 
     def slabs(self, keeps: Sequence[str]) -> list[int]:
         """Sizes of the host slabs that activation offload will take: as `memory.activations` fills them."""
-        from memory.activations import ALIGNMENT as GRAIN
-        from memory.activations import MAX_SLAB_BYTES
+        from memory.activations import ALIGNMENT, slab_bytes
 
         slabs: list[int] = []
         used, free = 0, Counter()
         for work in (work for _, cell in self.visits(keeps) for work in cell.work):
-            num_bytes = -(-work.num_bytes // GRAIN) * GRAIN
+            num_bytes = -(-work.num_bytes // ALIGNMENT) * ALIGNMENT
             if work.kind == "to device":
                 free[num_bytes] += 1  # brought back, and not stored again by the same pass
             elif work.kind == "to host" and free[num_bytes]:
                 free[num_bytes] -= 1
             elif work.kind == "to host":
                 if not slabs or used + num_bytes > slabs[-1]:
-                    wanted = max(num_bytes, min(num_bytes * self.num_blocks, MAX_SLAB_BYTES))
-                    slabs.append(pinned_bytes(wanted))
+                    slabs.append(slab_bytes(num_bytes, self.num_blocks))
                     used = 0
                 used += num_bytes
         return slabs

@@ -22,7 +22,7 @@ CATEGORIES = (
     "transfer buffers",
     "other",
 )
-PLACES = ("device", "pinned", "host")
+PLACES = ("device", "pinned")
 TEACHER, FORWARD, BACKWARD, OPTIMIZER = "teacher", "student forward", "student backward", "optimizer"
 
 
@@ -92,28 +92,22 @@ class Trace:
     def device_events(self, *, num_steps: int = 1, workspace_bytes: int = 0) -> tuple[list[int], list[int]]:
         """(events, sizes) of the device for `memory.allocator.replay`: the standing storages, then the step.
 
-        `workspace_bytes` (cuBLAS) are kept from when they are first wanted: half by forward's thread, half by autograd's.
+        `workspace_bytes` (cuBLAS): half for forward's thread, half for autograd's (`memory.standing`).
         """
         on_device = [storage.place == "device" for storage in self.storages]
         sizes = [storage.num_bytes for storage in self.storages]
-        first_backward = next((span.start for span in self.spans if span.phase == BACKWARD), 0)
         step: list[int] = []
         goes_by: dict[int, int] = {}  # a storage made in place -> the one whose memory it has
-        turn = 0
-        for number, event in enumerate(self.events):
-            if number == first_backward:
-                turn = len(step)
+        for event in self.events:
             if event >= 0 and self.storages[event].in_place:
                 goes_by[event] = ~step.pop()
             elif on_device[event if event >= 0 else ~event]:
                 step.append(event if event >= 0 else ~goes_by.get(~event, ~event))
-        events = [index for index in self.standing if on_device[index]]
+        standing = [index for index in self.standing if on_device[index]]
         if workspace_bytes:
-            ahead, back = len(sizes), len(sizes) + 1
+            standing += [len(sizes), len(sizes) + 1]
             sizes += [workspace_bytes // 2] * 2
-            events += [ahead, *step[:turn], back, *step[turn:]]
-            num_steps -= 1
-        return events + step * num_steps, sizes
+        return standing + step * num_steps, sizes
 
     def timeline(self, *, place: str = "device", rounded: bool = True) -> Iterator[tuple[str, int, dict[str, int]]]:
         """(phase, live bytes, live bytes by category) after each birth at `place`, the standing storages first.
@@ -175,17 +169,16 @@ class Trace:
             by_category=at_peak,
             by_phase={phase: total + workspace for phase, total in by_phase.items()},
             allocator=stats,
-            pinned_bytes=self.host_peak("pinned"),
-            host_bytes=self.host_peak("pinned") + self.host_peak("host"),
+            host_bytes=self._host_peak(),
         )
 
-    def host_peak(self, place: str) -> int:
-        """Peak bytes of "pinned" (each allocation rounded up to a power of two, as torch's host cache does) or "host"."""
+    def _host_peak(self) -> int:
+        """Peak bytes that are pinned, each allocation rounded up to a power of two, as torch's host cache does."""
         total = peak = 0
         for event in [*self.standing, *self.events]:
             storage = self.storages[event if event >= 0 else ~event]
-            if storage.place == place:
-                num_bytes = pinned_bytes(storage.num_bytes) if place == "pinned" else storage.num_bytes
+            if storage.place == "pinned":
+                num_bytes = pinned_bytes(storage.num_bytes)
                 total += num_bytes if event >= 0 else -num_bytes
                 peak = max(peak, total)
         return peak
@@ -208,9 +201,8 @@ class Prediction:
     """Largest sum within each phase."""
     allocator: AllocatorStats
     """What the caching allocator makes of it: allocated includes what it could not split off."""
-    pinned_bytes: int
     host_bytes: int
-    """Pinned and plain."""
+    """Pinned for masters of streamed blocks and for what blocks keep on the host."""
 
     @property
     def reserved_bytes(self) -> int:

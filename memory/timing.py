@@ -1,7 +1,7 @@
 """How long a step takes, predicted: a roofline over the recorded work, and transfers beside it.
 
-An operator takes the longer of computing and moving its bytes, at the fractions of the card's rates that others have measured on such
-cards (`memory.cards`, bench/published.toml). Weights and activations cross the host link beside the computation: each walk over
+An operator takes the longer of computing and moving its bytes, at the fractions of the card's rates that were measured on such
+cards, by others (bench/published.toml) or by us (`memory.cards`). Weights and activations cross the host link beside the computation: each walk over
 the blocks takes the longer of the two. Good for ranking plans; not a promise.
 """
 
@@ -86,8 +86,8 @@ class StepLoad:
         return cls(add_loads(optimizer), add_loads(between), [add_loads(loads) for loads in walks.values()], list(shares.values()))
 
 
-def load_of(work: Iterable[Work], card: Card, *, tf32: bool = True) -> Load:
-    """The seconds and transfers of some operators on `card`. `tf32`: float32 products run in TF32 where there is bf16."""
+def load_of(work: Iterable[Work], card: Card) -> Load:
+    """The seconds and transfers of some operators on `card`."""
     compute = dict.fromkeys(BOUNDS, 0.0)
     to_device = to_host = 0
     rates = {
@@ -96,9 +96,9 @@ def load_of(work: Iterable[Work], card: Card, *, tf32: bool = True) -> Load:
         "attention": card.tensor_rate * card.attention_fraction,
         "attention backward": card.tensor_rate * card.attention_backward_fraction,
     }
-    # TF32 runs at half of 16 bit's rate. Fused attention in float32 is a kernel of FlashAttention-2's time, and makes each product
-    # of three in TF32, whatever is set (DefaultGemmType in torch's mem_eff_attention/gemm_kernel_utils.h).
-    rates["matmul32"] = rates["matmul"] / 2 if tf32 and card.bf16 else card.fp32_rate * FP32_FRACTION
+    # Float32 products run without tensor cores: nobody sets TF32. Fused attention in float32 is a kernel of FlashAttention-2's time,
+    # and makes each product of three in TF32, whatever is set (DefaultGemmType in torch's mem_eff_attention/gemm_kernel_utils.h).
+    rates["matmul32"] = card.fp32_rate * FP32_FRACTION
     for kind, share in (("attention", card.flash_fraction), ("attention backward", card.flash_backward_fraction)):
         rates[f"{kind}32"] = card.tensor_rate * share / 6 if card.bf16 else card.fp32_rate * FP32_FRACTION
     bandwidth = card.memory_bandwidth * card.memory_fraction

@@ -28,8 +28,8 @@ class Candidate:
 class Variant:
     """Plans that differ in keeps and resident blocks only: one recipe."""
 
-    def __init__(self, workload: Workload, card: Card, base: MemoryPlan, recipe: Recipe, tf32: bool):
-        self.workload, self.card, self.base, self.recipe, self.tf32 = workload, card, base, recipe, tf32
+    def __init__(self, workload: Workload, card: Card, base: MemoryPlan, recipe: Recipe):
+        self.workload, self.card, self.base, self.recipe = workload, card, base, recipe
         self.workspace = round_request(card.cublas_workspace_bytes) if card.cublas_workspace_bytes else 0
         self._loads: dict[int, Load] = {}
         self.num_unknown = 0
@@ -46,7 +46,7 @@ class Variant:
     def _load_of(self, cell: Cell) -> Load:
         load = self._loads.get(id(cell))
         if load is None:
-            load = self._loads[id(cell)] = load_of(cell.work, self.card, tf32=self.tf32)
+            load = self._loads[id(cell)] = load_of(cell.work, self.card)
         return load
 
     def time(self, load: StepLoad, num_resident: int | None) -> StepTime:
@@ -97,8 +97,8 @@ class Variant:
         host = sum(pinned_bytes(s.num_bytes) for s in storages if s.place == "pinned" and s.category == "weights")
         return device, host
 
-    def assess(self, plan: MemoryPlan, limits: Limits, expandable_segments: bool) -> Assessment:
+    def assess(self, plan: MemoryPlan, limits: Limits) -> Assessment:
         keeps = resolve_keeps(plan, self.recipe.num_blocks)
         trace = self.recipe.splice(keeps, num_resident=plan.resident_blocks, num_buffers=plan.offload_buffers)
         time = self.time(self.load(keeps), plan.resident_blocks)
-        return assess_trace(self.workload, plan, trace, time, limits, expandable_segments)
+        return assess_trace(self.workload, plan, trace, time, limits)

@@ -22,10 +22,6 @@ class Work(NamedTuple):
     """Read and written."""
 
 
-def _elements(tensor: torch.Tensor) -> int:
-    return tensor.numel()
-
-
 def _mm(left, right) -> float:
     return 2.0 * left.shape[-2] * left.shape[-1] * right.shape[-1]
 
@@ -35,12 +31,12 @@ def _bmm(left, right) -> float:
 
 
 def _convolution(args, outputs) -> float:
-    return 2.0 * _elements(outputs) * _elements(args[1][0])
+    return 2.0 * outputs.numel() * args[1][0].numel()
 
 
 def _convolution_backward(args, outputs) -> float:
     grad, weight = args[0], args[2]
-    once = 2.0 * _elements(grad) * _elements(weight[0])
+    once = 2.0 * grad.numel() * weight[0].numel()
     return once * sum(output is not None for output in outputs[:2])
 
 
@@ -60,7 +56,7 @@ _FLOPS = {
     aten.addmm.default: ("matmul", lambda args, outputs: _mm(args[1], args[2])),
     aten.bmm.default: ("matmul", lambda args, outputs: _bmm(args[0], args[1])),
     aten.baddbmm.default: ("matmul", lambda args, outputs: _bmm(args[1], args[2])),
-    aten.linear.default: ("matmul", lambda args, outputs: 2.0 * _elements(args[0]) * args[1].shape[0]),
+    aten.linear.default: ("matmul", lambda args, outputs: 2.0 * args[0].numel() * args[1].shape[0]),
     aten.convolution.default: ("convolution", _convolution),
     aten.convolution_backward.default: ("convolution", _convolution_backward),
 }
@@ -76,6 +72,8 @@ _FLASH_BACKWARD = (
 
 # Operators that only make an uninitialised tensor or an alias (whose schema may not say so).
 _IDLE = {aten.empty.memory_format, aten.empty_strided.default, aten.empty_like.default, aten.detach.default, aten._unsafe_view.default}
+# Operators that write their first argument without reading it.
+_OVERWRITES = {aten.copy_.default, aten.zero_.default, aten.fill_.Scalar, aten.fill_.Tensor}
 _idle_by_schema: dict = {}
 
 
@@ -85,7 +83,8 @@ def work_of(func, args, outputs) -> Work | None:
     if entry is None:
         if func in _IDLE or _moves_nothing(func):
             return None
-        return Work("memory", 0.0, _bytes(args) + _bytes(outputs))
+        read = args[1:] if func in _OVERWRITES else args
+        return Work("memory", 0.0, _bytes(read) + _bytes(outputs))
     kind, count = entry
     first = args[0]
     if first.dtype == torch.float32 and kind != "convolution":

@@ -9,6 +9,7 @@ from safetensors import safe_open
 
 from memory.optimizers import make_optimizer
 from memory.precision import make_scaler
+from memory.standing import allocate_standing
 from trainer.assemble import (assemble, collect_prompts, embed_prompts, masking_blocks, open_backbone, require_trainable, resolve_device,
                               video_size)
 from trainer.config import TrainConfig
@@ -140,5 +141,6 @@ def prepare(config: TrainConfig) -> Subject:
         guidance=config.memory.guidance, trajectory_guidance=config.data.trajectory_guidance)
     optimizer = make_optimizer(assembly.erasers.parameters(), kind=config.memory.optimizer, lr=config.optim.lr,
                                weight_decay=config.optim.weight_decay)
+    allocate_standing(optimizer, device)
     return Subject(config=config, native_dtype=backbone.native_dtype, assembly=assembly, teacher=teacher,
                    optimizer=optimizer, scaler=make_scaler(assembly.dtype, device))

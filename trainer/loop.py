@@ -16,6 +16,7 @@ import torch
 from memory.meter import Meter
 from memory.optimizers import make_optimizer
 from memory.precision import make_scaler
+from memory.standing import allocate_standing
 from trainer.assemble import (assemble, collect_prompts, embed_prompts, masking_blocks, open_backbone, require_trainable, resolve_device,
                               video_size)
 from trainer.checkpoint import Saver, latest_checkpoint
@@ -79,6 +80,7 @@ def train(config: TrainConfig, origins: Mapping[str, str], *, resume: Path | Non
         trajectory_guidance=config.data.trajectory_guidance), config.data.pool, device)
     optimizer = make_optimizer(erasers.parameters(), kind=config.memory.optimizer, lr=config.optim.lr,
                                weight_decay=config.optim.weight_decay)
+    allocate_standing(optimizer, device)
     state = TrainState(config, origins, backbone.identity(), erasers, optimizer, make_scaler(assembly.dtype, device),
                        [s for s in (latents, preserved) if s is not None])
 
@@ -117,7 +119,7 @@ def train(config: TrainConfig, origins: Mapping[str, str], *, resume: Path | Non
                 number = state.step * num_passes + k
                 share = scaler.scale(torch.full((), 1 / num_passes / num_ranks(), device=device))
                 if together:
-                    terms = lockstep_backward(together, predict, erasers, samples, number, config.loss, scale=share)
+                    terms = lockstep_backward(together, predict, erasers, samples.teacher, samples.drawn(number), config.loss, scale=share)
                 else:
                     terms = student_backward(student, erasers, samples(number), config.loss, scale=share)
                 for name, value in terms.items():

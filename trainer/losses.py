@@ -184,6 +184,10 @@ class Samples:
                 self._kept[i] = self.teacher.sample(i).parked()
         return self._kept[index].to(self.device)
 
+    def drawn(self, step: int) -> Draw | Sample:
+        """What `lockstep_backward` begins with: with a pool a sample."""
+        return self(step) if self.pool else self.teacher.draw(step)
+
 
 def student_backward(predict: Predict, erasers: Erasers, sample: Sample, loss: LossConfig, *,
                      scale: float | Tensor = 1.0) -> dict[str, Tensor]:
@@ -212,16 +216,15 @@ def student_backward(predict: Predict, erasers: Erasers, sample: Sample, loss: L
     return _with_total(terms, loc, loss)
 
 
-def lockstep_backward(together: Callable[[Sequence[Pass]], list[Any]], predict: Predict, erasers: Erasers, samples: "Samples",
-                      step: int, loss: LossConfig, *, scale: float | Tensor = 1.0) -> dict[str, Tensor]:
+def lockstep_backward(together: Callable[[Sequence[Pass]], list[Any]], predict: Predict, erasers: Erasers, teacher: Teacher,
+                      drawn: Draw | Sample, loss: LossConfig, *, scale: float | Tensor = 1.0) -> dict[str, Tensor]:
     """A step's teacher and student in one, block by block: `together` runs passes so (memory.lockstep). Else as `student_backward`.
 
-    Both student passes' gradients are added up before they meet what was there: the same to the last bit, if nothing was.
+    `drawn`: of a draw the teacher is asked as well, of a sample it has been. Both student passes' gradients are added up before they meet what was there: the same to the last bit, if nothing was.
     """
-    drawn = samples(step) if samples.pool else samples.teacher.draw(step)
-    asked = {} if samples.pool else samples.teacher.passes(drawn)
+    asked = teacher.passes(drawn) if isinstance(drawn, Draw) else {}
     # The mask is made of what this very pass shows, and wanted in backward only.
-    loc = Localisation(lambda: sample.mask, loss.alpha * scale) if samples.teacher.columns is not None and loss.alpha > 0 else None
+    loc = Localisation(lambda: sample.mask, loss.alpha * scale) if teacher.columns is not None and loss.alpha > 0 else None
 
     @contextmanager
     def student(loc: Localisation | None = None) -> Iterator[None]:
@@ -233,7 +236,7 @@ def lockstep_backward(together: Callable[[Sequence[Pass]], list[Any]], predict: 
         preserved = partial(predict, drawn.preserved_latents, drawn.preserved_timestep, drawn.preserved_text)
         own["pre"] = Pass(preserved, student)
     results = dict(zip([*asked, *own], together([*asked.values(), *own.values()])))
-    sample = drawn if samples.pool else samples.teacher.answered(drawn, results)
+    sample = teacher.answered(drawn, results) if isinstance(drawn, Draw) else drawn
     targets = {"unlearn": sample.target, "pre": sample.preserved_target}
     terms = {name: mean_squared_error(results.pop(name), targets[name]) for name in own}
     weights = {"unlearn": scale, "pre": scale * loss.beta}

@@ -88,7 +88,7 @@ def workload(config: TrainConfig, *, num_cards: int | None = None) -> Workload:
         return phases_around, backbone, run, MemoryPlan(dtype=plan.dtype, guidance=plan.guidance, num_shards=plan.num_shards)
 
     return Workload(
-        model=config.model.model, num_blocks=backbone.num_blocks, repeats=config.optim.accumulation / num_rehearsed(config),
+        num_blocks=backbone.num_blocks, repeats=config.optim.accumulation / num_rehearsed(config),
         teacher_share=teacher_share(config),
         trace=lambda plan, num_blocks: _calls(trace(plan, num_blocks)), phases=lambda plan: _calls(phases(plan)),
         prepare=lambda traces, plans: _calls.announce([*(trace(*wanted) for wanted in traces[:2]), *map(phases, plans),
@@ -126,7 +126,7 @@ def forecast(config: TrainConfig, card: Card, fixed: Collection[str] = (), *, nu
     if num_cards > 1 and divisible and (config.memory.num_shards > 1 or "num_shards" not in fixed):
         sharded = assess_sharded(run, card, config.memory, num_cards, fixed)
     if config.memory.num_shards == 1:
-        unsharded = search(run, card, base=config.memory, fixed=[name for name in SEARCHED if name in fixed], tf32=False,
+        unsharded = search(run, card, base=config.memory, fixed=[name for name in SEARCHED if name in fixed],
                            host_bytes=host_share(card, num_cards))
     if config.memory.num_shards not in (1, num_cards) or (sharded is None and unsharded is None):
         raise UsageError(f"--num-shards {config.memory.num_shards}: blocks are divided among the cards of a run, here "
@@ -139,7 +139,7 @@ def forecast_as_given(config: TrainConfig, card: Card) -> Assessment:
     """What exactly the configured plan needs on `card`."""
     run = workload(config)
     check_card(config, card)
-    return assess(run, config.memory, card, tf32=False)
+    return assess(run, config.memory, card)
 
 
 def planned(config: TrainConfig, card: Card, fixed: Collection[str]) -> tuple[TrainConfig, list[str], Assessment]:

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from memory.optimizers import reset_state
 from trainer.findings import Bill, Finding, finding
 from trainer.inspection import (Fingerprint, Subject, adapter_findings, held, non_finite_embedding, non_finite_weight,
                                 values)
@@ -299,7 +300,7 @@ class Preflight:
             moved = any(not torch.equal(p, b) for p, b in zip(self.erasers.parameters(), before))
             changed = (self._prediction(True) - self.off).abs().max().item()
         finally:
-            optimizer.state.clear()
+            reset_state(optimizer)
             for group, rate in zip(optimizer.param_groups, rates):
                 group["lr"] = rate
         gradient = max(values([g.abs().max() for g in self.gradients.values()]))

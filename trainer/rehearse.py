@@ -14,7 +14,7 @@ import torch
 from memory.fake import FakeMode
 from memory.lockstep import Lockstep
 
-from memory.optimizers import BLOCK_NUMEL_8BIT, MIN_8BIT_NUMEL, make_optimizer, update_norms
+from memory.optimizers import make_optimizer, moment_bytes_8bit, update_norms
 from memory.plan import SHARDING_BUFFERS, MemoryPlan, apply_plan
 from memory.simulate import Storage, Trace, recording
 from memory.timeline import BACKWARD, FORWARD, OPTIMIZER, TEACHER
@@ -25,7 +25,7 @@ from trainer.config import TrainConfig
 from trainer.distributed import average
 from trainer.erasers import Erasers
 from trainer.latents import make_latents
-from trainer.losses import Samples, Teacher, lockstep_backward, student_backward
+from trainer.losses import Teacher, lockstep_backward, student_backward
 from trainer.prompts import Embeddings, PromptSet
 
 _PROMPTS = PromptSet("concept", ("concept",), ("safe",), ("preserved",))
@@ -109,19 +109,16 @@ def peak_beyond(adopt: list[torch.nn.Module], run: Callable[[], object]) -> int:
 
 
 def with_8bit_state(trace: Trace) -> Trace:
-    """AdamW's moments as bitsandbytes holds them: one byte an element and a float32 maximum every 256."""
+    """AdamW's moments as bitsandbytes holds them."""
     def smaller(storage: Storage) -> Storage:
-        numel = storage.num_bytes // 4
-        if storage.category != "optimizer" or numel < MIN_8BIT_NUMEL:
-            return storage
-        return replace(storage, num_bytes=numel + 4 * -(-numel // BLOCK_NUMEL_8BIT))
+        return replace(storage, num_bytes=moment_bytes_8bit(storage.num_bytes // 4)) if storage.category == "optimizer" else storage
 
     return replace(trace, storages=tuple(map(smaller, trace.storages)))
 
 
 def _step(teacher: Teacher, predict: Predict, lockstep: Lockstep | None, erasers: Erasers, optimizer: torch.optim.Optimizer,
           config: TrainConfig, phase: Callable[[str], None], num_cards: int) -> None:
-    """One optimizer step as in `trainer.loop`; `phase(name)` is called where a phase begins."""
+    """One optimizer step as in `trainer.loop`, one that fills the pool if there is one; `phase(name)` is called where a phase begins."""
     def student(run: Callable) -> Callable:
         def phased(*args: Any) -> Any:
             phase(FORWARD)
@@ -131,13 +128,15 @@ def _step(teacher: Teacher, predict: Predict, lockstep: Lockstep | None, erasers
 
         return phased
 
-    samples = Samples(teacher, 0, torch.device("cpu"))
+    together = lockstep and not config.data.pool  # samples of a pool are made by themselves
     for k in range(num_rehearsed(config)):
         phase(TEACHER)
+        drawn = teacher.draw(k) if together else teacher.sample(k)
         if lockstep:
-            lockstep_backward(student(lockstep), predict, erasers, samples, k, config.loss)
+            lockstep_backward(student(lockstep), predict, erasers, teacher, drawn, config.loss)
         else:
-            student_backward(student(predict), erasers, samples(k), config.loss)
+            student_backward(student(predict), erasers, drawn, config.loss)
+        del drawn
     phase(OPTIMIZER)
     if num_cards > 1:
         average([p.grad for p in erasers.parameters()], reduce=lambda flat: None)

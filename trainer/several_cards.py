@@ -43,7 +43,7 @@ def assess_sharded(run: Workload, card: Card, base: MemoryPlan, num_cards: int, 
     """The first of `sharded_plans` that fits each of the cards."""
     misses: list[Assessment] = []
     for plan in sharded_plans(base, run.num_blocks, num_cards, fixed):
-        found = assess(run, plan, card, host_bytes=host_share(card, num_cards), tf32=False)
+        found = assess(run, plan, card, host_bytes=host_share(card, num_cards))
         if found.fits:
             break
         misses.append(found)

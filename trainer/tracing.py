@@ -121,14 +121,14 @@ def _check_inputs(first: _First):
 
 def _check_outputs(subject: Subject, first: _First, name: str):
     def check(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
-        phase = "recompute" if in_backward() else "student" if torch.is_grad_enabled() else "teacher"
+        phase = "recompute" if in_backward() else "student" if subject.assembly.erasers.enabled else "teacher"
         for tensor in tree_leaves(output):
             if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
                 continue
             if first.bad(tensor):
                 with torch.no_grad():
                     first.found = _explain(subject, name, phase, tensor, _largest((args, kwargs)))
-            if tensor.requires_grad and phase == "student":
+            if tensor.requires_grad and phase != "recompute":
                 tensor.register_hook(_check_gradient(first, name, tensor.dtype))
 
     return check

@@ -56,11 +56,11 @@ def peaks_of(cell: Cell, workspace_bytes: int) -> tuple[Prediction, float]:
 
 def seconds_of(cell: Cell, card: Card) -> float:
     """The planner's word on how long a step of `cell` takes on `card`."""
-    return assess(_workload(cell), cell.plan, card, tf32=False).time.seconds
+    return assess(_workload(cell), cell.plan, card).time.seconds
 
 
 def _workload(cell: Cell) -> Workload:
-    return Workload(model=cell.model, num_blocks=backbone_of(cell).num_blocks, trace=partial(_trace, cell),
+    return Workload(num_blocks=backbone_of(cell).num_blocks, trace=partial(_trace, cell),
                     teacher_share=teacher_share(cell.config()))
 
 
@@ -76,7 +76,7 @@ def plans_of(cell: Cell, cards: tuple[Card, ...], free: tuple[str, ...] = SEARCH
     sampling and decoding are not part of a cell. Traces are shared by the cards.
     """
     fixed = frozenset(SEARCHED) - frozenset(free)
-    found = [search(_workload(cell), card, base=cell.plan, fixed=fixed, tf32=False) for card in cards]
+    found = [search(_workload(cell), card, base=cell.plan, fixed=fixed) for card in cards]
     return [(result.best, result.smallest) for result in found]
 
 

@@ -18,6 +18,7 @@ from bench.card.gauge import Gauge
 from memory.optimizers import make_optimizer, update_norms
 from memory.plan import AppliedPlan, MemoryPlan, apply_plan
 from memory.precision import make_scaler
+from memory.standing import allocate_standing
 from memory.timeline import BACKWARD, FORWARD, OPTIMIZER, TEACHER
 from trainer.assemble import Assembly, open_backbone, resolve_dtype, video_size
 from trainer.backbones.cogvideox import BOUNDARY_NAMES, CogVideoX
@@ -137,7 +138,7 @@ class Rig:
         share = self.scaler.scale(torch.ones((), device=self.gauge.device))
         number, loss = self.num_steps, self.config.loss
         if self.applied is not None and (lockstep := self.applied.lockstep):
-            terms = lockstep_backward(self._phased(lockstep), self.predict, self.erasers, self.samples, number, loss, scale=share)
+            terms = lockstep_backward(self._phased(lockstep), self.predict, self.erasers, self.samples.teacher, self.samples.drawn(number), loss, scale=share)
         else:
             terms = student_backward(self._phased(self.predict), self.erasers, self.samples(number), loss, scale=share)
         self._phase(OPTIMIZER)
@@ -213,6 +214,7 @@ def rigged(cell: Cell, gauge: Gauge, **more: Any) -> Iterator[Rig]:
     """A rig, gone and given back at the end. The device is asked for what the cell itself holds only."""
     rig = Rig(cell, gauge, **more)
     gauge.release()  # what setting up has left in the cache is no part of the cell
+    allocate_standing(rig.optimizer, gauge.device)
     try:
         yield rig
     finally:

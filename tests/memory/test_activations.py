@@ -3,6 +3,7 @@ import weakref
 
 import pytest
 import torch
+import torch.nn.functional as F
 from tiny_transformer import BOUNDARY_NAMES, assert_equal, make_tiny, plain_run
 from torch import nn
 
@@ -258,3 +259,47 @@ def test_refusals():
     apply(tiny)
     with pytest.raises(RuntimeError, match="already"):
         offload_activations(tiny.blocks, device="cpu", boundary_names=BOUNDARY_NAMES)
+
+
+class _SavesTwice(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x, x.view(torch.int32))
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, bits = ctx.saved_tensors
+        assert (x.dtype, bits.dtype) == (torch.float32, torch.int32) and torch.equal(x.view(torch.int32), bits)
+        return grad
+
+
+class _Saving(nn.Module):
+    def forward(self, hidden):
+        return _SavesTwice.apply(2 * hidden)
+
+
+def test_one_memory_in_two_dtypes_comes_back_as_both():
+    blocks = nn.Sequential(_Saving(), _Saving())
+    offload_activations(blocks, device="cpu", boundaries=False, kept=True, min_bytes=0)
+    blocks(torch.randn(8, requires_grad=True)).sum().backward()
+
+
+@pytest.mark.parametrize("block", [1, 4])
+@pytest.mark.parametrize("kept", ["device", "host"])
+def test_what_is_kept_and_then_changed_in_place_is_told(kept, block, monkeypatch):
+    tiny, sdpa, calls = make_tiny("sincos"), F.scaled_dot_product_attention, iter(range(100))
+    checkpoint_blocks(tiny.blocks, ["attention"] * 5)
+    if kept == "host":
+        offload_activations(tiny.blocks, device="cpu", boundaries=False, kept=True, min_bytes=0)
+
+    def careless(*args, **kwargs):
+        out = sdpa(*args, **kwargs)
+        if next(calls) == block:
+            with torch.no_grad():
+                out.detach().mul_(2)
+        return out
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", careless)
+    with pytest.raises(RuntimeError, match="changed in place"):
+        tiny.predict(tiny.embeds[:1]).square().mean().backward()

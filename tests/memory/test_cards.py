@@ -31,7 +31,7 @@ def test_the_table_is_complete_and_plausible():
         assert card.flash_backward_fraction <= card.attention_backward_fraction <= 1
         assert card.supports("float32") and card.fp16
         assert card.bf16 or card.architecture in ("turing", "volta")
-        assert "context_bytes" in card.assumed
+        assert "usable_bytes" in card.assumed and ("context_bytes" in card.assumed) == (card.architecture != "hopper"), name
 
 
 @pytest.mark.parametrize(

@@ -49,7 +49,7 @@ def test_kept_attention_is_not_run_again(keep, num_recomputed):
     with CountAttention() as count:
         loss.backward()
     assert count.num_calls == num_recomputed
-    assert handle.num_recomputes == handle.num_forwards == [1, 1, 1]
+    assert handle.num_recomputes == [1, 1, 1]
     blocks.zero_grad()
     assert_equal(gradients(blocks), expected)
 
@@ -82,7 +82,7 @@ def test_free_without_gradient():
     with torch.no_grad(), CountAttention() as count:
         blocks(torch.randn(1, 2, 5, 8))
     assert count.num_calls == 3
-    assert handle.num_forwards == handle.num_recomputes == [0, 0, 0]
+    assert handle.num_recomputes == [0, 0, 0]
 
 
 def test_saves_what_it_says():
@@ -120,26 +120,6 @@ def test_recomputation_stops_after_the_last_saved_tensor():
     checkpoint_blocks([block], ["inputs"])
     block(torch.ones(8)).sum().backward()
     assert block.num_ends == 1
-
-
-def test_silently_off_is_told():
-    blocks = make_blocks()
-    handle = checkpoint_blocks(blocks, ["inputs"] * 3)
-    loss = blocks(torch.randn(1, 2, 5, 8)).sum()
-    with pytest.raises(RuntimeError, match=r"silently off: blocks \[0, 1, 2\]"):
-        handle.require_recomputed()
-    loss.backward()
-    handle.require_recomputed()
-
-
-def test_an_outer_checkpoint_that_never_runs_backward_is_told():
-    """What a test of `module.training` or a detach does: forward ran with gradient, backward never came."""
-    blocks = make_blocks()
-    handle = checkpoint_blocks(blocks, ["inputs"] * 3)
-    hidden = blocks[0](torch.randn(1, 2, 5, 8)).detach()
-    blocks[2](blocks[1](hidden)).sum().backward()
-    with pytest.raises(RuntimeError, match=r"blocks \[0\]"):
-        handle.require_recomputed()
 
 
 def test_attention_that_is_not_fused_is_told():

@@ -71,3 +71,12 @@ def test_without_a_compiler_it_says_so():
     with torch._inductor.config.patch({"cpp.cxx": ("no-such-compiler",)}), pytest.raises(PlanError, match="C\\+\\+ compiler"):
         apply_plan(tiny.model, tiny.blocks, MemoryPlan(compile=True), device="cpu", boundary_names=BOUNDARY_NAMES)
     assert_equal([tiny.step()], [plain_run("sincos", "cpu")[0]])
+
+
+def test_a_failure_while_compiling_leaves_the_blocks_as_they_were():
+    tiny, limit = make_tiny("rope", "cpu"), torch._dynamo.config.recompile_limit
+    shared = tiny.blocks[1].attn1 = tiny.blocks[0].attn1  # it has a hook: the second block finds it compiled
+    with pytest.raises(RuntimeError, match="compilation"):
+        compile_blocks(tiny.blocks, device=torch.device("cpu"), backend="aot_eager")
+    assert torch._dynamo.config.recompile_limit == limit
+    assert not any("forward" in vars(module) for module in (*tiny.blocks, shared))

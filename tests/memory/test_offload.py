@@ -302,3 +302,22 @@ def test_other_orders_of_blocks_are_right_too():
     (expected,) = torch.autograd.grad(run(hidden).sum(), hidden)
     offload_blocks(blocks, device="cpu")
     assert_equal(torch.autograd.grad(run(hidden).sum(), hidden), [expected])
+
+
+def test_an_interrupted_load_is_done_again(monkeypatch):
+    blocks = make_blocks()
+    hidden = torch.randn(2, 8)
+    expected = blocks(hidden)
+    handle = offload_blocks(blocks, device="cpu")
+    copy, calls = handle._ring.lane.copy, iter(range(100))
+
+    def interrupted(pairs, done):
+        copy(pairs, done)
+        if next(calls) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(handle._ring.lane, "copy", interrupted)
+    with torch.no_grad():
+        with pytest.raises(KeyboardInterrupt):
+            blocks(hidden)
+        assert torch.equal(blocks(hidden), expected)

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from memory.optimizers import count_state_bytes, make_optimizer, predict_state_bytes
+from memory.optimizers import create_state, make_optimizer, predict_state_bytes, reset_state
 
 KINDS = ["adamw", "adamw8bit", "paged-adamw8bit"]
 SHAPES = [(128, 96), (128,), (96, 128), (96,), (4096,), (4095,), (5000,)]
@@ -21,13 +21,36 @@ def train(params, optimizer, num_steps=20):
     return loss.item()
 
 
+def _state_bytes(optimizer):
+    """What the state holds; tensors that parameters share count once."""
+    held = {value.untyped_storage()._cdata: value.nbytes for state in optimizer.state.values() for value in state.values()
+            if isinstance(value, torch.Tensor)}
+    return sum(held.values())
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_state_bytes_are_predicted_exactly(kind):
     params = make_params()
     optimizer = make_optimizer(params, kind=kind, lr=1e-3)
-    assert count_state_bytes(optimizer) == 0
+    assert _state_bytes(optimizer) == 0
     train(params, optimizer, num_steps=1)
-    assert count_state_bytes(optimizer) == predict_state_bytes([param.numel() for param in params], kind)
+    assert _state_bytes(optimizer) == predict_state_bytes([param.numel() for param in params], kind)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_state_made_ahead_is_that_of_a_first_step(kind):
+    lazy, ahead = make_params(), make_params()
+    first, second = (make_optimizer(params, kind=kind, lr=1e-3, weight_decay=0.1) for params in (lazy, ahead))
+    create_state(second)
+    assert _state_bytes(second) == predict_state_bytes([param.numel() for param in ahead], kind)
+    assert all(param.grad is None for param in ahead) and all(map(torch.equal, lazy, ahead))
+    assert train(lazy, first) == train(ahead, second) and all(map(torch.equal, lazy, ahead))
+    held = [value.data_ptr() for state in second.state.values() for value in state.values() if isinstance(value, torch.Tensor)]
+    reset_state(second)
+    assert held == [value.data_ptr() for state in second.state.values() for value in state.values() if isinstance(value, torch.Tensor)]
+    again, params = make_optimizer(lazy, kind=kind, lr=1e-3, weight_decay=0.1), lazy
+    train(params, again), train(ahead, second)
+    assert all(map(torch.equal, params, ahead))
 
 
 def test_bytes_a_parameter():

@@ -43,7 +43,7 @@ class Counting:
 
 @pytest.fixture
 def workload():
-    return Workload(model="stack", num_blocks=NUM_BLOCKS, trace=Counting(), host_bytes=0)
+    return Workload(num_blocks=NUM_BLOCKS, trace=Counting(), host_bytes=0)
 
 
 def plan_for(workload, mib, **options):
@@ -54,7 +54,7 @@ def plan_for(workload, mib, **options):
 def test_a_large_card_gets_the_plain_run(workload):
     result = plan_for(workload, 4096)
     assert result.best.plan == MemoryPlan(checkpoint="none") and result.best.reason == ""
-    assert result.best.prediction.pinned_bytes == 0
+    assert result.best.prediction.host_bytes == 0
     assert result.near_misses == () and result.num_replays <= 2
 
 

@@ -2,12 +2,13 @@
 
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-from tiny_transformer import assert_equal, make_tiny, plain_run
+from tiny_transformer import BOUNDARY_NAMES, assert_equal, make_tiny, plain_run
 from torch.distributed.tensor import DTensor
 
 from memory.plan import MemoryPlan, PlanError, apply_plan
@@ -110,3 +111,17 @@ def test_a_block_is_sharded_or_streamed():
         MemoryPlan(num_shards=2, resident_blocks=3)
     with pytest.raises(ValueError, match="matched nothing"):
         shard_blocks(torch.nn.Linear(1, 1), [], num_shards=2, device="cpu")
+
+
+@together
+def test_a_process_that_fails_while_a_plan_is_applied_says_so_alone(monkeypatch):
+    """Undoing would gather, and wait for processes that have not failed."""
+    tiny, alone = make_tiny("rope"), dist.get_rank() == 1
+    if alone:
+        monkeypatch.setattr("memory.checkpointing.checkpoint_blocks", _out_of_memory)
+    with pytest.raises(torch.OutOfMemoryError) if alone else nullcontext():
+        apply_plan(tiny.model, tiny.blocks, MemoryPlan(num_shards=2), device="cpu", boundary_names=BOUNDARY_NAMES)
+
+
+def _out_of_memory(*_):
+    raise torch.OutOfMemoryError("made up")

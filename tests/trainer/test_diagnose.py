@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,7 @@ from trainer.findings import CODES, Bill, Unhealthy, codes_as_markdown, finding,
 from trainer.health import FINDINGS
 from trainer.loop import train
 from trainer.metrics import METRICS, read_metrics
+from trainer.optimizer_state import export_optimizer
 from trainer.preflight import CHECKED, Preflight
 
 Make = Callable[..., TrainConfig]
@@ -74,12 +76,17 @@ def test_a_bill_is_shown(as_json: bool) -> None:
 def test_the_preflight_leaves_no_trace(optimizer: str, tiny_config: Make) -> None:
     subject = prepare(tiny_config(memory__optimizer=optimizer))
     weights, random = subject.assembly.erasers.state_dict(), torch.get_rng_state()
+    export = partial(export_optimizer, subject.optimizer, dict(subject.assembly.erasers.named_parameters()))
+    tensors, before = export()
+    held = {name: tensor.clone() for name, tensor in tensors.items()}
     rates = [group["lr"] for group in subject.optimizer.param_groups]
     bill = Preflight(subject).run()
     assert bill.healthy and bill.checked == CHECKED
     assert all(torch.equal(t, weights[n]) for n, t in subject.assembly.erasers.state_dict().items())
     assert all(p.grad is None and p.requires_grad for p in subject.assembly.erasers.parameters())
-    assert not subject.optimizer.state and [g["lr"] for g in subject.optimizer.param_groups] == rates
+    tensors, after = export()
+    assert held and all(torch.equal(tensor, held[name]) for name, tensor in tensors.items()) and after == before
+    assert [g["lr"] for g in subject.optimizer.param_groups] == rates
     assert subject.teacher.latents.state_dict() == {} and torch.equal(torch.get_rng_state(), random)
 
 

@@ -248,7 +248,8 @@ def test_lockstep_learns_what_the_passes_one_by_one_learn(sincos, options, pool,
     for step in range(4):
         terms, expected = one_by_one.backward(samples(step), scale=scale)
         together.erasers_zero()
-        found = lockstep_backward(applied[1].lockstep, together.predict, together.erasers, drawn, step, together.loss, scale=scale)
+        found = lockstep_backward(applied[1].lockstep, together.predict, together.erasers, together.teacher, drawn.drawn(step), together.loss,
+                                  scale=scale)
         assert found.keys() == terms.keys() and all(torch.equal(found[name], terms[name]) for name in terms), step
         assert not any(term.requires_grad for term in found.values())
         gradients = together.gradients()

@@ -70,6 +70,13 @@ def test_gradients_may_lie_in_any_order():
     assert torch.equal(*results)
 
 
+@pytest.mark.parametrize("num_tokens, width", [(12, 16), (3, 16), (6, 8)])
+def test_positions_of_another_size_are_refused(num_tokens, width):
+    """torch's operators would say so; a kernel would read what lies beside them."""
+    with pytest.raises(ValueError, match=r"positions are .* for 6 video tokens of width 16"):
+        RotatingNorm(16).requires_grad_(False)(torch.randn(1, 8, 2, 16), (torch.ones(num_tokens, width), torch.zeros(num_tokens, width)), 2)
+
+
 def test_a_norm_to_be_trained_is_refused():
     norm, x, positions, _ = _case(torch.float32)
     norm.requires_grad_()

@@ -1,18 +1,21 @@
 """The rehearsed step is the run's: what stands, what is freed, and what 8-bit state weighs."""
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import memory.activations
+from memory.assess import Workload, assess
+from memory.cards import lookup
 from memory.optimizers import predict_state_bytes
 from memory.plan import MemoryPlan, resolve_keeps
 from memory.splice import Recipe
 from trainer import phases
 from trainer import rehearse as rehearsing
 from trainer.assemble import open_backbone
-from trainer.rehearse import rehearse
+from trainer.rehearse import rehearse, teacher_share
 
 
 def test_what_stands_is_what_a_run_holds(tiny_config):
@@ -102,3 +105,14 @@ def test_from_the_second_accumulated_pass_on_gradients_are_there_throughout(tiny
     assert rehearse(backbone, often, plan) == two  # later passes are like the second
     keeps = resolve_keeps(plan, backbone.num_blocks)
     assert Recipe.of(two, keeps).splice(keeps).peaks() == two.peaks()
+
+
+def test_with_a_pool_the_teacher_is_apart_from_the_student_in_lockstep_too(tiny_config):
+    def seconds(pool, passes):
+        config = tiny_config(data__pool=pool, data__latents="noise", optim__steps=100)
+        backbone = open_backbone(config.model)
+        workload = Workload(num_blocks=backbone.num_blocks, trace=partial(rehearse, backbone, config), teacher_share=teacher_share(config))
+        return assess(workload, MemoryPlan(passes=passes), lookup("h100")).time.seconds
+
+    alone, together = (seconds(2, passes) for passes in ("sequential", "lockstep"))
+    assert together == pytest.approx(alone, rel=0.02) and together < 0.8 * seconds(0, "lockstep")

@@ -55,7 +55,7 @@ def test_one_of_several_cards_has_its_rows_and_reduces_once(traced):
 
 def test_gathering_takes_the_link_less_the_own_part(tiny_config):
     run, card = workload(tiny_config(), num_cards=2), replace(lookup(CARD), host_link_bandwidth=1.0)
-    link = {name: assess(run, plan, card, tf32=False).time.by_bound["host link"] for name, plan in
+    link = {name: assess(run, plan, card).time.by_bound["host link"] for name, plan in
             {"sharded": MemoryPlan(num_shards=2), "streamed": MemoryPlan(resident_blocks=0)}.items()}
     assert link["sharded"] == pytest.approx(link["streamed"] / 2, rel=0.01)
 

@@ -24,7 +24,11 @@ BOUNDARY_NAMES = ("hidden_states", "encoder_hidden_states")
 
 
 class CogVideoX:
-    """See `trainer.backbones.Backbone` for what each member means."""
+    """A frozen transformer and what belongs to it. Opening one reads configuration only; weights are loaded by the methods.
+
+    `name`: where it comes from. `native_dtype`: what its weights were published in. `num_blocks`, `width` of the transformer;
+    `text_length`, `text_width` of its text embeddings; `spatial_ratio`, `temporal_ratio` of the autoencoder.
+    """
 
     def __init__(self, model: str, *, weights: str = "stored", seed: int = 0):
         """`model`: "shapes", a directory in diffusers' layout, a hub id, or a published name: with `weights="random"` its
@@ -69,10 +73,12 @@ class CogVideoX:
         return model
 
     def identity(self) -> dict[str, str]:
+        """Name and configuration hash: what an eraser or a checkpoint belongs to."""
         text = json.dumps({k: v for k, v in sorted(vars(self.config).items()) if not k.startswith("_")}, default=str)
         return {"name": self.name, "config_hash": hashlib.sha256(text.encode()).hexdigest()[:16]}
 
     def default_size(self) -> tuple[int, int, int]:
+        """(frames, height, width) in pixels that the model was trained at."""
         if self.name in published.SIZES:
             return published.SIZES[self.name]
         c, s = self.config, self.spatial_ratio
@@ -81,6 +87,7 @@ class CogVideoX:
         return c.sample_frames, c.sample_height * s, c.sample_width * s
 
     def latent_shape(self, num_frames: int, height: int, width: int) -> tuple[int, int, int, int]:
+        """(F, C, H, W) of a video's latents. Raises UsageError for sizes that the VAE cannot make."""
         c, r = self.config, self.temporal_ratio
         if num_frames < 1 or (num_frames - 1) % (2 * r):  # it decodes latent frames in pairs, the odd one first
             near = max(1, round((num_frames - 1) / (2 * r))) * 2 * r + 1
@@ -108,6 +115,7 @@ class CogVideoX:
         return f // (c.patch_size_t or 1), h // c.patch_size, w // c.patch_size
 
     def load_transformer(self, *, dtype: torch.dtype, device: torch.device | str = "cpu") -> nn.Module:
+        """The frozen transformer, in eval mode."""
         with torch.device("meta"):
             model = self._build_transformer()
         self._weighted(model, "transformer", dtype, device)
@@ -133,6 +141,7 @@ class CogVideoX:
         embed.pos_embedding = embed._get_positional_embeddings(height, width, frames).to(device, dtype)
 
     def blocks(self, transformer: nn.Module) -> nn.ModuleList:
+        """Its transformer blocks in order of execution."""
         return transformer.transformer_blocks
 
     def rotary(self, latent_shape: tuple[int, int, int, int], device: torch.device | str
@@ -154,12 +163,15 @@ class CogVideoX:
                                        temporal_size=frames, device=device, **grid)
 
     def predictor(self, transformer: nn.Module, latent_shape: tuple[int, int, int, int]) -> Predict:
+        """What predicts velocities for latents of that shape, where the transformer's weights are now."""
         weight = transformer.proj_out.weight
         rotary = self.rotary(latent_shape, weight.device)
         frames, _, height, width = latent_shape
         if rotary is None:  # otherwise diffusers recomputes the table in every forward at another size
+            embed, before = transformer.patch_embed, transformer.patch_embed.pos_embedding
             self._set_positions(transformer, height, width, (frames - 1) * self.temporal_ratio + 1,
                                 weight.dtype, weight.device)
+            before.data, embed.pos_embedding = embed.pos_embedding, before  # the buffer that an applied plan knows, to undo it
         ofs = {} if transformer.ofs_embedding is None else {"ofs": torch.full((1,), 2.0, device=weight.device)}
 
         def predict(latents: Tensor, timestep: Tensor, text: Tensor) -> Tensor:
@@ -169,6 +181,7 @@ class CogVideoX:
         return predict
 
     def scheduler(self) -> Any:
+        """A fresh diffusers scheduler."""
         import diffusers
 
         if self.directory is None:
@@ -179,6 +192,7 @@ class CogVideoX:
             return getattr(diffusers, kind).from_pretrained(self.directory / "scheduler")
 
     def tokenizer(self) -> Any:
+        """The tokenizer, or None for random weights."""
         from transformers import T5TokenizerFast
 
         if self.directory is None:
@@ -196,7 +210,9 @@ class CogVideoX:
 
     def encode_prompts(self, prompts: list[str], *, dtype: torch.dtype, device: torch.device | str = "cpu",
                        batch_size: int = 16, stream: bool | None = None) -> Tensor:
-        """`stream`: the encoder's blocks pass through two buffers on the device instead of living there, so that T5-XXL
+        """Text embeddings (B, L, D) on the host; the text encoder is loaded for this call and gone after it.
+
+        `stream`: the encoder's blocks pass through two buffers on the device instead of living there, so that T5-XXL
         needs no room for its 8.9 GiB (10.7 in float16); None: on every device but the CPU."""
         if self.directory is None:
             return torch.stack([_random_text(p, self.text_length, self.text_width, dtype) for p in prompts])
@@ -222,7 +238,7 @@ class CogVideoX:
         return torch.cat(parts)
 
     def text_encoder_fingerprint(self) -> str | None:
-        """Identifies the stored text encoder and tokenizer by content; None for random weights."""
+        """Identifies the stored text encoder and tokenizer by content, as a key for cached embeddings; None for random weights: do not cache."""
         if self.directory is None:
             return None
         digest = hashlib.sha256()
@@ -289,7 +305,7 @@ class CogVideoX:
 
     def decoder(self, num_frames: int, *, dtype: torch.dtype, device: torch.device | str = "cpu",
                 tiling: bool | None = None) -> Decode:
-        """`tiling`: one video and one tile at a time; None: on every device but the CPU."""
+        """What decodes latents to videos. `tiling`: one video and one tile at a time; None: on every device but the CPU."""
         vae = self.load_vae(dtype=dtype, device=device)
         if tiling or (tiling is None and torch.device(device).type != "cpu"):
             enable_tiles(vae)

@@ -38,11 +38,15 @@ class RotatingNorm(nn.LayerNorm):
     def forward(self, x: Tensor, positions: tuple[Tensor, Tensor] | None = None, length: int = 0) -> Tensor:
         """x (B, S, A, d) normed; where there are `positions`, cos and sin (N, d), all tokens after the first `length` rotated by them.
 
-        Raises RuntimeError where the norm itself is to be trained, for which there is no backward.
+        Raises RuntimeError where the norm itself is to be trained, for which there is no backward; ValueError for positions of
+        another number of tokens or another width.
         """
-        if torch.is_grad_enabled() and self.weight.requires_grad:
+        if torch.is_grad_enabled() and (self.weight.requires_grad or self.bias.requires_grad):
             raise RuntimeError("the norms of queries and keys are frozen; freeze them with requires_grad_(False)")
         cos, sin = positions or (None, None)
+        wanted = (x.shape[1] - length, x.shape[-1])
+        if positions and not tuple(cos.shape) == tuple(sin.shape) == wanted:  # a kernel would read what lies beside them
+            raise ValueError(f"positions are {tuple(cos.shape)} and {tuple(sin.shape)}, for {wanted[0]} video tokens of width {wanted[1]}")
         return _NormRotate.apply(x, self.weight, self.bias, *(p if p is None else p.to(x.device) for p in (cos, sin)), length, self.eps)
 
 
@@ -155,6 +159,8 @@ def working_kernels(device: torch.device) -> ModuleType | None:
         from trainer.backbones import kernels
 
         off = _difference(kernels, device)
+    except torch.OutOfMemoryError:  # no fault of theirs, and gone once the run takes less
+        raise
     except Exception as e:  # whatever a compiler that is not whole raises
         warnings.warn(f"Triton's kernels do not work here, so torch's operators norm and rotate queries and keys, which takes longer: "
                       f"{type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}", stacklevel=2)
