@@ -5,6 +5,7 @@ Nothing here decides; it only keeps the order: text encoder first and gone, then
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from memory.plan import AppliedPlan, MemoryPlan, apply_plan
 from trainer.backbones import Predict
 from trainer.backbones.cogvideox import BOUNDARY_NAMES, CogVideoX, check_dtype
 from trainer.config import LossConfig, ModelConfig, TrainConfig
+from trainer.eraser_files import apply_eraser
 from trainer.erasers import Erasers
 from trainer.errors import UsageError
 from trainer.prompts import Embeddings, PromptSet, collect, embed
@@ -123,11 +125,11 @@ class Assembly:
             self.applied.undo()
 
 
-def assemble(backbone: CogVideoX, model: ModelConfig, plan: MemoryPlan, *, rank: int | None = None,
+def assemble(backbone: CogVideoX, model: ModelConfig, plan: MemoryPlan, *, rank: int | None = None, eraser: Path | None = None,
              seed: int = 0) -> Assembly:
-    """Load the transformer, put new erasers of `rank` into it (None: none), then apply the plan.
+    """Load the transformer, put erasers into it, those of the file `eraser` or new ones of `rank` (None: none), then apply the plan.
 
-    Erasers come before the plan: what trains must be known before anything frozen is moved.
+    Erasers come before the plan: what trains must be known before anything frozen is moved, and goes where the blocks compute.
     """
     device = resolve_device(model.device)
     dtype = resolve_dtype(backbone, plan, insist=model.force_dtype)
@@ -135,7 +137,10 @@ def assemble(backbone: CogVideoX, model: ModelConfig, plan: MemoryPlan, *, rank:
     whole = plan.resident_blocks is None and plan.num_shards == 1
     transformer = backbone.load_transformer(dtype=dtype, device=device if whole else "cpu")
     blocks = backbone.blocks(transformer)
-    erasers = None if rank is None else Erasers(blocks, rank, seed=seed)
+    if eraser is not None:
+        erasers = apply_eraser(transformer, eraser, base_model=backbone.identity())
+    else:
+        erasers = None if rank is None else Erasers(blocks, rank, seed=seed)
     applied = apply_plan(transformer, blocks, plan, device=device, feed_forwards=[block.ff for block in blocks],
                          boundary_names=BOUNDARY_NAMES)
     return Assembly(transformer, blocks, backbone.predictor(transformer, latent_shape), applied, erasers, device, dtype,

@@ -130,7 +130,7 @@ def _train(argv: Sequence[str]) -> None:
     config, card = command.settings, _card(command.profile, command.settings.model.device)
     from trainer.distributed import joined, rows_of, shared
     from trainer.loop import train
-    from trainer.memory_file import predicted_memory
+    from trainer.memory_file import Forecast
     from trainer.recovery import train_in_memory
     from trainer.run_directory import read_config, restarted_run
 
@@ -143,8 +143,7 @@ def _train(argv: Sequence[str]) -> None:
             config, chosen, assessment = planned(config, card, _fixed(origins))
             config = shared(lambda: config)  # every process the same plan
             origins |= {f"memory.{name}": f"profile {card.name}" for name in chosen}
-        forecast = partial(predicted_memory, card=card, known=assessment)
-        run_dir = train_in_memory(partial(train, forecast=forecast), config, origins, card=card,
+        run_dir = train_in_memory(partial(train, forecast=Forecast(card, assessment)), config, origins, card=card,
                                   resume=command.resume or restarted_run(config),
                                   step_down=command.on_oom == "step-down", command=("python", "run.py", *argv))
     if rank:

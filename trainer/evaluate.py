@@ -17,7 +17,7 @@ from torch import Tensor
 from trainer.assemble import Assembly, assemble, embed_prompts, open_backbone, resolve_device, video_size
 from trainer.backbones.cogvideox import CogVideoX
 from trainer.config import EvaluateConfig, ModelConfig
-from trainer.eraser_files import apply_eraser, load_eraser
+from trainer.eraser_files import load_eraser
 from trainer.errors import InputOutputError, UsageError
 from trainer.generate import generate_latents
 from trainer.prompts import Embeddings
@@ -93,8 +93,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     require_measurable(concept, config.model)
     chosen = cases(concept, config.num_videos, config.seed)
     embeddings = embed_prompts(backbone, config.model, config.memory, [*(c.prompt for c in chosen), ""])
-    with assemble(backbone, config.model, config.memory) as assembly:
-        assembly.erasers = apply_eraser(assembly.transformer, config.run, base_model=backbone.identity())
+    with assemble(backbone, config.model, config.memory, eraser=config.run) as assembly:
         result, sheet = measure(assembly, backbone, embeddings.to(resolve_device(config.model.device)), concept, chosen,
                                 config)
     directory = eraser.path.parent

@@ -16,7 +16,7 @@ from trainer.assemble import assemble, embed_prompts, named_scheduler, open_back
 from trainer.backbones import Predict
 from trainer.config import GenerateConfig, ModelConfig
 from trainer.diffusion import sample
-from trainer.eraser_files import apply_eraser, load_eraser
+from trainer.eraser_files import load_eraser
 from trainer.errors import NonFinite
 from trainer.prompts import Embeddings
 from trainer.video import contact_sheet, write_mp4
@@ -56,9 +56,7 @@ def generate(config: GenerateConfig) -> list[Path]:
     backbone = open_backbone(model)
     size = video_size(backbone, model)
     embeddings = embed_prompts(backbone, model, config.memory, [*config.prompt, ""])
-    assembly = assemble(backbone, model, config.memory)
-    if eraser is not None:
-        assembly.erasers = apply_eraser(assembly.transformer, config.eraser, base_model=backbone.identity())
+    assembly = assemble(backbone, model, config.memory, eraser=eraser and config.eraser)
     scheduler = named_scheduler(backbone, config.scheduler)
     seeds = [config.seed + i for i in range(len(config.prompt))]
 

@@ -11,7 +11,7 @@ Legend: B batch, b rows of this process, F latent frames, C latent channels, H W
 """
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -33,6 +33,8 @@ class NoiseLatents:
     stream: str
     device: torch.device
     rows: slice = field(default_factory=lambda: slice(None))
+    advances: ClassVar[bool] = False
+    """Whether a step's latents come of the step before."""
 
     def prompt_index(self, step: int) -> int:
         """Which batch of prompts a step uses."""
@@ -73,6 +75,7 @@ class TrajectoryLatents:
     device: torch.device
     num_steps: int
     rows: slice = field(default_factory=lambda: slice(None))
+    advances: ClassVar[bool] = True
     _latents: Tensor | None = field(default=None, init=False)  # (b, F, C, H, W)
     _next: int = field(default=0, init=False)
     _buffers: dict[str, list[Tensor]] = field(default_factory=dict, init=False)

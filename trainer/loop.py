@@ -6,7 +6,7 @@ does, nothing is lost.
 """
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ from trainer.latents import make_latents
 from trainer.losses import Samples, Teacher, lockstep_backward, student_backward
 from trainer.masks import prompt_columns
 from trainer.metrics import MetricsLog
-from trainer.memory_file import keep_forecast
+from trainer.memory_file import Forecast, keep_forecast
 from trainer.monitor import read_memory, watch
 from trainer.recovery import Rescue
 from trainer.run_directory import make_run_directory, require_place, write_config
@@ -44,7 +44,7 @@ logger = logging.getLogger(__name__)
 
 
 def train(config: TrainConfig, origins: Mapping[str, str], *, resume: Path | None = None,
-          events: Sequence[Mapping[str, Any]] = (), forecast: Callable[[TrainConfig], dict] | None = None) -> Path:
+          events: Sequence[Mapping[str, Any]] = (), forecast: Forecast | None = None) -> Path:
     """Train erasers as configured and return the run directory. `events`, what happened so far, goes into the metrics;
     `forecast`, what the run is predicted to need (trainer.memory_file), into memory.json and the live view.
 

@@ -129,9 +129,10 @@ class Teacher:
             asked = {"concept": ask(*target, draw.text, draw.maps), "anchor": ask(*target, draw.anchor_text, draw.maps)}
         if draw.preserved_latents is not None:
             asked["preserved"] = ask(*preserved, draw.preserved_text)
-        if self.trajectory_guidance != 1.0:
+        if self._guided:
             empty = self.embeddings([""] * len(draw.latents))
-            asked["empty"] = ask(*target, empty)
+            if self.loss.anchor != "empty":
+                asked["empty"] = ask(*target, empty)
             if draw.preserved_latents is not None:
                 asked["preserved empty"] = ask(*preserved, empty)
         return asked
@@ -142,7 +143,7 @@ class Teacher:
         v, v_anchor = (each.float() for each in answers.get("pair") or (answers["concept"], answers["anchor"]))
         target = v_anchor - self.loss.eta * (v - v_anchor)
         mask = draw.maps and draw.maps.mask(threshold=self.loss.mask_threshold)
-        self._advance(self.latents, draw.step, v, answers.get("empty"))
+        self._advance(self.latents, draw.step, v, v_anchor if self.loss.anchor == "empty" else answers.get("empty"))
         v = None
         if draw.preserved_latents is not None:
             v = answers["preserved"].float()
@@ -158,8 +159,13 @@ class Teacher:
     def _order(self, count: int, purpose: str, latents: Latents, step: int) -> list[int]:
         return order(count, latents.shape[0], self.seed, purpose, latents.prompt_index(step))[latents.rows]
 
+    @property
+    def _guided(self) -> bool:
+        """Whether latents move on by guidance. Where they do not move on nothing is asked for that."""
+        return self.trajectory_guidance != 1.0 and self.latents.advances
+
     def _advance(self, latents: Latents, step: int, v: Tensor, empty: Tensor | None) -> None:
-        if empty is not None:
+        if self._guided:
             v = empty.float() + self.trajectory_guidance * (v - empty.float())
         latents.advance(step, v)
 

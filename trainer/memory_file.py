@@ -5,8 +5,8 @@
 """
 
 import json
-from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -23,19 +23,26 @@ NUM_POINTS = 400
 _NAMES = {FORWARD: "student", BACKWARD: "backward"}  # as the run's clock has them
 
 
-def predicted_memory(config: TrainConfig, card: Card, *, known: Assessment | None = None) -> dict[str, Any]:
-    """The content of memory.json for a run on `card`. `known`: what the planner said of the plan that it chose."""
-    found = known
-    if found is None or found.plan != config.memory:
-        from trainer.planning import forecast_as_given
+@dataclass(frozen=True)
+class Forecast:
+    """What makes the content of memory.json for a run on `card`."""
 
-        found = forecast_as_given(config, card)
-    return {
-        "card": card.name, "budget_bytes": card.usable_bytes, "plan": asdict(found.plan),
-        "predicted": {
-            "needed_bytes": found.needed_bytes, "peak_bytes": max(found.by_phase.values()),
-            "peak_bytes_by_phase": {_NAMES.get(name, name): value for name, value in found.by_phase.items()},
-            "categories": list(CATEGORIES), "timeline": thinned(found.trace)}}
+    card: Card
+    known: Assessment | None = None
+    """What the planner said of the plan that it chose."""
+
+    def __call__(self, config: TrainConfig) -> dict[str, Any]:
+        found = self.known
+        if found is None or found.plan != config.memory:
+            from trainer.planning import forecast_as_given
+
+            found = forecast_as_given(config, self.card)
+        return {
+            "card": self.card.name, "budget_bytes": self.card.usable_bytes, "plan": asdict(found.plan),
+            "predicted": {
+                "needed_bytes": found.needed_bytes, "peak_bytes": max(found.by_phase.values()),
+                "peak_bytes_by_phase": {_NAMES.get(name, name): value for name, value in found.by_phase.items()},
+                "categories": list(CATEGORIES), "timeline": thinned(found.trace)}}
 
 
 def thinned(trace: Trace) -> list[list[Any]]:
@@ -50,14 +57,15 @@ def thinned(trace: Trace) -> list[list[Any]]:
             for i, (phase, _, live) in enumerate(trace.timeline()) if i in chosen]
 
 
-def keep_forecast(run_dir: Path, config: TrainConfig, forecast: Callable[[TrainConfig], dict[str, Any]] | None) -> dict[str, float]:
-    """Write memory.json, unless it is there for this very plan; returns the facts that the live view shows.
+def keep_forecast(run_dir: Path, config: TrainConfig, forecast: Forecast | None) -> dict[str, float]:
+    """Write memory.json, unless it is there for this very plan and card; returns the facts that the live view shows.
 
     Without `forecast` a file that is about another plan is removed, and there are no facts.
     """
     path = run_dir / MEMORY
     content = read_object(path)
-    if content.get("plan") != json.loads(json.dumps(asdict(config.memory))):
+    same = content.get("plan") == json.loads(json.dumps(asdict(config.memory)))
+    if not same or forecast and content.get("card") != forecast.card.name:
         content = forecast(config) if forecast else {}
         try:
             if content:

@@ -29,7 +29,7 @@ from memory.streams import release_pinned
 from trainer.assemble import open_backbone
 from trainer.checkpoint import latest_checkpoint, save_checkpoint
 from trainer.config import TrainConfig
-from trainer.distributed import num_ranks
+from trainer.distributed import num_ranks, rank
 from trainer.errors import DoesNotFit, OutOfMemory, TrainerError
 from trainer.health import Health
 from trainer.planning import forecast_as_given
@@ -128,11 +128,16 @@ class Rescue:
 
     def _save(self, *, sound: bool) -> int | None:
         """Save the last finished step if it is newer than the newest checkpoint; returns the newest one's step."""
-        found = latest_checkpoint(self.run_dir)
+        found = latest_checkpoint(self.run_dir, rename_bad=not rank())
         newest = found.step if found else None
         if not sound or self.state.step <= (newest or 0) or not self.state.rewind():
             return newest
-        self.health.flush()  # nothing unsound is saved
+        try:
+            self.health.flush()  # nothing unsound is saved
+        except (MemoryError, RuntimeError) as e:  # it takes a second look at what is not finite
+            if not exhausted(e):
+                raise
+            return newest
         try:
             tensors, description = self.state.export()
             save_checkpoint(self.run_dir, self.state.step, tensors=tensors, state=description)

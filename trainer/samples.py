@@ -12,13 +12,16 @@ from trainer.config import TrainConfig
 from trainer.assemble import video_size
 from trainer.diffusion import Sampler
 from trainer.distributed import agreed, rank
-from trainer.errors import InputOutputError, NonFinite
+from trainer.errors import CheckpointError, InputOutputError, NonFinite
 from trainer.generate import generate_latents
 from trainer.prompts import Embeddings, PromptSet
 from trainer.signals import StopFlag
 from trainer.video import contact_sheet
 
 logger = logging.getLogger(__name__)
+
+
+_FAILED = (InputOutputError, NonFinite, CheckpointError)
 
 
 class _Stopped(Exception):
@@ -50,7 +53,7 @@ class Sampling:
             if agreed(stop) if together else stop:
                 raise _Stopped
 
-        output = self.config.output
+        output, latents = self.config.output, None
         try:
             with assembly.erasers.switched(True), self.meter.phase("sample"):
                 latents = generate_latents(
@@ -66,7 +69,8 @@ class Sampling:
             contact_sheet(run_dir / "samples" / f"step-{step:06d}.png", list(zip(self.prompts, videos)))
         except _Stopped:
             return
-        except (RuntimeError, MemoryError, InputOutputError, NonFinite) as e:
-            if not (isinstance(e, InputOutputError | NonFinite) or exhausted(e) and not together):  # together: the others wait for this one
+        except (RuntimeError, MemoryError, *_FAILED) as e:
+            alone = not together or latents is not None  # else the others wait for this one
+            if not (isinstance(e, _FAILED) or exhausted(e) and alone):
                 raise
             logger.warning("sampling at step %d failed, training is not affected: %s", step, e or type(e).__name__)

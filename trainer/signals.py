@@ -29,7 +29,7 @@ class StopFlag:
     def __enter__(self) -> "StopFlag":
         # Python runs a handler between two bytecodes of the main thread, and merges equal signals that arrive before that: inside one long
         # kernel or synchronisation the second would be lost. The number written to the wake-up descriptor is neither late nor merged.
-        self._read, self._write = os.pipe2(os.O_CLOEXEC)
+        self._read, self._write = os.pipe()
         os.set_blocking(self._write, False)
         self._former_wakeup = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
         self._former_handlers = {number: signal.signal(number, self._handle) for number in SIGNALS}

@@ -9,7 +9,7 @@ from bench.markdown import load, markdown
 from bench.provenance import RESULTS
 from memory.cards import GIB
 
-PARTS = ("offload", "minimum", "peaks", "health", "speed", "cap", "feasibility", "choice")
+PARTS = ("offload", "minimum", "peaks", "short", "health", "speed", "cap", "feasibility", "choice")
 
 
 def results(*parts: str) -> list[tuple[str, dict[str, Any]]]:
@@ -84,6 +84,8 @@ def steps() -> str:
 def peaks() -> str:
     """Allocated and reserved peaks against the simulator's, by model and size."""
     found, rows = results("peaks"), []
+    emulated = {(result["card"], cell["settings"]): cell["measured"] for part, result in results("peaks", "emulated") if part == "emulated"
+                for cell in result["peaks"]["cells"]}
     for _, result in found:
         ran = [cell for cell in result["cells"] if "allocated_error" in cell]
         for label, cells in _by_size(ran):
@@ -92,12 +94,12 @@ def peaks() -> str:
                          *(f"{max((cell[f'{kind}_error'] for cell in cells), key=abs):+.{digits}%}" for kind, digits in (("allocated", 3), ("reserved", 1)))])
     replayed = [snapshot for _, result in found for snapshot in result["snapshots"].values()]
     requests, alike = (sum(s[key] for s in replayed) for key in ("num_requests", "num_placed_alike"))
-    twins = [(cell["measured"], twin["measured"]) for _, result in found if (path := RESULTS / f"emulated-{result['card']}.json").exists()
-             for cell in result["cells"] for twin in json.loads(path.read_text())["peaks"]["cells"] if twin["settings"] == cell["settings"]]
-    equal = sum(all(real.get(key) == emulated.get(key) is not None for key in ("allocated_bytes", "reserved_bytes")) for real, emulated in twins)
+    twins = [(cell["measured"], twin) for _, result in found for cell in result["cells"] if (twin := emulated.get((result["card"], cell["settings"])))]
+    equal = sum(all(real.get(key) == twin.get(key) is not None for key in ("allocated_bytes", "reserved_bytes")) for real, twin in twins)
     return markdown(["steps of", "plans", "measured at peak", "predicted: allocated off by at most", "reserved"], rows) + (
         f"\nOf {requests:,} requests in {len(replayed)} recorded runs the simulator serves {alike:,} at the address that the card's allocator chose. "
-        f"Of {len(twins)} plans that ran on the emulated card too, {equal} have the same allocated and reserved bytes there, to the byte.\n"
+        f"Of {len(twins)} plans that ran on the emulated card too, by the program of that day, {equal} have the same allocated and reserved bytes there, "
+        "to the byte.\n"
         + _source(found))
 
 

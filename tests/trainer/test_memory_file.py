@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import time
-from functools import partial
 
 import pytest
 
@@ -15,7 +14,7 @@ from trainer.errors import InputOutputError
 from trainer.findings import finding
 from trainer.health import Health
 from trainer.loop import train
-from trainer.memory_file import NUM_POINTS, keep_forecast, predicted_memory, thinned
+from trainer.memory_file import NUM_POINTS, Forecast, keep_forecast, thinned
 from trainer.metrics import read_metrics
 from trainer.monitor import watch
 from trainer.planning import forecast_as_given
@@ -44,24 +43,26 @@ def test_the_timeline_is_thin_and_keeps_every_peak(tiny_config):
 def test_the_planners_word_is_used_for_its_own_plan_only(tiny_config):
     config = tiny_config()
     known = dataclasses.replace(forecast_as_given(config, CARD), needed_bytes=12345)
-    assert predicted_memory(config, CARD, known=known)["predicted"]["needed_bytes"] == 12345
+    assert Forecast(CARD, known)(config)["predicted"]["needed_bytes"] == 12345
     other = dataclasses.replace(config, memory=MemoryPlan(resident_blocks=0))
-    content = predicted_memory(other, CARD, known=known)
+    content = Forecast(CARD, known)(other)
     assert content["predicted"]["needed_bytes"] != 12345 and content["plan"]["resident_blocks"] == 0
 
 
-def test_a_forecast_is_made_once_a_plan(tiny_config, tmp_path):
+def test_a_forecast_is_made_once_a_plan_and_card(tiny_config, tmp_path, monkeypatch):
     config, asked = tiny_config(), []
 
-    def forecast(config):
-        asked.append(config.memory)
-        return {"budget_bytes": 10, "plan": dataclasses.asdict(config.memory), "predicted": {"needed_bytes": 7}}
+    def counted(self, config):
+        asked.append((self.card.name, config.memory))
+        return {"card": self.card.name, "budget_bytes": 10, "plan": dataclasses.asdict(config.memory), "predicted": {"needed_bytes": 7}}
 
-    facts = {"budget_bytes": 10, "predicted_peak_bytes": 7}
+    monkeypatch.setattr(Forecast, "__call__", counted)
+    forecast, facts = Forecast(CARD), {"budget_bytes": 10, "predicted_peak_bytes": 7}
     assert keep_forecast(tmp_path, config, forecast) == keep_forecast(tmp_path, config, forecast) == facts
-    assert keep_forecast(tmp_path, config, None) == facts and asked == [config.memory]
+    assert keep_forecast(tmp_path, config, None) == facts and asked == [("rtx-4090", config.memory)]
     other = dataclasses.replace(config, memory=MemoryPlan(resident_blocks=0))
     assert keep_forecast(tmp_path, other, forecast) == facts and len(asked) == 2
+    assert keep_forecast(tmp_path, other, Forecast(lookup("h100"))) == facts and asked[2:] == [("h100", other.memory)]
     assert keep_forecast(tmp_path, config, None) == {} and not (tmp_path / "memory.json").exists()
     (tmp_path / "memory.json").write_text("{")
     assert keep_forecast(tmp_path, config, forecast) == facts
@@ -77,7 +78,7 @@ def test_a_run_keeps_prediction_peaks_and_waiting_time(streamed, monkeypatch):
         return monitors[0]
 
     monkeypatch.setattr("trainer.loop.watch", watched)
-    run_dir = train(streamed, {}, forecast=partial(predicted_memory, card=CARD))
+    run_dir = train(streamed, {}, forecast=Forecast(CARD))
     files, records = RunFiles.read(run_dir), read_metrics(run_dir)
     predicted = files.memory["predicted"]
     assert files.memory["card"] == "rtx-4090" and files.memory["budget_bytes"] == CARD.usable_bytes
