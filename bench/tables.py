@@ -206,8 +206,8 @@ def cards() -> str:
     rows = [[f"`{card}`", *(_feasible(plan[card], plan[card]["predicted"]["needed_bytes"]) for plan in plans)] for card in result["cards"]]
     header = ["`--profile`", *(f"{model.removeprefix('cogvideox').strip('-')}, {frames} frames" for model, frames in names)]
     least = max(load(name)["minimum"]["cells"]["5b 49f adamw8bit"]["allocated_bytes"] for name in ("emulated", "emulated-h100"))
-    note = (f"\nAt the least, with all streamed and recomputed that can be, steps of the 5b at 49 frames allocate {least / GIB:.1f} GiB "
-            "(MEMORY.md, emulated cards).\n")
+    note = (f"\nAt the least, with all streamed and recomputed that can be, steps of the 5b at 49 frames allocate {least / GIB:.2f} GiB "
+            "(the larger of two emulated cards).\n")
     return markdown(header, rows) + note + _predicted(result)
 
 
@@ -238,7 +238,7 @@ def strategies() -> str:
     lost = [name for name in next(iter(cells.values())) if not name.startswith(("checkpoint all", "batch", "rank")) and all(
         cell[name]["step_peak_bytes"] > 0.98 * cell["checkpoint all"]["step_peak_bytes"]
         and cell[name]["step_seconds"] > 0.99 * cell["checkpoint all"]["step_seconds"] for cell in cells.values() if name in cell)]
-    note = f"\nNot 2 % smaller nor 1 % faster than checkpointing alone: {', '.join(lost)}.\n"
+    note = f"\nNot 2 % smaller nor 1 % faster than checkpointing alone: {'; '.join(lost)}. (*Nothing*: no block is checkpointed.)\n"
     return markdown(["strategy (change against checkpoint all)", *cells], rows) + note + _predicted(result)
 
 

@@ -42,6 +42,7 @@ logger = logging.getLogger(__name__)
 PHASES = {
     ("trainer.assemble", "embed_prompts"): "encode prompts",
     ("trainer.assemble", "assemble"): "load",
+    ("memory.standing", "allocate_standing"): "optimizer",
     ("trainer.losses", "sample"): "teacher",
     ("trainer.losses", "student_backward"): "student",
     ("trainer.losses", "lockstep_backward"): "student",

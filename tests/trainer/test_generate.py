@@ -6,7 +6,7 @@ import torch
 from tiny_pipelines import FRAMES, SIDE
 from test_erasers import shake
 
-from memory.plan import MemoryPlan
+from memory.plan import MemoryPlan, apply_plan
 from trainer import generate as module
 from trainer.assemble import named_scheduler
 from trainer.config import GenerateConfig, ModelConfig
@@ -95,6 +95,17 @@ def test_eraser_changes_the_video_and_compare_shows_both(sincos, written, eraser
     assert torch.equal(shown[f"before: {PROMPT}"], written["plain.mp4"])
     assert (written["x.mp4"] - written["plain.mp4"]).abs().max() > 1e-3
     assert [p.name for p in paths] == ["x.mp4", "x-compare.png"] and paths[1].stat().st_size > 500
+
+
+def test_erasers_are_where_blocks_compute(sincos, eraser, tmp_path, written, monkeypatch):
+    """A plan moves what is not streamed to the device: erasers that come after it would stay with the blocks on the host."""
+    def applied(transformer, blocks, plan, **more):
+        assert all(hasattr(block.attn1, "adapter") for block in blocks)
+        return apply_plan(transformer, blocks, plan, **more)
+
+    monkeypatch.setattr("trainer.assemble.apply_plan", applied)
+    module.generate(_config(sincos.directory, tmp_path / "x.mp4", no_eraser=False, eraser=eraser, memory=MemoryPlan(resident_blocks=0)))
+    assert "x.mp4" in written
 
 
 def test_eraser_brings_its_own_base_model(eraser, written, tmp_path, monkeypatch):

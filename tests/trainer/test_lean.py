@@ -28,7 +28,7 @@ def _passed(block: CogVideoXBlock, *, batch: int = 2, rounded: torch.dtype = tor
     return [*out, *torch.autograd.grad(sum(o.float().square().mean() for o in out), (video, text))]
 
 
-@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("batch", [1, 3, lean.MANY_SAMPLES + 1])
 @pytest.mark.parametrize("more", [{}, {"norm_elementwise_affine": False}], ids=str)
 def test_outputs_and_gradients_are_those_of_diffusers_to_rounding(batch, more):
     block = _block(torch.float32, **more)

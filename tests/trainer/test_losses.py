@@ -197,6 +197,15 @@ def test_trajectory_with_guidance_advances_by_the_guided_prediction(backbone):
     torch.testing.assert_close(second.latents, expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("options, passes", [
+    ({}, ["concept", "anchor", "preserved", "empty", "preserved empty"]),
+    ({"loss": LossConfig(anchor="empty")}, ["concept", "anchor", "preserved", "preserved empty"]),
+    ({"latents": "noise"}, ["concept", "anchor", "preserved"])], ids=["guided", "by the anchor", "noise"])
+def test_the_teacher_is_asked_for_guidance_only_where_that_moves_something(sincos, options, passes):
+    setup = Setup(sincos, trajectory_guidance=4.0, **options)
+    assert list(setup.teacher.passes(setup.teacher.draw(0))) == passes
+
+
 def _same(a, b) -> bool:
     return all(torch.equal(v, getattr(b, n)) for n, v in vars(a).items())
 

@@ -22,6 +22,7 @@ from trainer.backbones.cogvideox import CogVideoX
 from trainer.checkpoint import latest_checkpoint
 from trainer.eraser_files import load_eraser
 from trainer.errors import DoesNotFit, OutOfMemory
+from trainer.health import Health
 from trainer.latents import TrajectoryLatents
 from trainer.loop import train
 from trainer.metrics import read_metrics
@@ -56,21 +57,22 @@ def config(tiny_config):
     return make
 
 
-# Calls are counted from the pre-flight's on: it takes one step, and tries the optimizer once.
+# Calls are counted from the start: the optimizer makes its state, the pre-flight takes one step, and tries the optimizer once.
 # phase -> (what fails, finished steps, newest checkpoint afterwards)
 PHASES = {
     "load": (lambda: _failing(CogVideoX, "load_transformer", call=1), None, None),
+    "optimizer": (lambda: _failing(torch.optim.AdamW, "step", call=1), None, None),
     "teacher of the pre-flight": (lambda: _failing(losses.Teacher, "passes", call=1), 0, None),
     "backward of the pre-flight": (lambda: _failing(torch.autograd, "backward", call=1), 0, None),
-    "optimizer of the pre-flight": (lambda: _failing(torch.optim.AdamW, "step", call=1), 0, None),
+    "optimizer of the pre-flight": (lambda: _failing(torch.optim.AdamW, "step", call=2), 0, None),
     "teacher": (lambda: _failing(losses.Teacher, "passes", call=5), 3, 3),
     "teacher, latents already moved": (lambda: _failing(TrajectoryLatents, "advance", call=9, after=True), 3, 3),
     "student": (lambda: _failing(F, "mse_loss", call=10), 3, 3),
     "backward": (lambda: _failing(torch.autograd, "backward", call=10), 3, 3),
     "backward, first step": (lambda: _failing(torch.autograd, "backward", call=4), 0, None),
     "optimizer, before": (lambda: _failing(torch.nn.utils, "clip_grads_with_norm_", call=4), 3, 3),
-    "optimizer, while it moves weights": (lambda: _failing(torch.optim.AdamW, "step", call=5), 3, 2),
-    "optimizer, after": (lambda: _failing(torch.optim.AdamW, "step", call=5, after=True), 3, 2),
+    "optimizer, while it moves weights": (lambda: _failing(torch.optim.AdamW, "step", call=6), 3, 2),
+    "optimizer, after": (lambda: _failing(torch.optim.AdamW, "step", call=6, after=True), 3, 2),
     "save": (lambda: _failing(checkpoint, "_to_host", call=1), 2, 2),
 }
 
@@ -236,6 +238,24 @@ def test_in_sampling_it_is_a_warning_and_training_goes_on_as_if_it_had_not_been(
         run_dir = _in_memory(config(output__sample_every=2), step_down=False)
     assert "sampling at step 0 failed, training is not affected" in caplog.text
     _same_run(straight, run_dir)
+
+
+def test_where_the_second_look_runs_out_too_the_run_is_known_all_the_same(config, monkeypatch):
+    """The record of the step before is not finite, and memory runs out before it was looked at, and once more in looking."""
+    def spoilt(self, step, terms, apply=Health.apply):
+        apply(self, step, terms)
+        if step == 2:
+            self._pending.values[0] = float("nan")
+
+    monkeypatch.setattr(Health, "apply", spoilt)
+    monkeypatch.setattr(*_failing(losses.Teacher, "passes", call=5))
+    monkeypatch.setattr("trainer.health.trace", _exhausted)
+    with pytest.raises(DoesNotFit, match=r"out of memory .* in teacher.*\n.*step 2 is saved in"):
+        _in_memory(config(), step_down=False)
+
+
+def _exhausted(*args, **kwargs):
+    raise torch.OutOfMemoryError(MESSAGE)
 
 
 def test_nothing_of_the_failed_step_is_held_when_the_next_plan_starts(config, monkeypatch):

@@ -146,13 +146,16 @@ def test_a_signal_in_the_last_samples_is_told(tiny_config, monkeypatch):
     assert raised.value.exit_code == 130 and load_eraser(tiny_config().output.out).state
 
 
-def test_samples_that_are_not_finite_are_a_warning(straight, tiny_config, monkeypatch, caplog):
+@pytest.mark.parametrize("what, error", [
+    ("trainer.samples.generate_latents", NonFinite("the generated latents hold NaN")),
+    ("trainer.backbones.cogvideox.CogVideoX.decoder", CheckpointError("the autoencoder is damaged"))], ids=["sampled", "decoded"])
+def test_samples_that_cannot_be_made_are_a_warning(straight, tiny_config, monkeypatch, caplog, what, error):
     def spoilt(*args, **kwargs):
-        raise NonFinite("the generated latents hold NaN")
+        raise error
 
-    monkeypatch.setattr("trainer.samples.generate_latents", spoilt)
+    monkeypatch.setattr(what, spoilt)
     other = train(tiny_config(output__sample_every=2), {})
-    assert "sampling at step 2 failed, training is not affected: the generated latents hold NaN" in caplog.text
+    assert f"sampling at step 2 failed, training is not affected: {error}" in caplog.text
     assert _numbers(straight()) == _numbers(other)
 
 
