@@ -11,7 +11,10 @@ from pathlib import Path
 
 from memory import environment
 
-_INPUT_OUTPUT = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOSPC, errno.EDQUOT, errno.EIO)
+# What a file system may refuse, and what would work.
+_INPUT_OUTPUT = (dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOSPC, errno.EDQUOT, errno.EIO),
+                               "choose a place that can be written and has room")
+                 | dict.fromkeys((errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP), "name another path"))
 
 
 def main() -> int:
@@ -65,14 +68,15 @@ def _run() -> int:
         return 6
     except Exception as e:
         if isinstance(e, OSError) and e.errno in _INPUT_OUTPUT:
-            return _say(6, f"error: {e.filename or 'output'}: {e.strerror}; choose a place that can be written and has room")
+            return _say(6, f"error: {e.filename or 'output'}: {e.strerror}; {_INPUT_OUTPUT[e.errno]}")
         if card_lost(e):
             return _say(6, f"error: the card is lost ({str(e).splitlines()[0]}); what is saved is good: go on with --resume RUN once "
                         "nvidia-smi shows it again")
         if not exhausted(e):
             raise
-        return _say(3, f"error: out of memory ({str(e).splitlines()[0] if str(e) else 'on the host'}); fewer --frames, a smaller "
-                    "--height and --width or --resident-blocks 0 need less; run.py plan says how much")
+        less = ("a smaller --batch-size, --resident-blocks 0 or --device cpu needs less" if sys.argv[1:2] == ["forget"] else
+                "fewer --frames, a smaller --height and --width or --resident-blocks 0 need less; run.py plan says how much")
+        return _say(3, f"error: out of memory ({str(e).splitlines()[0] if str(e) else 'on the host'}); {less}")
 
 
 def _say(exit_code: int, message: str) -> int:

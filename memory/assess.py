@@ -126,7 +126,8 @@ def assess_trace(
     device_short, host_short = limits.shortage(reserved, host)
     reason = ""
     if device_short:
-        reason = f"needs {device_short / GIB:.2f} GiB more on the card in {max(by_phase, key=by_phase.get)}"
+        where = "of this machine's memory" if limits.card.is_cpu else "on the card"
+        reason = f"needs {device_short / GIB:.2f} GiB more {where} in {max(by_phase, key=by_phase.get)}"
     elif host_short:
         reason = f"needs {host_short / GIB:.2f} GiB more of host memory"
     return Assessment(

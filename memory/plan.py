@@ -82,13 +82,13 @@ class MemoryPlan:
             value = getattr(self, field)
             if field == "resident_blocks" and value is None:
                 continue
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise PlanError(f"{field} is {value!r}; an integer, at least {least}")
+            if isinstance(value, bool) or not isinstance(value, int) or not least <= value < 2**63:
+                raise PlanError(f"{field} is {value!r}; an integer, at least {least}, that fits 64 bits")
         if self.num_shards > 1 and self.resident_blocks is not None:
             raise PlanError(f"num_shards is {self.num_shards} and resident_blocks {self.resident_blocks}: a block's weights are "
                             "either divided among processes or streamed from the host; leave one out")
         if self.num_shards > 1 and self.passes == "lockstep":
-            raise PlanError(f"num_shards is {self.num_shards} and passes lockstep: divided blocks are gathered for one pass at a time; "
+            raise PlanError(f"num_shards is {self.num_shards} and passes = lockstep: divided blocks are gathered for one pass at a time; "
                             "use passes = sequential")
         self._check_checkpointing()
 

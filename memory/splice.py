@@ -216,7 +216,7 @@ class Recipe:
         slot = Storage(num_bytes=max(streamed, default=0), category="transfer buffers", place="device")
         storages += [slot] * min(num_buffers, len(streamed))
         for storage in self._standing:
-            if storage.block is None and storage.place == "device" and storage.category != "transfer buffers":
+            if storage.block is None and (storage.place == "device" or storage.category == "other") and storage.category != "transfer buffers":
                 storages.append(storage)
         return storages
 

@@ -30,6 +30,7 @@ from trainer.manifest import NewerFormat, read_json, verify, write_manifest
 logger = logging.getLogger(__name__)
 
 STATE = "state.json"
+_FLAGS = {"base_model.config_hash": "--model (its configuration's hash)", "adapter.rank": "--rank", "optimizer": "--optimizer"}
 _STEP = re.compile(r"step-(\d{6,})")
 _TENSORS_NAME = re.compile(r"[a-z][a-z0-9_]*")
 _SPARE_BYTES = 2**20  # headers, manifest and directory blocks beside the tensors themselves
@@ -100,7 +101,8 @@ def latest_checkpoint(run_dir: Path, *, rename_bad: bool = True) -> Checkpoint |
     root = _root(run_dir)
     if not root.is_dir():
         return None
-    for step, path in reversed(_steps(root)):
+    steps = _steps(root)
+    for step, path in reversed(steps):
         try:
             return _open(path, step)
         except FileNotFoundError:
@@ -108,7 +110,7 @@ def latest_checkpoint(run_dir: Path, *, rename_bad: bool = True) -> Checkpoint |
         except NewerFormat as error:
             raise NewerFormat(f"{path}: {error}") from error
         except CheckpointError as error:
-            logger.warning("checkpoint %s is bad, using the one before: %s", path, error)
+            logger.warning("checkpoint %s is bad%s: %s", path, ", using the one before" if path != steps[0][1] else "", error)
             if rename_bad:
                 _set_aside(path)
     bad = sorted(path.name for path in root.iterdir() if path.name.startswith("bad-"))
@@ -139,14 +141,14 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 def compatible(saved_state: Mapping[str, Any], current_state: Mapping[str, Any]) -> None:
     """Refuse to resume `saved_state` as `current_state` if base model, adapter or optimizer kind differ; any memory plan may.
 
-    Raises CheckpointError naming the first field that differs and both values.
+    Raises CheckpointError naming the first field that differs, by its flag if it has one, and both values.
     """
     for field in ("base_model", "adapter", "optimizer"):
         saved, current = _leaves(field, saved_state), _leaves(field, current_state)
         for key in current | saved:  # in the current order first
             if saved.get(key) != current.get(key):
                 raise CheckpointError(
-                    f"cannot resume: {key} is {saved.get(key, 'missing')!r} in the checkpoint and {current.get(key, 'missing')!r} now; "
+                    f"cannot resume: {_FLAGS.get(key, key)} is {saved.get(key, 'missing')!r} in the checkpoint and {current.get(key, 'missing')!r} now; "
                     "give the checkpoint's value, or start in a new run directory"
                 )
 

@@ -1,29 +1,28 @@
-"""The command line: commands, and how settings are put together. Heavy imports wait until a command runs."""
+"""The command line: commands. Heavy imports wait until a command runs."""
 
-import contextlib
-import difflib
 import gc
-import io
-import itertools
 import json
-import re
+import logging
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-import tyro
-
-from memory.cards import Card, CardUnreadable, UnknownCard, detect, lookup, size_bytes
+from memory.cards import Card, size_bytes
+from memory.plan import PlanError
 from trainer import config as settings
+from trainer.arguments import chosen_card, early, fixed, given, in_flags, parse, positional, resolve
 from trainer.commands import DiagnoseCommand, DoctorCommand, ExportCommand, ForgetCommand, PlanCommand, ReportCommand, TrainCommand
 from trainer.config import EvaluateConfig, GenerateConfig, TrainConfig
 from trainer.errors import DoesNotFit, UsageError
 from trainer.projection_config import ForgetConfig, read_forget_config
 
-_FLAT = (tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes)
+if TYPE_CHECKING:
+    from memory.assess import Assessment
+
+logger = logging.getLogger(__name__)
 
 
 def main(argv: Sequence[str]) -> None:
@@ -31,104 +30,51 @@ def main(argv: Sequence[str]) -> None:
     commands: dict[str, Callable[[Sequence[str]], None]] = {
         "train": _train, "generate": _generate, "evaluate": _evaluate, "report": _report, "export": _export, "forget": _forget,
         "diagnose": _diagnose, "plan": _plan, "doctor": _doctor}
+    command = _train
     if argv and not argv[0].startswith("-"):
         if argv[0] not in commands:
-            raise UsageError(f"there is no command {argv[0]!r}; {', '.join(commands)} are (without one, run.py trains)")
-        commands[argv[0]](argv[1:])
-    else:
-        _train(argv)
-
-
-def _parse(kind: type, argv: Sequence[str], command: str, default: Any = None) -> Any:
-    program, complaint = f"run.py {command}".strip(), io.StringIO()
+            raise UsageError(f"there is no command {argv[0]!r}; {', '.join(commands)}, bench are (without one, run.py trains)")
+        command, argv = commands[argv[0]], argv[1:]
     try:
-        with contextlib.redirect_stderr(complaint):
-            parsed, unknown = tyro.cli(kind, args=list(argv), prog=program, default=default, config=_FLAT, return_unknown_args=True)
-    except SystemExit as e:
-        if not e.code:  # --help
-            raise
-        raise UsageError(f"{_unboxed(complaint.getvalue())}; {program} --help says more") from e
-    if unknown:
-        options = ["--" + path.split(".")[-1].replace("_", "-") for path in settings.leaves(parsed)]
-        near = difflib.get_close_matches(unknown[0].split("=")[0], options, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"{program} --help lists them all"
-        raise UsageError(f"there is no option {unknown[0]}; {hint}")
-    return parsed
+        command(argv)
+    except PlanError as e:
+        raise UsageError(in_flags(e)) from e
 
 
-def _unboxed(text: str) -> str:
-    """The complaint in one of tyro's boxes, in one line: what follows its title, up to a line drawn across."""
-    lines = [re.sub(r"^[\s│╭╰]*[─-]*(?=\s|$)\s*|[\s│╮╯─]*$", "", line) for line in text.strip().splitlines()]
-    said = itertools.takewhile(bool, itertools.dropwhile(lambda line: not line, lines[1:]))
-    return " ".join(said).removeprefix("Error parsing ").rstrip(".")
+def _planned(command: TrainCommand, origins: dict[str, str], card: Card, argv: Sequence[str]) -> tuple[TrainConfig, "Assessment | None"]:
+    """The settings with the planner's memory plan, and what it predicts. On the CPU, and when a run goes on, there is a planner
+    only where --profile is given."""
+    config = command.settings
+    if "profile" not in given(argv) and (card.is_cpu or command.resume):
+        return config, None
+    from trainer.distributed import shared
+    from trainer.planning import planned
+
+    config, chosen, assessment = planned(config, card, fixed(origins))
+    origins |= {f"memory.{name}": f"profile {card.name}" for name in chosen}
+    return shared(lambda: config), assessment  # every process the same plan
 
 
-def _early(argv: Sequence[str], flag: str) -> str | None:
-    """The value of a flag that other defaults depend on, before everything is parsed."""
-    for i, word in enumerate(argv):
-        if word == flag and i + 1 < len(argv):
-            return argv[i + 1]
-        if word.startswith(flag + "="):
-            return word.split("=", 1)[1]
-    return None
+def _will_measure(config: TrainConfig) -> bool:
+    """Whether a run is measured when it is done. Where it cannot be, that is said before the minutes that it takes."""
+    if config.model.model != "shapes" or not config.output.evaluate:
+        return False
+    from trainer.assemble import collect_prompts
+    from trainer.evaluate import require_measurable
 
-
-def resolve(argv: Sequence[str], kind: type = TrainCommand) -> tuple[Any, dict[str, str]]:
-    """A command (TrainCommand, PlanCommand) with its settings, and where each setting came from."""
-    resume, toml, profile = _early(argv, "--resume"), _early(argv, "--config"), _early(argv, "--profile")
-    if profile:
-        _card(profile)
-    if resume and toml:
-        raise UsageError("--config beside --resume: a resumed run keeps its settings; give what may change as flags")
-    layers: list[tuple[str, dict[str, Any]]] = []
-    if resume:
-        from trainer.run_directory import read_config
-
-        layers.append((f"run {resume}", settings.leaves(read_config(Path(resume))[0])))
-        if "out" in _given(argv):
-            raise UsageError("--out beside --resume: a run goes on in its own directory")
-    else:
-        file = settings.read_toml(Path(toml)) if toml else {}
-        model = _early(argv, "--model") or file.get("model.model", "shapes")
-        if model == "shapes":
-            layers.append(("bundled model", settings.SHAPES))
-        if toml:
-            layers.append((f"file {toml}", file))
-    base, origins = TrainConfig(), dict.fromkeys(settings.leaves(TrainConfig()), "default")
-    for origin, values in layers:
-        base = settings.replaced(base, values)
-        origins |= dict.fromkeys(values, origin)
-    command = _parse(kind, argv, "plan" if kind is PlanCommand else "", kind(settings=base))
-    origins |= {path: "flag" for path in origins if path.split(".")[1] in _given(argv)}
-    return command, origins
-
-
-def _given(argv: Sequence[str]) -> set[str]:
-    """The settings that flags name."""
-    return {word[2:].split("=", 1)[0].removeprefix("no-").replace("-", "_") for word in argv if word.startswith("--")}
-
-
-def _card(profile: str, device: str = "auto") -> Card:
-    """The card that is meant; of this machine, the one that `device` names."""
-    number = re.fullmatch(r"cuda:(\d+)", device)
     try:
-        if profile == "auto" and number:
-            return detect(int(number[1]))
-        return lookup("cpu" if (profile, device) == ("auto", "cpu") else profile)
-    except (UnknownCard, CardUnreadable) as e:
-        raise UsageError(f"--profile {profile}: {e}") from e
-
-
-def _fixed(origins: dict[str, str]) -> list[str]:
-    """Fields of the memory plan that somebody chose: the planner leaves them."""
-    return [path.removeprefix("memory.") for path, origin in origins.items()
-            if path.startswith("memory.") and origin != "default"]
+        require_measurable(config.data.concept, config.model)
+    except UsageError as e:
+        collect_prompts(config)  # what cannot be trained at all is refused, in one line
+        print(f"will not be measured: {e}", file=sys.stderr)
+        return False
+    return True
 
 
 def _train(argv: Sequence[str]) -> None:
     command, origins = resolve(argv)
-    config, card = command.settings, _card(command.profile, command.settings.model.device)
-    from trainer.distributed import joined, rows_of, shared
+    config, card = command.settings, chosen_card(command.profile, command.settings.model.device)
+    from trainer.distributed import joined, num_ranks, rows_of
     from trainer.loop import train
     from trainer.memory_file import Forecast
     from trainer.recovery import train_in_memory
@@ -136,27 +82,28 @@ def _train(argv: Sequence[str]) -> None:
 
     with joined(config.model.device) as rank:
         rows_of(config.data.batch_size)
-        assessment = None
-        if "profile" in _given(argv) or not (card.is_cpu or command.resume):
-            from trainer.planning import planned
+        if config.memory.num_shards not in (1, num_ranks()):
+            raise UsageError(f"--num-shards {config.memory.num_shards}: all processes of a run share its blocks, here {num_ranks()}; start "
+                             f"with torchrun --nproc-per-node={config.memory.num_shards} -- run.py …, or say --num-shards 1")
+        config, assessment = _planned(command, origins, card, argv)
+        if card.is_cpu and assessment is None and not command.resume:  # where memory runs out, the system ends the process without a word
+            from trainer.planning import require_room
 
-            config, chosen, assessment = planned(config, card, _fixed(origins))
-            config = shared(lambda: config)  # every process the same plan
-            origins |= {f"memory.{name}": f"profile {card.name}" for name in chosen}
+            assessment = require_room(config, card)
+        measures = not rank and _will_measure(config)
+        if config.optim.warmup > config.optim.steps and origins["optim.warmup"] != "default":
+            logger.warning("--warmup %d: the run ends after %d --steps, at %.2g of --lr", config.optim.warmup, config.optim.steps,
+                           config.optim.steps / config.optim.warmup)
         run_dir = train_in_memory(partial(train, forecast=Forecast(card, assessment)), config, origins, card=card,
                                   resume=command.resume or restarted_run(config),
                                   step_down=command.on_oom == "step-down", command=("python", "run.py", *argv))
     if rank:
         return  # the first process speaks for all
-    if config.model.model == "shapes" and config.output.evaluate:
-        from trainer.evaluate import require_measurable
-
-        try:
-            require_measurable(config.data.concept, config.model)
-        except UsageError as e:
-            print(f"not measured: {e}", file=sys.stderr)
-        else:
-            _measure(EvaluateConfig(run=run_dir, model=config.model, memory=replace(read_config(run_dir)[0].memory, num_shards=1)))
+    config, content = read_config(run_dir)
+    if command.resume and content["first_step"] >= config.optim.steps:
+        print(f"nothing was left to train: {run_dir} has its {config.optim.steps} steps; --steps asks for more", file=sys.stderr)
+    if measures:
+        _measure(EvaluateConfig(run=run_dir, model=config.model, memory=replace(config.memory, num_shards=1)))
     print(f"eraser: {run_dir / 'eraser.safetensors'}")
     print(f"run: {run_dir}")
 
@@ -176,10 +123,10 @@ def _forecast(command: PlanCommand, origins: dict[str, str]) -> None:
     config = command.settings
     if command.cards > config.data.batch_size and origins["data.batch_size"] == "default":  # the least that can be divided
         config, origins["data.batch_size"] = settings.replaced(config, {"data.batch_size": command.cards}), "flag"
-    card = _card(command.profile, config.model.device)
+    card = chosen_card(command.profile, config.model.device)
     if command.host:
         card = replace(card, host_bytes=size_bytes(command.host))
-    found = planning.forecast(planning.without_weights(config), card, _fixed(origins), num_cards=command.cards)
+    found = planning.forecast(planning.without_weights(config), card, fixed(origins), num_cards=command.cards)
     if command.json:
         print(json.dumps(planning.as_json(found, origins), indent=2))
     else:
@@ -197,11 +144,11 @@ def _measure(config: EvaluateConfig) -> None:
 
 
 def _evaluate(argv: Sequence[str]) -> None:
-    _measure(_parse(EvaluateConfig, _positional(argv, "--run"), "evaluate"))
+    _measure(parse(EvaluateConfig, positional(argv, "--run"), "evaluate"))
 
 
 def _generate(argv: Sequence[str]) -> None:
-    config = _parse(GenerateConfig, argv, "generate")
+    config = parse(GenerateConfig, argv, "generate")
     from trainer.generate import generate
 
     for path in generate(config):
@@ -209,14 +156,14 @@ def _generate(argv: Sequence[str]) -> None:
 
 
 def _report(argv: Sequence[str]) -> None:
-    command = _parse(ReportCommand, _positional(argv, "--run"), "report")
+    command = parse(ReportCommand, positional(argv, "--run"), "report")
     from trainer.report import write_report
 
     print(write_report(command.run, command.out))
 
 
 def _export(argv: Sequence[str]) -> None:
-    command = _parse(ExportCommand, _positional(argv, "--eraser"), "export")
+    command = parse(ExportCommand, positional(argv, "--eraser"), "export")
     from trainer.eraser_files import load_eraser, save_released
 
     eraser = load_eraser(command.eraser)
@@ -225,10 +172,10 @@ def _export(argv: Sequence[str]) -> None:
 
 
 def _forget(argv: Sequence[str]) -> None:
-    resume = _early(argv, "--resume")
+    resume = early(argv, "--resume")
     base = read_forget_config(Path(resume)) if resume else ForgetConfig()
-    command = _parse(ForgetCommand, argv, "forget", ForgetCommand(settings=base))
-    origins = {path: "flag" if path.split(".")[-1] in _given(argv) else f"run {resume}" if resume else "default"
+    command = parse(ForgetCommand, argv, "forget", ForgetCommand(settings=base))
+    origins = {path: "flag" if path.split(".")[-1] in given(argv) else f"run {resume}" if resume else "default"
                for path in settings.leaves(command.settings)}
     from trainer.projection import forget
     from trainer.projection_evaluate import EVALUATION, print_forgetting
@@ -239,13 +186,16 @@ def _forget(argv: Sequence[str]) -> None:
 
 
 def _diagnose(argv: Sequence[str]) -> None:
-    argv = _positional(argv, "--target")
+    argv = positional(argv, "--target")
     if {"--target", "--help", "-h"} & {word.split("=", 1)[0] for word in argv}:
-        command = _parse(DiagnoseCommand, argv, "diagnose")
+        command = parse(DiagnoseCommand, argv, "diagnose")
         config = None
     else:
-        command = DiagnoseCommand(json="--json" in argv)
-        config = resolve([word for word in argv if word != "--json"])[0].settings
+        command, argv = DiagnoseCommand(json="--json" in argv), [word for word in argv if word != "--json"]
+        if "on_oom" in given(argv):
+            raise UsageError("--on-oom: diagnose looks at one step and goes on from none; leave it out")
+        run, origins = resolve(argv)
+        config, _ = _planned(run, origins, chosen_card(run.profile, run.settings.model.device), argv)
     from trainer.diagnose import diagnose_path, diagnose_settings
     from trainer.findings import print_bill
 
@@ -255,14 +205,9 @@ def _diagnose(argv: Sequence[str]) -> None:
 
 
 def _doctor(argv: Sequence[str]) -> None:
-    command = _parse(DoctorCommand, argv, "doctor")
+    command = parse(DoctorCommand, argv, "doctor")
     from trainer.doctor import examine, raise_if_unfit, show
 
     checks = examine()
     show(checks, sys.stdout, as_json=command.json)
     raise_if_unfit(checks)
-
-
-def _positional(argv: Sequence[str], flag: str) -> list[str]:
-    """`evaluate RUN` is `evaluate --run RUN`."""
-    return [flag, *argv] if argv and not argv[0].startswith("-") else list(argv)

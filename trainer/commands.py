@@ -15,7 +15,7 @@ class TrainCommand:
     """Train concept erasers on a frozen text-to-video transformer.
 
     Settings: defaults < profile < TOML file < flags. Other commands: plan, generate, evaluate, report,
-    diagnose, doctor, export, forget; each has a --help.
+    diagnose, doctor, export, forget, each with a --help; and bench, which lists what it can measure.
     """
 
     profile: str = "auto"
@@ -34,7 +34,7 @@ class ExportCommand:
     """Write an eraser in the released layout: eraser_weights.pt + eraser_config.json."""
 
     eraser: Path
-    """A run directory or an eraser file."""
+    """A run directory or an eraser file; `export RUN --out DIR` says the same."""
     out: Path
     """The directory to write into."""
 
@@ -48,7 +48,7 @@ class DiagnoseCommand:
     """
 
     target: Path | None = None
-    """A run directory or an eraser file."""
+    """A run directory or an eraser file; `diagnose RUN` says the same."""
     json: bool = False
     """Print JSON in place of a table."""
 
@@ -58,7 +58,7 @@ class ReportCommand:
     """Write what a run was as one HTML file that needs no network."""
 
     run: Path
-    """A run directory."""
+    """A run directory; `report RUN` says the same."""
     out: Path | None = None
     """The file to write; RUN/report.html by default."""
 
@@ -85,7 +85,7 @@ class PlanCommand:
     json: bool = False
     """Print JSON in place of tables."""
     host: str | None = None
-    """The host's memory that is free, such as 64gb: what blocks keep may go there. auto knows it; of other cards it is not known."""
+    """The host's memory that is free, such as 64gb: what blocks keep may go there. --profile auto knows this machine's."""
     cards: int = 1
     """Cards of this kind in one machine, as torchrun would use them; the batch is divided among them."""
     explain: bool = False

@@ -11,7 +11,9 @@ import tomllib
 from contextlib import suppress
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+import tyro
 
 from memory.plan import MemoryPlan
 from trainer.errors import UsageError
@@ -35,6 +37,10 @@ class ModelConfig:
     """cpu, cuda, cuda:1 …; auto takes the card if there is one."""
     force_dtype: bool = False
     """Insist on a dtype that the model is known not to survive."""
+
+    def __post_init__(self):
+        for name in ("frames", "height", "width"):  # what else they must be the model says
+            _fits(name, getattr(self, name) or 0, 32)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,13 +66,14 @@ class DataConfig:
     batch_size: int = 1
     """Samples a student pass."""
     pool: int = 0
-    """Cache the teacher's outputs of this many steps on the host and cycle through them; 0 is without."""
+    """Cache the teacher's outputs of this many student passes (a step has --accumulation of them) on the host and cycle
+    through them; 0 is without."""
 
     def __post_init__(self):
         if not self.concept.strip():
             raise UsageError("--concept is empty; name what to erase, e.g. --concept red")
         _at_least("trajectory-steps", self.trajectory_steps, 1)
-        _at_least("batch-size", self.batch_size, 1)
+        _at_least("batch-size", self.batch_size, 1, 32)
         _at_least("pool", self.pool, 0)
         _at_least("trajectory-guidance", self.trajectory_guidance, 0)
         if self.latents == "trajectory" and self.pool % self.trajectory_steps:
@@ -120,7 +127,7 @@ class OptimConfig:
     """Seed of weights, noise, timesteps and prompt order."""
 
     def __post_init__(self):
-        _at_least("rank", self.rank, 1)
+        _at_least("rank", self.rank, 1, 32)
         _at_least("steps", self.steps, 1)
         _at_least("accumulation", self.accumulation, 1)
         _at_least("warmup", self.warmup, 0)
@@ -128,7 +135,7 @@ class OptimConfig:
         _at_least("weight-decay", self.weight_decay, 0)
         check_seed(self.seed)
         if not 0 < self.lr < math.inf:
-            raise UsageError(f"--lr {self.lr}: must be above 0; 1e-4 is the published choice")
+            raise UsageError(f"--lr {self.lr}: must be above 0, and finite; 1e-4 is the published choice")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,8 +189,9 @@ class GenerateConfig:
     out: Path = Path("out.mp4")
     """An .mp4 (or .png for a contact sheet); several prompts are numbered."""
     eraser: Path | None = None
-    """A run directory or an eraser file; its base model is used unless --model says otherwise."""
-    no_eraser: bool = False
+    """A run directory or an eraser file; its base model is used, unless --model names another than shapes. Needed, or
+    --no-eraser in its place."""
+    no_eraser: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Leave the eraser out: the frozen model alone."""
     compare: bool = False
     """Also write a before/after contact sheet beside OUT."""
@@ -221,7 +229,7 @@ class EvaluateConfig:
     """Measure an erasure on the bundled model: is the concept gone, and is the rest still there?"""
 
     run: Path
-    """A run directory or an eraser file."""
+    """A run directory or an eraser file; `evaluate RUN` says the same."""
     concept: str | None = None
     """What was erased; a run knows."""
     num_videos: int = 64
@@ -251,13 +259,20 @@ def _check_guidance(scale: float, memory: MemoryPlan) -> None:
 
 def check_seed(seed: int) -> None:
     """Raises UsageError for what no generator takes."""
-    if not -2**63 <= seed < 2**63:
-        raise UsageError(f"--seed {seed}: must fit 64 bits")
+    _fits("seed", seed, 64)
 
 
-def _at_least(flag: str, value: float, least: float) -> None:
+def _fits(flag: str, value: int, num_bits: int) -> None:
+    if not -2**(num_bits - 1) <= value < 2**(num_bits - 1):
+        raise UsageError(f"--{flag} {value}: must fit {num_bits} bits")
+
+
+def _at_least(flag: str, value: float, least: float, num_bits: int = 64) -> None:
+    """`num_bits`: what a whole number must fit; 32 where it is a tensor's size, whose bytes must be countable too."""
     if not least <= value < math.inf:
         raise UsageError(f"--{flag} {value}: must be {least} or more")
+    if isinstance(value, int):
+        _fits(flag, value, num_bits)
 
 
 # What suits the bundled model better than the published defaults, which are those of the 2b and the 5b.
@@ -292,12 +307,19 @@ def replaced(config: Any, values: dict[str, Any]) -> Any:
     return dataclasses.replace(config, **own)
 
 
+def read_text(path: Path, flag: str) -> str:
+    """The text of the file that a flag names. Raises UsageError."""
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as e:
+        raise UsageError(f"{flag} {path}: cannot be read ({e.strerror if isinstance(e, OSError) else e})") from e
+
+
 def read_toml(path: Path) -> dict[str, Any]:
     """Settings of a TOML file by dotted path. Unknown names and values of another type are refused."""
+    text = read_text(path, "--config")
     try:
-        table = tomllib.loads(path.read_text(encoding="utf-8-sig"))
-    except (OSError, UnicodeDecodeError) as e:
-        raise UsageError(f"--config {path}: cannot be read ({e})") from e
+        table = tomllib.loads(text)
     except (ValueError, RecursionError) as e:  # TOMLDecodeError, a number of thousands of digits, brackets in brackets
         raise UsageError(f"--config {path}: not valid TOML ({e})") from e
     known, found = leaves(TrainConfig()), {}
@@ -309,6 +331,10 @@ def read_toml(path: Path) -> dict[str, Any]:
                 raise UsageError(f"--config {path}: there is no setting {dotted}; did you mean {near[0]}?")
             found[dotted] = _typed(value, dotted, path)
     return found
+
+
+_WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", Path: "a path",
+          tuple[str, ...]: "a list of texts", tuple[int, ...]: "a list of whole numbers"}
 
 
 def _typed(value: Any, dotted: str, path: Path) -> Any:
@@ -333,8 +359,8 @@ def _typed(value: Any, dotted: str, path: Path) -> Any:
                 return tuple(value)
         if type(value) is option:
             return value
-    wanted = " or ".join(", ".join(map(repr, typing.get_args(o))) if typing.get_origin(o) is Literal else
-                         str(o if typing.get_args(o) else o.__name__) for o in options)
+    option = options[0]  # the other one is None, which no file can hold
+    wanted = f"one of {', '.join(map(repr, typing.get_args(option)))}" if typing.get_origin(option) is Literal else _WORDS[option]
     raise UsageError(f"--config {path}: {dotted} = {value!r} is not {wanted}")
 
 

@@ -12,6 +12,7 @@ from memory.precision import make_scaler
 from memory.standing import allocate_standing
 from trainer.assemble import (assemble, collect_prompts, embed_prompts, masking_blocks, open_backbone, require_trainable, resolve_device,
                               video_size)
+from trainer.checkpoint import latest_checkpoint
 from trainer.config import TrainConfig
 from trainer.eraser_files import WEIGHTS, EraserFile, load_eraser
 from trainer.errors import CheckpointError
@@ -19,11 +20,13 @@ from trainer.findings import Bill, Finding, finding, from_json
 from trainer.health import FINDINGS, Judge
 from trainer.inspection import Subject
 from trainer.latents import make_latents
+from trainer.lora import WEIGHTS as LORA, load_updates
 from trainer.losses import Teacher
 from trainer.masks import prompt_columns
 from trainer.metrics import METRICS, read_metrics
 from trainer.preflight import Preflight
-from trainer.run_directory import CONFIG
+from trainer.projection_config import read_forget_config
+from trainer.run_directory import CONFIG, read_config, read_content
 
 
 def diagnose_path(path: Path) -> Bill:
@@ -34,8 +37,8 @@ def diagnose_path(path: Path) -> Bill:
 
 
 def diagnose_run(run_dir: Path) -> Bill:
-    """What the run itself found, what its metrics say, and its eraser."""
-    checked, bill = [], Bill()
+    """What the run itself found, what its metrics say, and its eraser. Raises CheckpointError for a file that is damaged."""
+    checked, bill = _whole(run_dir), Bill()
     if (run_dir / FINDINGS).is_file():
         try:
             content = json.loads((run_dir / FINDINGS).read_text())
@@ -59,6 +62,23 @@ def diagnose_run(run_dir: Path) -> Bill:
         eraser = diagnose_eraser(run_dir)
         bill, checked = bill.with_findings(eraser.findings), [*checked, *eraser.checked]
     return Bill(findings=bill.findings, checked=tuple(checked))
+
+
+def _whole(run_dir: Path) -> list[str]:
+    """What was checked of the files that the run would go on from, and of its LoRA. Raises CheckpointError for one that is damaged."""
+    checked = []
+    if (run_dir / CONFIG).is_file():
+        (read_forget_config if read_content(run_dir).get("command") == "forget" else read_config)(run_dir)
+        checked.append(f"{CONFIG}: settings, all known")
+    steps = [int(p.name[5:]) for p in (run_dir / "ckpt").glob("step-*") if p.name[5:].isdecimal()]
+    if sound := latest_checkpoint(run_dir, rename_bad=False):  # it says what is wrong with those that it passes over
+        if sound.step < max(steps, default=0):
+            raise CheckpointError(f"{run_dir}: the checkpoint of step {max(steps)} is damaged; --resume {run_dir} would go on "
+                                  f"from step {sound.step}")
+        checked.append(f"{sound.path.relative_to(run_dir)}: every byte is what was written")
+    if (run_dir / LORA).is_file():
+        checked.append(f"{LORA}: a LoRA of {', '.join(load_updates(run_dir))}")
+    return checked
 
 
 _WHERE = {"loss": "loss", "gradient": "gradient_norm"}

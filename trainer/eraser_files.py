@@ -70,7 +70,8 @@ def save_released(directory: Path, state: Mapping[str, Tensor], rank: int) -> No
         finally:
             part.unlink(missing_ok=True)
     except (OSError, RuntimeError) as e:
-        raise InputOutputError(f"the eraser cannot be written into {directory} ({e})") from e
+        reason = e.strerror if isinstance(e, OSError) else e
+        raise InputOutputError(f"--out {directory}: cannot be written ({reason}); choose another directory") from e
 
 
 def load_eraser(path: Path | str) -> EraserFile:

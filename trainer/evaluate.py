@@ -76,6 +76,10 @@ def require_measurable(concept: str, model: ModelConfig) -> None:
         world.kind_of(concept)
     except KeyError:
         raise UsageError(f"--concept {concept}: only what the bundled model knows can be measured") from None
+    if model.model != "shapes":  # a copy of it, or one trained anew, will do
+        made, bundled = (open_backbone(m).identity()["config_hash"] for m in (model, ModelConfig()))
+        if made != bundled:
+            raise UsageError(f"--model {model.model}: only the bundled model's videos can be measured; leave --model out")
     own = {"frames": world.FRAMES, "height": world.SIZE, "width": world.SIZE}
     for name, value in own.items():
         if getattr(model, name) not in (None, value):

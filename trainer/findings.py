@@ -188,14 +188,19 @@ def finding(code: str, phase: str, *, block: int | None = None, module: str | No
 
 
 def from_json(values: Mapping[str, Any]) -> Finding:
-    """The inverse of `Finding.as_json`."""
-    return Finding(**values)
+    """The inverse of `Finding.as_json`. Raises TypeError for anything else."""
+    found = Finding(**values)
+    texts = (found.code, found.severity, found.phase, found.cause, found.fix)
+    if not (all(isinstance(text, str) for text in texts) and isinstance(found.block, int | None)
+            and isinstance(found.module, str | None) and isinstance(found.evidence, Mapping)):
+        raise TypeError(f"a field of the finding {found.code!r} is of another type")
+    return found
 
 
 def gone_by(content: Mapping[str, Any]) -> list[Finding]:
     """The findings in findings.json of a run that goes on: it did go on, so what was fatal then is a warning now."""
-    found = []
-    for values in content.get("findings", ()):
+    found, earlier = [], content.get("findings", [])
+    for values in earlier if isinstance(earlier, list) else [earlier]:
         try:
             f = from_json(values)
         except TypeError as e:

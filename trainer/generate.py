@@ -17,8 +17,9 @@ from trainer.backbones import Predict
 from trainer.config import GenerateConfig, ModelConfig
 from trainer.diffusion import sample
 from trainer.eraser_files import load_eraser
-from trainer.errors import NonFinite
+from trainer.errors import InputOutputError, NonFinite
 from trainer.prompts import Embeddings
+from trainer.run_directory import probe
 from trainer.video import contact_sheet, write_mp4
 
 
@@ -31,14 +32,14 @@ def generate_latents(predict: Predict, scheduler: Any, embeddings: Embeddings, p
     Every video has a generator of its own, which also serves a stochastic scheduler: the result does not depend on
     the batch size, and is what the pipeline makes from that seed (which takes a guidance scale below 1 for 1). Raises NonFinite.
     """
-    table, parts = embeddings.table, []
+    parts = []
     for start in range(0, len(prompts), batch_size):
         chunk = slice(start, start + batch_size)
         text = embeddings(prompts[chunk])
         empty = embeddings([""] * len(text)) if guidance_scale != 1.0 else None
         dice = [torch.Generator().manual_seed(s) for s in seeds[chunk]]
-        noise = torch.cat([torch.randn((1, *shape), generator=g, dtype=table.dtype) for g in dice])
-        parts.append(sample(predict, scheduler, noise.to(table.device), text, empty, num_steps=num_steps,
+        noise = torch.cat([torch.randn((1, *shape), generator=g, dtype=embeddings.table.dtype) for g in dice])
+        parts.append(sample(predict, scheduler, noise.to(embeddings.device), text, empty, num_steps=num_steps,
                             guidance_scale=guidance_scale, guidance=guidance, generator=dice, check=check).cpu())
     latents = torch.cat(parts)
     if not latents.isfinite().all():
@@ -49,6 +50,10 @@ def generate_latents(predict: Predict, scheduler: Any, embeddings: Embeddings, p
 
 def generate(config: GenerateConfig) -> list[Path]:
     """Write one video a prompt, and with `compare` a before/after sheet; returns the paths."""
+    try:
+        probe(config.out.parent)  # before minutes of sampling
+    except OSError as e:
+        raise InputOutputError(f"--out {config.out}: cannot be written ({e.strerror}); choose another") from e
     eraser = None if config.no_eraser else load_eraser(config.eraser)
     model = config.model
     if eraser is not None and model.model == ModelConfig().model and eraser.base_model:

@@ -149,11 +149,13 @@ class Health:
             sink(record)
         before, found = self.bill, self._judge.see(record) if sound else [self._locate(record)]
         self.bill = before.with_findings(found)
+        where = f"step {record['step'] + 1}"  # as the progress line counts
         for new in self.bill.findings[len(before.findings):]:
-            logger.warning("step %d: %s", record["step"], new)
+            if new.severity != "fatal":  # such a one is raised, and said where the run ends
+                logger.warning("%s: %s", where, new)
         if len(self.bill.findings) > len(before.findings):
             self._write()
-        self.bill.raise_if_fatal(f"step {record['step']}" + ("" if applied else " (no weight was changed)"))
+        self.bill.raise_if_fatal(where + ("" if applied else " (no weight was changed)"))
 
     def after_training(self) -> None:
         """Are the frozen weights still, to the bit, what they were? Raises Unhealthy if not."""
@@ -177,7 +179,7 @@ class Health:
         if found:
             self.bill = self.bill.with_findings(found)
             self._write()
-            self.bill.raise_if_fatal(f"step {step} (no weight was changed)")
+            self.bill.raise_if_fatal(f"step {step + 1} (no weight was changed)")
 
     def _may_skip(self, record: dict[str, Any]) -> bool:
         """Whether only the loss scale was too high, and not too often."""

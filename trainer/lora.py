@@ -11,11 +11,13 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from trainer.checkpoint import read_tensors
 from trainer.errors import CheckpointError, InputOutputError
+from trainer.run_files import write_json
 from trainer.seeding import noise
 
 CONFIG, WEIGHTS, MERGED = "adapter_config.json", "adapter_model.safetensors", "merged.safetensors"
@@ -71,12 +73,7 @@ def save_lora(directory: Path, updates: Mapping[str, tuple[Tensor, Tensor]], *, 
     tensors = {f"{_PREFIX}{name}.lora_{letter}.weight": t.detach().cpu().contiguous()
                for name, pair in updates.items() for letter, t in zip("AB", pair)}
     _write(directory / WEIGHTS, tensors)
-    try:
-        part = directory / f".{CONFIG}.part"
-        part.write_text(json.dumps(config, indent=2) + "\n")
-        part.replace(directory / CONFIG)
-    except OSError as e:
-        raise InputOutputError(f"{directory / CONFIG} cannot be written ({e.strerror}); choose another --out") from e
+    write_json(directory / CONFIG, config, advice="; choose another --out")
 
 
 def load_updates(directory: Path) -> dict[str, Tensor]:
@@ -109,5 +106,5 @@ def _write(path: Path, tensors: dict[str, Tensor]) -> None:
         save_file(tensors, part, metadata={"format": "pt"})
         part.chmod(0o644)
         part.replace(path)
-    except OSError as e:
+    except (OSError, SafetensorError) as e:  # the latter when the disk is full
         raise InputOutputError(f"{path} cannot be written ({e}); choose another --out") from e

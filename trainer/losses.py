@@ -91,7 +91,7 @@ class Teacher:
         `trajectory_guidance`: guidance scale by which trajectories advance."""
         self.predict, self.erasers, self.blocks, self.loss = predict, erasers, blocks, loss
         self.prompts, self.embeddings = prompts, embeddings
-        self.columns = columns and {p: c.to(embeddings.table.device) for p, c in columns.items()}
+        self.columns = columns and {p: c.to(embeddings.device) for p, c in columns.items()}
         self.latents, self.preserved_latents = latents, preserved_latents
         self.seed, self.guidance, self.trajectory_guidance = seed, guidance, trajectory_guidance
 

@@ -133,6 +133,7 @@ def prompt_columns(backbone: CogVideoX, prompts: PromptSet) -> dict[str, Tensor]
     for row, start in starts.nonzero().tolist():
         columns[row, start:start + len(wanted)] = True
     for row in (~columns.any(1)).nonzero().flatten().tolist():
-        raise UsageError(f"the concept {prompts.concept!r} is not among the tokens of the prompt "
-                         f"{prompts.prompts[row]!r}; use a word of the prompt, or --alpha 0 to train without localisation")
+        where = f" (number {row + 1} of --prompts {prompts.file})" if prompts.file else ""
+        raise UsageError(f"--concept {prompts.concept}: {prompts.concept!r} is not among the tokens of the prompt "
+                         f"{prompts.prompts[row]!r}{where}; use a word of the prompt, or --alpha 0 to train without localisation")
     return {prompt: row.nonzero().flatten() for prompt, row in zip(prompts.prompts, columns)}

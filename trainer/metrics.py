@@ -33,7 +33,7 @@ class MetricsLog:
         except OSError as e:
             raise InputOutputError(f"{self.path} cannot be written ({e}); choose another --out") from e
         self._pending, self._warned = b"", False
-        told = [event for record in kept for event in record.get("events", ())]
+        told = [event for record in kept if isinstance(record.get("events"), list) for event in record["events"]]
         self._untold = [dict(event) for event in events if event not in told]
         self._tensorboard = _open_events(run_dir, first_step) if tensorboard else None
 
@@ -65,16 +65,17 @@ class MetricsLog:
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
-    """All records of a run, in order. A line that a crash or a full disk cut short is left out."""
+    """All records of a run, in order. A line that a crash or a full disk cut short, or whose step is no whole number, is left out."""
     path, records = run_dir / METRICS, []
     for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
         try:
             record = json.loads(line)
         except (ValueError, RecursionError):
-            logger.warning("%s: left out a damaged line: %.40s…", path, line)
-            continue
-        if isinstance(record, dict):
+            record = None
+        if isinstance(record, dict) and type(record.get("step", -1)) is int:
             records.append(record)
+        else:
+            logger.warning("%s: left out a damaged line: %.40s…", path, line)
     return records
 
 

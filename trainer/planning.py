@@ -151,13 +151,30 @@ def planned(config: TrainConfig, card: Card, fixed: Collection[str]) -> tuple[Tr
     return replace(config, memory=found.result.best.plan), chosen, found.result.best
 
 
+def require_room(config: TrainConfig, card: Card) -> Assessment:
+    """What the configured plan needs, where there is no search for another. Raises DoesNotFit."""
+    found = forecast_as_given(config, card)
+    if not found.fits:
+        raise DoesNotFit(f"{config.model.model} does not fit {card.label}: this plan {found.reason}; {_room(found, card)}, and "
+                         f"--profile auto looks for a smaller plan")
+    return found
+
+
+def _room(found: Assessment, card: Card) -> str:
+    free = max(found.host_bytes, found.needed_bytes / (1 - MARGIN) if card.is_cpu else 0)
+    return f"{math.ceil(free / GIB)} GiB free would do"
+
+
 def verdict(found: Forecast) -> str:
     """One sentence: whether it fits, and what would."""
     c, a = found.card, found.chosen
     if found.result.best:
         return (f"{found.config.model.model} fits {c.label}: predicted {a.needed_bytes / GIB:.2f} GiB of "
                 f"{c.usable_bytes / GIB:.2f} GiB usable, {a.time.seconds:.2f} s a step ({a.time.bottleneck})")
-    would_do = f"{math.ceil(a.host_bytes / GIB)} GiB free would do" if a.fits_card else f"the smallest listed card that would do: {smallest_card(found)}"
+    if a.fits_card or c.is_cpu:  # whose memory is the host's
+        would_do = _room(a, c)
+    else:
+        would_do = f"the smallest listed card that would do: {smallest_card(found)}"
     return f"{found.config.model.model} does not fit {c.label}: the smallest plan {a.reason}; {would_do}"
 
 

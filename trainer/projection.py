@@ -209,6 +209,7 @@ def forget(config: ForgetConfig, origins: Mapping[str, str], *,
 
 # What may differ between two halves of a run: where it runs, how it is watched and saved, how much is measured.
 _FREE = ("out", "device", "monitor", "save_every", "merge", "batch_size", "memory", "question", "num_answers", "images", "model")
+_KEPT = ("dtype", "optimizer")  # of the memory plan, what may not
 
 
 def _restore(run: Run, run_dir: Path, identity: str, examples: str, config: ForgetConfig, device: torch.device) -> None:
@@ -219,9 +220,11 @@ def _restore(run: Run, run_dir: Path, identity: str, examples: str, config: Forg
         raise CheckpointError(f"--resume {run_dir}: the model is not the one that the run began with; give that one back")
     if checkpoint.state.get("examples", examples) != examples:
         raise CheckpointError(f"--resume {run_dir}: the texts or pictures are not those that the run began with; give those back")
-    saved = checkpoint.state["config"]
-    for name, value in as_json(config).items():
-        if name not in _FREE and saved.get(name) != value:
-            raise CheckpointError(f"cannot resume: {name} is {saved.get(name)!r} in the checkpoint and {value!r} now; "
+    ours, saved = as_json(config), checkpoint.state["config"]
+    pairs = {name: (saved.get(name), value) for name, value in ours.items() if name not in _FREE}
+    pairs |= {f"memory.{name}": (saved["memory"].get(name), ours["memory"][name]) for name in _KEPT}
+    for name, (then, now) in pairs.items():
+        if then != now:
+            raise CheckpointError(f"cannot resume: {name} is {then!r} in the checkpoint and {now!r} now; "
                                   "a resumed run keeps what it trains on")
     run.restore(checkpoint, device)

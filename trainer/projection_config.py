@@ -1,15 +1,16 @@
 """Settings of `run.py forget`. Imports no torch, so that `--help` answers at once."""
 
-import json
 import math
+import types
 import typing
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from memory.plan import MemoryPlan, PlanError
-from trainer.config import check_seed
+from trainer.config import check_seed, from_json
 from trainer.errors import CheckpointError, UsageError
+from trainer.run_directory import CONFIG, read_content
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,32 +93,42 @@ class ForgetConfig:
                 raise UsageError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be 0 or more, and finite")
         if not 0 <= self.acceptance < 1:
             raise UsageError(f"--acceptance {self.acceptance}: from 0 to below 1")
+        if self.forget is not None and not self.forget.strip():
+            raise UsageError("--forget is empty; name the class to forget, e.g. --forget 'red circle'")
         check_seed(self.seed)
         self._check_side()
 
     def _check_side(self) -> None:
-        theirs = {"clip": ("forget_images", "preserve_images"), "qwen3-vl": ("preserve", "preserve_file", "images")}
-        for name in theirs[self.encoder]:
-            if getattr(self, name):
-                raise UsageError(f"--{name.replace('_', '-')} is not for --encoder {self.encoder}")
+        theirs = {"clip": ("forget_images", "preserve_images", "question", "num_answers", "mergers"),
+                  "qwen3-vl": ("preserve", "preserve_file", "images")}
+        for f in fields(self):
+            if f.name in theirs[self.encoder] and getattr(self, f.name) != f.default:
+                raise UsageError(f"--{f.name.replace('_', '-')} is not for --encoder {self.encoder}")
         if self.encoder == "qwen3-vl" and self.target == "empty":
             raise UsageError("--target empty: an image has no empty string; random and mean would work")
 
 
 def read_forget_config(run_dir: Path) -> ForgetConfig:
     """The settings of a run of this command. Raises CheckpointError if it is none."""
+    content = read_content(run_dir)
+    if content.get("command") != "forget":
+        raise CheckpointError(f"{run_dir} is a training run; go on with it by `python run.py --resume {run_dir}`")
     try:
-        values = json.loads((run_dir / "config.json").read_text())["config"]
-        hints, found = typing.get_type_hints(ForgetConfig), {}
-        for f in fields(ForgetConfig):
-            value = values[f.name]
-            if f.name == "memory":
-                value = MemoryPlan(**value)
-            elif value is not None and Path in typing.get_args(hints[f.name]):
-                value = Path(value)
-            elif isinstance(value, list):
-                value = tuple(value)
-            found[f.name] = value
-        return ForgetConfig(**found)
-    except (OSError, KeyError, TypeError, ValueError, PlanError) as e:
-        raise CheckpointError(f"{run_dir}: not a run of `forget` (config.json: {e!r})") from e
+        values, hints = content["config"], typing.get_type_hints(ForgetConfig)
+        memory = from_json({"memory": values["memory"]}).memory
+        return ForgetConfig(memory=memory, **{name: _typed(values[name], name, hints[name]) for name in hints if name != "memory"})
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError, PlanError, UsageError) as e:
+        raise CheckpointError(f"{run_dir}: not a run of `forget` ({CONFIG}: {e!r})") from e
+
+
+def _typed(value: Any, name: str, hint: Any) -> Any:
+    """A JSON value in the type that the setting's annotation asks for. Raises TypeError."""
+    for option in typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,):
+        kind = typing.get_origin(option) or option
+        if type(value) is kind or (kind is Literal and value in typing.get_args(option)):
+            return value
+        if (kind, type(value)) in ((float, int), (Path, str)):
+            return kind(value)
+        if kind is tuple and type(value) is list and all(type(item) is str for item in value):
+            return tuple(value)
+    raise TypeError(f"{name} is {value!r}, not {hint}")

@@ -9,7 +9,6 @@ Legend: N examples, D input width, E output width.
 """
 
 import contextlib
-import json
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -20,13 +19,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from trainer.errors import InputOutputError
 from trainer.evaluate import EVALUATION, wilson
 from trainer.nullspace import null_space_update
 from trainer.projection_config import ForgetConfig
 from trainer.projection_encoders import QwenVision, load_part
 from trainer.projection_problem import Case, Problem
 from trainer.projection_qwen import MAIN_MERGER, answers, deepstack_cut, edited
+from trainer.run_files import write_json
 from trainer.shapes import world
 
 Assigned = list[tuple[str, str]]  # (the example's class, the class that it is assigned to)
@@ -67,12 +66,7 @@ def evaluate_forgetting(run_dir: Path, config: ForgetConfig, case: Case, problem
     if config.encoder == "qwen3-vl" and config.num_answers:
         result["leak"] = leak(config, case, updates, closed, device)
     result["seconds"] = time.monotonic() - started
-    try:
-        part = run_dir / f".{EVALUATION}.part"
-        part.write_text(json.dumps(result, indent=2) + "\n")
-        part.replace(run_dir / EVALUATION)
-    except OSError as e:
-        raise InputOutputError(f"{run_dir / EVALUATION} cannot be written ({e.strerror})") from e
+    write_json(run_dir / EVALUATION, result)
     return result
 
 

@@ -8,6 +8,7 @@ from typing import Literal
 
 from PIL import Image, UnidentifiedImageError
 
+from trainer.config import read_text
 from trainer.errors import UsageError
 from trainer.projection_config import ForgetConfig
 from trainer.shapes import pictures
@@ -53,7 +54,7 @@ def classes(config: ForgetConfig) -> tuple[str, tuple[str, ...]]:
         return _folder_classes(config)
     bundled = config.model == "shapes"
     forget = config.forget or ("red circle" if bundled else "")
-    if not forget.strip():
+    if not forget:
         raise UsageError("--forget is missing; name the class to forget" if config.encoder == "clip" else
                          "--forget-images and --preserve-images are missing; only the bundled encoder has pictures of its own")
     kept = list(config.preserve) + (_lines(config.preserve_file) if config.preserve_file else [])
@@ -150,10 +151,7 @@ def _split(name: str, files: Sequence[Path], flag: str) -> list[Example]:
 
 
 def _lines(path: Path) -> list[str]:
-    try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as e:
-        raise UsageError(f"--preserve-file {path}: cannot be read ({e})") from e
+    lines = [line.strip() for line in read_text(path, "--preserve-file").splitlines() if line.strip()]
     if not lines:
         raise UsageError(f"--preserve-file {path}: names no class; write one a line")
     return lines

@@ -1,16 +1,15 @@
 """What is looked at before a projection is trained, and what is left in findings.json."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from trainer.errors import InputOutputError
 from trainer.findings import Bill, Finding, finding
 from trainer.health import FINDINGS
 from trainer.projection_problem import Problem
+from trainer.run_files import write_json
 
 
 def examine(problems: Mapping[str, Problem]) -> Bill:
@@ -46,9 +45,4 @@ def conclude(bill: Bill, problems: Mapping[str, Problem], updates: Mapping[str, 
 
 def keep_findings(run_dir: Path, bill: Bill) -> None:
     """Write RUN/findings.json, as a training run does."""
-    try:
-        part = run_dir / f".{FINDINGS}.part"
-        part.write_text(json.dumps(bill.as_json(), indent=2) + "\n")
-        part.replace(run_dir / FINDINGS)
-    except OSError as e:
-        raise InputOutputError(f"{run_dir / FINDINGS} cannot be written ({e.strerror})") from e
+    write_json(run_dir / FINDINGS, bill.as_json())

@@ -1,6 +1,5 @@
 """The memory of a training step, predicted: the step itself, on fake tensors."""
 
-import json
 from pathlib import Path
 
 import torch
@@ -9,13 +8,12 @@ from memory.fake import FakeMode
 from memory.optimizers import make_optimizer
 from memory.simulate import recording
 from memory.timeline import CATEGORIES, Trace
-from trainer.errors import InputOutputError
 from trainer.lora import Layer, Lora
 from trainer.memory_file import thinned
 from trainer.projection_config import ForgetConfig
 from trainer.projection_problem import Problem
 from trainer.rehearse import with_8bit_state
-from trainer.run_files import MEMORY
+from trainer.run_files import MEMORY, write_json
 
 
 def predict_step(problem: Problem, config: ForgetConfig) -> Trace:
@@ -49,9 +47,4 @@ def keep_prediction(run_dir: Path, trace: Trace) -> None:
     by_phase = trace.prediction().by_phase
     content = {"predicted": {"peak_bytes": max(by_phase.values()), "peak_bytes_by_phase": dict(by_phase),
                              "categories": list(CATEGORIES), "timeline": thinned(trace)}}
-    try:
-        part = run_dir / f".{MEMORY}.part"
-        part.write_text(json.dumps(content) + "\n")
-        part.replace(run_dir / MEMORY)
-    except OSError as e:
-        raise InputOutputError(f"{run_dir / MEMORY} cannot be written ({e.strerror})") from e
+    write_json(run_dir / MEMORY, content, indent=None)

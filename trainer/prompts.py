@@ -15,7 +15,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from trainer.config import DataConfig
+from memory.streams import pinning
+from trainer.config import DataConfig, read_text
 from trainer.errors import UsageError
 
 logger = logging.getLogger(__name__)
@@ -31,6 +32,8 @@ class PromptSet:
     prompts: tuple[str, ...]
     safe: tuple[str, ...]
     preserved: tuple[str, ...]
+    file: Path | None = None
+    """Where `prompts` were read, if they were."""
 
 
 def collect(data: DataConfig, *, bundled: bool) -> PromptSet:
@@ -52,7 +55,7 @@ def collect(data: DataConfig, *, bundled: bool) -> PromptSet:
         if _word(concept).search(prompt):
             logger.warning("%r is to be kept, or pushed towards, and holds %r, which is to be erased", prompt, concept)
             break
-    return PromptSet(concept, tuple(p for p, _ in pairs), tuple(s for _, s in pairs), tuple(preserved))
+    return PromptSet(concept, tuple(p for p, _ in pairs), tuple(s for _, s in pairs), tuple(preserved), data.prompts)
 
 
 def _word(text: str) -> re.Pattern[str]:
@@ -110,11 +113,7 @@ def _world(data: DataConfig, pairs: list[tuple[str, str]] | None, concepts: list
 
 
 def _lines(path: Path, flag: str) -> list[str]:
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as e:
-        raise UsageError(f"{flag} {path}: cannot be read ({e})") from e
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    lines = [line.strip() for line in read_text(path, flag).splitlines() if line.strip()]
     if not lines:
         raise UsageError(f"{flag} {path}: holds no prompt; write one a line")
     return lines
@@ -129,29 +128,47 @@ def _pairs(path: Path) -> list[tuple[str, str]]:
         reader = csv.DictReader(dropwhile(str.isspace, f), strict=True)
         try:
             reader.fieldnames = columns = [(name or "").strip().lower() for name in reader.fieldnames or ()]
-            rows = [((row.get("prompt") or "").strip(), (row.get("safe") or "").strip()) for row in reader]
+            records = list(reader)
         except csv.Error as e:
             raise UsageError(f"--prompts {path}: not a CSV file ({e})") from e
     if "prompt" not in columns:
         raise UsageError(f"--prompts {path}: needs a column named prompt, has {', '.join(columns)}")
-    rows = [row for row in rows if row[0]]
-    if not rows:
+    rows = [((record["prompt"] or "").strip(), (record.get("safe") or "").strip()) for record in records]
+    kept = [row for row in rows if row[0]]
+    if not kept:
         raise UsageError(f"--prompts {path}: no row has a prompt")
-    return rows
+    for count, what in ((len(rows) - len(kept), "have no prompt and are left out"),
+                        (sum(None in record for record in records), "have more values than there are columns, which are left out; "
+                                                                    "a prompt with a comma needs quotes around it")):
+        if count:
+            logger.warning("--prompts %s: %d of %d rows %s", path, count, len(rows), what)
+    return kept
 
 
 class Embeddings:
-    """Text embeddings of a fixed set of prompts: one table (n, L, D) on `device`, looked up by prompt."""
+    """Text embeddings of a fixed set of prompts: one table (n, L, D) in host memory, of which rows are sent to `device` by prompt."""
 
-    def __init__(self, table: Tensor, prompts: Sequence[str]):
-        self.table, self._row = table, {p: i for i, p in enumerate(prompts)}
+    def __init__(self, table: Tensor, prompts: Sequence[str], device: torch.device | str = "cpu"):
+        self.table, self.device, self._row = table, torch.device(device), {p: i for i, p in enumerate(prompts)}
+
+    def row(self, prompt: str) -> Tensor:
+        """(L, D) of a prompt, on the host."""
+        return self.table[self._row[prompt]]
 
     def __call__(self, prompts: Sequence[str]) -> Tensor:
-        """(B, L, D) of these prompts."""
-        return torch.stack([self.table[self._row[p]] for p in prompts])  # an index list would wait for the device
+        """(B, L, D) of these prompts. The host does not wait."""
+        found = torch.empty((len(prompts), *self.table.shape[1:]), dtype=self.table.dtype, device=self.device)
+        for row, prompt in zip(found, prompts):
+            row.copy_(self.row(prompt), non_blocking=True)
+        return found
 
     def to(self, device: torch.device | str) -> "Embeddings":
-        return Embeddings(self.table.to(device), list(self._row))
+        """The same for another device: hundreds of prompts would fill gigabytes of a card."""
+        table = self.table
+        if torch.device(device).type == "cuda":
+            with pinning():
+                table = table.pin_memory()
+        return Embeddings(table, list(self._row), device)
 
 
 _EMBEDDING = 2  # what a cached row is: in float16, T5's `wo` was float16 too in the first

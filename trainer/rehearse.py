@@ -70,7 +70,7 @@ def rehearse(backbone: CogVideoX, config: TrainConfig, plan: MemoryPlan, num_blo
         extra += [backbone.fake_text_encoder(dtype=dtype) for _ in range(plan.text_encoder_resident)]
         with recording() as recorder, ExitStack() as stack:
             recorder.adopt_model(transformer, blocks, applied)
-            recorder.adopt([embeddings.table], "other")
+            recorder.adopt([embeddings.table], "other", place="pinned")
             recorder.adopt([p for model in extra for p in model.parameters()], "weights")
             recorder.watch(blocks, together=applied.lockstep is not None)
 

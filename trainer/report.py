@@ -13,7 +13,8 @@ from typing import Any
 from trainer.charts import bars, heat_map, interval, line_chart, number, share_bar, stacked_area
 from trainer.config import TrainConfig, leaves
 from trainer.errors import InputOutputError, UsageError
-from trainer.run_files import RunFiles, lookup
+from trainer.projection_config import ForgetConfig
+from trainer.run_files import RunFiles, lookup, write_whole
 
 REPORT = "report.html"
 _TEMPLATE = Path(__file__).with_name("report.html")
@@ -35,17 +36,12 @@ def write_report(run: Path, out: Path | None = None) -> Path:
     files, out = RunFiles.read(run), out or run / REPORT
     if not out.name:
         raise UsageError(f"--out {out}: name a file, such as {REPORT}")
-    concept = files.setting("data.concept")
-    builders = (_tiles, _findings, _evaluation, _pictures, _losses, _norms, _time, _memory, _settings)
+    builders = (_tiles, _findings, _evaluation, _attempts, _pictures, _losses, _norms, _time, _memory, _settings)
     page = string.Template(_TEMPLATE.read_text(encoding="utf-8")).substitute(
-        title=escape(f"Erasing {concept}" if concept else f"Run {run.name}"), subtitle=_subtitle(files),
-        body="\n".join(_built(builder, files) for builder in builders))
-    part = out.with_name(f".{out.name}.part")
+        title=_title(files), subtitle=_subtitle(files), body="\n".join(_built(builder, files) for builder in builders))
     try:
-        part.write_text(page, encoding="utf-8")
-        part.replace(out)
+        write_whole(out, page)
     except (OSError, UnicodeEncodeError) as e:
-        part.unlink(missing_ok=True)
         raise InputOutputError(f"{out} cannot be written ({e}); choose another --out") from e
     return out
 
@@ -54,7 +50,7 @@ def _built(builder: Callable[[RunFiles], str], files: RunFiles) -> str:
     """A section, or a note where the run's files are not what they should be: the rest can still be read."""
     try:
         return builder(files)
-    except (LookupError, TypeError, ValueError, AttributeError) as e:
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as e:
         logger.warning("%s: a part of the report cannot be shown (%s: %s)", files.path, type(e).__name__, e)
         title = builder.__name__.strip("_").capitalize()
         return _section(title, _note(f"Cannot be shown: {type(e).__name__}: {e}"))
@@ -83,16 +79,29 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]], *, numbers: Seque
             + "".join(f"<tr>{line}</tr>" for line in lines) + "</table>")
 
 
+def _title(files: RunFiles) -> str:
+    if files.forgets:  # where no class is named in the settings, the evaluation knows which it was
+        verb, concept = "Forgetting", files.evaluation.get("concept") or files.setting("forget")
+    else:
+        verb, concept = "Erasing", files.setting("data.concept")
+    return escape(f"{verb} {concept}" if concept else f"Run {files.path.name}")
+
+
 def _subtitle(files: RunFiles) -> str:
-    name = files.setting("model.model") or lookup(files.config, "base_model", "name") or "unknown model"
-    return escape(f"{name} · rank {files.setting('optim.rank') or '?'} · run {files.path.resolve().name}")
+    if files.forgets:
+        name, rank = f"{files.setting('encoder')}, {files.setting('model')}", files.setting("rank")
+    else:
+        name = files.setting("model.model") or lookup(files.config, "base_model", "name") or "unknown model"
+        rank = files.setting("optim.rank")
+    return escape(f"{name} · rank {rank or '?'} · run {files.path.resolve().name}")
 
 
 def _tiles(files: RunFiles) -> str:
     done, planned = files.num_steps(), files.setting("optim.steps")
     shown = [("Steps", f"{done} of {planned}" if planned else str(done))]
     if target := files.evaluation.get("target"):
-        shown.append((f"Videos that show “{files.evaluation.get('concept', 'the concept')}”",
+        concept, measure = files.evaluation.get("concept", "the concept"), files.evaluation.get("measure")
+        shown.append((f"Examples of “{concept}” taken for it ({measure})" if measure else f"Videos that show “{concept}”",
                       f"{target['before']:.0%} → {target['after']:.0%}"))
     losses = [r["loss"] for r in files.records if "loss" in r]
     if losses:
@@ -139,11 +148,12 @@ def _evaluation(files: RunFiles) -> str:
     result = files.evaluation
     if "target" not in result:
         return _section("Is it gone, and is the rest still there?",
-                        _note("Not measured. On the bundled model: python run.py evaluate RUN"))
+                        _note(f"Not measured. python run.py forget --resume {files.path} does it at its end." if files.forgets
+                              else "Not measured. On the bundled model: python run.py evaluate RUN"))
     synonyms, measured = result.get("synonyms", {}), result.get("measure")  # of a run of `forget`, whose examples are no videos
     rows = [(f"<b>{escape(str(result['target'].get('name')))}</b>", "target", result["target"])]
     if synonyms:
-        rows.append((f"<b>{escape(', '.join(synonyms.get('names', [])))}</b>", "synonyms", synonyms))
+        rows.append((f"<b>{escape(', '.join(synonyms.get('names', [])) or 'other words and wordings')}</b>", "synonyms", synonyms))
     rows += [(escape(str(r.get("name"))), escape(str(r.get("kind"))), r) for r in result.get("preserved", [])]
     counted = "examples" if measured else "videos"
     table = _table(("", "kind", counted, "before", "after", "95 %", "before ○   after ●   0 to 100 %"), [
@@ -161,6 +171,20 @@ def _evaluation(files: RunFiles) -> str:
                     _note(f"Accuracy without and with the update: {escape(measured)}, chance {result['chance']:.1%}." if measured
                           else "Share of videos that show what their prompt says, from the same noise without and with "
                           "the eraser."), table, _note(" ".join(rest)))
+
+
+def _attempts(files: RunFiles) -> str:
+    """What each attempt of a run of `forget` came to; nothing for other runs."""
+    attempts = files.evaluation.get("attempts", [])
+    if not attempts:
+        return ""
+    rows = [(f"<code>{escape(str(a['layer']))}</code>", f"{a['lambda_forget']:.2f}", number(a["loss"]), number(a["distance_before"]),
+             number(a["distance_after"]), f"{a['fall']:.1%}", "yes" if a["accepted"] else "no") for a in attempts]
+    return _section("Attempts", _note(
+        "Accepted is an attempt that brings the class near enough to its target; " + (
+            "the last one of every layer was." if files.evaluation.get("accepted") else
+            "where none was, the last one is kept: a higher --lambda-forget or --rank would help.")),
+        _table(("layer", "λ_f", "lowest loss", "distance before", "after", "fall", "accepted"), rows, numbers=(1, 2, 3, 4, 5)))
 
 
 def _pictures(files: RunFiles) -> str:
@@ -263,16 +287,14 @@ def _settings(files: RunFiles) -> str:
     config, origins = files.config.get("config", {}), files.config.get("origins", {})
     if not config:
         return _section("Settings", _note("config.json is missing or damaged."))
-    defaults = leaves(TrainConfig())
-    rows = []
-    for section, values in config.items():
-        for name, value in values.items() if isinstance(values, dict) else ():
-            path = f"{section}.{name}"
-            origin = origins.get(path, "default")
-            known = path in defaults and json.dumps(value) == json.dumps(defaults[path], default=str)
-            rows.append(f'<tr{"" if known else " class=set"}><td><code>{escape(path)}</code></td>'
-                        f"<td><code>{escape(json.dumps(value, ensure_ascii=False))}</code></td>"
-                        f"<td>{escape(str(origin))}</td></tr>")
+    defaults, found, rows = leaves(ForgetConfig() if files.forgets else TrainConfig()), {}, []
+    for name, value in config.items():
+        found |= {f"{name}.{inner}": v for inner, v in value.items()} if isinstance(value, dict) else {name: value}
+    for path, value in found.items():
+        known = path in defaults and json.dumps(value) == json.dumps(defaults[path], default=str)
+        rows.append(f'<tr{"" if known else " class=set"}><td><code>{escape(path)}</code></td>'
+                    f"<td><code>{escape(json.dumps(value, ensure_ascii=False))}</code></td>"
+                    f"<td>{escape(str(origins.get(path, 'default')))}</td></tr>")
     facts = {k: v for k, v in files.config.items() if k not in ("config", "origins")}
     return _section("Settings", "<table><tr><th>setting</th><th>value</th><th>from</th></tr>", *rows, "</table>",
                     _note("Bold: not the default."),

@@ -11,6 +11,7 @@ from typing import Any
 from memory.plan import PlanError
 from trainer.config import TrainConfig, as_json, from_json
 from trainer.errors import CheckpointError, InputOutputError, UsageError
+from trainer.run_files import write_json
 
 CONFIG = "config.json"
 
@@ -29,6 +30,14 @@ def require_place(config: TrainConfig) -> None:
         raise _cannot_write(out, os.strerror(errno.EACCES if there.is_dir() else errno.ENOTDIR))
 
 
+def probe(directory: Path) -> None:
+    """Make a directory, and a file in it for a moment. Raises OSError where that cannot be."""
+    directory.mkdir(parents=True, exist_ok=True)
+    file = directory / ".probe"
+    file.touch()
+    file.unlink()
+
+
 def _cannot_write(out: Path | None, reason: str | None) -> InputOutputError:
     where = f"--out {out}" if out else "runs/ in this directory"
     return InputOutputError(f"{where}: cannot be written ({reason}); choose another directory" + ("" if out else " with --out"))
@@ -41,10 +50,7 @@ def make_run_directory(config: TrainConfig) -> Path:
     try:
         if out is None:
             return _new_directory(config.data.concept)
-        out.mkdir(parents=True, exist_ok=True)
-        probe = out / ".probe"
-        probe.touch()
-        probe.unlink()
+        probe(out)
     except OSError as e:
         raise _cannot_write(out, e.strerror) from e
     return out
@@ -67,12 +73,7 @@ def _new_directory(concept: str) -> Path:
 def write_config(run_dir: Path, config: TrainConfig, origins: Mapping[str, str], **facts: Any) -> None:
     """RUN/config.json: the resolved settings, where each came from, and facts about the run."""
     content = {"config": as_json(config), "origins": dict(origins), "launch": launch(), **facts}
-    try:
-        part = run_dir / f".{CONFIG}.part"
-        part.write_text(json.dumps(content, indent=2) + "\n")
-        part.replace(run_dir / CONFIG)
-    except OSError as e:
-        raise InputOutputError(f"{run_dir / CONFIG} cannot be written ({e.strerror})") from e
+    write_json(run_dir / CONFIG, content)
 
 
 def launch() -> str | None:
@@ -95,9 +96,22 @@ def restarted_run(config: TrainConfig) -> Path | None:
 
 
 def read_config(run_dir: Path) -> tuple[TrainConfig, dict[str, Any]]:
-    """The settings of a run, and the whole content of its config.json."""
+    """The settings of a training run, and the whole content of its config.json. Raises CheckpointError if it is none."""
+    content = read_content(run_dir)
+    if content.get("command") == "forget":
+        raise CheckpointError(f"{run_dir} is a run of forget; go on with it by `python run.py forget --resume {run_dir}`")
+    try:
+        return from_json(content["config"]), content
+    except (ValueError, KeyError, TypeError, AttributeError, PlanError, UsageError) as e:
+        raise CheckpointError(f"{run_dir}: not a run directory ({CONFIG}: {e})") from e
+
+
+def read_content(run_dir: Path) -> dict[str, Any]:
+    """The whole content of config.json, of a run of any command. Raises CheckpointError if there are no settings in it."""
     try:
         content = json.loads((run_dir / CONFIG).read_text())
-        return from_json(content["config"]), content
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, PlanError, UsageError) as e:
+        if not isinstance(content["config"], dict):
+            raise TypeError("its settings are no object")
+        return content
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as e:
         raise CheckpointError(f"{run_dir}: not a run directory ({CONFIG}: {e})") from e

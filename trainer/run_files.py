@@ -1,4 +1,4 @@
-"""What a run directory holds, read with patience: parts that are missing or damaged are empty.
+"""What a run directory holds: read with patience, parts that are missing or damaged are empty; written whole or not at all.
 
 config.json           settings, where each came from, the base model
 metrics.jsonl         losses, norms, step time, memory, one record a step
@@ -11,11 +11,12 @@ memory.json           what the run is predicted to need (trainer.memory_file)
 import json
 import logging
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from trainer.errors import CheckpointError
+from trainer.errors import CheckpointError, InputOutputError
 from trainer.metrics import METRICS, read_metrics
 
 MEMORY = "memory.json"
@@ -42,6 +43,11 @@ class RunFiles:
         return cls(run, read_object(run / "config.json"), read_metrics(run), read_object(run / "findings.json"),
                    read_object(run / "evaluation.json"), read_object(run / MEMORY),
                    sorted((run / "samples").glob("step-[0-9]*[0-9].png")))
+
+    @property
+    def forgets(self) -> bool:
+        """Whether it is a run of `forget`, whose settings have no sections."""
+        return self.config.get("command") == "forget"
 
     def setting(self, path: str) -> Any:
         """A setting by dotted path, or None."""
@@ -82,3 +88,23 @@ def read_object(path: Path) -> dict[str, Any]:
         logger.warning("%s: left out, it cannot be read (%s)", path, e)
         return {}
     return content if isinstance(content, dict) else {}
+
+
+def write_json(path: Path, content: Any, *, indent: int | None = 2, advice: str = "") -> None:
+    """Write a JSON file, whole or not at all. Raises InputOutputError, with `advice` at its end."""
+    try:
+        write_whole(path, json.dumps(content, indent=indent) + "\n")
+    except OSError as e:
+        raise InputOutputError(f"{path} cannot be written ({e.strerror}){advice}") from e
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file, whole or not at all: what is there stays until the new one is complete. Raises OSError."""
+    part = path.with_name(f".{path.name}.part")
+    try:
+        part.write_text(text, encoding="utf-8")
+        part.replace(path)
+    except (OSError, UnicodeEncodeError):
+        with suppress(OSError):  # where it could not be made it cannot be removed either
+            part.unlink()
+        raise

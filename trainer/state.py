@@ -114,7 +114,7 @@ class TrainState:
         self._check_settings(checkpoint.state["config"])
         for name, digest in self._prompt_files.items():
             if checkpoint.state.get("prompt_files", {}).get(name, digest) != digest:
-                raise CheckpointError(f"cannot resume: what data.{name} names, {getattr(self.config.data, name)}, was changed since; "
+                raise CheckpointError(f"cannot resume: --{name.replace('_', '-')} {getattr(self.config.data, name)}: the file was changed since; "
                                       "a resumed run keeps what it trains on")
 
     def _check_settings(self, saved: Mapping[str, Any]) -> None:
@@ -125,7 +125,7 @@ class TrainState:
                     continue
                 then, now = saved[section].get(name), ours[section][name]
                 if then != now:
-                    raise CheckpointError(f"cannot resume: {section}.{name} is {then!r} in the checkpoint and {now!r} now; "
+                    raise CheckpointError(f"cannot resume: --{name.replace('_', '-')} is {then!r} in the checkpoint and {now!r} now; "
                                           "a resumed run keeps what it trains on")
 
     def _described(self) -> dict[str, Any]:

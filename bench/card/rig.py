@@ -113,11 +113,11 @@ class Rig:
             _close_ranks(transformer, gauge)
         names = sorted({*PROMPTS.prompts, *PROMPTS.safe, *PROMPTS.preserved, ""})
         table = torch.randn(len(names), backbone.text_length, backbone.text_width,
-                            generator=torch.Generator().manual_seed(seed)).to(device, dtype)
+                            generator=torch.Generator().manual_seed(seed)).to(dtype)
         latents = make_latents(config, backbone.scheduler(), shape, "target", device)
         preserved = make_latents(config, backbone.scheduler(), shape, "preserved", device) if config.loss.beta > 0 else None
         teacher = Teacher(self.predict, self.erasers, list(blocks), loss=config.loss, prompts=PROMPTS,
-                          embeddings=Embeddings(table, names), columns={"concept": torch.zeros(1, dtype=torch.int64)},
+                          embeddings=Embeddings(table, names).to(device), columns={"concept": torch.zeros(1, dtype=torch.int64)},
                           latents=latents, preserved_latents=preserved, seed=seed, guidance=config.memory.guidance)
         self.samples = Samples(teacher, config.data.pool, device)
         self.optimizer = make_optimizer(self.erasers.parameters(), kind=config.memory.optimizer, lr=config.optim.lr)

@@ -225,6 +225,22 @@ def test_incomplete_directory_names_what_it_lacks(copied, part):
         CogVideoX(str(directory))
 
 
+@pytest.mark.parametrize("part, name, message", [
+    ("transformer/config.json", "WanTransformer3DModel", "transformer is a WanTransformer3DModel; CogVideoXTransformer3DModel is needed"),
+    ("vae/config.json", "AutoencoderKLWan", "vae is a AutoencoderKLWan; AutoencoderKLCogVideoX is needed"),
+    ("model_index.json", "WanPipeline", "the pipeline is a WanPipeline; CogVideoXPipeline is needed"),
+    ("model_index.json", "CogVideoXVideoToVideoPipeline", None), ("transformer/config.json", None, None), ("model_index.json", None, None)])
+def test_a_model_of_another_class_is_refused(copied, part, name, message):
+    directory = copied("2b")
+    content = json.loads((directory / part).read_text()) | {"_class_name": name}
+    (directory / part).write_text(json.dumps({k: v for k, v in content.items() if v is not None}))
+    if message is None:
+        CogVideoX(str(directory))
+    else:
+        with pytest.raises(UsageError, match=f"^--model {directory}: {message}$"):
+            CogVideoX(str(directory))
+
+
 @pytest.mark.parametrize("name", ["nobody/no-model-at-all", "not a/hub id"])
 def test_hub_id_without_network_is_a_usage_error(name):
     with pytest.raises(UsageError, match="the hub did not give it.*local directory"):

@@ -166,7 +166,7 @@ def test_a_manifest_without_the_state_is_bad(tmp_path, caplog):
     rewrite(path / "manifest.json", files=files)
     with pytest.raises(CheckpointError):
         latest_checkpoint(tmp_path)
-    assert "lists no state.json" in caplog.text
+    assert "lists no state.json" in caplog.text and "using the one before" not in caplog.text  # there is none
 
 
 def test_readers_rename_nothing(tmp_path, caplog):
@@ -174,7 +174,7 @@ def test_readers_rename_nothing(tmp_path, caplog):
         path = save_checkpoint(tmp_path, step, tensors=TENSORS, state=STATE)
     (path / "state.json").unlink()
     assert latest_checkpoint(tmp_path, rename_bad=False).step == 1
-    assert "step-000002 is bad" in caplog.text and names(tmp_path) == ["step-000001", "step-000002"]
+    assert "step-000002 is bad, using the one before" in caplog.text and names(tmp_path) == ["step-000001", "step-000002"]
 
 
 def test_bad_ones_are_set_aside_under_free_names(tmp_path, caplog):
@@ -230,11 +230,11 @@ def test_another_memory_plan_is_compatible():
 @pytest.mark.parametrize(
     ("field", "value", "named"),
     [
-        ("base_model", {**SAVED["base_model"], "config_hash": "cd34"}, "base_model.config_hash is 'ab12' in the checkpoint and 'cd34' now"),
+        ("base_model", {**SAVED["base_model"], "config_hash": "cd34"}, "--model .its configuration's hash. is 'ab12' in the checkpoint and 'cd34' now"),
         ("base_model", {**SAVED["base_model"], "name": "other"}, "base_model.name is 'a/model' in the checkpoint and 'other' now"),
-        ("adapter", {**SAVED["adapter"], "rank": 64}, "adapter.rank is 128 in the checkpoint and 64 now"),
+        ("adapter", {**SAVED["adapter"], "rank": 64}, "--rank is 128 in the checkpoint and 64 now"),
         ("adapter", {**SAVED["adapter"], "type": "lora"}, "adapter.type is 'adapter' in the checkpoint and 'lora' now"),
-        ("optimizer", "adamw8bit", "optimizer is 'adamw' in the checkpoint and 'adamw8bit' now"),
+        ("optimizer", "adamw8bit", "--optimizer is 'adamw' in the checkpoint and 'adamw8bit' now"),
     ],
 )
 def test_incompatible_states_are_refused_naming_field_and_values(field, value, named):

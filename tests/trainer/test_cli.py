@@ -10,9 +10,12 @@ import torch
 from tiny_pipelines import FRAMES, SIDE
 
 import run
-from trainer import cli
+from trainer import arguments, cli
+from trainer.arguments import chosen_card, resolve
 from trainer.assemble import resolve_device
+from trainer.config import replaced
 from trainer.errors import DoesNotFit, UsageError
+from trainer.findings import Bill
 
 ROOT = Path(__file__).parents[2]
 
@@ -51,6 +54,7 @@ def test_every_setting_has_a_help_text(capsys):
     shown = capsys.readouterr().out
     for path in leaves(TrainConfig()):
         assert "--" + path.split(".")[1].replace("_", "-") in shown, path
+    assert "bench" in shown
 
 
 @pytest.fixture
@@ -104,9 +108,11 @@ def test_train_is_also_a_command_and_resume_takes_a_directory(trained, call):
     code, out, _ = call("train", "--resume", trained, "--steps", "2")
     assert code == 0 and out.splitlines()[-1] == f"run: {trained}"
     code, _, lines = call("--resume", trained, "--lr", "0.5")
-    assert code == 5 and "optim.lr" in lines[-1]
-    for flags, name in ((["--frames", "17"], "model.frames"), (["--height", "32"], "model.height"),
-                        (["--dtype", "bfloat16"], "memory.dtype")):
+    assert code == 5 and "--lr is" in lines[-1]
+    code, _, lines = call("--resume", trained)
+    assert code == 0 and f"nothing was left to train: {trained} has its 2 steps; --steps asks for more" in lines
+    for flags, name in ((["--frames", "17"], "--frames is"), (["--height", "32"], "--height is"), (["--rank", "5"], "--rank is 4"),
+                        (["--dtype", "bfloat16"], "--dtype is")):
         code, _, lines = call("--resume", trained, "--steps", "3", *flags)
         assert code == 5 and name in lines[-1]
     code, _, lines = call("--resume", trained, "--out", "elsewhere")
@@ -114,10 +120,20 @@ def test_train_is_also_a_command_and_resume_takes_a_directory(trained, call):
 
 
 WRONG = {
-    "unknown concept word": (["--concept", "giraffe"], 2, "'giraffe' is not among the tokens of the prompt"),
+    "unknown concept word": (["--concept", "giraffe"], 2, "'giraffe' is not among the tokens of the prompt 'a red circle moving left' (number 1 of --prompts"),
     "empty prompt file": (["--prompts", "{tmp}/empty.txt"], 2, "holds no prompt; write one a line"),
-    "missing prompt file": (["--prompts", "{tmp}/absent.txt"], 2, "cannot be read"),
+    "missing prompt file": (["--prompts", "{tmp}/absent.txt"], 2, "absent.txt: cannot be read (No such file or directory)"),
+    "missing file of what to keep": (["--preserve-file", "{tmp}/absent.txt"], 2, "absent.txt: cannot be read (No such file or directory)"),
     "missing model": (["--model", "{tmp}/absent"], 2, "is not there; name a directory in diffusers' layout"),
+    "rank that is no whole number": (["--rank", "1.5"], 2, "--rank: '1.5' is not a whole number"),
+    "size that is no whole number": (["--frames", "x"], 2, "--frames: 'x' is not a whole number"),
+    "blocks that are no whole numbers": (["--mask-blocks", "1", "x"], 2, "--mask-blocks: whole numbers only, not '1', 'x'"),
+    "rate that is no number": (["--lr", "x"], 2, "--lr: 'x' is not a number"),
+    "rank of 67 bits": (["--rank", "99999999999999999999"], 2, "--rank 99999999999999999999: must fit 32 bits"),
+    "value of a flag without one": (["--evaluate", "false"], 2, "--evaluate false: it takes no value; say --evaluate or --no-evaluate"),
+    "the same after =": (["--no-evaluate=true"], 2, "--evaluate or --no-evaluate"),
+    "safe prompts that are not used": (["--instead", "blue", "--anchor", "empty"], 2, "--instead blue: --anchor empty uses no safe prompts"),
+    "processes that are not there": (["--num-shards", "2"], 2, "here 1; start with torchrun --nproc-per-node=2"),
     "rank 0": (["--rank", "0"], 2, "--rank 0: must be 1 or more"),
     "frames": (["--frames", "12"], 2, "--frames 12: this VAE makes 8k+1 frames; 9 would work"),
     "height": (["--height", "20"], 2, "--height 20: must be a multiple of 8; 16 would work"),
@@ -125,10 +141,12 @@ WRONG = {
     "unwritable output": (["--out", "{tmp}/empty.txt/run"], 6, "cannot be written"),
     "unknown device": (["--device", "gpu"], 2, "--device gpu: not a device"),
     "unknown card": (["--profile", "rtx9999"], 2, "--profile rtx9999: unknown card"),
-    "missing settings file": (["--config", "{tmp}/absent.toml"], 2, "cannot be read"),
-    "contradicting plan": (["--checkpoint", "none", "--boundaries", "host"], 2, "boundaries is host"),
+    "missing settings file": (["--config", "{tmp}/absent.toml"], 2, "absent.toml: cannot be read (No such file or directory)"),
+    "contradicting plan": (["--checkpoint", "none", "--boundaries", "host"], 2, "--boundaries host, but no block"),
+    "plan that is unknown": (["--checkpoint", "some"], 2, "--checkpoint 'some'; one of all, none"),
+    "more kept than there is": (["--num-keep-attention", "9"], 2, "--num-keep-attention 9 exceed the 2 blocks that --checkpoint all names"),
     "impossible plan": (["--checkpoint", "first:9"], 2, "the model has 2 blocks"),
-    "more resident blocks than there are": (["--resident-blocks", "3"], 2, "resident_blocks is 3, but the model has 2 blocks"),
+    "more resident blocks than there are": (["--resident-blocks", "3"], 2, "--resident-blocks 3, but the model has 2 blocks"),
     "block that is not there": (["--mask-blocks", "1", "2"], 2, "--mask-blocks 2:"),
     "more denoising steps than the scheduler has": (["--sample-steps", "5000"], 2, "5000 denoising steps"),
     "more steps of a trajectory": (["--trajectory-steps", "5000"], 2, "5000 denoising steps"),
@@ -137,7 +155,7 @@ WRONG = {
     "device of another kind": (["--device", "mps"], 2, "--device mps: auto, cpu or cuda would work"),
     "name that is too long": (["--out", "{tmp}/" + 300 * "x"], 6, "cannot be written"),
     "words that the tokenizer does not know": (["--concept", "红色"], 2, "characters that the model's tokenizer does not know"),
-    "missing run": (["--resume", "{tmp}/absent"], 5, "not a run directory"),
+    "missing run": (["--resume", "{tmp}/absent"], 5, "absent: not a run directory (there is no config.json)"),
 }
 
 
@@ -186,6 +204,10 @@ def test_damaged_eraser_files(sincos, call, pipelines, tmp_path, damage, message
     (["diagnose", "--backbone-copies", "2"], "--backbone-copies 2"),
     (["diagnose", "--preserve", "red"], "--preserve red: that is what is to be erased"),
     (["plan", "--profile", "24gb", "--cards", "2", "--num-shards", "3"], "--num-shards 3: blocks are divided among the cards of a run, here 2"),
+    (["plan", "--batch-size", "99999999999999999999"], "--batch-size 99999999999999999999: must fit 32 bits"),
+    (["diagnose", "--on-oom", "stop"], "--on-oom: diagnose looks at one step"),
+    (["export", "somewhere"], "error: --out is missing; run.py export --help says more"),
+    (["report", "a", "b"], "error: 'b' is one word too many; run.py report --help says what it takes"),
     (["generate", "--prompt", "x", "--no-eraser", "--fpss", "3"], "there is no option --fpss; did you mean --fps?"),
 ])
 def test_usage_of_other_commands(call, argv, message):
@@ -196,7 +218,7 @@ def test_usage_of_other_commands(call, argv, message):
 def test_unwritable_video_leaves_nothing(call, pipelines, tmp_path):
     (tmp_path / "file").write_text("")
     code, out, lines = call("generate", "--no-eraser", "--prompt", "x", "--out", tmp_path / "file" / "x.mp4", *_sizes(pipelines))
-    assert code == 6 and out == "" and "choose another --out" in lines[-1]
+    assert code == 6 and out == "" and "--out" in lines[-1] and "choose another" in lines[-1]
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
@@ -231,14 +253,29 @@ def test_a_bug_is_not_dressed_up(call, monkeypatch):
 
 
 def test_origins_name_flags_only_where_they_were_given():
-    _, origins = cli.resolve(["--no-evaluate", "--rank=3", "--resident-blocks", "2"])
+    _, origins = resolve(["--no-evaluate", "--rank=3", "--resident-blocks", "2"])
     assert {p for p, o in origins.items() if o == "flag"} == {"output.evaluate", "optim.rank", "memory.resident_blocks"}
 
 
+def test_diagnose_examines_what_the_planner_chose(monkeypatch):
+    seen = []
+    monkeypatch.setattr("trainer.planning.planned", lambda config, card, fixed: (
+        replaced(config, {"memory.checkpoint": "none"}), ["checkpoint"], None))
+    monkeypatch.setattr("trainer.diagnose.diagnose_settings", lambda config: seen.append(config.memory.checkpoint) or Bill())
+    for flags in (["--device", "cpu"], ["--profile", "8gb"]):
+        cli.main(["diagnose", *flags])
+    assert seen == ["all", "none"]
+
+
+def test_a_rate_that_never_arrives_is_said(settings, call, caplog):
+    assert call(*settings, "--warmup", "1000")[0] == 0
+    assert "--warmup 1000: the run ends after 1 --steps, at 0.001 of --lr" in caplog.text
+
+
 def test_the_card_is_the_one_that_the_device_names(monkeypatch):
-    monkeypatch.setattr(cli, "detect", lambda index: f"card {index}")
-    monkeypatch.setattr(cli, "lookup", lambda profile: profile)
-    assert [cli._card(*words) for words in (("auto",), ("auto", "cuda"), ("auto", "cuda:1"), ("auto", "cpu"), ("4090", "cuda:1"))] == [
+    monkeypatch.setattr(arguments, "detect", lambda index: f"card {index}")
+    monkeypatch.setattr(arguments, "lookup", lambda profile: profile)
+    assert [chosen_card(*words) for words in (("auto",), ("auto", "cuda"), ("auto", "cuda:1"), ("auto", "cpu"), ("4090", "cuda:1"))] == [
         "auto", "auto", "card 1", "cpu", "4090"]
 
 
@@ -273,3 +310,9 @@ def test_the_hosts_memory_is_a_size_and_reaches_the_planner(monkeypatch):
     for wrong in ("foo", "0gb", "64"):
         with pytest.raises(UsageError, match=f"--host {wrong}: a size such as 64gb"):
             cli.main(["plan", "--profile", "4090", "--host", wrong])
+
+
+def test_what_does_not_fit_the_hosts_memory_is_told_before_anything_is_loaded(tmp_path, monkeypatch):
+    monkeypatch.setattr("trainer.loop.assemble", None)  # not reached
+    with pytest.raises(DoesNotFit, match=r"shapes does not fit this machine's CPU: this plan needs .* in optimizer; \d+ GiB free would do, and --profile auto"):
+        cli.main(["--rank", "100000000", "--device", "cpu", "--steps", "1", "--out", str(tmp_path / "run")])

@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from memory.plan import PlanError
+from memory.plan import MemoryPlan, PlanError
 from trainer import loop
-from trainer.cli import resolve
+from trainer.arguments import fixed, resolve
 from trainer.config import SHAPES, TrainConfig, as_json, from_json, leaves, read_toml, replaced
 from trainer.errors import CheckpointError, InputOutputError, UsageError
 from trainer.run_directory import make_run_directory, read_config, write_config
@@ -66,7 +66,20 @@ def test_resume_takes_the_runs_settings(tmp_path):
     command, origins = resolve(["--resume", str(tmp_path), "--save-every", "5"])
     config = command.settings
     assert command.resume == tmp_path and config == replaced(saved, {"output.save_every": 5})
-    assert origins["optim.rank"] == f"run {tmp_path}" and origins["output.save_every"] == "flag"
+    assert {p: origins[p] for p in ("optim.rank", "optim.lr", "output.save_every")} == {
+        "optim.rank": "flag", "optim.lr": f"run {tmp_path}", "output.save_every": "flag"}
+
+
+def test_a_resumed_run_is_planned_anew_where_a_profile_is_given(tmp_path):
+    before = {"memory.resident_blocks": "flag", "memory.boundaries": "profile rtx-4090", "memory.kept": "step-down at step 3",
+              "memory.checkpoint": "default", "optim.rank": "file a.toml"}
+    saved = MemoryPlan(resident_blocks=3, boundaries="host", kept="host", num_keep_attention=2)
+    write_config(tmp_path, replaced(TrainConfig(), {"memory": saved}), dict.fromkeys(leaves(TrainConfig()), "default") | before)
+    command, origins = resolve(["--resume", str(tmp_path)])
+    assert command.settings.memory == saved and {path: origins[path] for path in before} == before
+    command, origins = resolve(["--resume", str(tmp_path), "--profile", "8gb"])
+    assert command.settings.memory == MemoryPlan(resident_blocks=3, num_keep_attention=2)
+    assert fixed(origins) == ["resident_blocks"] and origins["optim.rank"] == "file a.toml"
 
 
 def test_config_beside_resume_is_not_ignored(toml, tmp_path):
@@ -88,24 +101,31 @@ def test_unknown_toml_key_suggests_the_nearest(toml, text, near):
 
 
 @pytest.mark.parametrize("text, message", [
-    ("[optim]\nrank = '4'\n", "optim.rank = '4' is not int"),
-    ("[optim]\nrank = 4.0\n", "optim.rank = 4.0 is not int"),
-    ("[optim]\nrank = true\n", "optim.rank = True is not int"),
-    ("[optim]\nlr = '1e-4'\n", "optim.lr = '1e-4' is not float"),
-    ("[optim]\nlr = true\n", "optim.lr = True is not float"),
-    ("[output]\nevaluate = 'false'\n", "output.evaluate = 'false' is not bool"),
-    ("[output]\nevaluate = 0\n", "output.evaluate = 0 is not bool"),
-    ("[data]\npreserve = 'blue'\n", "data.preserve = 'blue' is not tuple"),
+    ("[optim]\nrank = '4'\n", "optim.rank = '4' is not a whole number"),
+    ("[optim]\nrank = 4.0\n", "optim.rank = 4.0 is not a whole number"),
+    ("[optim]\nrank = true\n", "optim.rank = True is not a whole number"),
+    ("[optim]\nlr = '1e-4'\n", "optim.lr = '1e-4' is not a number"),
+    ("[optim]\nlr = true\n", "optim.lr = True is not a number"),
+    ("[output]\nevaluate = 'false'\n", "output.evaluate = 'false' is not true or false"),
+    ("[output]\nevaluate = 0\n", "output.evaluate = 0 is not true or false"),
+    ("[data]\npreserve = 'blue'\n", "data.preserve = 'blue' is not a list of texts"),
     ("[data]\npreserve = ['blue', 3]\n", "data.preserve"),
-    ("[data]\nlatents = 'noisy'\n", "data.latents = 'noisy' is not .*trajectory.*noise"),
-    ("[data]\nprompts = 5\n", "data.prompts = 5 is not Path"),
-    ("[model]\nframes = '9'\n", "model.frames = '9' is not int"),
+    ("[data]\nlatents = 'noisy'\n", "data.latents = 'noisy' is not one of 'trajectory', 'noise'"),
+    ("[data]\nprompts = 5\n", "data.prompts = 5 is not a path"),
+    ("[model]\nframes = '9'\n", "model.frames = '9' is not a whole number"),
     ("[model.model]\nname = 'x'\n", "model.model"),
     ("[optim\n", "not valid TOML"),
 ])
 def test_wrong_toml_values_are_refused(toml, text, message):
     with pytest.raises(UsageError, match=f"--config .*{message}"):
         read_toml(toml(text))
+
+
+@pytest.mark.parametrize("text, message", [("[optim]\nlr = nan\n", "--lr nan: must be above 0"),
+                                           ("[memory]\nresident_blocks = -1\n", "--resident-blocks -1; an integer, at least 0")])
+def test_impossible_toml_values_name_the_file(toml, text, message):
+    with pytest.raises(UsageError, match=f"^--config .*c.toml: {message}"):
+        resolve(["--config", str(toml(text))])
 
 
 def test_toml_integers_serve_as_floats_and_none_stays_unset(toml):
@@ -115,13 +135,15 @@ def test_toml_integers_serve_as_floats_and_none_stays_unset(toml):
 
 @pytest.mark.parametrize("values, message", [
     ({"optim.rank": 0}, "--rank 0: must be 1 or more"), ({"optim.steps": 0}, "--steps 0"),
-    ({"optim.lr": 0.0}, "--lr 0.0: must be above 0"), ({"optim.lr": float("nan")}, "--lr nan"),
+    ({"optim.lr": 0.0}, "--lr 0.0: must be above 0, and finite"), ({"optim.lr": float("nan")}, "--lr nan"),
     ({"optim.lr": float("inf")}, "--lr inf"), ({"loss.eta": float("inf")}, "--eta inf"),
     ({"optim.accumulation": 0}, "--accumulation 0"), ({"loss.eta": -1.0}, "--eta -1.0"),
     ({"optim.weight_decay": -0.1}, "--weight-decay -0.1"),
     ({"loss.alpha": float("nan")}, "--alpha nan"), ({"loss.mask_threshold": 1.5}, "--mask-threshold 1.5"),
     ({"loss.mask_blocks": (-1,)}, "--mask-blocks -1"),
     ({"data.concept": " "}, "--concept is empty"), ({"data.pool": 7, "data.trajectory_steps": 4}, "--pool 7.*multiple"),
+    ({"optim.rank": 10**20}, "--rank 10*: must fit 32 bits"), ({"data.batch_size": 2**62}, "--batch-size 4.*: must fit 32 bits"),
+    ({"model.frames": 10**20}, "--frames 10*: must fit 32 bits"), ({"optim.steps": 10**20}, "--steps 10*: must fit 64 bits"),
     ({"data.batch_size": 0}, "--batch-size 0"), ({"output.save_every": 0}, "--save-every 0"),
     ({"data.trajectory_guidance": float("nan")}, "--trajectory-guidance nan"),
 ])

@@ -3,6 +3,7 @@
 import io
 import json
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,14 +15,16 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from trainer.checkpoint import STATE
 from trainer.cli import main
 from trainer.config import TrainConfig
 from trainer.diagnose import diagnose_eraser, diagnose_path, diagnose_run, diagnose_settings, prepare
 from trainer.eraser_files import WEIGHTS, save_released
 from trainer.errors import CheckpointError
-from trainer.findings import CODES, Bill, Unhealthy, codes_as_markdown, finding, from_json, print_bill
+from trainer.findings import CODES, Bill, Unhealthy, codes_as_markdown, finding, from_json, gone_by, print_bill
 from trainer.health import FINDINGS
 from trainer.loop import train
+from trainer.manifest import MANIFEST, write_manifest
 from trainer.metrics import METRICS, read_metrics
 from trainer.optimizer_state import export_optimizer
 from trainer.preflight import CHECKED, Preflight
@@ -47,6 +50,17 @@ def test_a_finding_goes_through_json_and_back() -> None:
     plain = json.loads(json.dumps(found.as_json(), allow_nan=False))
     assert set(plain) == KEYS and plain["evidence"] == {"largest": "nan", "count": 3}
     assert from_json(plain) == replace(found, evidence=plain["evidence"])
+
+
+@pytest.mark.parametrize("damage", [{"evidence": 3}, {"evidence": None}, {"module": 1}, {"block": "1"}, {"code": ["x"]}, {"new": 1}])
+def test_a_finding_of_other_types_is_left_out_of_a_run_that_goes_on(damage: dict, caplog: pytest.LogCaptureFixture) -> None:
+    sound = finding("dead-gelu", "student").as_json()
+    assert [f.severity for f in gone_by({"findings": [sound | damage, sound]})] == ["warning"] and len(caplog.records) == 1
+
+
+@pytest.mark.parametrize("content", [{"findings": None}, {"findings": 3}, {"findings": {"a": 1}}, {"findings": [None]}, {}])
+def test_findings_that_are_none_are_none(content: dict) -> None:
+    assert gone_by(content) == []
 
 
 def test_a_bill_is_healthy_with_expected_findings_only() -> None:
@@ -132,9 +146,31 @@ def test_what_a_run_found_and_measured_is_told_again(run_dir: Path) -> None:
         (run_dir / METRICS).write_text(json.dumps({"step": 0, "loss": 1.0, **damaged}) + "\n")
         with pytest.raises(CheckpointError, match="metrics.jsonl is not what a run writes"):
             diagnose_run(run_dir)
-    (run_dir / FINDINGS).write_text("{}")
-    with pytest.raises(CheckpointError, match="findings.json"):
-        diagnose_run(run_dir)
+    for damaged in ({}, {"findings": [finding("dead-gelu", "student").as_json() | {"evidence": 3}], "checked": []}):
+        (run_dir / FINDINGS).write_text(json.dumps(damaged))
+        with pytest.raises(CheckpointError, match="findings.json"):
+            diagnose_run(run_dir)
+
+
+def test_damage_to_what_a_run_goes_on_from_is_no_health(run_dir: Path) -> None:
+    assert {"config.json: settings, all known", "ckpt/step-000002: every byte is what was written"} <= set(diagnose_run(run_dir).checked)
+    newest = run_dir / "ckpt" / "step-000002"
+    older = shutil.copytree(newest, run_dir / "ckpt" / "step-000001")
+    (older / MANIFEST).unlink()
+    (older / STATE).write_text("{}")
+    write_manifest(older, 1)
+    adapter = newest / "adapter.safetensors"
+    adapter.write_bytes(adapter.read_bytes()[:100])
+    present = sorted(run_dir.rglob("*"))
+    with pytest.raises(CheckpointError, match="the checkpoint of step 2 is damaged; --resume .* would go on from step 1"):
+        diagnose_path(run_dir)
+    shutil.rmtree(older)
+    with pytest.raises(CheckpointError, match="no checkpoint in .* is good"):
+        diagnose_path(run_dir)
+    assert {p for p in present if older not in (p, *p.parents)} == set(run_dir.rglob("*"))  # nothing was renamed
+    (run_dir / "config.json").write_text("{")
+    with pytest.raises(CheckpointError, match="not a run directory .config.json"):
+        diagnose_path(run_dir)
 
 
 @pytest.mark.parametrize("spoil, code, block", [

@@ -206,6 +206,9 @@ def test_unwritable_directory(saved, tmp_path, save):
     (tmp_path / "file").write_text("")
     with pytest.raises(InputOutputError, match="cannot be written"):
         save(tmp_path / "file" / "below", saved[1])
+    with pytest.raises(InputOutputError, match="--out") as raised:
+        save_released(tmp_path / "file", saved[1].state_dict(), RANK)
+    assert str(raised.value) == f"--out {tmp_path / 'file'}: cannot be written (File exists); choose another directory"
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), SafetensorError("No space left on device")])

@@ -10,6 +10,7 @@ from test_erasers import shake
 from trainer import cli
 from trainer import evaluate as module
 from trainer.backbones.cogvideox import CogVideoX
+from trainer.backbones.location import BUNDLED
 from trainer.config import EvaluateConfig, ModelConfig
 from trainer.eraser_files import save_eraser, save_released
 from trainer.erasers import Erasers
@@ -206,10 +207,16 @@ def test_what_the_rule_cannot_see_is_refused_at_once(concept, size, message):
     require_measurable("crimson", ModelConfig(width=32))
 
 
-def test_a_run_that_cannot_be_measured_ends_well(tmp_path, capsys):
+def test_another_model_is_not_measured_and_a_copy_of_the_bundled_one_is(pipelines):
+    with pytest.raises(UsageError, match="--model .*2b: only the bundled model's videos"):
+        require_measurable("red", ModelConfig(model=str(pipelines["2b"])))
+    require_measurable("red", ModelConfig(model=str(BUNDLED)))
+
+
+def test_a_run_that_cannot_be_measured_says_so_first_and_ends_well(tmp_path, capsys):
     prompts = tmp_path / "p.txt"
     prompts.write_text("a red circle moving left\n")
     cli.main(["--concept", "red circle", "--prompts", str(prompts), "--preserve", "green", "--steps", "1", "--batch-size", "1", "--sample-steps", "1",
-              "--monitor", "off", "--out", str(tmp_path / "run"), "--device", "cpu"])
+              "--monitor", "plain", "--out", str(tmp_path / "run"), "--device", "cpu"])
     said = capsys.readouterr()
-    assert "not measured: --concept red circle" in said.err and f"run: {tmp_path / 'run'}" in said.out
+    assert said.err.startswith("will not be measured: --concept red circle") and "step" in said.err and f"run: {tmp_path / 'run'}" in said.out

@@ -12,7 +12,7 @@ from trainer.assemble import named_scheduler
 from trainer.config import GenerateConfig, ModelConfig
 from trainer.eraser_files import save_eraser
 from trainer.erasers import Erasers
-from trainer.errors import CheckpointError, NonFinite, UsageError
+from trainer.errors import CheckpointError, InputOutputError, NonFinite, UsageError
 from trainer.video import contact_sheet
 
 PROMPT, SEED, NUM_STEPS = "a red circle moving left", 11, 3
@@ -95,6 +95,14 @@ def test_eraser_changes_the_video_and_compare_shows_both(sincos, written, eraser
     assert torch.equal(shown[f"before: {PROMPT}"], written["plain.mp4"])
     assert (written["x.mp4"] - written["plain.mp4"]).abs().max() > 1e-3
     assert [p.name for p in paths] == ["x.mp4", "x-compare.png"] and paths[1].stat().st_size > 500
+
+
+@pytest.mark.parametrize("out", ["file/x.mp4", "/proc/x.mp4"])
+def test_a_place_that_cannot_be_written_is_told_before_anything_is_sampled(sincos, tmp_path, written, monkeypatch, out):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(module, "assemble", None)  # not reached
+    with pytest.raises(InputOutputError, match=r"--out .*x.mp4: cannot be written \("):
+        module.generate(_config(sincos.directory, tmp_path / out))
 
 
 def test_erasers_are_where_blocks_compute(sincos, eraser, tmp_path, written, monkeypatch):

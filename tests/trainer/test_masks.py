@@ -4,6 +4,7 @@ import gc
 import math
 import resource
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -224,6 +225,8 @@ def test_concept_of_several_words_or_pieces(sincos):
 def test_unknown_concept_word_names_the_prompt(sincos, concept):
     with pytest.raises(UsageError, match=f"'{concept}' is not among the tokens of the prompt 'a red circle'.*--alpha 0"):
         prompt_columns(sincos, _prompts(concept, "a red circle"))
+    with pytest.raises(UsageError, match=f"--concept {concept}: .*'a red circle' .number 1 of --prompts keep.csv.; use a word"):
+        prompt_columns(sincos, replace(_prompts(concept, "a red circle"), file=Path("keep.csv")))
 
 
 def test_concept_cut_off_by_truncation_is_not_there(sincos):

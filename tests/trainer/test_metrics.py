@@ -38,7 +38,8 @@ def test_a_resumed_run_drops_steps_after_its_checkpoint_and_goes_on(tmp_path):
     assert [(r["step"], r["half"]) for r in read_metrics(tmp_path)] == [(0, 1), (1, 1), (2, 1), (3, 2)]
 
 
-@pytest.mark.parametrize("damage", ['{"step": 1, "phase_seconds": {"teacher": 1.0}', '{"st', "\0\0\0", "}", '"text"', "\xff"])
+@pytest.mark.parametrize("damage", ['{"step": 1, "phase_seconds": {"teacher": 1.0}', '{"st', "\0\0\0", "}", '"text"', "\xff",
+                                    '{"step": "5"}', '{"step": null}'])
 def test_damaged_lines_are_left_out(tmp_path, damage):
     path = tmp_path / METRICS
     path.write_bytes(b'{"step": 0}\n' + damage.encode("latin-1"))
@@ -47,6 +48,15 @@ def test_damaged_lines_are_left_out(tmp_path, damage):
     log.write({"step": 1})
     log.close()
     assert read_metrics(tmp_path) == [{"step": 0}, {"step": 1}]
+
+
+@pytest.mark.parametrize("events", [3, None, [3]])
+def test_events_that_are_none_are_passed_over(tmp_path, events):
+    (tmp_path / METRICS).write_text(json.dumps({"step": 0, "events": events}) + "\n")
+    log = MetricsLog(tmp_path, first_step=1, events=[{"event": "step-down"}])
+    log.write({"step": 1})
+    log.close()
+    assert read_metrics(tmp_path)[1]["events"] == [{"event": "step-down"}]
 
 
 class _Disk:

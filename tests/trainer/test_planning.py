@@ -88,6 +88,12 @@ def test_settings_that_cannot_be_are_one_line(tiny_config):
         planning.check_card(tiny_config(memory__dtype="bfloat16"), replace(lookup("t4"), bf16=False))
 
 
+def test_of_a_cpu_the_verdict_names_no_card(tiny_config):
+    found = planning.forecast(tiny_config(), replace(lookup("cpu"), usable_bytes=2**20))
+    assert planning.verdict(found).endswith(f"more of this machine's memory in {max(found.chosen.by_phase, key=found.chosen.by_phase.get)}; "
+                                            "4 GiB free would do")
+
+
 def test_where_the_host_is_short_no_card_is_named(tiny_config):
     found = planning.forecast(tiny_config(), replace(lookup("4090"), host_bytes=2**30))
     assert found.result.best is None and found.chosen.fits_card

@@ -4,10 +4,11 @@ import json
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from projection_models import problem
-from trainer.errors import CheckpointError
+from trainer.errors import CheckpointError, InputOutputError
 from trainer.lora import Lora, load_updates, save_lora, save_merged
 from trainer.nullspace import null_space_update
 
@@ -39,6 +40,26 @@ def test_a_damaged_file_is_refused(tmp_path, pair):
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(CheckpointError):
         load_updates(tmp_path)
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), SafetensorError("No space left on device")])
+def test_a_full_disk_is_an_input_output_error(tmp_path, pair, monkeypatch, error):
+    """safetensors reports a full disk by an exception of its own."""
+    def fail(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr("trainer.lora.save_file", fail)
+    with pytest.raises(InputOutputError, match="adapter_model.safetensors cannot be written .*No space left.*; choose another --out"):
+        save_lora(tmp_path, {"head": pair}, alpha=6.0, base_model="somewhere")
+    with pytest.raises(InputOutputError, match="merged.safetensors cannot be written .*No space left"):
+        save_merged(tmp_path, {"head": problem().layer}, {"head": pair[1] @ pair[0]}, torch.float32)
+
+
+def test_what_cannot_take_its_place_is_removed_again(tmp_path, pair):
+    (tmp_path / "adapter_config.json").mkdir()
+    with pytest.raises(InputOutputError, match="adapter_config.json cannot be written .Is a directory.; choose another --out"):
+        save_lora(tmp_path, {"head": pair}, alpha=6.0, base_model="somewhere")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
 
 
 def test_the_merged_layer_has_the_update_and_the_models_dtype(tmp_path):

@@ -1,6 +1,7 @@
 """`run.py forget` from its command line: what it leaves, going on, and wrong input."""
 
 import json
+import re
 import shutil
 import signal
 
@@ -9,11 +10,15 @@ import torch
 from PIL import Image
 from projection_models import save_encoder
 from safetensors.torch import load_file
+from test_cli import call  # noqa: F401  fixture
 
-from trainer import projection
+from trainer import cli, projection
 from trainer.cli import main
+from trainer.config import TrainConfig
 from trainer.errors import CheckpointError, Interrupted, TrainerError, UsageError
 from trainer.metrics import read_metrics
+from trainer.projection_config import ForgetConfig, read_forget_config
+from trainer.run_directory import CONFIG, write_config
 from trainer.shapes.pictures import picture
 
 FAST = ["--steps", "6", "--max-attempts", "1", "--save-every", "2", "--monitor", "off", "--device", "cpu"]
@@ -77,6 +82,10 @@ def test_report_and_diagnosis_know_a_run_of_forget(encoders, tmp_path, capsys):
     main(["report", str(run)])
     html = (run / "report.html").read_text()
     assert "nearest class in text space" in html and "L_preserve" in html and "Nothing was measured" not in html
+    assert "Forgetting cat" in html and f"clip, {encoders['clip']} · rank 5 · run run" in html and "Videos" not in html
+    assert "Examples of “cat” taken for it (nearest class in text space)" in html and "Attempts" in html and "<td>no</td>" in html
+    bold, all_names = (set(re.findall(rf"<tr{kind}><td><code>(.*?)</code>", html)) for kind in (" class=set", "(?: class=set)?"))
+    assert {"lr", "lambda_weight", "memory.dtype"} <= all_names - bold and {"model", "forget", "steps", "preserve"} <= bold
     records = (run / "metrics.jsonl").read_text().splitlines()
     bad = json.loads(records[-1]) | {"gradient_norm": float("nan")}
     (run / "metrics.jsonl").write_text("\n".join([*records[:-1], json.dumps(bad)]) + "\n")
@@ -163,12 +172,49 @@ def test_an_interrupted_run_goes_on_to_the_same_end(encoders, tmp_path, monkeypa
 
 def test_a_resumed_run_keeps_what_it_trains_on(encoders, tmp_path):
     main(clip(encoders, tmp_path / "run"))
-    with pytest.raises(CheckpointError, match="cannot resume: lr is 0.01 in the checkpoint and 0.5 now"):
-        main(["forget", "--resume", str(tmp_path / "run"), "--lr", "0.5"])
-    with pytest.raises(CheckpointError, match="not a run of `forget`"):
+    for flag, value, said in (("--lr", "0.5", "lr is 0.01"), ("--dtype", "bfloat16", "memory.dtype is 'native'"),
+                              ("--optimizer", "adamw8bit", "memory.optimizer is 'adamw'")):
+        with pytest.raises(CheckpointError, match=f"cannot resume: {said} in the checkpoint and .?{value}.? now"):
+            main(["forget", "--resume", str(tmp_path / "run"), flag, value])
+    with pytest.raises(CheckpointError, match="absent: not a run directory"):
         main(["forget", "--resume", str(tmp_path / "absent")])
     with pytest.raises(CheckpointError, match="holds a run already"):
         main(clip(encoders, tmp_path / "run"))
+
+
+@pytest.mark.parametrize(("config", "facts", "words", "message"), [
+    (ForgetConfig(), {"command": "forget"}, [], "is a run of forget; go on with it by `python run.py forget --resume"),
+    (TrainConfig(), {}, ["forget"], "is a training run; go on with it by `python run.py --resume")])
+def test_a_run_of_the_other_command_is_said(tmp_path, config, facts, words, message):
+    write_config(tmp_path, config, {}, **facts)
+    with pytest.raises(CheckpointError, match=message):
+        main([*words, "--resume", str(tmp_path)])
+
+
+@pytest.mark.parametrize("values", [{"rank": 2.5}, {"steps": True}, {"target": "no"}, {"preserve": "abc"}, {"preserve": [1]},
+                                    {"lr": 10**400}, {"forget": " "}, {"memory": {"dtype": 3}}])
+def test_settings_of_a_run_have_their_types(tmp_path, values):
+    write_config(tmp_path, ForgetConfig(), {}, command="forget")
+    assert read_forget_config(tmp_path) == ForgetConfig()
+    content = json.loads((tmp_path / CONFIG).read_text())
+    (tmp_path / CONFIG).write_text(json.dumps(content | {"config": content["config"] | values}))
+    with pytest.raises(CheckpointError, match="not a run of `forget`"):
+        read_forget_config(tmp_path)
+
+
+def test_brackets_in_brackets_are_no_run(tmp_path):
+    (tmp_path / CONFIG).write_text("[" * 100_000)
+    with pytest.raises(CheckpointError, match="not a run directory"):
+        read_forget_config(tmp_path)
+
+
+def test_out_of_memory_names_flags_that_forget_has(call, monkeypatch):  # noqa: F811
+    def fail(argv):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(cli, "main", fail)
+    code, _, (line,) = call("forget")
+    assert code == 3 and "--batch-size" in line and "--device cpu" in line and "--frames" not in line
 
 
 def test_other_examples_are_not_resumed(encoders, tmp_path):
@@ -235,6 +281,8 @@ def test_wrong_pictures_are_one_clear_line(encoders, folders, damage, message):
     (["--encoder", "qwen3-vl", "--target", "empty"], "an image has no empty string"),
     (["--encoder", "qwen3-vl", "--preserve", "red circle"], "--preserve is not for --encoder qwen3-vl"),
     (["--encoder", "clip", "--forget-images", "x"], "--forget-images is not for --encoder clip"),
+    (["--mergers", "main"], "--mergers is not for --encoder clip"), (["--num-answers", "0"], "--num-answers is not for --encoder clip"),
+    (["--forget", ""], "--forget is empty; name the class to forget"), (["--forget", " "], "--forget is empty"),
     (["--preserve-file", "absent.txt"], "--preserve-file absent.txt: cannot be read"),
     (["--rank", "0"], "--rank 0: must be 1 or more"), (["--rank", "500"], "--rank 500: text_projection is"),
     (["--acceptance", "1"], "--acceptance 1.0: from 0 to below 1"), (["--model", "absent"], "no model in transformers' layout")])

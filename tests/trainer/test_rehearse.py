@@ -83,7 +83,7 @@ def test_host_memory_of_parked_activations_is_told_without_a_trace(tiny_config, 
     config = tiny_config()
     backbone, plan = open_backbone(config.model), MemoryPlan(passes=passes, **parked)
     trace, keeps = rehearse(backbone, config, plan), resolve_keeps(plan, backbone.num_blocks)
-    held = sorted(s.num_bytes for s in trace.storages if s.place == "pinned")
+    held = sorted(s.num_bytes for s in trace.storages if (s.place, s.category) == ("pinned", "saved activations"))
     assert held and sorted(Recipe.of(trace, keeps).slabs(keeps)) == held
 
 

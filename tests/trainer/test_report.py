@@ -1,7 +1,9 @@
 """The report is one file without a network, shows what is there, and does without what is not."""
 
+import errno
 import json
 import math
+import os
 import re
 import shutil
 import struct
@@ -11,6 +13,7 @@ import zlib
 from html.parser import HTMLParser
 
 import pytest
+from test_cli import call  # noqa: F401  fixture
 
 from trainer import cli
 from trainer.charts import bars, heat_map, interval, line_chart, share_bar, stacked_area
@@ -159,6 +162,13 @@ def test_a_run_that_became_non_finite(run):
     assert "step 60: not finite" in text and "Cannot be shown" not in text
 
 
+@pytest.mark.parametrize("losses", [[1e308, -1e308], [10**400]])
+def test_numbers_beyond_floats_leave_the_other_parts(run, losses):
+    (run / "metrics.jsonl").write_text("".join(json.dumps(record(i, loss=loss)) + "\n" for i, loss in enumerate(losses)))
+    _, text = read(write_report(run))
+    assert "Cannot be shown: OverflowError" in text and "Gradient norm by block" in text and "crimson" in text
+
+
 def test_what_a_run_says_is_text(run):
     hostile = '<script>alert(1)</script><img src=x onerror="alert(2)">'
     config = json.loads((run / "config.json").read_text())
@@ -203,6 +213,29 @@ def test_no_run_and_no_place(run, tmp_path):
         write_report(tmp_path)
     with pytest.raises(InputOutputError, match="--out"):
         write_report(run, tmp_path / "missing" / "page.html")
+    with pytest.raises(InputOutputError, match="Not a directory.*choose another --out"):
+        write_report(run, run / "config.json" / "page.html")
+
+
+LONG = 300 * "x"
+
+
+@pytest.mark.parametrize("argv", [["report", LONG], ["diagnose", LONG], ["export", LONG, "--out", "x"],
+                                  ["generate", "--eraser", LONG, "--prompt", "x"], ["plan", "--model", LONG, "--profile", "24gb"]],
+                         ids=lambda argv: argv[0])
+def test_names_that_are_too_long_are_one_clear_line(call, argv):  # noqa: F811
+    code, out, lines = call(*argv)
+    assert code in (2, 5, 6) and out == "" and len(lines) == 1  # newer Pythons say of such a name that nothing is there
+
+
+@pytest.mark.parametrize("number", [errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP], ids=errno.errorcode.get)
+def test_a_path_that_is_none_is_an_input_output_error(call, monkeypatch, number):  # noqa: F811
+    def fail(argv):
+        raise OSError(number, os.strerror(number), "some/place")
+
+    monkeypatch.setattr(cli, "main", fail)
+    code, _, (line,) = call()
+    assert code == 6 and line == f"error: some/place: {os.strerror(number)}; name another path"
 
 
 @pytest.mark.parametrize("chart", [

@@ -15,6 +15,7 @@ from trainer.errors import CheckpointError, TrainerError, UsageError
 
 BUNDLED = Path(__file__).parent.parent / "shapes" / "pipeline"
 COMPONENTS = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")
+_CLASSES = {"transformer": "CogVideoXTransformer3DModel", "vae": "AutoencoderKLCogVideoX"}
 
 
 def locate(model: str) -> Path:
@@ -45,18 +46,29 @@ def locate(model: str) -> Path:
             what += f"; did you mean {near[0]}? Or"
         raise UsageError(f"--model {model}: {what}{'' if near else ';'} name a directory in diffusers' layout "
                          f"({', '.join(COMPONENTS)}), a hub id, or shapes")
+    kind = str(_read_object(directory / "model_index.json").get("_class_name", "CogVideoXPipeline"))
+    if not kind.startswith("CogVideoX"):  # its pipelines for other uses have the same parts
+        raise UsageError(f"--model {model}: the pipeline is a {kind}; CogVideoXPipeline is needed")
     return directory
 
 
 def read_config(directory: Path, component: str) -> dict[str, Any]:
-    """A component's settings, without the entries that diffusers keeps for itself. Raises UsageError."""
-    try:
-        config = json.loads((directory / component / "config.json").read_text())
-    except (OSError, ValueError) as e:
-        raise UsageError(f"{directory / component / 'config.json'} cannot be read: {e}") from e
-    if not isinstance(config, dict):
-        raise UsageError(f"{directory / component / 'config.json'} is not a configuration; copy the model again")
+    """A component's settings, without the entries that diffusers keeps for itself. Raises UsageError, also for another class."""
+    config = _read_object(directory / component / "config.json")
+    wanted = _CLASSES.get(component)
+    if wanted and config.get("_class_name", wanted) != wanted:
+        raise UsageError(f"--model {directory}: {component} is a {config['_class_name']}; {wanted} is needed")
     return {k: v for k, v in config.items() if not k.startswith("_")}
+
+
+def _read_object(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text())
+    except (OSError, ValueError) as e:
+        raise UsageError(f"{file} cannot be read: {e}") from e
+    if not isinstance(content, dict):
+        raise UsageError(f"{file} is not a configuration; copy the model again")
+    return content
 
 
 @contextmanager

@@ -1,0 +1,166 @@
+"""What the words of a command line mean: settings from defaults, a file or a run, and flags; complaints in the user's words.
+
+Heavy imports wait until a run's configuration has to be read.
+"""
+
+import contextlib
+import difflib
+import io
+import itertools
+import re
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+from memory.cards import Card, CardUnreadable, UnknownCard, detect, lookup
+from memory.plan import MemoryPlan, PlanError
+from trainer import config as settings
+from trainer.commands import PlanCommand, TrainCommand
+from trainer.config import TrainConfig
+from trainer.errors import CheckpointError, UsageError
+
+_FLAT = (tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes)
+
+
+def in_flags(error: Exception) -> str:
+    """What is wrong with a memory plan, by flags in place of its fields: memory/ knows none. A field is the first word,
+    or stands before = and a value, or has an underscore."""
+    flags = {f.name: "--" + f.name.replace("_", "-") for f in fields(MemoryPlan)}
+    text = re.sub(r"^(\w+) is ", r"\1 = ", str(error))
+    return re.sub(r"^\w+|\w+(?= = )|\w+_\w+", lambda word: flags.get(word[0], word[0]), text).replace(" = ", " ")
+
+
+def parse(kind: type, argv: Sequence[str], command: str, default: Any = None) -> Any:
+    program, complaint = f"run.py {command}".strip(), io.StringIO()
+    try:
+        with contextlib.redirect_stderr(complaint):
+            parsed, unknown = tyro.cli(kind, args=list(argv), prog=program, default=default, config=_FLAT, return_unknown_args=True)
+    except SystemExit as e:
+        if not e.code:  # --help
+            raise
+        raise UsageError(f"{_unboxed(complaint.getvalue())}; {program} --help says more") from e
+    if unknown and not unknown[0].startswith("-"):
+        raise UsageError(_superfluous(unknown[0], argv, program))
+    if unknown:
+        options = ["--" + path.split(".")[-1].replace("_", "-") for path in settings.leaves(parsed)]
+        near = difflib.get_close_matches(unknown[0].split("=")[0], options, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"{program} --help lists them all"
+        raise UsageError(f"there is no option {unknown[0]}; {hint}")
+    return parsed
+
+
+def _superfluous(word: str, argv: Sequence[str], program: str) -> str:
+    """What is wrong with a word that belongs to no option."""
+    words = ["", *itertools.chain.from_iterable(given.split("=", 1) if given.startswith("--") else [given] for given in argv)]
+    before = words[words.index(word) - 1]
+    if before.startswith("--"):  # a flag that takes no value: any other would have taken it
+        name = before.removeprefix("--").removeprefix("no-")
+        return f"{before} {word}: it takes no value; say --{name} or --no-{name}"
+    return f"{word!r} is one word too many; {program} --help says what it takes"
+
+
+def _unboxed(text: str) -> str:
+    """The complaint in one of tyro's boxes, in one line: what follows its title, up to a line drawn across."""
+    lines = [re.sub(r"^[\s│╭╰]*[─-]*(?=\s|$)\s*|[\s│╮╯─]*$", "", line) for line in text.strip().splitlines()]
+    said = itertools.takewhile(bool, itertools.dropwhile(lambda line: not line, lines[1:]))
+    complaint = " ".join(said).removeprefix("Error parsing ").rstrip(".")
+    for pattern, words in _PLAIN.items():
+        complaint = re.sub(pattern, words, complaint)
+    return complaint
+
+
+# The parser's and Python's own words -> what they mean.
+_PLAIN = {r"invalid literal for int\(\) with base 10: (.*)": r"\1 is not a whole number",
+          r"could not convert string to float: (.*)": r"\1 is not a number",
+          r"no type matching \{None\}\|INT could be instantiated from \[(.*)\]": r"\1 is not a whole number",
+          r"Could not find valid parse for arguments: \[(.*)\]": r"whole numbers only, not \1",
+          r"Missing from .*?: (--\S+) .*": r"\1 is missing"}
+
+
+def early(argv: Sequence[str], flag: str) -> str | None:
+    """The value of a flag that other defaults depend on, before everything is parsed."""
+    for i, word in enumerate(argv):
+        if word == flag and i + 1 < len(argv):
+            return argv[i + 1]
+        if word.startswith(flag + "="):
+            return word.split("=", 1)[1]
+    return None
+
+
+def resolve(argv: Sequence[str], kind: type = TrainCommand) -> tuple[Any, dict[str, str]]:
+    """A command (TrainCommand, PlanCommand) with its settings, and where each setting came from."""
+    resume, toml, profile = early(argv, "--resume"), early(argv, "--config"), early(argv, "--profile")
+    if profile:
+        chosen_card(profile)
+    if resume and toml:
+        raise UsageError("--config beside --resume: a resumed run keeps its settings; give what may change as flags")
+    base, origins = TrainConfig(), dict.fromkeys(settings.leaves(TrainConfig()), "default")
+    if resume:
+        values, before = _of_run(Path(resume))
+        if "out" in given(argv):
+            raise UsageError("--out beside --resume: a run goes on in its own directory")
+        for path, origin in before.items():
+            if profile and origin.startswith(("profile ", "step-down ")):  # what was planned is planned anew
+                del values[path]
+            else:
+                origins[path] = origin
+        base = settings.replaced(base, values)
+    else:
+        file = settings.read_toml(Path(toml)) if toml else {}
+        model = early(argv, "--model") or file.get("model.model", "shapes")
+        if model == "shapes":
+            base = settings.replaced(base, settings.SHAPES)
+            origins |= dict.fromkeys(settings.SHAPES, "bundled model")
+        try:
+            base = settings.replaced(base, file)
+        except (UsageError, PlanError) as e:
+            raise UsageError(f"--config {toml}: {in_flags(e)}") from e
+        origins |= dict.fromkeys(file, f"file {toml}")
+    command = parse(kind, argv, "plan" if kind is PlanCommand else "", kind(settings=base))
+    origins |= {path: "flag" for path in origins if path.split(".")[1] in given(argv)}
+    data, loss = command.settings.data, command.settings.loss
+    if data.instead and loss.anchor == "empty" and not resume:
+        raise UsageError(f"--instead {data.instead}: --anchor empty uses no safe prompts; leave one of the two out")
+    return command, origins
+
+
+def _of_run(run_dir: Path) -> tuple[dict[str, Any], dict[str, str]]:
+    """The settings of a run that goes on, and where each came from, as far as the run knows."""
+    from trainer.run_directory import CONFIG, read_config
+    from trainer.run_files import lookup
+
+    if not (run_dir / CONFIG).exists():
+        raise CheckpointError(f"--resume {run_dir}: not a run directory (there is no {CONFIG}); name the directory of a run, such as runs/red-1")
+    config, content = read_config(run_dir)
+    values = settings.leaves(config)
+    return values, {path: str(lookup(content, "origins", path) or f"run {run_dir}") for path in values}
+
+
+def given(argv: Sequence[str]) -> set[str]:
+    """The settings that flags name."""
+    return {word[2:].split("=", 1)[0].removeprefix("no-").replace("-", "_") for word in argv if word.startswith("--")}
+
+
+def chosen_card(profile: str, device: str = "auto") -> Card:
+    """The card that is meant; of this machine, the one that `device` names."""
+    number = re.fullmatch(r"cuda:(\d+)", device)
+    try:
+        if profile == "auto" and number:
+            return detect(int(number[1]))
+        return lookup("cpu" if (profile, device) == ("auto", "cpu") else profile)
+    except (UnknownCard, CardUnreadable) as e:
+        raise UsageError(f"--profile {profile}: {e}") from e
+
+
+def fixed(origins: dict[str, str]) -> list[str]:
+    """Fields of the memory plan that somebody chose: the planner leaves them."""
+    return [path.removeprefix("memory.") for path, origin in origins.items()
+            if path.startswith("memory.") and origin != "default"]
+
+
+def positional(argv: Sequence[str], flag: str) -> list[str]:
+    """`evaluate RUN` is `evaluate --run RUN`."""
+    return [flag, *argv] if argv and not argv[0].startswith("-") else list(argv)
