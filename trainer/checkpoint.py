@@ -84,8 +84,9 @@ def save_checkpoint(
             for stage in STAGES:
                 stage(save)
         except Exception:
-            for directory in (save.temporary, save.final):  # `final` was not there before, so it is ours and did not prove good
-                shutil.rmtree(directory, ignore_errors=True)
+            shutil.rmtree(save.temporary, ignore_errors=True)
+            if stage is not _verify_and_prune:  # `final` was not there before, so it is ours
+                shutil.rmtree(save.final, ignore_errors=True)
             raise
     except OSError as error:
         raise InputOutputError(f"cannot write {error.filename or save.temporary}: {error.strerror or error}") from error
@@ -235,7 +236,8 @@ def _sync_root(save: _Save) -> None:
 def _verify_and_prune(save: _Save) -> None:
     try:
         verify(save.final, save.step)
-    except CheckpointError as error:
+    except CheckpointError as error:  # an error of looking does not condemn it
+        shutil.rmtree(save.final, ignore_errors=True)
         raise InputOutputError(f"{save.final} does not read back as it was written: {error}; suspect the disk") from error
     for _, path in _steps(save.final.parent)[: -save.keep]:
         try:

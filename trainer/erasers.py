@@ -80,7 +80,8 @@ def _parts(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     return zip(*(tensor.split(step, 1) for tensor in tensors))
 
 
-def _in_backward() -> bool:
+def in_backward() -> bool:
+    """Whether autograd is at work on this thread: a forward hook that runs now belongs to a recomputation."""
     return torch._C._current_graph_task_id() != -1
 
 
@@ -163,7 +164,7 @@ class Erasers:
         notes = current_notes()
         if notes is not None:  # checkpointed by the memory plan: several passes may wait for their backward
             return notes.setdefault((id(self), index), self._mode)
-        if not _in_backward():
+        if not in_backward():
             self._seen_enabled[index] = self.enabled
         elif self._seen_enabled[index] != self.enabled:
             state = "on" if self.enabled else "off"

@@ -17,12 +17,13 @@ from torch import Tensor, nn
 
 from memory.optimizers import update_norms
 from trainer.distributed import average, everyones, num_ranks, rank
+from trainer.erasers import in_backward
 from trainer.errors import InputOutputError
 from trainer.findings import Bill, Finding, finding, gone_by
 from trainer.inspection import Fingerprint, Subject, adapter_findings
 from trainer.preflight import Preflight
 from trainer.run_files import read_object
-from trainer.tracing import in_backward, scale_collapsed, trace
+from trainer.tracing import scale_collapsed, trace
 
 logger = logging.getLogger(__name__)
 

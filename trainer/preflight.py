@@ -15,11 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from memory.optimizers import reset_state
+from trainer.erasers import in_backward
 from trainer.findings import Bill, Finding, finding
 from trainer.inspection import (Fingerprint, Subject, adapter_findings, held, non_finite_embedding, non_finite_weight,
                                 values)
 from trainer.losses import student_backward
-from trainer.tracing import in_backward, scale_collapsed, trace
+from trainer.tracing import scale_collapsed, trace
 
 TRIAL_LR = 1e-2  # large enough that a step shows in a 16-bit output
 ROUNDING = 1e-12  # of the target's mean square: what float32 leaves of a difference that is none

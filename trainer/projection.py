@@ -24,7 +24,7 @@ from trainer.metrics import MetricsLog
 from trainer.monitor import Monitor, read_memory
 from trainer.optimizer_state import export_optimizer, import_optimizer
 from trainer.projection_config import ForgetConfig
-from trainer.projection_encoders import fingerprint
+from trainer.projection_encoders import encoder_fingerprint
 from trainer.projection_evaluate import evaluate_forgetting
 from trainer.projection_health import conclude, examine, keep_findings
 from trainer.projection_memory import keep_prediction, predict_step
@@ -157,7 +157,7 @@ def forget(config: ForgetConfig, origins: Mapping[str, str], *,
     clock = PhaseClock(device, on_phase=meter.turn_to)
     case = meter.phase("encode")(prepare)(config, device)
     problems = {name: make_problem(case, name, config, device) for name in case.layers}
-    run, identity, examples = Run(problems, config), fingerprint(case.tower.directory), case.digest()
+    run, identity, examples = Run(problems, config), encoder_fingerprint(case.tower.directory), case.digest()
     frozen = {name: problem.layer.weight.clone() for name, problem in problems.items()}
     run_dir = resume or make_run_directory(replaced(TrainConfig(), {"output.out": config.out, "data.concept": case.forget}))
     trace = max((predict_step(problem, config) for problem in problems.values()), key=lambda t: t.prediction().peak_bytes)

@@ -4,7 +4,6 @@ CLIP (modeling_clip.py): `text_projection` (D → E, no bias) takes `final_layer
 `visual_projection` takes `post_layernorm` at the class token. Qwen3-VL: see projection_qwen.py.
 """
 
-import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -15,6 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from trainer.backbones.location import fingerprint
 from trainer.backbones.weights import open_shard, shards
 from trainer.errors import CheckpointError, UsageError
 from trainer.lora import Layer
@@ -200,15 +200,6 @@ def read_layer(directory: Path, name: str) -> tuple[Layer, torch.dtype]:
     return Layer(name, tensors["weight"].float(), None if bias is None else bias.float()), tensors["weight"].dtype
 
 
-def fingerprint(directory: Path) -> str:
-    """Identifies a model's files by content: of large ones, 64 samples."""
-    digest = hashlib.sha256()
-    for file in sorted(f for f in directory.iterdir() if f.suffix in (".json", ".safetensors", ".txt")):
-        size = file.stat().st_size
-        digest.update(f"{file.name} {size}\0".encode())
-        with file.open("rb") as f:
-            count = min(64, -(-size // 65536))
-            for i in range(count):
-                f.seek(max(0, size - 65536) * i // max(1, count - 1))
-                digest.update(f.read(65536))
-    return digest.hexdigest()
+def encoder_fingerprint(directory: Path) -> str:
+    """Identifies an encoder's files by content."""
+    return fingerprint(sorted(f for f in directory.iterdir() if f.suffix in (".json", ".safetensors", ".txt")))

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from memory.plan import MemoryPlan, apply_plan
 from trainer.errors import NonFinite
-from trainer.projection_encoders import Tower, fingerprint
+from trainer.projection_encoders import Tower, encoder_fingerprint
 from trainer.projection_examples import Example
 from trainer.prompts import cache_directory, store
 
@@ -75,7 +75,7 @@ def compute(tower: Tower, examples: Sequence[Example], *, plan: MemoryPlan, devi
 
 
 def _key(tower: Tower, examples: Sequence[Example], plan: MemoryPlan) -> str:
-    digest = hashlib.sha256(f"{fingerprint(tower.directory)}\0{plan.dtype}\0{tower.layer_names}".encode())
+    digest = hashlib.sha256(f"{encoder_fingerprint(tower.directory)}\0{plan.dtype}\0{tower.layer_names}".encode())
     for example in examples:
         digest.update(example.digest())
     return digest.hexdigest()[:32]

@@ -13,16 +13,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from trainer.erasers import in_backward
 from trainer.findings import Finding, finding
 from trainer.inspection import Subject, block_of, non_finite_embedding, non_finite_weight
 from trainer.losses import student_backward
 
 LARGE = 1e6  # no sound activation of a transformer is near this
-
-
-def in_backward() -> bool:
-    """Whether autograd is at work on this thread: a forward hook that runs now belongs to a recomputation."""
-    return torch._C._current_graph_task_id() != -1
 
 
 class _First:

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_map
 
 from memory.checkpointing import checkpoint_blocks
 from memory.plan import MemoryPlan
-from trainer.tracing import in_backward
+from trainer.erasers import in_backward
 
 def _checkpointed(blocks: nn.ModuleList) -> None:
     checkpoint_blocks(blocks, ["inputs"] * len(blocks))

@@ -438,3 +438,15 @@ def test_second_writer_is_refused_naming_the_first_whose_death_frees_the_run(run
         assert (run_dir / "run.lock").read_text() == f"{os.getpid()}\n"
     with RunLock(run_dir):  # and it was given back
         pass
+
+
+def test_a_checkpoint_that_cannot_be_looked_at_stays(tmp_path, monkeypatch):
+    """It is committed, and an error of looking, such as too many open files, says nothing of it."""
+    def blind(directory, step):
+        raise InputOutputError("too many open files")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("trainer.checkpoint.verify", blind)
+        with pytest.raises(InputOutputError, match="too many open files"):
+            save(tmp_path, 1)
+    assert newest_step(tmp_path) == 1

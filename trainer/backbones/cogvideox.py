@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from memory.offload import offload_blocks, place
 from trainer.backbones import Decode, Predict, published
-from trainer.backbones.location import locate, read_config, reading, stored_dtype
+from trainer.backbones.location import fingerprint, locate, read_config, reading, stored_dtype
 from trainer.backbones.weights import allocate, assign, randomise
 from trainer.errors import CheckpointError, UsageError
 
@@ -241,17 +241,7 @@ class CogVideoX:
         """Identifies the stored text encoder and tokenizer by content, as a key for cached embeddings; None for random weights: do not cache."""
         if self.directory is None:
             return None
-        digest = hashlib.sha256()
-        for part in ("text_encoder", "tokenizer"):
-            for file in sorted(f for f in (self.directory / part).iterdir() if f.is_file()):
-                size = file.stat().st_size
-                digest.update(f"{file.name} {size}\0".encode())
-                with file.open("rb") as f:  # 64 samples: gigabytes of weights are told apart without reading them all
-                    count = min(64, -(-size // 65536))
-                    for i in range(count):
-                        f.seek(max(0, size - 65536) * i // max(1, count - 1))
-                        digest.update(f.read(65536))
-        return digest.hexdigest()
+        return fingerprint(f for part in ("text_encoder", "tokenizer") for f in sorted((self.directory / part).iterdir()) if f.is_file())
 
     def load_text_encoder(self, *, dtype: torch.dtype, device: torch.device | str = "cpu") -> nn.Module:
         """The frozen T5 encoder."""
