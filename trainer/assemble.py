@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from memory.plan import AppliedPlan, MemoryPlan, apply_plan
 from trainer.backbones import Predict
@@ -18,6 +18,7 @@ from trainer.config import LossConfig, ModelConfig, TrainConfig
 from trainer.eraser_files import apply_eraser
 from trainer.erasers import Erasers
 from trainer.errors import UsageError
+from trainer.masks import prompt_columns
 from trainer.prompts import Embeddings, PromptSet, collect, embed
 
 
@@ -52,6 +53,16 @@ def collect_prompts(config: TrainConfig) -> PromptSet:
     if config.loss.beta > 0 and not prompts.preserved:
         raise UsageError("--beta is above 0, but there is nothing to preserve; name --preserve WORD …, or --beta 0")
     return prompts
+
+
+def open_training(config: TrainConfig) -> tuple[CogVideoX, PromptSet, dict[str, Tensor] | None]:
+    """(model, prompts, the concept's columns in each): what is asked for, checked as far as it can be before anything is loaded."""
+    require_trainable(config)
+    backbone = open_backbone(config.model)
+    backbone.latent_shape(*video_size(backbone, config.model))
+    masking_blocks(backbone, config.loss)
+    prompts = collect_prompts(config)
+    return backbone, prompts, prompt_columns(backbone, prompts) if config.loss.alpha > 0 else None
 
 
 def masking_blocks(backbone: CogVideoX, loss: LossConfig) -> Sequence[int]:

@@ -7,11 +7,7 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
-from memory.optimizers import make_optimizer
-from memory.precision import make_scaler
-from memory.standing import allocate_standing
-from trainer.assemble import (assemble, collect_prompts, embed_prompts, masking_blocks, open_backbone, require_trainable, resolve_device,
-                              video_size)
+from trainer.assemble import assemble, embed_prompts, open_training
 from trainer.checkpoint import latest_checkpoint
 from trainer.config import TrainConfig
 from trainer.eraser_files import WEIGHTS, EraserFile, load_eraser
@@ -19,10 +15,7 @@ from trainer.errors import CheckpointError
 from trainer.findings import Bill, Finding, finding, from_json
 from trainer.health import FINDINGS, Judge
 from trainer.inspection import Subject
-from trainer.latents import make_latents
 from trainer.lora import WEIGHTS as LORA, load_updates
-from trainer.losses import Teacher
-from trainer.masks import prompt_columns
 from trainer.metrics import METRICS, read_metrics
 from trainer.preflight import Preflight
 from trainer.projection_config import read_forget_config
@@ -142,25 +135,8 @@ def diagnose_settings(config: TrainConfig) -> Bill:
 
 
 def prepare(config: TrainConfig) -> Subject:
-    """The parts of a training step, as the training loop puts them together. Raises UsageError for what cannot be trained."""
-    require_trainable(config)
-    backbone, device = open_backbone(config.model), resolve_device(config.model.device)
-    shape = (config.data.batch_size, *backbone.latent_shape(*video_size(backbone, config.model)))
-    masking = masking_blocks(backbone, config.loss)
-    prompts = collect_prompts(config)
-    columns = prompt_columns(backbone, prompts) if config.loss.alpha > 0 else None
-    embeddings = embed_prompts(backbone, config.model, config.memory,
-                               [*prompts.prompts, *prompts.safe, *prompts.preserved, ""]).to(device)
+    """The parts of a training step, as the training loop has them. Raises UsageError for what cannot be trained."""
+    backbone, prompts, columns = open_training(config)
+    embeddings = embed_prompts(backbone, config.model, config.memory, [*prompts.prompts, *prompts.safe, *prompts.preserved, ""])
     assembly = assemble(backbone, config.model, config.memory, rank=config.optim.rank, seed=config.optim.seed)
-    latents, preserved = (make_latents(config, backbone.scheduler(), shape, stream, device)
-                          for stream in ("target", "preserved"))
-    teacher = Teacher(
-        assembly.predict, assembly.erasers, [assembly.blocks[i] for i in masking],
-        loss=config.loss, prompts=prompts, embeddings=embeddings, columns=columns, latents=latents,
-        preserved_latents=preserved if config.loss.beta > 0 else None, seed=config.optim.seed,
-        guidance=config.memory.guidance, trajectory_guidance=config.data.trajectory_guidance)
-    optimizer = make_optimizer(assembly.erasers.parameters(), kind=config.memory.optimizer, lr=config.optim.lr,
-                               weight_decay=config.optim.weight_decay)
-    allocate_standing(optimizer, device)
-    return Subject(config=config, native_dtype=backbone.native_dtype, assembly=assembly, teacher=teacher,
-                   optimizer=optimizer, scaler=make_scaler(assembly.dtype, device))
+    return Subject.of(config, backbone, assembly, prompts, embeddings.to(assembly.device), columns)

@@ -10,12 +10,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from memory.optimizers import make_optimizer
+from memory.precision import make_scaler
 from memory.sharding import whole
-from trainer.assemble import Assembly
+from memory.standing import allocate_standing
+from trainer.assemble import Assembly, masking_blocks
+from trainer.backbones.cogvideox import CogVideoX
 from trainer.config import TrainConfig
 from trainer.distributed import rows_of
 from trainer.findings import Finding, finding
+from trainer.latents import make_latents
 from trainer.losses import Teacher
+from trainer.prompts import Embeddings, PromptSet
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +34,24 @@ class Subject:
     teacher: Teacher
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
+
+    @classmethod
+    def of(cls, config: TrainConfig, backbone: CogVideoX, assembly: Assembly, prompts: PromptSet, embeddings: Embeddings,
+           columns: dict[str, Tensor] | None) -> "Subject":
+        """All that a step needs, made for a transformer that is in place."""
+        shape = (config.data.batch_size, *assembly.latent_shape)
+        latents, preserved = (make_latents(config, backbone.scheduler(), shape, stream, assembly.device)
+                              for stream in ("target", "preserved"))
+        teacher = Teacher(
+            assembly.predict, assembly.erasers, [assembly.blocks[i] for i in masking_blocks(backbone, config.loss)],
+            loss=config.loss, prompts=prompts, embeddings=embeddings, columns=columns, latents=latents,
+            preserved_latents=preserved if config.loss.beta > 0 else None, seed=config.optim.seed,
+            guidance=config.memory.guidance, trajectory_guidance=config.data.trajectory_guidance)
+        optimizer = make_optimizer(assembly.erasers.parameters(), kind=config.memory.optimizer, lr=config.optim.lr,
+                                   weight_decay=config.optim.weight_decay)
+        allocate_standing(optimizer, assembly.device)
+        return cls(config=config, native_dtype=backbone.native_dtype, assembly=assembly, teacher=teacher, optimizer=optimizer,
+                   scaler=make_scaler(assembly.dtype, assembly.device))
 
     def teacher_copy(self, *, of_rank: int | None = None) -> Teacher:
         """A teacher that may make samples without moving the run's own trajectories; on the rows of another process."""

@@ -14,11 +14,7 @@ from typing import Any
 import torch
 
 from memory.meter import Meter
-from memory.optimizers import make_optimizer
-from memory.precision import make_scaler
-from memory.standing import allocate_standing
-from trainer.assemble import (assemble, collect_prompts, embed_prompts, masking_blocks, open_backbone, require_trainable, resolve_device,
-                              video_size)
+from trainer.assemble import assemble, embed_prompts, open_training, resolve_device
 from trainer.checkpoint import Saver, latest_checkpoint
 from trainer.clock import PhaseClock
 from trainer.config import TrainConfig
@@ -28,9 +24,7 @@ from trainer.errors import Interrupted
 from trainer.health import Health
 from trainer.inspection import Subject
 from trainer.lock import RunLock
-from trainer.latents import make_latents
-from trainer.losses import Samples, Teacher, lockstep_backward, student_backward
-from trainer.masks import prompt_columns
+from trainer.losses import Samples, lockstep_backward, student_backward
 from trainer.metrics import MetricsLog
 from trainer.memory_file import Forecast, keep_forecast
 from trainer.monitor import read_memory, watch
@@ -52,14 +46,9 @@ def train(config: TrainConfig, origins: Mapping[str, str], *, resume: Path | Non
     both after saving.
     """
     # What is asked for, checked as far as it can be before anything is loaded or written.
-    require_trainable(config)
+    backbone, prompts, columns = open_training(config)
     if not resume:
         on_main(require_place, config)
-    backbone = open_backbone(config.model)
-    shape = (config.data.batch_size, *backbone.latent_shape(*video_size(backbone, config.model)))
-    masking = masking_blocks(backbone, config.loss)
-    prompts = collect_prompts(config)
-    columns = prompt_columns(backbone, prompts) if config.loss.alpha > 0 else None
     device = resolve_device(config.model.device)
     meter = Meter(device)
 
@@ -68,29 +57,21 @@ def train(config: TrainConfig, origins: Mapping[str, str], *, resume: Path | Non
     embeddings = meter.phase("encode prompts")(embed_prompts)(
         backbone, config.model, config.memory, [*prompts.prompts, *prompts.safe, *prompts.preserved, *sampling.prompts, ""]).to(device)
 
-    # The frozen transformer, erasers in it, memory plan around it.
+    # The frozen transformer, erasers in it, memory plan around it; the teacher, the optimizer.
     assembly = meter.phase("load")(assemble)(backbone, config.model, config.memory, rank=config.optim.rank,
                                              seed=config.optim.seed)
-    erasers, predict = assembly.erasers, assembly.predict
-    latents = make_latents(config, backbone.scheduler(), shape, "target", device)
-    preserved = make_latents(config, backbone.scheduler(), shape, "preserved", device) if config.loss.beta > 0 else None
-    samples = Samples(Teacher(
-        predict, erasers, [assembly.blocks[i] for i in masking], loss=config.loss, prompts=prompts, embeddings=embeddings,
-        columns=columns, latents=latents, preserved_latents=preserved, seed=config.optim.seed, guidance=config.memory.guidance,
-        trajectory_guidance=config.data.trajectory_guidance), config.data.pool, device)
-    optimizer = make_optimizer(erasers.parameters(), kind=config.memory.optimizer, lr=config.optim.lr,
-                               weight_decay=config.optim.weight_decay)
-    allocate_standing(optimizer, device)
-    state = TrainState(config, origins, backbone.identity(), erasers, optimizer, make_scaler(assembly.dtype, device),
-                       [s for s in (latents, preserved) if s is not None])
+    subject = Subject.of(config, backbone, assembly, prompts, embeddings, columns)
+    erasers, predict, teacher, optimizer = assembly.erasers, assembly.predict, subject.teacher, subject.optimizer
+    samples = Samples(teacher, config.data.pool, device)
+    state = TrainState(config, origins, backbone.identity(), erasers, optimizer, subject.scaler,
+                       [s for s in (teacher.latents, teacher.preserved_latents) if s is not None])
 
     # The run directory, and where an earlier half of the run stopped. Of several processes, the first one writes.
     run_dir = resume or shared(make_run_directory, config)
     clock = PhaseClock(device, on_phase=meter.turn_to)
     student, together = (f and clock.around(f, during="student", after="backward") for f in (predict, assembly.applied.lockstep))
     assembly.applied.count_waits(clock.waiting)
-    health = Health(Subject(config=config, native_dtype=backbone.native_dtype, assembly=assembly, teacher=samples.teacher,
-                            optimizer=optimizer, scaler=state.scaler), run_dir=run_dir, resumed=bool(resume))
+    health = Health(subject, run_dir=run_dir, resumed=bool(resume))
     rescue = Rescue(run_dir, state, health, meter)
     with ExitStack() as files, StopFlag() as stop, watch(config, stop, meter) as monitor, assembly, health, rescue:
         on_main(files.enter_context, RunLock(run_dir))
@@ -119,7 +100,7 @@ def train(config: TrainConfig, origins: Mapping[str, str], *, resume: Path | Non
                 number = state.step * num_passes + k
                 share = scaler.scale(torch.full((), 1 / num_passes / num_ranks(), device=device))
                 if together:
-                    terms = lockstep_backward(together, predict, erasers, samples.teacher, samples.drawn(number), config.loss, scale=share)
+                    terms = lockstep_backward(together, predict, erasers, teacher, samples.drawn(number), config.loss, scale=share)
                 else:
                     terms = student_backward(student, erasers, samples(number), config.loss, scale=share)
                 for name, value in terms.items():
