@@ -56,7 +56,7 @@ def test_times_are_within_the_error_that_a_plan_states():
 def test_peaks_are_near_what_was_published():
     result = load("published")
     errors = sorted(abs(row["error"]) for row in result["training"])
-    assert len(errors) == len(PUBLISHED["training"]) and errors[len(errors) // 2] < 0.01 and errors[-1] < 0.06
+    assert len(errors) == len(PUBLISHED["training"]) and errors[len(errors) // 2] < 0.015 and errors[-1] < 0.06
     assert all(abs(row["error"]) < 0.01 for row in result["decoding"])
 
 
