@@ -20,6 +20,7 @@ from memory.plan import MemoryPlan, PlanError
 from trainer import config as settings
 from trainer.commands import PlanCommand, TrainCommand
 from trainer.config import TrainConfig
+from trainer.config_file import read_toml
 from trainer.errors import CheckpointError, UsageError
 
 _FLAT = (tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes)
@@ -109,7 +110,7 @@ def resolve(argv: Sequence[str], kind: type = TrainCommand) -> tuple[Any, dict[s
                 origins[path] = origin
         base = settings.replaced(base, values)
     else:
-        file = settings.read_toml(Path(toml)) if toml else {}
+        file = read_toml(Path(toml)) if toml else {}
         model = early(argv, "--model") or file.get("model.model", "shapes")
         if model == "shapes":
             base = settings.replaced(base, settings.SHAPES)

@@ -4,11 +4,7 @@ Imports no torch, so that `--help` answers at once.
 """
 
 import dataclasses
-import difflib
-import json
 import math
-import tomllib
-from contextlib import suppress
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -305,72 +301,3 @@ def replaced(config: Any, values: dict[str, Any]) -> Any:
         inner = {p.split(".", 1)[1]: v for p, v in values.items() if p.startswith(section + ".")}
         own[section] = replaced(getattr(config, section), inner)
     return dataclasses.replace(config, **own)
-
-
-def read_text(path: Path, flag: str) -> str:
-    """The text of the file that a flag names. Raises UsageError."""
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as e:
-        raise UsageError(f"{flag} {path}: cannot be read ({e.strerror if isinstance(e, OSError) else e})") from e
-
-
-def read_toml(path: Path) -> dict[str, Any]:
-    """Settings of a TOML file by dotted path. Unknown names and values of another type are refused."""
-    text = read_text(path, "--config")
-    try:
-        table = tomllib.loads(text)
-    except (ValueError, RecursionError) as e:  # TOMLDecodeError, a number of thousands of digits, brackets in brackets
-        raise UsageError(f"--config {path}: not valid TOML ({e})") from e
-    known, found = leaves(TrainConfig()), {}
-    for section, values in table.items():
-        for name, value in (values.items() if isinstance(values, dict) else ((None, values),)):
-            dotted = section if name is None else f"{section}.{name}"
-            if dotted not in known:
-                near = difflib.get_close_matches(dotted, known, n=1, cutoff=0)
-                raise UsageError(f"--config {path}: there is no setting {dotted}; did you mean {near[0]}?")
-            found[dotted] = _typed(value, dotted, path)
-    return found
-
-
-_WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", Path: "a path",
-          tuple[str, ...]: "a list of texts", tuple[int, ...]: "a list of whole numbers"}
-
-
-def _typed(value: Any, dotted: str, path: Path) -> Any:
-    """A TOML value in the type that the setting's annotation asks for."""
-    import typing
-
-    section, name = dotted.split(".")
-    hint = typing.get_type_hints(typing.get_type_hints(TrainConfig)[section])[name]
-    options = typing.get_args(hint) if typing.get_origin(hint) not in (None, tuple, Literal) else (hint,)
-    for option in options:
-        origin = typing.get_origin(option)
-        if origin is Literal and value in typing.get_args(option):
-            return value
-        if option is float and isinstance(value, int | float) and not isinstance(value, bool):
-            with suppress(OverflowError):  # more digits than a float has
-                return float(value)
-        if option is Path and isinstance(value, str):
-            return Path(value)
-        if origin is tuple and isinstance(value, list):
-            item = typing.get_args(option)[0]
-            if all(type(v) is item for v in value):
-                return tuple(value)
-        if type(value) is option:
-            return value
-    option = options[0]  # the other one is None, which no file can hold
-    wanted = f"one of {', '.join(map(repr, typing.get_args(option)))}" if typing.get_origin(option) is Literal else _WORDS[option]
-    raise UsageError(f"--config {path}: {dotted} = {value!r} is not {wanted}")
-
-
-def as_json(config: TrainConfig) -> dict[str, Any]:
-    """Plain nested values, for config.json and checkpoints."""
-    return json.loads(json.dumps(dataclasses.asdict(config), default=str))
-
-
-def from_json(values: dict[str, Any]) -> TrainConfig:
-    """The inverse of `as_json`."""
-    flat = {f"{section}.{name}": _typed(value, f"{section}.{name}", Path("config.json"))
-            for section, settings in values.items() for name, value in settings.items() if value is not None}
-    return replaced(TrainConfig(), flat)

@@ -46,9 +46,9 @@ def train(config: TrainConfig, origins: Mapping[str, str], *, resume: Path | Non
     both after saving.
     """
     # What is asked for, checked as far as it can be before anything is loaded or written.
-    backbone, prompts, columns = open_training(config)
     if not resume:
         on_main(require_place, config)
+    backbone, prompts, columns = open_training(config)
     device = resolve_device(config.model.device)
     meter = Meter(device)
 

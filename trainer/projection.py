@@ -15,7 +15,8 @@ from memory.optimizers import make_optimizer
 from trainer.assemble import resolve_device
 from trainer.checkpoint import Checkpoint, Saver, latest_checkpoint
 from trainer.clock import PhaseClock
-from trainer.config import TrainConfig, as_json, replaced
+from trainer.config import TrainConfig, replaced
+from trainer.config_file import as_json
 from trainer.errors import CheckpointError, Interrupted
 from trainer.findings import Bill, Unhealthy, finding
 from trainer.lock import RunLock

@@ -1,14 +1,14 @@
 """Settings of `run.py forget`. Imports no torch, so that `--help` answers at once."""
 
 import math
-import types
 import typing
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
 from memory.plan import MemoryPlan, PlanError
-from trainer.config import check_seed, from_json
+from trainer.config import check_seed
+from trainer.config_file import from_json, typed
 from trainer.errors import CheckpointError, UsageError
 from trainer.run_directory import CONFIG, read_content
 
@@ -116,19 +116,13 @@ def read_forget_config(run_dir: Path) -> ForgetConfig:
     try:
         values, hints = content["config"], typing.get_type_hints(ForgetConfig)
         memory = from_json({"memory": values["memory"]}).memory
-        return ForgetConfig(memory=memory, **{name: _typed(values[name], name, hints[name]) for name in hints if name != "memory"})
+        return ForgetConfig(memory=memory, **{name: _setting(values[name], name, hints[name]) for name in hints if name != "memory"})
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError, PlanError, UsageError) as e:
         raise CheckpointError(f"{run_dir}: not a run of `forget` ({CONFIG}: {e!r})") from e
 
 
-def _typed(value: Any, name: str, hint: Any) -> Any:
-    """A JSON value in the type that the setting's annotation asks for. Raises TypeError."""
-    for option in typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,):
-        kind = typing.get_origin(option) or option
-        if type(value) is kind or (kind is Literal and value in typing.get_args(option)):
-            return value
-        if (kind, type(value)) in ((float, int), (Path, str)):
-            return kind(value)
-        if kind is tuple and type(value) is list and all(type(item) is str for item in value):
-            return tuple(value)
-    raise TypeError(f"{name} is {value!r}, not {hint}")
+def _setting(value: Any, name: str, hint: Any) -> Any:
+    try:
+        return typed(value, hint)
+    except TypeError as e:
+        raise TypeError(f"{name} is {value!r}, not {e}") from e

@@ -8,7 +8,7 @@ from typing import Literal
 
 from PIL import Image, UnidentifiedImageError
 
-from trainer.config import read_text
+from trainer.config_file import read_text
 from trainer.errors import UsageError
 from trainer.projection_config import ForgetConfig
 from trainer.shapes import pictures

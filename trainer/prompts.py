@@ -16,7 +16,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from memory.streams import pinning
-from trainer.config import DataConfig, read_text
+from trainer.config import DataConfig
+from trainer.config_file import read_text
 from trainer.errors import UsageError
 
 logger = logging.getLogger(__name__)

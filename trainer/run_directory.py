@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from memory.plan import PlanError
-from trainer.config import TrainConfig, as_json, from_json
+from trainer.config import TrainConfig
+from trainer.config_file import as_json, from_json
 from trainer.errors import CheckpointError, InputOutputError, UsageError
 from trainer.run_files import write_json
 

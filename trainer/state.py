@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from trainer.checkpoint import Checkpoint, compatible
-from trainer.config import TrainConfig, as_json
+from trainer.config import TrainConfig
+from trainer.config_file import as_json
 from trainer.distributed import num_ranks
 from trainer.erasers import Erasers
 from trainer.errors import CheckpointError

@@ -8,7 +8,8 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from memory.plan import PlanError
-from trainer.config import DataConfig, TrainConfig, leaves, read_toml, replaced
+from trainer.config import DataConfig, TrainConfig, leaves, replaced
+from trainer.config_file import read_toml
 from trainer.errors import CheckpointError, UsageError
 from trainer.metrics import METRICS, read_metrics
 from trainer.prompts import collect

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from memory.plan import MemoryPlan, PlanError
 from trainer import loop
 from trainer.arguments import fixed, resolve
-from trainer.config import SHAPES, TrainConfig, as_json, from_json, leaves, read_toml, replaced
+from trainer.config import SHAPES, TrainConfig, leaves, replaced
+from trainer.config_file import as_json, from_json, read_toml
 from trainer.errors import CheckpointError, InputOutputError, UsageError
 from trainer.run_directory import make_run_directory, read_config, write_config
 
@@ -208,7 +209,7 @@ def test_a_place_is_refused_before_anything_is_loaded(tmp_path, monkeypatch):
         with pytest.raises(error, match=match):
             loop.train(replaced(TrainConfig(), {"output.out": out}), {})
 
-    monkeypatch.setattr(loop, "open_backbone", load)
+    monkeypatch.setattr(loop, "open_training", load)
     (tmp_path / "file").touch()
     refused(tmp_path / "file" / "b", InputOutputError, "Not a directory")
     (tmp_path / "config.json").touch()

@@ -17,7 +17,8 @@ from test_cli import call  # noqa: F401  fixture
 
 from trainer import cli
 from trainer.charts import bars, heat_map, interval, line_chart, share_bar, stacked_area
-from trainer.config import TrainConfig, as_json, leaves, replaced
+from trainer.config import TrainConfig, leaves, replaced
+from trainer.config_file import as_json
 from trainer.errors import CheckpointError, InputOutputError
 from trainer.findings import Bill, finding
 from trainer.metrics import read_metrics

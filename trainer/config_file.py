@@ -1,0 +1,81 @@
+"""Settings on disk: the TOML that people write and the JSON that runs do, each value in the type that its setting's annotation asks for."""
+
+import dataclasses
+import difflib
+import json
+import tomllib
+import types
+import typing
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Literal
+
+from trainer.config import TrainConfig, leaves, replaced
+from trainer.errors import UsageError
+
+_WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", Path: "a path",
+          tuple[str, ...]: "a list of texts", tuple[int, ...]: "a list of whole numbers"}
+
+
+def read_text(path: Path, flag: str) -> str:
+    """The text of the file that a flag names. Raises UsageError."""
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as e:
+        raise UsageError(f"{flag} {path}: cannot be read ({e.strerror if isinstance(e, OSError) else e})") from e
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """Settings of a TOML file by dotted path. Unknown names and values of another type are refused."""
+    text = read_text(path, "--config")
+    try:
+        table = tomllib.loads(text)
+    except (ValueError, RecursionError) as e:  # TOMLDecodeError, a number of thousands of digits, brackets in brackets
+        raise UsageError(f"--config {path}: not valid TOML ({e})") from e
+    known, found = leaves(TrainConfig()), {}
+    for section, values in table.items():
+        for name, value in (values.items() if isinstance(values, dict) else ((None, values),)):
+            dotted = section if name is None else f"{section}.{name}"
+            if dotted not in known:
+                near = difflib.get_close_matches(dotted, known, n=1, cutoff=0)
+                raise UsageError(f"--config {path}: there is no setting {dotted}; did you mean {near[0]}?")
+            found[dotted] = _setting(value, dotted, path)
+    return found
+
+
+def as_json(config: Any) -> dict[str, Any]:
+    """Plain nested values, for config.json and checkpoints."""
+    return json.loads(json.dumps(dataclasses.asdict(config), default=str))
+
+
+def from_json(values: dict[str, Any]) -> TrainConfig:
+    """The inverse of `as_json`."""
+    flat = {f"{section}.{name}": _setting(value, f"{section}.{name}", Path("config.json"))
+            for section, settings in values.items() for name, value in settings.items() if value is not None}
+    return replaced(TrainConfig(), flat)
+
+
+def _setting(value: Any, dotted: str, path: Path) -> Any:
+    section, name = dotted.split(".")
+    try:
+        return typed(value, typing.get_type_hints(typing.get_type_hints(TrainConfig)[section])[name])
+    except TypeError as e:
+        raise UsageError(f"--config {path}: {dotted} = {value!r} is not {e}") from e
+
+
+def typed(value: Any, hint: Any) -> Any:
+    """A value of TOML or JSON in the type that an annotation asks for. Raises TypeError with what that is, in words."""
+    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    for option in options:
+        origin = typing.get_origin(option)
+        if type(value) is option or origin is Literal and value in typing.get_args(option):
+            return value
+        if option is float and type(value) is int:
+            with suppress(OverflowError):  # more digits than a float has
+                return float(value)
+        if option is Path and isinstance(value, str):
+            return Path(value)
+        if origin is tuple and isinstance(value, list) and all(type(item) is typing.get_args(option)[0] for item in value):
+            return tuple(value)
+    option = options[0]  # the other one is None
+    raise TypeError(f"one of {', '.join(map(repr, typing.get_args(option)))}" if typing.get_origin(option) is Literal else _WORDS[option])
