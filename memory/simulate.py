@@ -16,6 +16,7 @@ buffers that streaming and activation offload hand out. All other storages are o
 """
 
 import contextlib
+import functools
 import gc
 import sys
 import weakref
@@ -342,12 +343,7 @@ def _is_accumulation() -> bool:
     return frame is None or frame.f_code is torch.autograd.graph._engine_run_backward.__code__
 
 
-_alias_cache: dict = {}
-
-
+@functools.cache
 def _aliases(func) -> bool:
     """Whether an operator's outputs are its inputs or views of them, by its schema."""
-    known = _alias_cache.get(func)
-    if known is None:
-        known = _alias_cache[func] = any(ret.alias_info is not None for ret in func._schema.returns)
-    return known
+    return any(ret.alias_info is not None for ret in func._schema.returns)

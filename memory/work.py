@@ -4,6 +4,7 @@ torch's FlopCounterMode is not used: it keeps recomputed graphs alive, which qua
 it counts nothing for the CPU's flash attention. Time follows by roofline: `memory.timing`.
 """
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -74,7 +75,6 @@ _FLASH_BACKWARD = (
 _IDLE = {aten.empty.memory_format, aten.empty_strided.default, aten.empty_like.default, aten.detach.default, aten._unsafe_view.default}
 # Operators that write their first argument without reading it.
 _OVERWRITES = {aten.copy_.default, aten.zero_.default, aten.fill_.Scalar, aten.fill_.Tensor}
-_idle_by_schema: dict = {}
 
 
 def work_of(func, args, outputs) -> Work | None:
@@ -92,14 +92,11 @@ def work_of(func, args, outputs) -> Work | None:
     return Work(kind, count(args, outputs), _bytes(args) + _bytes(outputs))
 
 
+@functools.cache
 def _moves_nothing(func) -> bool:
     """Whether an operator only makes a view or answers a question about a tensor, by its schema."""
-    known = _idle_by_schema.get(func)
-    if known is None:
-        returns = [r for r in func._schema.returns if "Tensor" in str(r.type)]
-        known = not func._schema.is_mutable and all(r.alias_info is not None for r in returns)
-        _idle_by_schema[func] = known
-    return known
+    returns = [r for r in func._schema.returns if "Tensor" in str(r.type)]
+    return not func._schema.is_mutable and all(r.alias_info is not None for r in returns)
 
 
 def _bytes(values) -> int:

@@ -4,7 +4,6 @@ Every video is generated twice from the same noise: with the erasers off (before
 Legend: B videos, T frames, H W pixels.
 """
 
-import json
 import math
 import random
 from collections.abc import Sequence
@@ -18,9 +17,10 @@ from trainer.assemble import Assembly, assemble, embed_prompts, open_backbone, r
 from trainer.backbones.cogvideox import CogVideoX
 from trainer.config import EvaluateConfig, ModelConfig
 from trainer.eraser_files import load_eraser
-from trainer.errors import InputOutputError, UsageError
+from trainer.errors import UsageError
 from trainer.generate import generate_latents
 from trainer.prompts import Embeddings
+from trainer.run_files import write_json
 from trainer.shapes import world
 from trainer.video import contact_sheet
 
@@ -101,12 +101,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         result, sheet = measure(assembly, backbone, embeddings.to(resolve_device(config.model.device)), concept, chosen,
                                 config)
     directory = eraser.path.parent
-    try:
-        part = directory / f".{EVALUATION}.part"
-        part.write_text(json.dumps(result, indent=2) + "\n")
-        part.replace(directory / EVALUATION)
-    except OSError as e:
-        raise InputOutputError(f"{directory / EVALUATION} cannot be written ({e.strerror})") from e
+    write_json(directory / EVALUATION, result)
     contact_sheet(directory / "before-after.png", sheet)
     return result
 

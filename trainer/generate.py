@@ -53,7 +53,7 @@ def generate(config: GenerateConfig) -> list[Path]:
     try:
         probe(config.out.parent)  # before minutes of sampling
     except OSError as e:
-        raise InputOutputError(f"--out {config.out}: cannot be written ({e.strerror}); choose another") from e
+        raise InputOutputError(f"--out {config.out}: cannot be written ({e.strerror}); choose another --out") from e
     eraser = None if config.no_eraser else load_eraser(config.eraser)
     model = config.model
     if eraser is not None and model.model == ModelConfig().model and eraser.base_model:

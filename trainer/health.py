@@ -5,7 +5,6 @@ device; the host learns of it one step later, before anything else is applied, a
 Under float16 with a loss scaler an infinite gradient alone only means that the scale was too high.
 """
 
-import json
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -18,11 +17,10 @@ from torch import Tensor, nn
 from memory.optimizers import update_norms
 from trainer.distributed import average, everyones, num_ranks, rank
 from trainer.erasers import in_backward
-from trainer.errors import InputOutputError
 from trainer.findings import Bill, Finding, finding, gone_by
 from trainer.inspection import Fingerprint, Subject, adapter_findings
 from trainer.preflight import Preflight
-from trainer.run_files import read_object
+from trainer.run_files import read_object, write_json
 from trainer.tracing import scale_collapsed, trace
 
 logger = logging.getLogger(__name__)
@@ -259,12 +257,7 @@ class Health:
     def _write(self) -> None:
         if self.run_dir is None:
             return
-        try:
-            part = self.run_dir / f".{FINDINGS}.part"
-            part.write_text(json.dumps(self.bill.with_findings(self.earlier).as_json(), indent=2) + "\n")
-            part.replace(self.run_dir / FINDINGS)
-        except OSError as e:
-            raise InputOutputError(f"{self.run_dir / FINDINGS} cannot be written ({e.strerror})") from e
+        write_json(self.run_dir / FINDINGS, self.bill.with_findings(self.earlier).as_json())
 
 
 def _norm(tensor: Tensor) -> Tensor:
