@@ -1,5 +1,5 @@
 """Parse, dispatch, and turn exceptions into exit codes: 0 done, 1 bug, 2 usage, 3 does not fit or out of memory,
-4 non-finite, 5 checkpoint, 6 input/output, 130/143 interrupted after saving."""
+4 non-finite, 5 checkpoint, 6 input/output, 129/130/143 interrupted after saving."""
 
 import contextlib
 import errno

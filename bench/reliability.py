@@ -88,8 +88,8 @@ ROWS = {
         nodes=(f"{_RUNS}::test_soak",),
         figure=lambda p, _: f"{p['num_steps']} steps, {p['kills']} kills: {len(p['different'])} tensors or records differ"),
     "signals": Row(
-        test="SIGINT / SIGTERM in forward, backward, save, sampling",
-        target="saved, 130 / 143, at most one more step; a second one leaves within a second with a valid newest checkpoint",
+        test="SIGINT / SIGTERM / SIGHUP in forward, backward, save, sampling",
+        target="saved, 130 / 143 / 129, at most one more step; a second one leaves within a second with a valid newest checkpoint",
         nodes=(f"{_RUNS}::test_a_signal_in_any_phase_saves_and_ends_and_a_second_one_leaves_at_once", "tests/trainer/test_signals.py"),
         figure=lambda p, n: f"{p['signals']} of {p['signals']} saved with their code, at most {p['most_steps_after']} more steps; "
                             f"a second one: gone in {p['seconds_after_second']:.2f} s at most, the newest checkpoint valid; "

@@ -2,7 +2,7 @@
 
 `run.py` turns each into one line on stderr and the process' exit status:
 0 done, 1 bug, 2 usage, 3 does not fit or out of memory, 4 non-finite, 5 checkpoint missing,
-corrupt or incompatible, 6 input/output, 130/143 interrupted after saving.
+corrupt or incompatible, 6 input/output, 129/130/143 interrupted after saving.
 """
 
 from typing import Any

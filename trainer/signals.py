@@ -7,15 +7,16 @@ import threading
 import time
 from types import FrameType
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 ONE_STROKE = 0.2
 """Seconds within which all signals are one: `timeout` and shells send theirs to the process and to its group."""
 
 
 class StopFlag:
-    """Context manager under which SIGINT and SIGTERM set a flag that the loop tests once a step.
+    """Context manager under which SIGINT, SIGTERM and SIGHUP (the terminal or connection is gone) set a flag that the loop tests once a
+    step. Under `nohup`, SIGHUP stays ignored.
 
-    Truthy once a signal came; `signal_number` says which. A second signal of either kind, no sooner than ONE_STROKE after the first, ends
+    Truthy once a signal came; `signal_number` says which. A second signal of any kind, no sooner than ONE_STROKE after the first, ends
     the process within a second with status 128 + its number and without clean-up: the checkpoint protocol leaves nothing half-written at any moment. Must be entered in the main
     thread; on exit the former handlers are back.
     """
@@ -32,7 +33,8 @@ class StopFlag:
         self._read, self._write = os.pipe()
         os.set_blocking(self._write, False)
         self._former_wakeup = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
-        self._former_handlers = {number: signal.signal(number, self._handle) for number in SIGNALS}
+        self._former_handlers = {number: signal.signal(number, self._handle) for number in SIGNALS
+                                 if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN}
         self._watcher = threading.Thread(target=self._leave_on_second, name="signals", daemon=True)
         self._watcher.start()
         return self

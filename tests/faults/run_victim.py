@@ -2,7 +2,7 @@
 
     python tests/faults/run_victim.py kills DIR NUM_STEPS NUM_KILLS SEED     killed at random moments, so many times
     python tests/faults/run_victim.py soak DIR NUM_STEPS EVERY SEED          killed at random about every so many steps
-    python tests/faults/run_victim.py signals DIR                            SIGINT and SIGTERM in every phase
+    python tests/faults/run_victim.py signals DIR                            SIGINT, SIGTERM and SIGHUP in every phase
     python tests/faults/run_victim.py readonly DIR                           checkpoints' directory is made read-only in mid-run
     python tests/faults/run_victim.py leak DIR NUM_STEPS                     memory of the process and its tensors, step by step
 
@@ -41,7 +41,7 @@ from trainer.errors import InputOutputError, Interrupted
 from trainer.loop import train
 from trainer.metrics import MetricsLog, read_metrics
 from trainer.run_directory import CONFIG
-from trainer.signals import ONE_STROKE
+from trainer.signals import ONE_STROKE, SIGNALS
 
 NO_SEED_DECIDES = ("seconds", "phase_seconds", "memory", "peak_bytes_by_phase")
 SAVE_EVERY = 5
@@ -226,10 +226,9 @@ def signalled(directory: Path, phase: str, numbers: tuple[int, ...]) -> dict[str
 
 def signals(directory: Path) -> dict[str, Any]:
     build(directory)
-    both = {signal.SIGINT: "SIGINT", signal.SIGTERM: "SIGTERM"}
-    return {"once": {f"{name} in {phase}": signalled(directory, phase, (number,)) for phase in PHASES for number, name in both.items()},
-            "twice": {f"{name} twice in {phase}": signalled(directory, phase, (number, number)) for phase in PHASES
-                      for number, name in both.items()}}
+    return {"once": {f"{number.name} in {phase}": signalled(directory, phase, (number,)) for phase in PHASES for number in SIGNALS},
+            "twice": {f"{number.name} twice in {phase}": signalled(directory, phase, (number, number)) for phase in PHASES
+                      for number in SIGNALS}}
 
 
 # --- a directory that is read-only from now on -----------------------------------------------------------------------------------------

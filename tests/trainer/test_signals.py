@@ -1,4 +1,5 @@
 import os
+import pty
 import signal
 import subprocess
 import sys
@@ -54,6 +55,23 @@ def test_other_signals_do_not_count():
         signal.signal(signal.SIGUSR1, former)
 
 
+@pytest.mark.parametrize("ignored, expected", [(False, str(int(signal.SIGHUP))), (True, "None")])
+def test_a_terminal_that_closes_is_a_signal_unless_it_is_ignored_as_under_nohup(ignored, expected, tmp_path):
+    program = ("import sys, time\nfrom trainer.signals import StopFlag\nwith StopFlag() as stop:\n    print('busy', flush=True)\n"
+               "    time.sleep(0.5)\nopen(sys.argv[1], 'w').write(str(stop.signal_number))")
+    pid, terminal = pty.fork()
+    if not pid:
+        os.chdir(REPOSITORY)
+        if ignored:
+            signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        os.execv(sys.executable, [sys.executable, "-c", program, str(tmp_path / "said")])
+    heard = b""
+    while b"busy" not in heard:
+        heard += os.read(terminal, 100)
+    os.close(terminal)
+    assert os.waitpid(pid, 0)[1] == 0 and (tmp_path / "said").read_text() == expected
+
+
 IMPORTS = "import hashlib, os, sys\nfrom trainer.signals import StopFlag"
 BUSY_IN = {
     "python": "while True: sum(range(1000))",
@@ -62,7 +80,7 @@ BUSY_IN = {
 }
 
 
-@pytest.mark.parametrize("numbers", [(signal.SIGINT, signal.SIGINT), (signal.SIGTERM, signal.SIGTERM), (signal.SIGINT, signal.SIGTERM)])
+@pytest.mark.parametrize("numbers", [(signal.SIGINT, signal.SIGINT), (signal.SIGTERM, signal.SIGTERM), (signal.SIGHUP, signal.SIGTERM)])
 @pytest.mark.parametrize("work", BUSY_IN)
 def test_second_signal_leaves_within_a_second_whatever_runs(work, numbers, tmp_path):
     """The best of three: a disk that other processes keep busy holds an fsync up."""
