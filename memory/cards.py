@@ -93,7 +93,7 @@ class Card:
     used_by_others_bytes: int = 0
     """Already held by other processes (`auto` only)."""
     host_bytes: int | None = None
-    """Host memory available now (`auto` only)."""
+    """Host memory available; None where nobody said (a card by name)."""
 
     @property
     def is_cpu(self) -> bool:

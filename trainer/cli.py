@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from memory.cards import Card, size_bytes
+from memory.host import available_host_bytes
 from memory.plan import PlanError
 from trainer import config as settings
 from trainer.arguments import chosen_card, early, fixed, given, in_flags, parse, positional, resolve
@@ -39,6 +40,12 @@ def main(argv: Sequence[str]) -> None:
         command(argv)
     except PlanError as e:
         raise UsageError(in_flags(e)) from e
+
+
+def _card_here(command: TrainCommand) -> Card:
+    """The card that is meant, in this machine: whatever its name, the run's host is this one."""
+    card = chosen_card(command.profile, command.settings.model.device)
+    return card if card.host_bytes is not None else replace(card, host_bytes=available_host_bytes())
 
 
 def _planned(command: TrainCommand, origins: dict[str, str], card: Card, argv: Sequence[str]) -> tuple[TrainConfig, "Assessment | None"]:
@@ -73,7 +80,7 @@ def _will_measure(config: TrainConfig) -> bool:
 
 def _train(argv: Sequence[str]) -> None:
     command, origins = resolve(argv)
-    config, card = command.settings, chosen_card(command.profile, command.settings.model.device)
+    config, card = command.settings, _card_here(command)
     from trainer.distributed import joined, num_ranks, rows_of
     from trainer.loop import train
     from trainer.memory_file import Forecast
@@ -101,7 +108,8 @@ def _train(argv: Sequence[str]) -> None:
         return  # the first process speaks for all
     config, content = read_config(run_dir)
     if command.resume and content["first_step"] >= config.optim.steps:
-        print(f"nothing was left to train: {run_dir} has its {config.optim.steps} steps; --steps asks for more", file=sys.stderr)
+        more = "--steps asks for more" if config.optim.schedule == "constant" else f"a {config.optim.schedule} schedule ends there"
+        print(f"nothing was left to train: {run_dir} has its {config.optim.steps} steps; {more}", file=sys.stderr)
     if measures:
         _measure(EvaluateConfig(run=run_dir, model=config.model, memory=replace(config.memory, num_shards=1)))
     print(f"eraser: {run_dir / 'eraser.safetensors'}")
@@ -149,7 +157,9 @@ def _evaluate(argv: Sequence[str]) -> None:
 
 def _generate(argv: Sequence[str]) -> None:
     config = parse(GenerateConfig, argv, "generate")
-    from trainer.generate import generate
+    from trainer.generate import as_trained, generate
+
+    config = as_trained(config, given(argv))
 
     for path in generate(config):
         print(path)
@@ -195,7 +205,7 @@ def _diagnose(argv: Sequence[str]) -> None:
         if "on_oom" in given(argv):
             raise UsageError("--on-oom: diagnose looks at one step and goes on from none; leave it out")
         run, origins = resolve(argv)
-        config, _ = _planned(run, origins, chosen_card(run.profile, run.settings.model.device), argv)
+        config, _ = _planned(run, origins, _card_here(run), argv)
     from trainer.diagnose import diagnose_path, diagnose_settings
     from trainer.findings import print_bill
 

@@ -185,8 +185,9 @@ class GenerateConfig:
     out: Path = Path("out.mp4")
     """An .mp4 (or .png for a contact sheet); several prompts are numbered."""
     eraser: Path | None = None
-    """A run directory or an eraser file; its base model is used, unless --model names another than shapes. Needed, or
-    --no-eraser in its place."""
+    """A run directory or an eraser file; its base model is used, unless --model names another than shapes. A run's videos
+    are as large, and its memory plan is the one, that it was trained with, unless flags say otherwise. Needed, or --no-eraser in
+    its place."""
     no_eraser: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Leave the eraser out: the frozen model alone."""
     compare: bool = False

@@ -3,9 +3,9 @@
 Legend: B videos, F latent frames, C latent channels, H W latent size, L text tokens, D text width, T video frames.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +14,12 @@ from torch import Tensor
 
 from trainer.assemble import assemble, embed_prompts, named_scheduler, open_backbone, video_size
 from trainer.backbones import Predict
-from trainer.config import GenerateConfig, ModelConfig
+from trainer.config import GenerateConfig, ModelConfig, leaves, replaced
 from trainer.diffusion import sample
 from trainer.eraser_files import load_eraser
 from trainer.errors import InputOutputError, NonFinite
 from trainer.prompts import Embeddings
-from trainer.run_directory import probe
+from trainer.run_directory import CONFIG, probe, read_config
 from trainer.video import contact_sheet, write_mp4
 
 
@@ -46,6 +46,15 @@ def generate_latents(predict: Predict, scheduler: Any, embeddings: Embeddings, p
         raise NonFinite("the generated latents hold NaN or infinity; `run.py diagnose ERASER` looks at the eraser, --no-eraser leaves it out, "
                         "and a lower --guidance-scale or --dtype float32 may help")
     return latents
+
+
+def as_trained(config: GenerateConfig, given: Collection[str]) -> GenerateConfig:
+    """With the model and the memory plan of the run that `config.eraser` is, which fit there; what was `given` by flag stays."""
+    if config.eraser is None or not (config.eraser / CONFIG).is_file():
+        return config
+    own = {"device", "guidance", "num_shards", *given} | ({f.name for f in fields(ModelConfig)} if "model" in given else set())
+    return replaced(config, {path: value for path, value in leaves(read_config(config.eraser)[0]).items()
+                             if path.startswith(("model.", "memory.")) and path.split(".")[1] not in own})
 
 
 def generate(config: GenerateConfig) -> list[Path]:

@@ -97,6 +97,8 @@ def test_train_generate_and_export(trained, call, pipelines, tmp_path):
     code, out, _ = call("generate", "--eraser", trained, "--prompt", "a red circle", "--out", tmp_path / "x.mp4",
                         "--compare", *_sizes(pipelines))
     assert code == 0 and out.split() == [str(tmp_path / "x.mp4"), str(tmp_path / "x-compare.png")]
+    code, out, _ = call("generate", "--eraser", trained, "--prompt", "a red circle", "--out", tmp_path / "z.png", "--num-steps", "1")
+    assert code == 0 and (tmp_path / "z.png").is_file()  # as it was trained, on the CPU or a card
     code, out, _ = call("export", trained, "--out", tmp_path / "released")
     assert code == 0 and (tmp_path / "released" / "eraser_weights.pt").is_file()
     code, _, _ = call("generate", "--eraser", tmp_path / "released", "--prompt", "a red circle", "--out",
@@ -257,10 +259,11 @@ def test_origins_name_flags_only_where_they_were_given():
     assert {p for p, o in origins.items() if o == "flag"} == {"output.evaluate", "optim.rank", "memory.resident_blocks"}
 
 
-def test_diagnose_examines_what_the_planner_chose(monkeypatch):
+def test_diagnose_examines_what_the_planner_chose_for_the_card_in_this_machine(monkeypatch):
     seen = []
+    monkeypatch.setattr("trainer.cli.available_host_bytes", lambda: 3 * 2**30)
     monkeypatch.setattr("trainer.planning.planned", lambda config, card, fixed: (
-        replaced(config, {"memory.checkpoint": "none"}), ["checkpoint"], None))
+        replaced(config, {"memory.checkpoint": "none"} if card.host_bytes == 3 * 2**30 else {}), ["checkpoint"], None))
     monkeypatch.setattr("trainer.diagnose.diagnose_settings", lambda config: seen.append(config.memory.checkpoint) or Bill())
     for flags in (["--device", "cpu"], ["--profile", "8gb"]):
         cli.main(["diagnose", *flags])

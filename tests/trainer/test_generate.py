@@ -1,5 +1,7 @@
 """`generate` without an eraser is diffusers' own pipeline; with one, it is not."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -9,10 +11,11 @@ from test_erasers import shake
 from memory.plan import MemoryPlan, apply_plan
 from trainer import generate as module
 from trainer.assemble import named_scheduler
-from trainer.config import GenerateConfig, ModelConfig
+from trainer.config import GenerateConfig, ModelConfig, TrainConfig
 from trainer.eraser_files import save_eraser
 from trainer.erasers import Erasers
 from trainer.errors import CheckpointError, InputOutputError, NonFinite, UsageError
+from trainer.run_directory import write_config
 from trainer.video import contact_sheet
 
 PROMPT, SEED, NUM_STEPS = "a red circle moving left", 11, 3
@@ -121,6 +124,18 @@ def test_eraser_brings_its_own_base_model(eraser, written, tmp_path, monkeypatch
     monkeypatch.setattr("trainer.backbones.location.BUNDLED", tmp_path / "not-there")
     module.generate(_config("shapes", tmp_path / "x.mp4", no_eraser=False, eraser=eraser, model=model))
     assert "x.mp4" in written
+
+
+def test_a_run_gives_its_sizes_and_its_plan_where_flags_do_not(sincos, eraser, tmp_path):
+    run = GenerateConfig(prompt=(PROMPT,), eraser=tmp_path)
+    model = ModelConfig(model=str(sincos.directory), frames=FRAMES, height=SIDE, device="cuda:1")
+    trained = TrainConfig(model=model, memory=MemoryPlan(resident_blocks=0, guidance="batched", feed_forward_chunks=2))
+    assert module.as_trained(run, ()) == run  # an export, which says nothing of a run
+    write_config(tmp_path, trained, {}, base_model={}, first_step=0)
+    found = module.as_trained(run, {"eraser", "resident_blocks"})
+    assert found == replace(run, model=replace(model, device="auto"), memory=MemoryPlan(feed_forward_chunks=2))
+    assert module.as_trained(run, {"model"}) == replace(run, memory=MemoryPlan(resident_blocks=0, feed_forward_chunks=2))
+    assert module.as_trained(replace(run, eraser=eraser), ()) == replace(run, eraser=eraser)
 
 
 def test_eraser_of_another_model_is_refused_before_anything_is_written(eraser, pipelines, written, tmp_path):
