@@ -4,6 +4,7 @@ Looks at one thing after another and never stops at the first trouble. Heavy imp
 missing package is a finding and not a traceback. What no card has run here says so: without one, its checks are absent.
 """
 
+import contextlib
 import json
 import os
 import platform
@@ -27,6 +28,7 @@ from trainer.prompts import cache_directory
 
 LEAST_HOST_BYTES = 4 * GIB  # interpreter and libraries take about 3
 LEAST_DISK_BYTES = 2 * GIB  # two checkpoints of the 5b at rank 128 and one being written
+LEAST_MODEL_BYTES = 22 * GIB  # what is downloaded of the published 5b, and a little
 LEAST_LINK_SHARE = 0.6  # of what the card's kind of link reaches
 _COPIED_BYTES = 256 << 20
 _PYPROJECT = Path(__file__).parent.parent / "pyproject.toml"
@@ -191,18 +193,24 @@ def _pinned(available: int) -> Check:
 
 
 def disk() -> Iterator[Check]:
-    """Room for runs and for the cache of embeddings, and whether they can be written."""
-    for name, directory in (("disk for runs", Path("runs")), ("disk for the cache", cache_directory())):
+    """Room for runs, for the cache of embeddings and for published models, and whether they can be written."""
+    places = [("disk for runs", Path("runs"), LEAST_DISK_BYTES, "choose another directory: --out DIR"),
+              ("disk for the cache", cache_directory(), LEAST_DISK_BYTES, "set XDG_CACHE_HOME")]
+    with contextlib.suppress(ImportError):
+        from huggingface_hub.constants import HF_HUB_CACHE
+
+        places.append(("disk for models", Path(HF_HUB_CACHE), LEAST_MODEL_BYTES, "set HF_HOME (--model DIR needs nothing there)"))
+    for name, directory, least, elsewhere in places:
         there = next(path for path in (directory.absolute(), *directory.absolute().parents) if path.exists())
         free, writable = shutil.disk_usage(there).free, os.access(there, os.W_OK | os.X_OK) and there.is_dir()
         values = {"path": str(there), "free_bytes": free, "writable": writable}
         if not writable:
-            yield Check(name=name, status="problem", found=f"{there} cannot be written", values=values, exit_code=6,
-                        fix="choose another directory: --out DIR" if name == "disk for runs" else "set XDG_CACHE_HOME")
+            yield Check(name=name, status="warning" if name == "disk for models" else "problem", found=f"{there} cannot be written",
+                        values=values, exit_code=6, fix=elsewhere)
         else:
-            short = free < LEAST_DISK_BYTES
+            short = free < least
             yield Check(name=name, status="warning" if short else "ok", found=f"{free / GIB:.1f} GiB free in {there}", values=values,
-                        fix=f"less than {LEAST_DISK_BYTES // GIB} GiB: make room there, or choose another directory" if short else "")
+                        fix=f"less than {least // GIB} GiB: make room there, or {elsewhere}" if short else "")
 
 
 def link(card: Card | None) -> Iterator[Check]:

@@ -90,12 +90,14 @@ def test_little_memory_and_a_container(monkeypatch):
     assert check.status == "warning" and "1.0 GiB available" in check.found and "limited to 2.0" in check.found and check.fix
 
 
-@pytest.mark.parametrize("free, writable, status, code", [(9 * GIB, True, "ok", 0), (GIB, True, "warning", 0), (9 * GIB, False, "problem", 6)])
-def test_disks(monkeypatch, free, writable, status, code, tmp_path):
+@pytest.mark.parametrize("name, free, writable, status, code", [
+    ("disk for runs", 9 * GIB, True, "ok", 0), ("disk for runs", GIB, True, "warning", 0), ("disk for runs", 9 * GIB, False, "problem", 6),
+    ("disk for models", 9 * GIB, True, "warning", 0), ("disk for models", 30 * GIB, False, "warning", 6)])
+def test_disks(monkeypatch, name, free, writable, status, code, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(free, 0, free))
     monkeypatch.setattr(os, "access", lambda path, mode: writable)
-    check = _one(doctor.disk(), "disk for runs")
+    check = _one(doctor.disk(), name)
     assert (check.status, check.exit_code) == (status, code) and bool(check.fix) == (status != "ok")
 
 
