@@ -14,6 +14,14 @@ from trainer.signals import ONE_STROKE, SIGNALS, StopFlag
 REPOSITORY = Path(__file__).parents[2]
 
 
+@pytest.fixture(autouse=True)
+def _no_nohup():
+    """Whoever runs the tests under nohup had SIGHUP ignored, and would have it in every child."""
+    former = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, former)
+
+
 @pytest.mark.parametrize("number", SIGNALS)
 def test_first_signal_sets_the_flag_and_handlers_come_back(number):
     former = {each: signal.getsignal(each) for each in SIGNALS}
@@ -66,7 +74,7 @@ def test_a_terminal_that_closes_is_a_signal_unless_it_is_ignored_as_under_nohup(
             signal.signal(signal.SIGHUP, signal.SIG_IGN)
         os.execv(sys.executable, [sys.executable, "-c", program, str(tmp_path / "said")])
     heard = b""
-    while b"busy" not in heard:
+    while b"busy\r\n" not in heard:
         heard += os.read(terminal, 100)
     os.close(terminal)
     assert os.waitpid(pid, 0)[1] == 0 and (tmp_path / "said").read_text() == expected
