@@ -62,7 +62,8 @@ def open_training(config: TrainConfig) -> tuple[CogVideoX, PromptSet, dict[str, 
     backbone.latent_shape(*video_size(backbone, config.model))
     masking_blocks(backbone, config.loss)
     prompts = collect_prompts(config)
-    return backbone, prompts, prompt_columns(backbone, prompts) if config.loss.alpha > 0 else None
+    columns = prompt_columns(backbone, prompts, localised=config.loss.alpha > 0)
+    return backbone, prompts, columns if config.loss.alpha > 0 else None
 
 
 def masking_blocks(backbone: CogVideoX, loss: LossConfig) -> Sequence[int]:

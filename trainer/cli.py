@@ -183,6 +183,8 @@ def _export(argv: Sequence[str]) -> None:
 
 def _forget(argv: Sequence[str]) -> None:
     resume = early(argv, "--resume")
+    if resume and "out" in given(argv):
+        raise UsageError("--out beside --resume: a run goes on in its own directory")
     base = read_forget_config(Path(resume)) if resume else ForgetConfig()
     command = parse(ForgetCommand, argv, "forget", ForgetCommand(settings=base))
     origins = {path: "flag" if path.split(".")[-1] in given(argv) else f"run {resume}" if resume else "default"

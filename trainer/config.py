@@ -97,8 +97,8 @@ class LossConfig:
             _at_least(name, getattr(self, name), 0)
         for block in self.mask_blocks:
             _at_least("mask-blocks", block, 0)
-        if not 0 <= self.mask_threshold <= 1:
-            raise UsageError(f"--mask-threshold {self.mask_threshold}: between 0 and 1")
+        if not 0 < self.mask_threshold <= 1:
+            raise UsageError(f"--mask-threshold {self.mask_threshold}: above 0 and at most 1; --alpha 0 trains without localisation")
 
 
 @dataclass(frozen=True, kw_only=True)

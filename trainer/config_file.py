@@ -43,6 +43,14 @@ def read_toml(path: Path) -> dict[str, Any]:
     return found
 
 
+def read_lines(path: Path, flag: str, what: str) -> list[str]:
+    """The lines of a text file that are not empty, stripped. Raises UsageError where there are none, in words for `what` each names."""
+    lines = [line.strip() for line in read_text(path, flag).split("\n") if line.strip()]  # not splitlines(): it cuts at U+2028 and others
+    if not lines:
+        raise UsageError(f"{flag} {path}: holds no {what}; write one a line")
+    return lines
+
+
 def as_json(config: Any) -> dict[str, Any]:
     """Plain nested values, for config.json and checkpoints."""
     return json.loads(json.dumps(dataclasses.asdict(config), default=str))

@@ -113,7 +113,7 @@ def diagnose_eraser(path: Path) -> Bill:
     found += _stored(file)
     return Bill(findings=tuple(found), checked=(
         f"{file.path.name}: {file.num_blocks} blocks of width {file.width} and rank {file.rank}, finite, "
-        "stored in float32, every block's `up` away from zero",))
+        f"{'stored in float32, ' if file.path.suffix == '.safetensors' else ''}every block's `up` away from zero",))
 
 
 def _stored(file: EraserFile) -> list[Finding]:

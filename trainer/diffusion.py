@@ -27,9 +27,10 @@ class Sampler:
             raise UsageError(f"the scheduler's prediction_type is {scheduler.config.prediction_type}; velocities (v_prediction) are what "
                              "a CogVideoX predicts and an eraser is trained on")
         if num_steps > scheduler.config.num_train_timesteps:
-            raise UsageError(f"{num_steps} denoising steps: the model's scheduler has {scheduler.config.num_train_timesteps} at most")
+            raise UsageError(f"{num_steps} denoising steps: the model's scheduler has {scheduler.config.num_train_timesteps} at most; lower "
+                             "--num-steps, in training --sample-steps or --trajectory-steps")
         scheduler.set_timesteps(num_steps, device=device)
-        self.scheduler, self.timesteps = scheduler, scheduler.timesteps
+        self.scheduler, self.timesteps = scheduler, scheduler.timesteps[:num_steps]  # for some counts diffusers adds one of -1
         self.memory: Tensor | None = None
         self._values = self.timesteps.tolist()  # read once: a step must not wait for the device
         self._two_step = type(scheduler).__name__ == "CogVideoXDPMScheduler"

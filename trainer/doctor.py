@@ -23,7 +23,7 @@ from typing import Any, Literal, TextIO
 
 from memory.cards import GIB, Card, CardUnreadable, detect
 from memory.host import available_host_bytes, host_limit_bytes
-from trainer.errors import TrainerError
+from trainer.errors import TrainerError, UsageError
 from trainer.prompts import cache_directory
 
 LEAST_HOST_BYTES = 4 * GIB  # interpreter and libraries take about 3
@@ -194,8 +194,11 @@ def _pinned(available: int) -> Check:
 
 def disk() -> Iterator[Check]:
     """Room for runs, for the cache of embeddings and for published models, and whether they can be written."""
-    places = [("disk for runs", Path("runs"), LEAST_DISK_BYTES, "choose another directory: --out DIR"),
-              ("disk for the cache", cache_directory(), LEAST_DISK_BYTES, "set XDG_CACHE_HOME")]
+    places = [("disk for runs", Path("runs"), LEAST_DISK_BYTES, "choose another directory: --out DIR")]
+    try:
+        places.append(("disk for the cache", cache_directory(), LEAST_DISK_BYTES, "set XDG_CACHE_HOME"))
+    except UsageError as e:
+        yield Check(name="disk for the cache", status="problem", found=str(e), fix="set XDG_CACHE_HOME", exit_code=2)
     with contextlib.suppress(ImportError):
         from huggingface_hub.constants import HF_HUB_CACHE
 

@@ -13,11 +13,12 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from trainer.erasers import Erasers
 from trainer.errors import CheckpointError, InputOutputError
+from trainer.run_files import write_tensors, write_whole
 
 WEIGHTS, DESCRIPTION = "eraser.safetensors", "eraser.json"
 RELEASED_WEIGHTS, RELEASED_CONFIG = "eraser_weights.pt", "eraser_config.json"
@@ -45,12 +46,8 @@ def save_eraser(directory: Path, erasers: Erasers, *, base_model: Mapping[str, s
                        num_blocks=len(erasers.adapters), base_model=dict(base_model), training=dict(training))
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        part = directory / f".{WEIGHTS}.part"
-        save_file(erasers.state_dict(), part, metadata={"format": "pt"})
-        part.chmod(0o644)
-        (directory / f".{DESCRIPTION}.part").write_text(json.dumps(description, indent=2) + "\n")
-        part.replace(directory / WEIGHTS)
-        (directory / f".{DESCRIPTION}.part").replace(directory / DESCRIPTION)
+        write_tensors(directory / WEIGHTS, erasers.state_dict())
+        write_whole(directory / DESCRIPTION, json.dumps(description, indent=2) + "\n")
     except (OSError, SafetensorError) as e:  # the latter when the disk is full
         raise InputOutputError(f"the eraser cannot be written into {directory} ({e}); choose another --out") from e
     return directory / WEIGHTS

@@ -47,7 +47,7 @@ def _grid(rows: Sequence[Row]) -> Table:
     grid.add_column(width=_LABEL, style="bold", no_wrap=True)
     grid.add_column(no_wrap=True, overflow="ellipsis")
     for label, text in rows:
-        grid.add_row(label, text)
+        grid.add_row(Text(label), text)
     return grid
 
 

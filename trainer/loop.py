@@ -47,7 +47,7 @@ def train(config: TrainConfig, origins: Mapping[str, str], *, resume: Path | Non
     """
     # What is asked for, checked as far as it can be before anything is loaded or written.
     if not resume:
-        on_main(require_place, config)
+        on_main(require_place, config.output.out)
     backbone, prompts, columns = open_training(config)
     device = resolve_device(config.model.device)
     meter = Meter(device)
@@ -67,7 +67,7 @@ def train(config: TrainConfig, origins: Mapping[str, str], *, resume: Path | Non
                        [s for s in (teacher.latents, teacher.preserved_latents) if s is not None])
 
     # The run directory, and where an earlier half of the run stopped. Of several processes, the first one writes.
-    run_dir = resume or shared(make_run_directory, config)
+    run_dir = resume or shared(make_run_directory, config.output.out, config.data.concept)
     clock = PhaseClock(device, on_phase=meter.turn_to)
     student, together = (f and clock.around(f, during="student", after="backward") for f in (predict, assembly.applied.lockstep))
     assembly.applied.count_waits(clock.waiting)

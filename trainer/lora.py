@@ -12,12 +12,11 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from trainer.checkpoint import read_tensors
 from trainer.errors import CheckpointError, InputOutputError
-from trainer.run_files import write_json
+from trainer.run_files import write_json, write_tensors
 from trainer.seeding import noise
 
 CONFIG, WEIGHTS, MERGED = "adapter_config.json", "adapter_model.safetensors", "merged.safetensors"
@@ -101,10 +100,7 @@ def save_merged(directory: Path, layers: Mapping[str, Layer], updates: Mapping[s
 
 
 def _write(path: Path, tensors: dict[str, Tensor]) -> None:
-    part = path.with_name(f".{path.name}.part")
     try:
-        save_file(tensors, part, metadata={"format": "pt"})
-        part.chmod(0o644)
-        part.replace(path)
+        write_tensors(path, tensors)
     except (OSError, SafetensorError) as e:  # the latter when the disk is full
         raise InputOutputError(f"{path} cannot be written ({e}); choose another --out") from e

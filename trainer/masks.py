@@ -16,7 +16,7 @@ from torch.nn.attention import SDPBackend
 from trainer.backbones.cogvideox import CogVideoX
 from trainer.backbones.attention import project, project_out
 from trainer.errors import UsageError
-from trainer.prompts import PromptSet
+from trainer.prompts import PromptSet, word
 
 _CHUNK_BYTES = 64 * 2**20
 
@@ -113,27 +113,27 @@ def concept_mask(maps: Sequence[Tensor], *, threshold: float) -> Tensor:
     return ((mean - low) / (high - low).clamp(min=1e-12) >= threshold).float()
 
 
-def prompt_columns(backbone: CogVideoX, prompts: PromptSet) -> dict[str, Tensor]:
-    """The token positions (K,) int64 that spell the concept, by prompt.
+def prompt_columns(backbone: CogVideoX, prompts: PromptSet, *, localised: bool = True) -> dict[str, Tensor]:
+    """The token positions (K,) int64 of the concept's words, as they stand in each prompt; in the plural too.
 
-    Raises UsageError for a prompt whose tokens do not contain it.
+    Raises UsageError for a prompt that holds them beyond what the model reads; where training is `localised`, also for one that does not hold
+    them.
     """
     tokenizer = backbone.tokenizer()
     if tokenizer is None:  # random weights have no words: any column costs and behaves the same
         return dict.fromkeys(prompts.prompts, torch.zeros(1, dtype=torch.int64))
-    # Cut to the text's length: a concept of more tokens is in no prompt, and this says so below.
-    wanted = torch.tensor(tokenizer(prompts.concept, add_special_tokens=False, truncation=True,
-                                    max_length=backbone.text_length).input_ids)  # (K,)
-    if (wanted == tokenizer.unk_token_id).any():
-        raise UsageError(f"the concept {prompts.concept!r} has characters that the model's tokenizer does not know; use other words, or "
-                         f"copy {backbone.directory / 'tokenizer'} again if these are common ones")
-    ids = backbone.token_ids(tokenizer, list(prompts.prompts))  # (n, L)
-    starts = (ids.unfold(1, len(wanted), 1) == wanted).all(-1)  # (n, L - K + 1)
-    columns = torch.zeros(ids.shape, dtype=torch.bool)
-    for row, start in starts.nonzero().tolist():
-        columns[row, start:start + len(wanted)] = True
-    for row in (~columns.any(1)).nonzero().flatten().tolist():
-        where = f" (number {row + 1} of --prompts {prompts.file})" if prompts.file else ""
-        raise UsageError(f"--concept {prompts.concept}: {prompts.concept!r} is not among the tokens of the prompt "
-                         f"{prompts.prompts[row]!r}{where}; use a word of the prompt, or --alpha 0 to train without localisation")
-    return {prompt: row.nonzero().flatten() for prompt, row in zip(prompts.prompts, columns)}
+    tokens = tokenizer(list(prompts.prompts), truncation=True, max_length=backbone.text_length, return_offsets_mapping=True)
+    concept, found = word(prompts.concept, plural=True), {}
+    for number, (prompt, ids, places) in enumerate(zip(prompts.prompts, tokens.input_ids, tokens.offset_mapping), 1):
+        spans = [match.span() for match in concept.finditer(prompt)]
+        columns = [i for i, (start, stop) in enumerate(places) if any(start < end and begin < stop for begin, end in spans)]
+        where = f"the prompt {prompt!r}" + (f" (number {number} of --prompts {prompts.file})" if prompts.file else "")
+        if not columns and (spans or localised):
+            why = f"comes after the first {backbone.text_length} tokens, which are all that the model reads, of" if spans else "is not a word of"
+            advice = "shorten it" if spans else "use a word of the prompt, or --alpha 0 to train without localisation"
+            raise UsageError(f"--concept {prompts.concept}: {prompts.concept!r} {why} {where}; {advice}")
+        if localised and tokenizer.unk_token_id in (ids[i] for i in columns):
+            raise UsageError(f"the concept {prompts.concept!r} has characters that the model's tokenizer does not know, in {where}; use other "
+                             f"words, or copy {backbone.directory / 'tokenizer'} again if these are common ones")
+        found[prompt] = torch.tensor(columns)
+    return found

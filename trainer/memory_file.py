@@ -16,8 +16,7 @@ from memory.cards import Card
 from memory.simulate import BACKWARD, FORWARD
 from memory.timeline import CATEGORIES, Trace
 from trainer.config import TrainConfig
-from trainer.errors import InputOutputError
-from trainer.run_files import MEMORY, lookup, read_object
+from trainer.run_files import MEMORY, lookup, read_object, write_json
 
 NUM_POINTS = 400
 _NAMES = {FORWARD: "student", BACKWARD: "backward"}  # as the run's clock has them
@@ -67,15 +66,10 @@ def keep_forecast(run_dir: Path, config: TrainConfig, forecast: Forecast | None)
     same = content.get("plan") == json.loads(json.dumps(asdict(config.memory)))
     if not same or forecast and content.get("card") != forecast.card.name:
         content = forecast(config) if forecast else {}
-        try:
-            if content:
-                part = path.with_name(f".{MEMORY}.part")
-                part.write_text(json.dumps(content) + "\n")
-                part.replace(path)
-            else:
-                path.unlink(missing_ok=True)
-        except OSError as e:
-            raise InputOutputError(f"{path} cannot be written ({e.strerror})") from e
+        if content:
+            write_json(path, content, indent=None)
+        else:
+            path.unlink(missing_ok=True)
     return facts(content)
 
 

@@ -114,7 +114,7 @@ class Monitor:
                 ended = False
                 while not ended:
                     ended = self._ended.wait(self.refresh)
-                    live.update(view(self.state(), console.width), refresh=True)
+                    live.update(view(self.state(), max(24, console.width)), refresh=True)
             finally:
                 for handler in handlers:
                     handler.setStream(self.stream)

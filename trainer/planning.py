@@ -237,16 +237,18 @@ def print_forecast(found: Forecast, origins: dict[str, str], *, explain: bool) -
     """The forecast on stdout, for people."""
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     console, a = Console(), found.chosen
     uncompiled = ", as if no block were compiled" if a.plan.compile else ""
-    console.print(f"[bold]{verdict(found)}[/bold]\n(all figures predicted{uncompiled}; {found.result.num_candidates} candidates; times that others "
+    console.print(Text(verdict(found), style="bold"))
+    console.print(f"(all figures predicted{uncompiled}; {found.result.num_candidates} candidates; times that others "
                   f"measured differ from such predictions by {TYPICAL_ERROR:.0%} on average and {LARGEST_ERROR:.0%} at most)", highlight=False)
     settings = Table("setting", "value", "origin", title="settings", title_justify="left")
     for f in fields(MemoryPlan):
         value, path = getattr(a.plan, f.name), f"memory.{f.name}"
         planned = f.name in SEARCHED and origins.get(path) in ("default", None)
-        settings.add_row(f.name, str(value), "planned" if planned else origins.get(path, "default"))
+        settings.add_row(f.name, str(value), "planned" if planned else Text(origins.get(path, "default")))
     console.print(settings)
     for title, rows in (("GiB by category at the step's peak", a.prediction.by_category), ("GiB by phase", a.by_phase)):
         table = Table("", "GiB", title=title, title_justify="left")
@@ -271,7 +273,7 @@ def print_forecast(found: Forecast, origins: dict[str, str], *, explain: bool) -
         console.print("seconds by what limits them: " + json.dumps({k: round(v, 3) for k, v in a.time.by_bound.items()}))
         console.print(f"assumed of {found.card.label}, not measured: {', '.join(found.card.assumed)}\n"
                       f"rates: {found.card.source}", highlight=False)
-    console.print(command(found.config, a.plan, origins, found.num_cards), soft_wrap=True, highlight=False)
+    print(command(found.config, a.plan, origins, found.num_cards))
 
 
 def _difference(plan: MemoryPlan, other: MemoryPlan) -> str:

@@ -15,7 +15,6 @@ from memory.optimizers import make_optimizer
 from trainer.assemble import resolve_device
 from trainer.checkpoint import Checkpoint, Saver, latest_checkpoint
 from trainer.clock import PhaseClock
-from trainer.config import TrainConfig, replaced
 from trainer.config_file import as_json
 from trainer.errors import CheckpointError, Interrupted
 from trainer.findings import Bill, Unhealthy, finding
@@ -153,14 +152,14 @@ def forget(config: ForgetConfig, origins: Mapping[str, str], *,
     """
     device, started = resolve_device(config.device), time.monotonic()
     if not resume:
-        require_place(replaced(TrainConfig(), {"output.out": config.out}))
+        require_place(config.out)
     meter = Meter(device)
     clock = PhaseClock(device, on_phase=meter.turn_to)
     case = meter.phase("encode")(prepare)(config, device)
     problems = {name: make_problem(case, name, config, device) for name in case.layers}
     run, identity, examples = Run(problems, config), encoder_fingerprint(case.tower.directory), case.digest()
     frozen = {name: problem.layer.weight.clone() for name, problem in problems.items()}
-    run_dir = resume or make_run_directory(replaced(TrainConfig(), {"output.out": config.out, "data.concept": case.forget}))
+    run_dir = resume or make_run_directory(config.out, case.forget)
     trace = max((predict_step(problem, config) for problem in problems.values()), key=lambda t: t.prediction().peak_bytes)
     monitor = Monitor(config.steps * len(problems), mode=config.monitor, title=case.forget,
                       facts={"predicted_peak_bytes": trace.prediction().peak_bytes})
@@ -187,7 +186,7 @@ def forget(config: ForgetConfig, origins: Mapping[str, str], *,
                 if record["step"] % 100 == 0 or run.finished:
                     record |= {"memory": read_memory(meter), "peak_bytes_by_phase": meter.highest()}
                 log.write(record)
-                monitor.num_steps = config.steps * (len(problems) + sum(not a["accepted"] for a in run.attempts))
+                monitor.num_steps = config.steps * (len(run.attempts) + len(problems) - run.layer)
                 monitor.step(record)
                 if run.step % config.save_every == 0:
                     tensors, state = run.export()

@@ -9,6 +9,7 @@ Legend: N examples, D input width, E output width.
 """
 
 import contextlib
+import re
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -22,9 +23,10 @@ from torch import Tensor
 from trainer.evaluate import EVALUATION, wilson
 from trainer.nullspace import null_space_update
 from trainer.projection_config import ForgetConfig
-from trainer.projection_encoders import QwenVision, load_part
+from trainer.projection_encoders import load_part
 from trainer.projection_problem import Case, Problem
 from trainer.projection_qwen import MAIN_MERGER, answers, deepstack_cut, edited
+from trainer.prompts import word
 from trainer.run_files import write_json
 from trainer.shapes import world
 
@@ -57,7 +59,7 @@ def evaluate_forgetting(run_dir: Path, config: ForgetConfig, case: Case, problem
         for label, edit in (("after", updates), ("baseline", closed)):
             old, change = problem.distance().item(), edit[name].to(problem.forget)
             result["distance"].setdefault(name, {})[label] = {
-                "forget_fall": 1 - problem.distance(change).item() / old,
+                "forget_fall": 1 - problem.distance(change).item() / old if old else 0.0,
                 "preserved_rms": (problem.preserve @ change.t()).square().mean().sqrt().item()}
     result["distance"]["preserved_rms"] = result["distance"][next(iter(problems))]["after"]["preserved_rms"]
     result |= {"attempts": list(attempts), "accepted": all(a["accepted"] for a in _last(attempts)),
@@ -129,10 +131,9 @@ def leak(config: ForgetConfig, case: Case, updates: Mapping[str, Tensor], closed
     """What the language model still says of the forgotten class: with mergers edited, and with DeepStack cut."""
     from transformers import AutoTokenizer, Qwen3VLForConditionalGeneration
 
-    tower = QwenVision.of(case.tower.directory, config.mergers)
     asked = [e for name in (case.forget, *case.kept)
              for e in [e for e in case.examples if (e.name, e.split) == (name, "test")][:config.num_answers]]
-    inputs = [tower.preprocess([e.content]) for e in asked]
+    inputs = [case.tower.preprocess([e.content]) for e in asked]
     model = load_part(Qwen3VLForConditionalGeneration, case.tower.directory).to(device)
     tokenizer = AutoTokenizer.from_pretrained(case.tower.directory)
     main = {MAIN_MERGER: updates[MAIN_MERGER]}
@@ -147,12 +148,18 @@ def leak(config: ForgetConfig, case: Case, updates: Mapping[str, Tensor], closed
                 continue  # what DeepStack's mergers say is cut anyway
             with edited(model, change), deepstack_cut(model) if cut else contextlib.nullcontext():
                 said = answers(model, tokenizer, inputs, config.question, batch_size=config.batch_size)
-            right = [e.name.lower() in text.lower() for e, text in zip(asked, said)]
+            right = [says(text, e.name) for e, text in zip(asked, said)]
             ours = [r for r, e in zip(right, asked) if e.name == case.forget]
             theirs = [r for r, e in zip(right, asked) if e.name != case.forget]
             table.append({"edited": edit, "deepstack": "cut" if cut else "whole", **_interval("target", ours),
                           **_interval("preserved", theirs), "said": _counts(t for t, e in zip(said, asked) if e.name == case.forget)})
     return table
+
+
+def says(text: str, name: str) -> bool:
+    """Whether a text names a class: golf_ball is "golf ball" or "Golf balls", and a football is no ball."""
+    text, name = (re.sub(r"[\W_]+", " ", words).strip() for words in (text, name))
+    return word(name, plural=True).search(text) is not None
 
 
 def _counts(texts) -> dict[str, int]:
@@ -197,10 +204,11 @@ def print_forgetting(result: Mapping[str, Any]) -> None:
     """The evaluation as tables on stdout."""
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     console = Console(width=None if Console().is_terminal else 100)
     table = Table("", "examples", "before", "after", "95 %", "null space", title_justify="left",
-                  title=f"forgotten: {result['concept']} ({result['measure']}, chance {result['chance']:.1%})")
+                  title=Text(f"forgotten: {result['concept']} ({result['measure']}, chance {result['chance']:.1%})"))
     baseline = {r["name"]: r["after"] for r in result["baseline"]["preserved"]}
     rows = [(result["target"]["name"], result["target"], result["baseline"]["target"])]
     if result["synonyms"]:
@@ -208,7 +216,7 @@ def print_forgetting(result: Mapping[str, Any]) -> None:
     rows += [(row["name"], row, baseline[row["name"]]) for row in result["preserved"]]
     for label, row, other in rows:
         low, high = row["after_interval"]
-        table.add_row(label, str(row["num_images"]), f"{row['before']:.1%}", f"{row['after']:.1%}", f"{low:.1%} to {high:.1%}",
+        table.add_row(Text(label), str(row["num_images"]), f"{row['before']:.1%}", f"{row['after']:.1%}", f"{low:.1%} to {high:.1%}",
                       f"{other:.1%}")
     mean = result["preserved_mean"]
     table.add_row("preserved, mean", "", f"{mean['before']:.1%}", f"{mean['after']:.1%}", "", f"{result['baseline']['preserved_mean']:.1%}")

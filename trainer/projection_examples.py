@@ -8,7 +8,7 @@ from typing import Literal
 
 from PIL import Image, UnidentifiedImageError
 
-from trainer.config_file import read_text
+from trainer.config_file import read_lines
 from trainer.errors import UsageError
 from trainer.projection_config import ForgetConfig
 from trainer.shapes import pictures
@@ -33,7 +33,10 @@ class Example:
         if isinstance(self.content, str):
             return hashlib.sha256(self.content.encode()).digest()
         if isinstance(self.content, Path):
-            return hashlib.sha256(self.content.read_bytes()).digest()
+            try:
+                return hashlib.sha256(self.content.read_bytes()).digest()
+            except OSError as e:
+                raise UsageError(f"{self.content}: not a picture that can be read ({e.strerror}); remove it or copy it again") from e
         return hashlib.sha256(repr(self.content.size).encode() + self.content.tobytes()).digest()
 
 
@@ -57,7 +60,7 @@ def classes(config: ForgetConfig) -> tuple[str, tuple[str, ...]]:
     if not forget:
         raise UsageError("--forget is missing; name the class to forget" if config.encoder == "clip" else
                          "--forget-images and --preserve-images are missing; only the bundled encoder has pictures of its own")
-    kept = list(config.preserve) + (_lines(config.preserve_file) if config.preserve_file else [])
+    kept = list(config.preserve) + (read_lines(config.preserve_file, "--preserve-file", "class") if config.preserve_file else [])
     if not bundled and config.encoder == "qwen3-vl":
         raise UsageError("--forget-images and --preserve-images are missing; only the bundled encoder has pictures of its own")
     if bundled:
@@ -67,7 +70,7 @@ def classes(config: ForgetConfig) -> tuple[str, tuple[str, ...]]:
         kept = kept or [name for name in pictures.CLASSES if name != forget]
     if not kept:
         raise UsageError("nothing is preserved; name classes by --preserve or --preserve-file")
-    if forget in kept:
+    if forget.lower() in map(str.lower, kept):
         raise UsageError(f"--forget {forget}: is among the classes to preserve; leave it out there")
     return forget, tuple(dict.fromkeys(kept))
 
@@ -149,9 +152,3 @@ def _split(name: str, files: Sequence[Path], flag: str) -> list[Example]:
     test = set(range(3, len(files), 4)) or {len(files) - 1}
     return [Example(name, "test" if i in test else "train", file) for i, file in enumerate(files)]
 
-
-def _lines(path: Path) -> list[str]:
-    lines = [line.strip() for line in read_text(path, "--preserve-file").splitlines() if line.strip()]
-    if not lines:
-        raise UsageError(f"--preserve-file {path}: names no class; write one a line")
-    return lines

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from memory.streams import pinning
 from trainer.config import DataConfig
-from trainer.config_file import read_text
+from trainer.config_file import read_lines
 from trainer.errors import UsageError
 
 logger = logging.getLogger(__name__)
@@ -42,7 +42,9 @@ def collect(data: DataConfig, *, bundled: bool) -> PromptSet:
 
     On the bundled model these are the world's own captions. Raises UsageError for unreadable or empty files.
     """
-    concepts = list(data.preserve) + (_lines(data.preserve_file, "--preserve-file") if data.preserve_file else [])
+    concepts = list(data.preserve) + (read_lines(data.preserve_file, "--preserve-file", "prompt") if data.preserve_file else [])
+    if not all(map(str.strip, concepts)):
+        raise UsageError("--preserve: an empty word names nothing; leave it out")
     pairs = _pairs(data.prompts) if data.prompts else None
     concept = data.concept
     if bundled:
@@ -53,22 +55,23 @@ def collect(data: DataConfig, *, bundled: bool) -> PromptSet:
         pairs = _instead(pairs or [(t.format(concept), "") for t in _TEMPLATES], concept, data.instead)
         preserved = [t.format(c) if " " not in c else c for c in concepts for t in _TEMPLATES[: 1 if " " in c else None]]
     for prompt in (*(safe for _, safe in pairs), *preserved):
-        if _word(concept).search(prompt):
+        if word(concept).search(prompt):
             logger.warning("%r is to be kept, or pushed towards, and holds %r, which is to be erased", prompt, concept)
             break
     return PromptSet(concept, tuple(p for p, _ in pairs), tuple(s for _, s in pairs), tuple(preserved), data.prompts)
 
 
-def _word(text: str) -> re.Pattern[str]:
-    """Finds `text` as a word, or words."""
-    return re.compile(rf"(?<!\w){re.escape(text)}(?!\w)", re.IGNORECASE)
+def word(text: str, *, plural: bool = False) -> re.Pattern[str]:
+    """Finds `text` as a word, or words; with `plural` also with an s or es at its end."""
+    ending = "(?:e?s)?" if plural else ""
+    return re.compile(rf"(?<!\w){re.escape(text)}{ending}(?!\w)", re.IGNORECASE)
 
 
 def _instead(pairs: list[tuple[str, str]], concept: str, instead: str) -> list[tuple[str, str]]:
     """The pairs; those without a safe prompt get one that names `instead` in the concept's place, unless that is empty."""
     if not instead:
         return pairs
-    words = _word(concept)
+    words = word(concept)
     for prompt, safe in pairs:
         if not safe and not words.search(prompt):
             raise UsageError(f"--instead {instead}: the prompt {prompt!r} does not hold {concept!r}; give it a safe prompt of its own, "
@@ -104,7 +107,7 @@ def _world(data: DataConfig, pairs: list[tuple[str, str]] | None, concepts: list
             continue
         try:
             # A circle may be red: what shows the concept itself is not to be kept.
-            kept = [prompt for prompt, _ in world.erasure_pairs(name) if not _word(erased).search(prompt)]
+            kept = [prompt for prompt, _ in world.erasure_pairs(name) if not word(erased).search(prompt)]
         except KeyError:
             raise UsageError(f"--preserve {name}: the bundled model does not know it; name one of {names}") from None
         if not kept:
@@ -113,20 +116,13 @@ def _world(data: DataConfig, pairs: list[tuple[str, str]] | None, concepts: list
     return concept if data.prompts else erased, pairs, preserved
 
 
-def _lines(path: Path, flag: str) -> list[str]:
-    lines = [line.strip() for line in read_text(path, flag).splitlines() if line.strip()]
-    if not lines:
-        raise UsageError(f"{flag} {path}: holds no prompt; write one a line")
-    return lines
-
-
 def _pairs(path: Path) -> list[tuple[str, str]]:
-    """(prompt, safe prompt) from a text file or a CSV."""
-    lines = _lines(path, "--prompts")
-    if path.suffix.lower() != ".csv":
+    """(prompt, safe prompt) from a text file, a CSV or a TSV."""
+    lines, separator = read_lines(path, "--prompts", "prompt"), {".csv": ",", ".tsv": "\t"}.get(path.suffix.lower())
+    if separator is None:
         return [(line, "") for line in lines]
     with path.open(newline="", encoding="utf-8-sig") as f:
-        reader = csv.DictReader(dropwhile(str.isspace, f), strict=True)
+        reader = csv.DictReader(dropwhile(str.isspace, f), delimiter=separator, strict=True)
         try:
             reader.fieldnames = columns = [(name or "").strip().lower() for name in reader.fieldnames or ()]
             records = list(reader)

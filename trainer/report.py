@@ -1,6 +1,7 @@
 """`run.py report RUN`: what a run was, in one HTML file that needs nothing else, no network either."""
 
 import base64
+import io
 import json
 import logging
 import string
@@ -18,7 +19,7 @@ from trainer.run_files import RunFiles, lookup, write_whole
 
 REPORT = "report.html"
 _TEMPLATE = Path(__file__).with_name("report.html")
-_MAX_PICTURE = 16 * 2**20
+_PICTURE_WIDTH = 1600  # as wide as a page shows it; the sheets of large videos are several times that
 _CURVES = {"loss": "L, the whole", "unlearn": "L_unlearn", "loc": "L_loc", "pre": "L_pre", "forget": "L_forget",
            "preserve": "L_preserve", "weight": "L_weight",
            "gradient_norm": "Gradient norm", "lr": "Learning rate"}
@@ -168,7 +169,7 @@ def _evaluation(files: RunFiles) -> str:
         what, unit = ("outputs", "RMS") if measured else ("videos", "RMS of 0..1")
         rest.append(f"Preserved {what} moved by {result['distance']['preserved_rms']:.3f} ({unit}).")
     return _section("Is it gone, and is the rest still there?",
-                    _note(f"Accuracy without and with the update: {escape(measured)}, chance {result['chance']:.1%}." if measured
+                    _note(f"Accuracy without and with the update: {measured}, chance {result['chance']:.1%}." if measured
                           else "Share of videos that show what their prompt says, from the same noise without and with "
                           "the eraser."), table, _note(" ".join(rest)))
 
@@ -193,17 +194,21 @@ def _pictures(files: RunFiles) -> str:
     if (sheet := files.path / "before-after.png").exists():
         chosen.insert(0, ("Before and after, from the same noise", sheet))
     figures = [figure for caption, path in chosen if (figure := _figure(caption, path))]
-    return _section("Samples", _charts(figures, "No samples in this run directory."))
+    return _section("Samples", _charts(figures, "No sample can be read." if chosen else "No samples in this run directory."))
 
 
 def _figure(caption: str, path: Path) -> str:
+    from PIL import Image
+
     try:
         data = path.read_bytes()
-    except OSError as e:
-        logger.warning("%s: left out of the report (%s)", path, e.strerror)
-        return ""
-    if not data.startswith(b"\x89PNG\r\n\x1a\n") or len(data) > _MAX_PICTURE:
-        logger.warning("%s: left out of the report (no PNG, or over %d MiB)", path, _MAX_PICTURE // 2**20)
+        with Image.open(io.BytesIO(data), formats=("PNG",)) as picture:
+            if picture.width > _PICTURE_WIDTH:
+                picture.thumbnail((_PICTURE_WIDTH, picture.height))
+                picture.save(smaller := io.BytesIO(), "PNG")
+                data = smaller.getvalue()
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:
+        logger.warning("%s: left out of the report (%s)", path, e)
         return ""
     return (f'<figure><figcaption>{escape(caption)}</figcaption><img alt="{escape(caption)}" '
             f'src="data:image/png;base64,{base64.b64encode(data).decode()}"></figure>')

@@ -17,9 +17,8 @@ from trainer.run_files import write_json
 CONFIG = "config.json"
 
 
-def require_place(config: TrainConfig) -> None:
+def require_place(out: Path | None) -> None:
     """Refuse an --out that holds a run or cannot be written, as far as that can be told without writing: before minutes of loading."""
-    out = config.output.out
     place = Path("runs") if out is None else out
     try:
         if out is not None and (out / CONFIG).exists():
@@ -44,13 +43,12 @@ def _cannot_write(out: Path | None, reason: str | None) -> InputOutputError:
     return InputOutputError(f"{where}: cannot be written ({reason}); choose another directory" + ("" if out else " with --out"))
 
 
-def make_run_directory(config: TrainConfig) -> Path:
+def make_run_directory(out: Path | None, concept: str) -> Path:
     """The directory of a new run: --out, or the next free runs/<concept>-<number>. A directory in use is refused."""
-    require_place(config)
-    out = config.output.out
+    require_place(out)
     try:
         if out is None:
-            return _new_directory(config.data.concept)
+            return _new_directory(concept)
         probe(out)
     except OSError as e:
         raise _cannot_write(out, e.strerror) from e

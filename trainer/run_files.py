@@ -10,14 +10,18 @@ memory.json           what the run is predicted to need (trainer.memory_file)
 
 import json
 import logging
+import stat
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from trainer.errors import CheckpointError, InputOutputError
 from trainer.metrics import METRICS, read_metrics
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 MEMORY = "memory.json"
 logger = logging.getLogger(__name__)
@@ -96,6 +100,18 @@ def write_json(path: Path, content: Any, *, indent: int | None = 2, advice: str 
         write_whole(path, json.dumps(content, indent=indent) + "\n")
     except OSError as e:
         raise InputOutputError(f"{path} cannot be written ({e.strerror}){advice}") from e
+
+
+def write_tensors(path: Path, tensors: "Mapping[str, Tensor]") -> None:
+    """Write a safetensors file, whole or not at all. Raises OSError, or SafetensorError when the disk is full."""
+    from safetensors.torch import save_file
+
+    part = path.with_name(f".{path.name}.part")
+    part.touch()
+    mode = stat.S_IMODE(part.stat().st_mode)  # what the umask makes of a new file; safetensors leaves 0600
+    save_file(dict(tensors), part, metadata={"format": "pt"})
+    part.chmod(mode)
+    part.replace(path)
 
 
 def write_whole(path: Path, text: str) -> None:

@@ -140,8 +140,8 @@ def test_nothing_reads_the_wall_clock():
 
 
 def test_directories_of_runs_that_start_together_differ(tmp_path):
-    program = ("import sys; from trainer.config import TrainConfig; from trainer.run_directory import make_run_directory\n"
-               "sys.stdin.read(1); print(make_run_directory(TrainConfig()))")
+    program = ("import sys; from trainer.run_directory import make_run_directory\n"
+               "sys.stdin.read(1); print(make_run_directory(None, 'red'))")
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
     children = [subprocess.Popen([sys.executable, "-c", program], cwd=tmp_path, env=environment, stdin=subprocess.PIPE,
                                  stdout=subprocess.PIPE, text=True) for _ in range(4)]

@@ -122,7 +122,7 @@ def test_train_is_also_a_command_and_resume_takes_a_directory(trained, call):
 
 
 WRONG = {
-    "unknown concept word": (["--concept", "giraffe"], 2, "'giraffe' is not among the tokens of the prompt 'a red circle moving left' (number 1 of --prompts"),
+    "unknown concept word": (["--concept", "giraffe"], 2, "'giraffe' is not a word of the prompt 'a red circle moving left' (number 1 of --prompts"),
     "empty prompt file": (["--prompts", "{tmp}/empty.txt"], 2, "holds no prompt; write one a line"),
     "missing prompt file": (["--prompts", "{tmp}/absent.txt"], 2, "absent.txt: cannot be read (No such file or directory)"),
     "missing file of what to keep": (["--preserve-file", "{tmp}/absent.txt"], 2, "absent.txt: cannot be read (No such file or directory)"),
@@ -136,6 +136,7 @@ WRONG = {
     "the same after =": (["--no-evaluate=true"], 2, "--evaluate or --no-evaluate"),
     "safe prompts that are not used": (["--instead", "blue", "--anchor", "empty"], 2, "--instead blue: --anchor empty uses no safe prompts"),
     "processes that are not there": (["--num-shards", "2"], 2, "here 1; start with torchrun --nproc-per-node=2"),
+    "mask of everything": (["--mask-threshold", "0"], 2, "--mask-threshold 0.0: above 0 and at most 1; --alpha 0"),
     "rank 0": (["--rank", "0"], 2, "--rank 0: must be 1 or more"),
     "frames": (["--frames", "12"], 2, "--frames 12: this VAE makes 8k+1 frames; 9 would work"),
     "height": (["--height", "20"], 2, "--height 20: must be a multiple of 8; 16 would work"),
@@ -156,7 +157,6 @@ WRONG = {
     "seed of 67 bits": (["--seed", "99999999999999999999"], 2, "--seed 99999999999999999999: must fit 64 bits"),
     "device of another kind": (["--device", "mps"], 2, "--device mps: auto, cpu or cuda would work"),
     "name that is too long": (["--out", "{tmp}/" + 300 * "x"], 6, "cannot be written"),
-    "words that the tokenizer does not know": (["--concept", "红色"], 2, "characters that the model's tokenizer does not know"),
     "missing run": (["--resume", "{tmp}/absent"], 5, "absent: not a run directory (there is no config.json)"),
 }
 

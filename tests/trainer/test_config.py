@@ -188,17 +188,15 @@ def test_json_there_and_back(config):
 
 def test_run_directories_are_numbered_by_concept(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    config = replaced(TrainConfig(), {"data.concept": "Golf Ball!"})
-    assert make_run_directory(config) == Path("runs/golf-ball-1")
+    assert make_run_directory(None, "Golf Ball!") == Path("runs/golf-ball-1")
     (tmp_path / "runs/golf-ball-7").mkdir()
-    assert make_run_directory(config) == Path("runs/golf-ball-8")
+    assert make_run_directory(None, "Golf Ball!") == Path("runs/golf-ball-8")
 
 
 def test_directory_with_a_run_is_refused(tmp_path):
-    config = replaced(TrainConfig(), {"output.out": tmp_path / "run"})
-    write_config(make_run_directory(config), config, {})
+    write_config(make_run_directory(tmp_path / "run", "red"), TrainConfig(), {})
     with pytest.raises(CheckpointError, match="holds a run already; go on with it by --resume"):
-        make_run_directory(config)
+        make_run_directory(tmp_path / "run", "red")
 
 
 def test_a_place_is_refused_before_anything_is_loaded(tmp_path, monkeypatch):

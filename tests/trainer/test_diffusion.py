@@ -77,6 +77,16 @@ def test_a_step_is_the_schedulers_own_to_the_bit(kind, dtype):
         assert torch.equal(x, expected.to(dtype))
 
 
+@pytest.mark.parametrize("kind", [CogVideoXDDIMScheduler, CogVideoXDPMScheduler])
+def test_there_are_as_many_timesteps_as_were_asked_for_and_none_below_zero(kind):
+    """For 61 and others diffusers rounds one more into being, of -1: a step as if from pure noise, at the end."""
+    for num_steps in range(1, 1001):
+        timesteps = Sampler(kind(**SCHEDULER), num_steps).timesteps
+        assert len(timesteps) == num_steps and timesteps.min() >= 0
+    with pytest.raises(UsageError, match="1001 denoising steps: .* 1000 at most; lower --num-steps"):
+        Sampler(kind(**SCHEDULER), 1001)
+
+
 def test_a_scheduler_of_something_else_than_velocities_is_refused():
     with pytest.raises(UsageError, match="prediction_type is epsilon"):
         Sampler(CogVideoXDDIMScheduler(**SCHEDULER | {"prediction_type": "epsilon"}), 4)

@@ -10,6 +10,7 @@ from collections import namedtuple
 from dataclasses import replace
 from importlib import metadata
 from io import StringIO
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -99,6 +100,13 @@ def test_disks(monkeypatch, name, free, writable, status, code, tmp_path):
     monkeypatch.setattr(os, "access", lambda path, mode: writable)
     check = _one(doctor.disk(), name)
     assert (check.status, check.exit_code) == (status, code) and bool(check.fix) == (status != "ok")
+
+
+def test_without_a_home_the_other_checks_are_made(monkeypatch):
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("no home")))
+    found = {check.name: check.status for check in doctor.disk()}
+    assert found["disk for the cache"] == "problem" and {"disk for runs", "disk for models"} <= set(found)
 
 
 def test_problems_end_with_the_code_of_the_first(monkeypatch, capsys):

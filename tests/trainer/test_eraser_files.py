@@ -221,10 +221,21 @@ def test_full_disk_leaves_the_former_eraser_whole(saved, monkeypatch, error):
     def fail(*args, **kwargs):
         raise error
 
-    monkeypatch.setattr("trainer.eraser_files.save_file", fail)
+    monkeypatch.setattr("safetensors.torch.save_file", fail)
     with pytest.raises(InputOutputError, match="No space left"):
         save_eraser(directory, erasers, base_model={"name": "x", "config_hash": "y"}, training={})
     assert all(torch.equal(before.state[n], t) for n, t in load_eraser(directory).state.items())
+
+
+def test_whoever_may_read_new_files_may_read_an_eraser(saved):
+    directory, erasers, _ = saved
+    for umask in (0o077, 0o002):
+        before = os.umask(umask)
+        try:
+            save_eraser(directory, erasers, base_model={"name": "x", "config_hash": "y"}, training={})
+        finally:
+            os.umask(before)
+        assert all((directory / name).stat().st_mode & 0o777 == 0o666 & ~umask for name in (WEIGHTS, DESCRIPTION))
 
 
 def test_a_failed_export_leaves_the_former_one_whole(saved, tmp_path, monkeypatch):

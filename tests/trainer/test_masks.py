@@ -223,15 +223,33 @@ def test_concept_of_several_words_or_pieces(sincos):
 
 @pytest.mark.parametrize("concept", ["crimson", "giraffe", "supercalifragilisticexpialidocious", "circle red"])
 def test_unknown_concept_word_names_the_prompt(sincos, concept):
-    with pytest.raises(UsageError, match=f"'{concept}' is not among the tokens of the prompt 'a red circle'.*--alpha 0"):
+    with pytest.raises(UsageError, match=f"'{concept}' is not a word of the prompt 'a red circle'.*--alpha 0"):
         prompt_columns(sincos, _prompts(concept, "a red circle"))
     with pytest.raises(UsageError, match=f"--concept {concept}: .*'a red circle' .number 1 of --prompts keep.csv.; use a word"):
         prompt_columns(sincos, replace(_prompts(concept, "a red circle"), file=Path("keep.csv")))
 
 
-def test_concept_cut_off_by_truncation_is_not_there(sincos):
-    with pytest.raises(UsageError, match="not among the tokens"):
-        prompt_columns(sincos, _prompts("red", "a " * 20 + "red"))
+@pytest.mark.parametrize("prompt, words", [
+    ('a "red" circle', "red"), ("a red, circle", "red"), ("redwood, reds", "reds"), ("the circled red's circle", "red")])
+def test_columns_are_those_of_words_in_the_plural_too_and_beside_any_sign(sincos, prompt, words):
+    columns, tokenizer = prompt_columns(sincos, _prompts("red", prompt))[prompt], sincos.tokenizer()
+    spelled = tokenizer.decode(sincos.token_ids(tokenizer, [prompt])[0, columns], clean_up_tokenization_spaces=False)
+    assert spelled.replace(" ", "").startswith(words.replace(" ", "")) and "wood" not in spelled and "circle" not in spelled
+
+
+def test_words_that_the_tokenizer_does_not_know(sincos):
+    with pytest.raises(UsageError, match="the concept '红色' has characters that the model's tokenizer does not know, in the prompt 'a 红色 circle'"):
+        prompt_columns(sincos, _prompts("红色", "a 红色 circle"))
+
+
+@pytest.mark.parametrize("localised", [True, False])
+def test_a_concept_that_the_model_never_reads_is_refused(sincos, localised):
+    with pytest.raises(UsageError, match=r"'red' comes after the first \d+ tokens, .* shorten it"):
+        prompt_columns(sincos, _prompts("red", "a " * 20 + "red"), localised=localised)
+
+
+def test_without_localisation_a_prompt_need_not_hold_the_word(sincos):
+    assert not len(prompt_columns(sincos, _prompts("crimson", "a red circle"), localised=False)["a red circle"])
 
 
 def test_random_weights_have_some_column():

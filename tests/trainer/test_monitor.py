@@ -289,6 +289,16 @@ def test_the_live_view_on_a_terminal(terminal):
     assert text.rindex("\x1b[?25h") > text.rindex("\x1b[?25l")
 
 
+def test_a_terminal_too_narrow_for_anything_keeps_the_live_view(terminal, monkeypatch, caplog):
+    monkeypatch.setenv("COLUMNS", "6")
+    with Monitor(2, stream=terminal.stream, title="[/red]", refresh=0.02, read_memory=lambda: CARD) as monitor:
+        for i in range(2):
+            monitor.step(record(i))
+            time.sleep(0.1)
+    terminal.text()
+    assert not caplog.records
+
+
 def test_a_crash_of_the_live_view_falls_back_to_plain_lines(terminal, monkeypatch, caplog):
     def fail(state, width):
         raise ZeroDivisionError("a bug")

@@ -43,6 +43,14 @@ def test_a_plan_says_that_it_is_predicted_and_how_far_times_may_be_off(forecast,
     assert "(all figures predicted" in output and "times that others measured differ" in output
 
 
+def test_a_plan_prints_the_command_and_origins_as_they_are(tiny_config, capsys):
+    config = tiny_config(data__concept="a [/b] [ball]")
+    found = planning.forecast(config, lookup("4090"))
+    planning.print_forecast(found, {"data.concept": "flag", "memory.checkpoint": "file [a].toml"}, explain=False)
+    output = capsys.readouterr().out
+    assert "--concept 'a [/b] [ball]'" in output.splitlines()[-1] and "file [a].toml" in output
+
+
 def test_settings_given_are_predicted_as_given(tiny_config):
     config = tiny_config(memory__resident_blocks=1, memory__boundaries="host")
     found = planning.forecast(config, lookup("4090"), ["resident_blocks", "boundaries"])

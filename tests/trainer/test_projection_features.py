@@ -11,6 +11,7 @@ from projection_models import save_encoder
 from trainer import projection_features
 from trainer.errors import CheckpointError, NonFinite, UsageError
 from trainer.projection_encoders import ClipText, ClipVision, QwenVision, locate, read_layer
+from trainer.projection_evaluate import says
 from trainer.projection_examples import Example
 from trainer.projection_features import features, inputs_of
 from trainer.projection_qwen import answers, deepstack_cut, edited
@@ -204,3 +205,9 @@ def test_edits_are_taken_back_to_the_bit_and_cutting_deepstack_leaves_no_hook(en
     with torch.no_grad():
         together = answers(model, tokenizer, pixels, "What is this?", batch_size=5, max_new_tokens=3)
         assert together == [answers(model, tokenizer, [p], "What is this?", batch_size=1, max_new_tokens=3)[0] for p in pixels]
+
+
+@pytest.mark.parametrize("text, name, said", [
+    ("a red circle", "red_circle", True), ("Golf balls.", "golf ball", True), ("a football", "ball", False), ("a redwood circle", "red circle", False)])
+def test_a_class_is_named_by_its_words(text, name, said):
+    assert says(text, name) == said

@@ -262,7 +262,12 @@ def _absent(folders):
     shutil.rmtree(folders / "keep")
 
 
+def _dangling(folders):
+    (folders / "keep" / "blue square" / "zz.png").symlink_to(folders / "nowhere")
+
+
 @pytest.mark.parametrize(("damage", "message"), [
+    (_dangling, "blue square/zz.png: not a picture that can be read .No such file or directory.; remove it"),
     (_empty, "--forget-images .*: has no pictures"), (_broken, "blue square/1.png: not a picture that can be read"),
     (_text, "forget/2.png: not a picture"), (_lonely, "the class 'forget' has one picture; at least two"),
     (_same, "has a folder 'forget', the class to forget"), (_absent, "--preserve-images .*: cannot be read")])
@@ -278,6 +283,7 @@ def test_wrong_pictures_are_one_clear_line(encoders, folders, damage, message):
     (["--forget", "red pentagon"], "does not know it; it knows red circle"),
     (["--preserve", "pink circle"], "--preserve pink circle: the bundled encoder does not know it"),
     (["--forget", "red circle", "--preserve", "red circle"], "among the classes to preserve"),
+    (["--resume", "elsewhere"], "--out beside --resume"),
     (["--encoder", "qwen3-vl", "--target", "empty"], "an image has no empty string"),
     (["--encoder", "qwen3-vl", "--preserve", "red circle"], "--preserve is not for --encoder qwen3-vl"),
     (["--encoder", "clip", "--forget-images", "x"], "--forget-images is not for --encoder clip"),

@@ -35,6 +35,22 @@ def test_csv_with_a_header_as_people_write_it(tmp_path):
     assert (found.prompts, found.safe) == (("a red ball",), ("a ball",))
 
 
+def test_a_tsv_has_the_same_columns(tmp_path):
+    found = collect(DataConfig(prompts=_file(tmp_path, "p.tsv", "prompt\tsafe\na red ball, big\ta ball, big\n")), bundled=False)
+    assert found.prompts == ("a red ball, big",) and found.safe == ("a ball, big",)
+
+
+def test_a_line_ends_where_editors_end_it(tmp_path):
+    found = collect(DataConfig(prompts=_file(tmp_path, "p.txt", "a red\u2028ball\r\na \x0cred cube\n")), bundled=False)
+    assert found.prompts == ("a red\u2028ball", "a \x0cred cube")
+
+
+def test_an_empty_word_is_not_preserved():
+    for bundled in (True, False):
+        with pytest.raises(UsageError, match="--preserve: an empty word"):
+            collect(DataConfig(preserve=("blue", " ")), bundled=bundled)
+
+
 def test_csv_with_prompts_alone(tmp_path):
     found = collect(DataConfig(prompts=_file(tmp_path, "p.CSV", "prompt\na\nb\n")), bundled=False)
     assert found.prompts == ("a", "b") and found.safe == ("", "")
@@ -47,6 +63,7 @@ def test_csv_with_prompts_alone(tmp_path):
     ("p.csv", "prompt,safe\n,x\n", "no row has a prompt"),
     ("p.csv", "text\nred\n", "needs a column named prompt, has text"),
     ("p.txt", b"\xff\xfe\x00r", "cannot be read"),
+    ("p.tsv", "text\tsafe\nred\t\n", "needs a column named prompt, has text, safe"),
     ("p.csv", "prompt\n" + "x" * 200_000 + "\n", "not a CSV file"),
     ("p.csv", "x" * 200_000 + "\n", "not a CSV file"),
     ("p.csv", 'prompt,safe\n"a red ball,a ball\n', "not a CSV file"),

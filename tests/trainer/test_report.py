@@ -1,6 +1,8 @@
 """The report is one file without a network, shows what is there, and does without what is not."""
 
+import base64
 import errno
+import io
 import json
 import math
 import os
@@ -13,6 +15,7 @@ import zlib
 from html.parser import HTMLParser
 
 import pytest
+from PIL import Image
 from test_cli import call  # noqa: F401  fixture
 
 from trainer import cli
@@ -115,6 +118,16 @@ def test_a_complete_run(run, caplog):
         assert wanted in text, wanted
     assert page.tags.count("img") == 3 and "Cannot be shown" not in text
     assert set(leaves(TrainConfig())) <= set(page.words)
+
+
+def test_sheets_of_large_videos_are_shown_as_wide_as_a_page(run):
+    noise = Image.effect_noise((6000, 500), 100)
+    noise.save(run / "samples" / "step-000060.png")
+    data = [base64.b64decode(text) for text in re.findall(r'src="data:image/png;base64,([^"]*)"', write_report(run).read_text())]
+    assert sorted(Image.open(io.BytesIO(d)).size for d in data) == [(1, 1), (1, 1), (1600, 133)]
+    for path in [*(run / "samples").iterdir(), run / "before-after.png"]:
+        path.write_bytes(b"no picture")
+    assert "No sample can be read" in write_report(run).read_text()
 
 
 def test_nothing_comes_from_the_network(run):
@@ -248,6 +261,11 @@ def test_a_path_that_is_none_is_an_input_output_error(call, monkeypatch, number)
 def test_charts_of_any_data_are_well_formed(chart):
     root = ElementTree.fromstring(f"<div>{chart}</div>")
     assert root[0].tag == "svg" and "nan" not in "".join(e.get("d", "") for e in root.iter())
+
+
+def test_small_numbers_have_ticks_of_their_own():
+    labels = re.findall(r"<text[^>]*>([^<]*)</text>", line_chart("a", [(0, 1e-15), (1, 9e-15)]))
+    assert len([label for label in labels if "e-15" in label]) > 2
 
 
 def test_a_spike_survives_thinning():

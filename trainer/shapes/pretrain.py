@@ -16,6 +16,7 @@ import time
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -41,7 +42,7 @@ class Pretrain:
 
     out: Path = Path("trainer/shapes/pipeline")
     """Directory to write, in diffusers' layout."""
-    stages: tuple[str, ...] = ("text", "vae", "transformer", "refine")
+    stages: tuple[Literal["text", "vae", "transformer", "refine"], ...] = ("text", "vae", "transformer", "refine")
     """Which stages to run; the others are read from OUT."""
     seed: int = 0
     """Seed of every stage."""

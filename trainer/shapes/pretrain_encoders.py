@@ -14,6 +14,7 @@ import random
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -39,7 +40,7 @@ class PretrainEncoders:
 
     out: Path = Path("trainer/shapes/encoders")
     """Directory to write: OUT/clip and OUT/qwen3-vl."""
-    stages: tuple[str, ...] = ("clip", "qwen3-vl")
+    stages: tuple[Literal["clip", "qwen3-vl"], ...] = ("clip", "qwen3-vl")
     """Which encoders to train."""
     seed: int = 0
     """Seed of weights, pictures and captions."""
