@@ -13,7 +13,7 @@ import torch
 from diffusers import CogVideoXTransformer3DModel
 
 from bench.erasure import summary
-from bench.provenance import RESULTS, write_result
+from bench.provenance import RESULTS, of_cards, write_result
 from trainer.backbones import published
 from trainer.config import SHAPES
 
@@ -58,7 +58,7 @@ def _saving(before: str, after: str) -> str:
 
 def _on_card(part: str, *cells: str) -> tuple[str, list[float]]:
     """A card that the suite measured, and GiB allocated at the peak of its cells."""
-    paths = sorted(RESULTS.glob(f"*/{part}.json"))
+    paths = of_cards(part, RESULTS)
     if not paths:
         raise Missing(f"python -m bench.card --only {part}")
     found = json.loads(paths[0].read_text())

@@ -64,11 +64,11 @@ class Naive:
         self.erasers = Erasers(backbone.blocks(student), config.optim.rank)
         self.predict = backbone.predictor(student, shape[1:])
         names = [*_PROMPTS.prompts, *_PROMPTS.safe, *_PROMPTS.preserved, ""]
-        table = torch.randn(len(names), backbone.text_length, backbone.text_width).to(device, dtype)
+        table = torch.randn(len(names), backbone.text_length, backbone.text_width).to(dtype)
         with unset_fake_temporarily():  # a schedule's values are read
             latents, preserved = (make_latents(config, backbone.scheduler(), shape, stream, device) for stream in ("target", "preserved"))
         self.teacher = Teacher(backbone.predictor(teacher, shape[1:]), self.erasers, list(backbone.blocks(teacher)), loss=config.loss,
-                               prompts=_PROMPTS, embeddings=Embeddings(table, names), columns={"concept": torch.zeros(1, dtype=torch.int64)},
+                               prompts=_PROMPTS, embeddings=Embeddings(table, names).to(device), columns={"concept": torch.zeros(1, dtype=torch.int64)},
                                latents=latents, preserved_latents=preserved, seed=0, guidance="batched")
         self.optimizer = torch.optim.AdamW(self.erasers.parameters(), lr=config.optim.lr, foreach=True)
         self.num_steps, self.recomputed = 0, False

@@ -35,6 +35,11 @@ def provenance() -> dict[str, Any]:
     }
 
 
+def of_cards(part: str, directory: Path = RESULTS) -> list[Path]:
+    """Results of a part of the card suite, card by card. Those of dry runs mean nothing."""
+    return sorted(path for path in directory.glob(f"*/{part}.json") if path.parent.name != "dry")
+
+
 def write_result(name: str, content: dict[str, Any], directory: Path = RESULTS, *, in_parts: bool = False, command: str | None = None) -> Path:
     """Write `bench/results/NAME.json` with provenance beside the content; returns the path.
 

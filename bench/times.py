@@ -8,7 +8,7 @@ from typing import Any, get_args, get_type_hints
 
 from bench.card.forecasts import seconds_of
 from bench.card.rig import Cell
-from bench.provenance import RESULTS, write_result
+from bench.provenance import of_cards, write_result
 from memory.cards import lookup
 from memory.plan import MemoryPlan
 
@@ -25,7 +25,7 @@ def cell_of(settings: str) -> Cell:
 
 def main() -> None:
     found: dict[tuple[str, str], dict[str, Any]] = {}
-    for path in (path for part in ("short", "peaks", "cap") for path in sorted(RESULTS.glob(f"*/{part}.json"))):
+    for path in (path for part in ("short", "peaks", "cap") for path in of_cards(part)):
         result = json.loads(path.read_text())
         card, cells = lookup(result["card"]), result["cells"]
         for measured in cells.values() if isinstance(cells, dict) else (cell["measured"] for cell in cells):

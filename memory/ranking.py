@@ -225,6 +225,8 @@ class Ranking:
     def _kept(self, plan: MemoryPlan) -> list[tuple[MemoryPlan, int]]:
         short, longer = self.short, min(8, self.workload.num_blocks)
         layouts = [(longer, longer // 2, 0) if plan.boundaries == "host" else (short, 0, short), (short, short, 0)]
+        if plan.boundaries == "host" and "boundaries" in self.fixed:  # else blocks that keep everything leave their inputs on the card
+            layouts.append((longer, longer - longer // 2, longer // 2))
         return [(dataclasses.replace(plan, num_keep_attention=a, num_keep_everything=e), num_blocks) for num_blocks, a, e in layouts]
 
     @staticmethod

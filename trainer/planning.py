@@ -172,7 +172,7 @@ def verdict(found: Forecast) -> str:
         return (f"{found.config.model.model} fits {c.label}: predicted {a.needed_bytes / GIB:.2f} GiB of "
                 f"{c.usable_bytes / GIB:.2f} GiB usable, {a.time.seconds:.2f} s a step ({a.time.bottleneck})")
     if a.fits_card or c.is_cpu:  # whose memory is the host's
-        would_do = _room(a, c)
+        would_do = _room(a, c) + f" for each of the {found.num_cards} cards' processes" * (found.num_cards > 1)
     else:
         would_do = f"the smallest listed card that would do: {smallest_card(found)}"
     return f"{found.config.model.model} does not fit {c.label}: the smallest plan {a.reason}; {would_do}"

@@ -37,9 +37,9 @@ from bench.provenance import RESULTS, write_result
 from memory.streams import release_pinned
 
 # Such that parts that follow each other fill nine minutes.
-PARTS: dict[str, ModuleType] = {"offload": offload, "minimum": minimum, "peaks": peaks, "short": short, "health": health,
-                                "speed": speed, "cap": cap, "feasibility": feasibility, "choice": choice}
-Part = Literal["offload", "minimum", "peaks", "short", "health", "speed", "cap", "feasibility", "choice"]
+PARTS: dict[str, ModuleType] = {"offload": offload, "minimum": minimum, "peaks": peaks, "short": short, "speed": speed,
+                                "health": health, "cap": cap, "feasibility": feasibility, "choice": choice}
+Part = Literal["offload", "minimum", "peaks", "short", "speed", "health", "cap", "feasibility", "choice"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -198,7 +198,7 @@ def main(config: Card) -> int:
                 continue
             print_table(f"{name} ({results[name]['seconds']} s)", results[name]["table"])
             if results[name]["skipped"]:
-                print(f"not measured for lack of time: {len(results[name]['skipped'])}")
+                print(f"not measured for lack of time: {len(results[name]['skipped'])}; --again --only {name} with more --seconds measures all")
             sys.stdout.flush()
     finally:
         session.forecaster.close()
@@ -206,7 +206,8 @@ def main(config: Card) -> int:
             signal.signal(number, handler)
     print_table(f"goals ({out})", [row for name in wanted if name in results for row in goal_rows(name, results[name])])
     if left := [name for name in missing if name not in results and name not in failed]:
-        print(f"not begun: {', '.join(left)}; the same command again measures {'them' if len(left) > 1 else 'it'}")
+        how = f"the same with --only {' '.join(left)}" if config.again else "the same command again"
+        print(f"not begun: {', '.join(left)}; {how} measures {'them' if len(left) > 1 else 'it'}")
     if failed:
         print(f"error: failed, see above: {', '.join(failed)}; again with --only {' '.join(failed)}", file=sys.stderr)
     return 1 if failed else 0

@@ -19,7 +19,7 @@ WANTED = {24.0: 0.12, 48.0: 0.20, 96.0: 0.22}
 
 def _cards(session: Session):
     """The last one may park what blocks keep on the host, if that pays."""
-    return *(shrunk(session.card, gib) for gib in session.few(SIZES, 1)), shrunk(session.card, SIZES[0], with_host=True)
+    return *(shrunk(session.card, gib) for gib in session.few(session.sizes(SIZES), 1)), shrunk(session.card, SIZES[0], with_host=True)
 
 
 def _plain(session: Session, kind: str, frames: int) -> Cell:
@@ -49,9 +49,9 @@ def measure(session: Session, out: Path) -> dict[str, Any]:
         plain = found.get(" ".join(name.split()[:2]) + " plain", {})
         if not name.endswith("plain") and "step_seconds" in cell and "step_seconds" in plain:
             gains[name] = 1 - cell["step_seconds"] / plain["step_seconds"]
-    *cards, hosted = _cards(session)
-    goals = [goal(f"time saved, 5b at 49 frames under {gib:g} GB", gains.get(f"5b 49f {card.name}"), WANTED[gib], at_least=True)
-             for gib, card in zip(SIZES, cards)]
+    *_, hosted = _cards(session)
+    goals = [goal(f"time saved, 5b at 49 frames under {gib:g} GB", gains.get(f"5b 49f {session.card.name}-{gib:g}gb"), WANTED[gib], at_least=True)
+             for gib in session.few(SIZES, 1)]
     goals.append(goal("time saved, 5b at 49 frames under 24 GB and what blocks keep on the host", gains.get(f"5b 49f {hosted.name}"),
                       0.20, at_least=True))
     return {"cells": found, "time_saved": gains, "skipped": skipped, "goals": goals, "table": rows(found)}

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import signal
 from collections.abc import Callable
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -77,12 +78,14 @@ def plans_of(cell: Cell, cards: tuple[Card, ...], free: tuple[str, ...] = SEARCH
     """
     fixed = frozenset(SEARCHED) - frozenset(free)
     found = [search(_workload(cell), card, base=cell.plan, fixed=fixed) for card in cards]
-    return [(result.best, result.smallest) for result in found]
+    # Without the traces: reading megabytes of them would hold up the thread that gives the card its kernels.
+    return [tuple(a and dataclasses.replace(a, trace=None) for a in (result.best, result.smallest)) for result in found]
 
 
 def _step_back() -> None:
     """Leave the card and the cores to the process that measures. Autograd would make a context, half a GiB of the card, in every
     process that runs a backward."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all of the terminal's processes, and is for that one
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     os.nice(19)
 

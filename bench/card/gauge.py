@@ -91,6 +91,10 @@ class Gauge:
         free, total = torch.cuda.mem_get_info(self.device)
         return total - free - torch.cuda.memory_reserved(self.device)
 
+    def total_bytes(self) -> int | None:
+        """Memory of the card; None on the CPU."""
+        return torch.cuda.mem_get_info(self.device)[1] if self.is_card else None
+
     def release(self) -> None:
         """Give back what nothing refers to any more, cuBLAS' workspaces, and the allocator's cache: as in a new process."""
         gc.collect()

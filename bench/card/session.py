@@ -9,8 +9,9 @@ from bench.card.forecasts import Forecaster
 from bench.card.gauge import Attempt, Gauge
 from bench.card.rig import Cell, backbone_of, measured
 from bench.naive import Recipe
-from memory.cards import Card
+from memory.cards import GIB, Card
 from memory.plan import MemoryPlan
+from memory.streams import release_pinned
 from trainer.assemble import resolve_dtype
 
 _PUBLISHED = {"2b": "cogvideox-2b", "5b": "cogvideox-5b", "1.5": "cogvideox1.5-5b"}
@@ -65,6 +66,11 @@ class Session:
         """All cells; in a dry run `count` of them, spread evenly, the first among them."""
         return list(cells) if not self.dry else [cells[i * len(cells) // count] for i in range(min(count, len(cells)))]
 
+    def sizes(self, sizes: Sequence[float]) -> list[float]:
+        """Of sizes of cards in GiB those that this card can stand for, with at most a fifth of the memory missing."""
+        total = self.gauge.total_bytes()
+        return [gib for gib in sizes if total is None or gib * GIB <= 1.25 * total]
+
     def within_budget(self, cells: Sequence[Any], skipped: list[str], *, name: Callable[[Any], str] = str) -> Iterator[Any]:
         """The cells until the part's time is used up; the names of the others go to `skipped`."""
         for cell in cells:
@@ -77,6 +83,8 @@ class Session:
         """Set up, run and take down one cell: what it is, and what was measured or why nothing was."""
         dtype, beside = str(resolve_dtype(backbone_of(cell), cell.plan, insist=True)).removeprefix("torch."), self.forecaster.num_under_way()
         if self.card.supports(dtype):
+            if more.keys() & {"apply", "around_student"}:  # peers pin memory in sizes of their own, and must find what ours had
+                release_pinned()
             attempt = self.gauge.attempt(lambda: measured(cell, self.gauge, num_steps=num_steps, **more))
         else:  # torch would emulate it, with an attention that holds its matrix
             attempt = Attempt(failed=f"{self.card.label} has no {dtype}")

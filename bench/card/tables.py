@@ -6,16 +6,16 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from bench.markdown import load, markdown
-from bench.provenance import RESULTS
+from bench.provenance import of_cards
 from memory.cards import GIB
 
-PARTS = ("offload", "minimum", "peaks", "short", "health", "speed", "cap", "feasibility", "choice")
+PARTS = ("offload", "minimum", "peaks", "short", "speed", "health", "cap", "feasibility", "choice")
 
 
 def results(*parts: str) -> list[tuple[str, dict[str, Any]]]:
     """(part, result) of every card that has been measured, card after card. Raises FileNotFoundError if there is none."""
-    found = [(part, json.loads(path.read_text())) for folder in sorted({path.parent for path in RESULTS.glob("*/*.json")})
-             for part in parts if (path := folder / f"{part}.json").exists()]
+    folders = sorted({path.parent for part in parts for path in of_cards(part)})
+    found = [(part, json.loads(path.read_text())) for folder in folders for part in parts if (path := folder / f"{part}.json").exists()]
     if not found:
         raise FileNotFoundError(2, "no card has been measured", f"{parts[0]}.json")
     return found
@@ -23,12 +23,12 @@ def results(*parts: str) -> list[tuple[str, dict[str, Any]]]:
 
 _HEADLINE = (
     ("speed", "5b 49f", "5b, 49 frames: all blocks on the card, checkpointed"), ("minimum", "5b 49f adamw8bit", "5b, 49 frames: the least memory"),
-    ("peaks", "cogvideox-5b 49f resident_blocks=0 boundaries=host", "5b, 49 frames: blocks and their inputs on the host *"),
+    ("peaks", "cogvideox-5b 49f resident_blocks=0 boundaries=host", "5b, 49 frames: blocks and their inputs on the host"),
     ("speed", "5b 49f filling the card", "5b, 49 frames: the planner's plan for the whole card"),
-    ("minimum", "1.5 81f adamw8bit", "1.5-5b, 81 frames: the least memory, first step **"),
+    ("minimum", "1.5 81f adamw8bit", "1.5-5b, 81 frames: the least memory"),
     ("offload", "5b-17f all resident", "5b, 17 frames: all blocks on the card, checkpointed"),
     ("offload", "5b-17f ring, boundaries on host", "5b, 17 frames: blocks and their inputs on the host"),
-    ("peaks", "cogvideox-5b 17f", "5b, 17 frames: all blocks on the card, checkpointed *"),
+    ("peaks", "cogvideox-5b 17f", "5b, 17 frames: all blocks on the card, checkpointed"),
     ("offload", "5b-17f diffusers group offload, block level, streams", "5b, 17 frames: diffusers' group offload, blocks, streams"),
     ("offload", "5b-17f torch save_on_cpu", "5b, 17 frames: torch's `save_on_cpu`"),
     ("offload", "2b-17f ring, boundaries on host", "2b, 17 frames: blocks and their inputs on the host"),
@@ -37,30 +37,53 @@ _HEADLINE = (
     ("speed", "naive 2b 17f", "2b, 17 frames: the naive recipe (two copies, float32, joint graphs)"))
 
 
+_FIRST = ("minimum", "1.5 81f adamw8bit")
+_OLDER = ("5400010df174",)
+"""Commits before queries and keys were normed and rotated by one operator."""
+
+
 def headline() -> str:
-    """A few cells for those who want to know what it does."""
-    found, cells = results("speed", "minimum", "offload", "peaks"), {}
+    """A few cells for those who want to know what it does, of the card of which most is known."""
+    found, cells, notes = results("speed", "minimum", "offload", "peaks"), {}, []
+    card = statistics.mode(result["card"] for _, result in found)
+    found = [(part, result) for part, result in found if result["card"] == card]
+    by_part = dict(found)
     for part, result in found:
         named = {cell["settings"]: cell["measured"] for cell in result["cells"]} if part == "peaks" else result["cells"]
         cells |= {(part, name): cell for name, cell in named.items()}
-    rows = [[label, _bytes(cells[part, name])[0], _seconds(cells[part, name], None)] for part, name, label in _HEADLINE]
+    older = {part for part, result in found if result["provenance"]["commit"] in _OLDER}
+    first = _first_step(by_part.get("minimum", {}))
+    rows = [[label + " *" * (0 < len(older) < len(found) and part not in older) + ", first step **" * bool(first and (part, name) == _FIRST),
+             _bytes(cells[part, name])[0], _seconds(cells[part, name], None)] for part, name, label in _HEADLINE if (part, name) in cells]
     seconds = {key: cell["step_seconds"] for key, cell in cells.items() if "step_seconds" in cell}
-    later = next(result["predicted_allocated_bytes"]["1.5 81f"] for part, result in found if part == "minimum")
-    least = seconds["minimum", "5b 49f adamw8bit"] / seconds["speed", "5b 49f"] - 1
-    ring = seconds["offload", "5b-49f ring"] / seconds["offload", "5b-49f all resident"] - 1
-    planned = [cell for part, result in found if part == "peaks" for cell in result["cells"] if "allocated_error" in cell]
-    off = [max(abs(cell[f"{kind}_error"]) for cell in planned) for kind in ("allocated", "reserved")]
-    return markdown(["a step of all three losses", "allocated at peak", "seconds"], rows) + (
-        f"\nThe least memory takes {least:.1%} longer than all on the card, of the 5b at 49 frames; streaming alone added {ring:.1%} to the student's "
-        f"pass. Peaks of {len(planned)} plans were predicted within {off[0]:.2%} (allocated) and {off[1]:.1%} (reserved).\n"
-        "\n\\* since queries and keys are normed and rotated by one operator, the others of ours before (MEMORY.md).\n"
-        f"\n\\*\\* before the optimizer had its state: {later / GIB:.2f} GiB after that (predicted).\n" + _source(found))
+    for part, name, of, base, text in (
+            ("minimum", "5b 49f adamw8bit", "speed", "5b 49f", "The least memory takes {:.1%} longer than all on the card, of the 5b at 49 frames."),
+            ("offload", "5b-49f ring", "offload", "5b-49f all resident", "Streaming alone added {:.1%} to the student's pass.")):
+        if (part, name) in seconds and (of, base) in seconds:
+            notes.append(text.format(seconds[part, name] / seconds[of, base] - 1))
+    planned = [cell for cell in by_part.get("peaks", {}).get("cells", ()) if "allocated_error" in cell]
+    if planned:
+        off = [max(abs(cell[f"{kind}_error"]) for cell in planned) for kind in ("allocated", "reserved")]
+        notes.append(f"Peaks of {len(planned)} plans were predicted within {off[0]:.2%} (allocated) and {off[1]:.1%} (reserved).")
+    text = markdown(["a step of all three losses", "allocated at peak", "seconds"], rows) + (f"\n{' '.join(notes)}\n" if notes else "")
+    if 0 < len(older) < len(found):
+        text += "\n\\* since queries and keys are normed and rotated by one operator, the others of ours before (MEMORY.md).\n"
+    if first:
+        text += f"\n\\*\\* before the optimizer had its state: {first / GIB:.2f} GiB after that (predicted).\n"
+    return text + _source(found)
+
+
+def _first_step(minimum: dict[str, Any]) -> int | None:
+    """What a later step is predicted to allocate, where a cell's one step came before the optimizer's state."""
+    predicted = minimum.get("predicted_allocated_bytes", {}).get("1.5 81f")
+    measured = minimum.get("cells", {}).get(_FIRST[1], {}).get("allocated_bytes")
+    return predicted if predicted and measured and measured < 0.995 * predicted else None
 
 
 def goals() -> str:
     """What every part was to reach, and what it did."""
     found = results(*PARTS)
-    rows = [[f"{part}: {g['goal']}", "not measured" if g["measured"] is None else f"{g['measured']:.4g}", g["wanted"],
+    rows = [[_of(found, result, f"{part}: {g['goal']}"), "not measured" if g["measured"] is None else f"{g['measured']:.4g}", g["wanted"],
              {True: "reached", False: "**missed**", None: ""}[g["reached"]]] for part, result in found for g in result["goals"]]
     return markdown(["", "measured", "wanted", ""], rows) + _source(found)
 
@@ -68,7 +91,7 @@ def goals() -> str:
 def offload() -> str:
     """Ours beside resident blocks and beside peers: seconds and bytes of a step."""
     found = results("offload")
-    rows = [[name, *_bytes(cell), _seconds(cell, result["cells"].get(f"{name.split()[0]} all resident"))]
+    rows = [[_of(found, result, name), *_bytes(cell), _seconds(cell, result["cells"].get(f"{name.split()[0]} all resident"))]
             for _, result in found for name, cell in result["cells"].items()]
     beside = [o["to device hidden seconds"] / o["to device seconds"] for _, result in found if (o := result["overlap"]).get("to device seconds")]
     record = f"\nBy the profiler's record {min(beside):.1%} of the time of copies to the card lies beside a kernel.\n" if beside else ""
@@ -78,7 +101,7 @@ def offload() -> str:
 def steps() -> str:
     """The smallest, the fastest, and what changes a step."""
     found = results("minimum", "speed", "cap")
-    rows = [[f"{part}: {name}", *_bytes(cell), _seconds(cell, result["cells"].get(" ".join(name.split()[:2]) + " plain"))]
+    rows = [[_of(found, result, f"{part}: {name}"), *_bytes(cell), _seconds(cell, result["cells"].get(" ".join(name.split()[:2]) + " plain"))]
             for part, result in found for name, cell in result["cells"].items()]
     return markdown(["a step of", "allocated", "reserved", "seconds"], rows) + _source(found)
 
@@ -142,6 +165,11 @@ def _by_size(cells: Iterable[dict[str, Any]]) -> list[tuple[str, list[dict[str, 
         model, frames = cell["settings"].split()[:2]
         groups.setdefault(f"{model.removeprefix('cogvideox-')}, {frames.removesuffix('f')} frames", []).append(cell)
     return sorted(groups.items(), key=lambda group: (group[0].split(",")[0], int(group[0].split()[1])))
+
+
+def _of(found: list[tuple[str, dict[str, Any]]], result: dict[str, Any], text: str) -> str:
+    """A row's label; with its card where there are several."""
+    return text if len({r["card"] for _, r in found}) == 1 else f"{text}, {result['card']}"
 
 
 def _bytes(cell: dict[str, Any]) -> list[str]:

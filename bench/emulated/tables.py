@@ -4,6 +4,7 @@ from collections.abc import Callable
 from itertools import chain
 from typing import Any
 
+from bench.card.feasibility import came_to
 from bench.markdown import load, markdown
 from bench.provenance import RESULTS
 from memory.cards import GIB
@@ -35,7 +36,7 @@ def caps() -> str:
     result = load("emulated")
     rows = [[f"the planner's plan: {_short(name)}", f"{cell['cap_bytes'] / GIB:.2f} GiB", *_outcome(cell)]
             for name, cell in result["feasibility"]["cells"].items()]
-    rows += [[f"the naive recipe: {_short('2b 17f ' + name)}", f"{cell['cap_bytes'] / GIB:.2f} GiB", "runs" if cell["ran"] else f"breaks in {cell['broke_in']}", ""]
+    rows += [[f"the naive recipe: {_short('2b 17f ' + name)}", f"{cell['cap_bytes'] / GIB:.2f} GiB", came_to(cell), ""]
              for name, cell in result["feasibility"]["naive"].items()]
     rows += [[f"the smallest: {name}", "none", *_outcome(cell)] for name, cell in result["minimum"]["cells"].items()]
     return markdown(["three steps of", "reservable", "", "allocated / reserved"], rows) + _source(result)

@@ -15,6 +15,7 @@ import torch
 
 from bench.card import __main__ as suite
 from bench.card import offload, rig
+from bench.card.feasibility import came_to
 from bench.card.forecasts import Forecaster
 from bench.card.gauge import Gauge, covered, overlap
 from bench.card.offload import PEERS
@@ -22,7 +23,7 @@ from bench.card.peaks import thick, thin
 from bench.card.rig import Cell
 from bench.card.session import Session, failures, goal
 from bench.overlap import block_seconds, count_loads, hiding_tokens
-from bench.provenance import RESULTS
+from bench.provenance import RESULTS, of_cards
 from bench.times import cell_of
 from memory.cards import lookup
 from memory.plan import MemoryPlan
@@ -30,7 +31,7 @@ from memory.snapshots import replay_snapshot
 from trainer.backbones import published
 
 ROOT = Path(__file__).parent.parent.parent
-PARTS = ("offload", "minimum", "peaks", "short", "health", "speed", "cap", "feasibility", "choice")
+PARTS = ("offload", "minimum", "peaks", "short", "speed", "health", "cap", "feasibility", "choice")
 
 
 def _suite(*args: str) -> str:
@@ -135,11 +136,11 @@ def test_a_device_that_is_gone_ends_the_suite_with_what_was_measured(tmp_path, m
 
     monkeypatch.setattr(suite.peaks, "measure", lambda session, out: {"goals": [goal("error", 0.1, 1.0)], "table": [["a"]], "skipped": []})
     monkeypatch.setattr(suite.health, "measure", fail)
-    monkeypatch.setattr(suite.speed, "measure", lambda *_: pytest.fail("measured on a device that is gone"))
-    assert suite.main(suite.Card(dry=True, out=tmp_path, only=("peaks", "health", "speed"))) == 1
+    monkeypatch.setattr(suite.cap, "measure", lambda *_: pytest.fail("measured on a device that is gone"))
+    assert suite.main(suite.Card(dry=True, out=tmp_path, only=("peaks", "health", "cap"))) == 1
     said = capsys.readouterr()
     assert "does not answer any more" in said.err and "--only health\n" in said.err and "peaks: error" in said.out
-    assert "not begun: speed" in said.out
+    assert "not begun: cap; the same command again" in said.out
 
 
 def test_a_result_that_cannot_be_read_is_measured_anew(tmp_path, capsys):
@@ -248,10 +249,38 @@ def test_goals_of_what_was_not_measured_are_neither_reached_nor_missed():
             assert g["measured"] is None or "retries" in g["goal"], g
 
 
-@pytest.mark.parametrize("ours, over", [(9, -0.5), (10, -0.5), (11, None)])
-def test_a_peer_is_compared_with_what_holds_no_more(ours, over):
-    own = {"5b-17f ring": {"step_seconds": 1.0, "allocated_bytes": ours}, "2b-17f ring": {"step_seconds": 0.1, "allocated_bytes": 1}}
-    assert offload._over(own | {f"5b-17f {PEERS[0]}": {"step_seconds": 2.0, "allocated_bytes": 10}}, own, PEERS[0]) == over
+@pytest.mark.parametrize("ours, seconds, over, added", [(9, 1.0, -0.5, 6.0), (10, 1.0, -0.5, 6.0), (11, 1.0, None, None), (9, 0.8, -0.6, 150.0)])
+def test_a_peer_is_compared_with_what_holds_no_more(ours, seconds, over, added):
+    """And what ours adds to all-resident is not taken to be less than steps differ by anyway."""
+    def cell(seconds, num_bytes):
+        return {"step_seconds": seconds, "allocated_bytes": num_bytes, "num_retries": 0, "num_driver_allocations": 0, "grown_bytes": 0}
+
+    found = {"2b-17f all resident": cell(0.8, 20), "2b-17f ring": cell(seconds, ours), "5b-17f ring": cell(0.1, 1),
+             f"2b-17f {PEERS[-1]}": cell(2.0, 10)}
+    reached = {g["goal"]: g["measured"] for g in offload.goals(found, {}, {})}
+    measured = [reached[name] for name in reached if PEERS[-1] in name or "sequential offload adds" in name]
+    assert measured == [over and pytest.approx(over), added and pytest.approx(added)]
+
+
+def test_sizes_that_a_card_cannot_stand_for_are_left_out(monkeypatch):
+    session = Session(Gauge(torch.device("cpu")), lookup("4090"), Forecaster(0))
+    assert session.sizes([8.0, 96.0]) == [8.0, 96.0]  # of the CPU nothing is asked
+    monkeypatch.setattr(session.gauge, "total_bytes", lambda: int(23.6 * 2**30))
+    assert session.sizes([8.0, 24.0, 29.0, 48.0]) == [8.0, 24.0, 29.0]
+
+
+@pytest.mark.parametrize("naive, words", [
+    ({"ran": True}, "runs"), ({"ran": False, "out_of_memory": "x", "broke_in": "teacher", "failed": None}, "breaks in teacher"),
+    ({"ran": False, "out_of_memory": None, "broke_in": "teacher", "failed": "a bug"}, "failed: a bug")])
+def test_a_recipe_that_failed_did_not_break_for_want_of_memory(naive, words):
+    assert came_to(naive) == words
+
+
+def test_dry_results_are_of_no_card(tmp_path):
+    for name in ("dry", "some-card"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "peaks.json").write_text("{}")
+    assert of_cards("peaks", tmp_path) == [tmp_path / "some-card" / "peaks.json"]
 
 
 @pytest.mark.parametrize("path", sorted(RESULTS.glob("*/snapshot-*.json.gz")), ids=lambda path: path.name)
