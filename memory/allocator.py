@@ -62,7 +62,6 @@ class AllocatorStats:
     reserved_bytes: int = 0
     """Held from the driver."""
     peak_allocated_bytes: int = 0
-    peak_active_bytes: int = 0
     peak_reserved_bytes: int = 0
     num_retries: int = 0
     """Times the cache had to be given back to serve a request."""
@@ -115,8 +114,6 @@ class CachingAllocator:
         stats.active_bytes += block.size
         if stats.allocated_bytes > stats.peak_allocated_bytes:
             stats.peak_allocated_bytes = stats.allocated_bytes
-        if stats.active_bytes > stats.peak_active_bytes:
-            stats.peak_active_bytes = stats.active_bytes
 
     def free(self, address: int) -> None:
         """Free at once: no other stream uses the block."""
@@ -326,13 +323,9 @@ class CachingAllocator:
         self._merge(block)
 
 
-def replay(events: list[int], sizes: list[int], *, capacity_bytes: int | None = None,
-           expandable_segments: bool = False) -> AllocatorStats:
-    """Peaks after a list of events: `i` allocates storage i of `sizes[i]` bytes, `~i` frees it.
-
-    Raises: SimulatedOutOfMemory, when the capacity is exceeded.
-    """
-    allocator = CachingAllocator(capacity_bytes=capacity_bytes, expandable_segments=expandable_segments)
+def replay(events: list[int], sizes: list[int], *, expandable_segments: bool = False) -> AllocatorStats:
+    """Peaks after a list of events: `i` allocates storage i of `sizes[i]` bytes, `~i` frees it."""
+    allocator = CachingAllocator(expandable_segments=expandable_segments)
     malloc, free, addresses = allocator.malloc, allocator.free, {}
     for event in events:
         if event >= 0:

@@ -146,14 +146,12 @@ class Trace:
     def prediction(
         self,
         *,
-        capacity_bytes: int | None = None,
         expandable_segments: bool = False,
         workspace_bytes: int = 0,
     ) -> "Prediction":
         """Peaks by category and phase, and what the caching allocator would reserve for two steps in a row.
 
         `workspace_bytes` (cuBLAS) are taken from the same allocator, as "other".
-        Raises: memory.allocator.SimulatedOutOfMemory, when `capacity_bytes` is exceeded.
         """
         peak, at_peak, by_phase = -1, {}, {}
         for phase, total, live in self.timeline():
@@ -163,7 +161,7 @@ class Trace:
         workspace = 2 * round_request(workspace_bytes // 2) if workspace_bytes else 0
         at_peak["other"] += workspace
         events, sizes = self.device_events(num_steps=2, workspace_bytes=workspace_bytes)
-        stats = replay(events, sizes, capacity_bytes=capacity_bytes, expandable_segments=expandable_segments)
+        stats = replay(events, sizes, expandable_segments=expandable_segments)
         return Prediction(
             peak_bytes=peak + workspace,
             by_category=at_peak,
