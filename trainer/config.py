@@ -44,7 +44,7 @@ class DataConfig:
     concept: str = "red"
     """The concept to erase: one or more words, as they stand in the prompts."""
     prompts: Path | None = None
-    """Prompts that show the concept: a text file, one a line, or a CSV with a `prompt` column and optionally a
+    """Prompts that show the concept: a text file, one a line, or a CSV or TSV with a `prompt` column and optionally a
     `safe` column (the same prompt without the concept). Without it, prompts are made from the concept."""
     instead: str = ""
     """What safe prompts name in the concept's place (--concept circle --instead square), where the file has none.

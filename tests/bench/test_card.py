@@ -226,13 +226,14 @@ def test_a_cell_whose_dtype_the_card_lacks_is_told_and_not_measured():
         assert session.measure(fp16, num_steps=1) == {"settings": fp16.name(), "num_forecasts_beside": 0, "step_seconds": 1.0}
 
 
-def test_forecasts_under_way_are_counted_and_leave_the_cores_to_others():
+def test_forecasts_under_way_are_counted_and_leave_cores_and_signals_to_others():
     forecaster = Forecaster(1)
     try:
         forecaster.ask(time.sleep, 0.5)
         forecaster.ask(os.nice, 0)
         assert forecaster.num_under_way() == 2
         assert forecaster.answer(os.nice, 0) == min(os.nice(0) + 19, 19) and forecaster.num_under_way() == 0
+        assert forecaster.answer(signal.getsignal, signal.SIGINT) == signal.SIG_IGN  # else Ctrl-C would end what is measured too
     finally:
         forecaster.close()
 
