@@ -104,14 +104,20 @@ def write_json(path: Path, content: Any, *, indent: int | None = 2, advice: str 
 
 def write_tensors(path: Path, tensors: "Mapping[str, Tensor]") -> None:
     """Write a safetensors file, whole or not at all. Raises OSError, or SafetensorError when the disk is full."""
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     part = path.with_name(f".{path.name}.part")
-    part.touch()
-    mode = stat.S_IMODE(part.stat().st_mode)  # what the umask makes of a new file; safetensors leaves 0600
-    save_file(dict(tensors), part, metadata={"format": "pt"})
-    part.chmod(mode)
-    part.replace(path)
+    try:
+        part.touch()
+        mode = stat.S_IMODE(part.stat().st_mode)  # what the umask makes of a new file; safetensors leaves 0600
+        save_file(dict(tensors), part, metadata={"format": "pt"})
+        part.chmod(mode)
+        part.replace(path)
+    except (OSError, SafetensorError):
+        with suppress(OSError):
+            part.unlink()
+        raise
 
 
 def write_whole(path: Path, text: str) -> None:

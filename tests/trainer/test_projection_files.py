@@ -48,11 +48,12 @@ def test_a_full_disk_is_an_input_output_error(tmp_path, pair, monkeypatch, error
     def fail(*args, **kwargs):
         raise error
 
-    monkeypatch.setattr("trainer.lora.save_file", fail)
+    monkeypatch.setattr("safetensors.torch.save_file", fail)
     with pytest.raises(InputOutputError, match="adapter_model.safetensors cannot be written .*No space left.*; choose another --out"):
         save_lora(tmp_path, {"head": pair}, alpha=6.0, base_model="somewhere")
     with pytest.raises(InputOutputError, match="merged.safetensors cannot be written .*No space left"):
         save_merged(tmp_path, {"head": problem().layer}, {"head": pair[1] @ pair[0]}, torch.float32)
+    assert not list(tmp_path.iterdir())
 
 
 def test_what_cannot_take_its_place_is_removed_again(tmp_path, pair):

@@ -304,7 +304,7 @@ def test_failing_sample_is_a_warning(tiny_config, caplog, tmp_path):
 
 
 @pytest.mark.parametrize("overrides, error, message", [
-    ({"data__concept": "giraffe"}, UsageError, "'giraffe' is not among the tokens of the prompt"),
+    ({"data__concept": "giraffe"}, UsageError, "'giraffe' is not a word of the prompt"),
     ({"data__preserve": ()}, UsageError, "nothing to preserve; name --preserve WORD"),
     ({"model__frames": 12}, UsageError, "--frames 12: this VAE makes 8k\\+1 frames"),
     ({"model__height": 15}, UsageError, "--height 15"),
