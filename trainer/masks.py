@@ -135,5 +135,5 @@ def prompt_columns(backbone: CogVideoX, prompts: PromptSet, *, localised: bool =
         if localised and tokenizer.unk_token_id in (ids[i] for i in columns):
             raise UsageError(f"the concept {prompts.concept!r} has characters that the model's tokenizer does not know, in {where}; use other "
                              f"words, or copy {backbone.directory / 'tokenizer'} again if these are common ones")
-        found[prompt] = torch.tensor(columns)
+        found[prompt] = torch.tensor(columns, dtype=torch.int64)
     return found
