@@ -101,8 +101,7 @@ def resolve(argv: Sequence[str], kind: type = TrainCommand) -> tuple[Any, dict[s
     base, origins = TrainConfig(), dict.fromkeys(settings.leaves(TrainConfig()), "default")
     if resume:
         values, before = _of_run(Path(resume))
-        if "out" in given(argv):
-            raise UsageError("--out beside --resume: a run goes on in its own directory")
+        refuse_out(argv)
         for path, origin in before.items():
             if profile and origin.startswith(("profile ", "step-down ")):  # what was planned is planned anew
                 del values[path]
@@ -138,6 +137,12 @@ def _of_run(run_dir: Path) -> tuple[dict[str, Any], dict[str, str]]:
     config, content = read_config(run_dir)
     values = settings.leaves(config)
     return values, {path: str(lookup(content, "origins", path) or f"run {run_dir}") for path in values}
+
+
+def refuse_out(argv: Sequence[str]) -> None:
+    """UsageError for --out beside --resume."""
+    if "out" in given(argv):
+        raise UsageError("--out beside --resume: a run goes on in its own directory")
 
 
 def given(argv: Sequence[str]) -> set[str]:

@@ -14,7 +14,7 @@ from memory.cards import Card, size_bytes
 from memory.host import available_host_bytes
 from memory.plan import PlanError
 from trainer import config as settings
-from trainer.arguments import chosen_card, early, fixed, given, in_flags, parse, positional, resolve
+from trainer.arguments import chosen_card, early, fixed, given, in_flags, parse, positional, refuse_out, resolve
 from trainer.commands import DiagnoseCommand, DoctorCommand, ExportCommand, ForgetCommand, PlanCommand, ReportCommand, TrainCommand
 from trainer.config import EvaluateConfig, GenerateConfig, TrainConfig
 from trainer.errors import DoesNotFit, UsageError
@@ -183,8 +183,8 @@ def _export(argv: Sequence[str]) -> None:
 
 def _forget(argv: Sequence[str]) -> None:
     resume = early(argv, "--resume")
-    if resume and "out" in given(argv):
-        raise UsageError("--out beside --resume: a run goes on in its own directory")
+    if resume:
+        refuse_out(argv)
     base = read_forget_config(Path(resume)) if resume else ForgetConfig()
     command = parse(ForgetCommand, argv, "forget", ForgetCommand(settings=base))
     origins = {path: "flag" if path.split(".")[-1] in given(argv) else f"run {resume}" if resume else "default"

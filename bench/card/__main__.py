@@ -89,7 +89,7 @@ def calibrate(session: Session) -> None:
     session.fixed = {
         "workspace_of_forward_bytes": forward, "more_workspace_with_bias_bytes": more,
         "context_bytes": gauge.context_bytes(), "cublas_workspace_bytes": session.workspace_bytes,
-        "total_bytes": torch.cuda.mem_get_info()[1], "assumed_context_bytes": session.card.context_bytes,
+        "total_bytes": gauge.total_bytes(), "assumed_context_bytes": session.card.context_bytes,
         "assumed_cublas_workspace_bytes": session.card.cublas_workspace_bytes,
         "allocator": os.environ.get("PYTORCH_ALLOC_CONF") or os.environ.get("PYTORCH_CUDA_ALLOC_CONF"),
         "cublas": os.environ.get("CUBLAS_WORKSPACE_CONFIG"), "note": "context: all that is used and not reserved by this process, before its first kernels of size"}
