@@ -20,26 +20,35 @@ from memory.saving import current_notes
 from trainer.errors import UsageError
 
 
+class _CastingLinear(nn.Linear):
+    """Weights stay in fp32; they are cast to the activations' dtype for the product, so that a 16-bit backbone keeps
+    16-bit activations (the weights are far smaller than the activations, so this is the cheaper side to cast).
+
+    They follow the activations to their device, too: what offloads a model's layers may not know of erasers put in later.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.to(x), self.bias.to(x))
+
+
 class AdapterEraser(nn.Module):
     """down (D to R), exact GELU, up (R to D). `up` starts at zero, so a new eraser changes nothing.
 
-    Weights stay in fp32; they are cast to the activations' dtype for the products, so that a 16-bit backbone keeps
-    16-bit activations (the weights are far smaller than the activations, so this is the cheaper side to cast).
+    Both are called as modules: accelerate and diffusers bring the weights of what they offload by hooks around each layer.
     """
 
     def __init__(self, dim: int, rank: int):
         super().__init__()
         if rank < 1:
             raise UsageError(f"--rank {rank}: an eraser needs rank 1 or more; 128 is the published choice")
-        self.down = nn.Linear(dim, rank)
-        self.up = nn.Linear(rank, dim)
+        self.down = _CastingLinear(dim, rank)
+        self.up = _CastingLinear(rank, dim)
         nn.init.zeros_(self.up.weight)
         nn.init.zeros_(self.up.bias)
 
     def forward(self, h: Tensor) -> Tensor:
         """h (B, N, D) to the eraser's output o (B, N, D), in h's dtype."""
-        r = F.gelu(F.linear(h, self.down.weight.to(h.dtype), self.down.bias.to(h.dtype)))  # (B, N, R)
-        return F.linear(r, self.up.weight.to(h.dtype), self.up.bias.to(h.dtype))
+        return self.up(F.gelu(self.down(h)))  # (B, N, R) between the two
 
 
 _CHUNK_BYTES = 64 * 2**20
@@ -130,6 +139,8 @@ class Erasers:
         self.adapters: list[AdapterEraser] = []
         self._seen_enabled: dict[int, bool] = {}
         device = self.attentions[0].to_v.weight.device
+        if device.type == "meta":  # accelerate's offloading keeps the weights elsewhere between passes
+            device = torch.device("cpu")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             for attention in self.attentions:

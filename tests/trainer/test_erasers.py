@@ -75,6 +75,36 @@ def test_switch_returns_after_an_exception(model):
     assert erasers.enabled
 
 
+def offload_layers(module):
+    """As accelerate does it (enable_sequential_cpu_offload): weights are on meta but while their layer runs. A stand-in."""
+    def bring(layer, args):
+        layer._parameters.update(layer.kept)
+
+    def leave(layer, args, output):
+        layer._parameters.update({n: torch.nn.Parameter(p.to("meta"), requires_grad=False) for n, p in layer.kept.items()})
+
+    for layer in module.modules():
+        if own := {n: p for n, p in layer._parameters.items() if p is not None}:
+            layer.kept = own
+            layer.register_forward_pre_hook(bring)
+            layer.register_forward_hook(leave)
+            leave(layer, (), None)
+
+
+@pytest.mark.parametrize("erasers_first", [True, False])
+def test_erasers_act_where_layers_are_offloaded_before_or_after_them(sincos, erasers_first):
+    expected = Model(sincos)
+    expected.inject()
+    model = Model(sincos)
+    if erasers_first:
+        model.inject()
+        offload_layers(model.transformer.transformer_blocks)
+    else:
+        offload_layers(model.transformer.transformer_blocks)
+        model.inject()
+    assert torch.equal(model.run(), expected.run())
+
+
 def test_undo_restores_outputs_names_hooks_and_attributes(model):
     hooks = [len(block.attn1._forward_hooks) for block in model.blocks]
     attributes = [set(vars(block.attn1)) for block in model.blocks]
