@@ -146,9 +146,13 @@ class Erasers:
             for attention in self.attentions:
                 self.adapters.append(AdapterEraser(attention.to_v.weight.shape[-1], rank))
         self._handles = []
+        # torch.compile looks at a module's class before it uses a graph again, and not at its hooks: without a class of their own,
+        # attentions that were compiled without erasers would go on without them.
+        self._classes = [type(attention) for attention in self.attentions]
+        marked = {kind: type(kind.__name__, (kind,), {}) for kind in self._classes}
         for index, (attention, adapter) in enumerate(zip(self.attentions, self.adapters)):
             place(adapter, device)
-            attention.adapter = adapter
+            attention.adapter, attention.__class__ = adapter, marked[type(attention)]
             self._handles.append(attention.register_forward_hook(self._hook(index)))
 
     @property
@@ -232,6 +236,7 @@ class Erasers:
         """Take the erasers out: the transformer is as it was before."""
         for handle in self._handles:
             handle.remove()
-        for attention in self.attentions:
+        for attention, kind in zip(self.attentions, self._classes):
             del attention.adapter
+            attention.__class__ = kind
         self._handles, self.attentions = [], []

@@ -105,9 +105,32 @@ def test_erasers_act_where_layers_are_offloaded_before_or_after_them(sincos, era
     assert torch.equal(model.run(), expected.run())
 
 
+def test_a_model_that_was_compiled_before_is_erased_too(sincos):
+    """torch.compile does not look at hooks: its graph for the model without erasers must not be used again, nor that of others."""
+    plain, model = Model(sincos), Model(sincos)
+    expected = Model(sincos)
+    expected.inject()
+    try:
+        for each in (plain, model):
+            each.transformer.compile(backend="eager")
+        assert torch.equal(model.run(), model.before)
+        erasers = model.inject()
+        assert torch.equal(model.run(), expected.run())
+        with erasers.switched(False):
+            assert torch.equal(model.run(), model.before)
+        assert torch.equal(plain.run(), plain.before)
+        erasers.undo()
+        assert torch.equal(model.run(), model.before)
+        model.inject()
+        assert torch.equal(model.run(), expected.run())
+    finally:
+        torch.compiler.reset()
+
+
 def test_undo_restores_outputs_names_hooks_and_attributes(model):
     hooks = [len(block.attn1._forward_hooks) for block in model.blocks]
     attributes = [set(vars(block.attn1)) for block in model.blocks]
+    classes = [type(block.attn1) for block in model.blocks]
     erasers = model.inject()
     assert set(model.transformer.state_dict()) - set(model.names) == {
         f"transformer_blocks.{i}.attn1.adapter.{leaf}" for i in range(2)
@@ -117,6 +140,7 @@ def test_undo_restores_outputs_names_hooks_and_attributes(model):
     assert list(model.transformer.state_dict()) == model.names
     assert [len(block.attn1._forward_hooks) for block in model.blocks] == hooks
     assert [set(vars(block.attn1)) for block in model.blocks] == attributes
+    assert [type(block.attn1) for block in model.blocks] == classes
     assert not any(hasattr(block.attn1, "adapter") for block in model.blocks)
     erasers.undo()  # a second time is harmless
     Erasers(model.blocks, RANK).undo()  # and the way is free
