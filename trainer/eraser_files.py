@@ -16,8 +16,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from trainer.erasers import Erasers
-from trainer.errors import CheckpointError, InputOutputError
+from trainer.erasers import Erasers, width_of
+from trainer.errors import CheckpointError, InputOutputError, UsageError
 from trainer.run_files import write_tensors, write_whole
 
 WEIGHTS, DESCRIPTION = "eraser.safetensors", "eraser.json"
@@ -149,8 +149,11 @@ def apply_eraser(transformer: nn.Module, path: Path | str, *, base_model: Mappin
     `base_model`: the identity of the transformer, where it is known; an eraser of another model is then refused.
     """
     file = load_eraser(path)
-    blocks = transformer.transformer_blocks
-    width = blocks[0].attn1.to_v.weight.shape[-1]
+    blocks = getattr(transformer, "transformer_blocks", ())
+    if not len(blocks) or not hasattr(blocks[0], "attn1"):
+        raise UsageError(f"a {type(transformer).__name__} is no CogVideoX transformer; with a pipeline say "
+                         f"apply_eraser(pipe.transformer, {str(path)!r})")
+    width = width_of(blocks[0].attn1)
     if (file.num_blocks, file.width) != (len(blocks), width):
         raise CheckpointError(f"{file.path}: made for {file.num_blocks} blocks of width {file.width}, "
                               f"this transformer has {len(blocks)} of width {width}")

@@ -121,6 +121,11 @@ class _Mode(NamedTuple):
     localisation: Localisation | None = None
 
 
+def width_of(attention: nn.Module) -> int:
+    """D. The shape of its weights would not say: in 4 bits they are packed."""
+    return attention.to_v.in_features
+
+
 class Erasers:
     """The erasers of one transformer: injected on construction, taken out again by `undo()`.
 
@@ -135,7 +140,7 @@ class Erasers:
             raise UsageError("this transformer has erasers already; undo() the first ones")
         self.rank, self._mode = rank, _Mode()
         self.attentions = [block.attn1 for block in blocks]
-        self.width = self.attentions[0].to_v.weight.shape[-1]
+        self.width = width_of(self.attentions[0])
         self.adapters: list[AdapterEraser] = []
         self._seen_enabled: dict[int, bool] = {}
         device = self.attentions[0].to_v.weight.device
@@ -144,7 +149,7 @@ class Erasers:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             for attention in self.attentions:
-                self.adapters.append(AdapterEraser(attention.to_v.weight.shape[-1], rank))
+                self.adapters.append(AdapterEraser(width_of(attention), rank))
         self._handles = []
         # torch.compile looks at a module's class before it uses a graph again, and not at its hooks: without a class of their own,
         # attentions that were compiled without erasers would go on without them.

@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 
+import bitsandbytes
 import pytest
 import torch
 from hypothesis import Phase, given, settings
@@ -15,7 +16,7 @@ from test_erasers import RANK, Model, shake
 from trainer.eraser_files import (DESCRIPTION, RELEASED_CONFIG, RELEASED_WEIGHTS, WEIGHTS, apply_eraser, load_eraser,
                                   save_eraser, save_released)
 from trainer.erasers import Erasers
-from trainer.errors import CheckpointError, InputOutputError
+from trainer.errors import CheckpointError, InputOutputError, UsageError
 
 
 @pytest.fixture
@@ -102,6 +103,30 @@ def test_eraser_of_another_geometry_is_refused(sincos, tmp_path):
     save_released(tmp_path, state, 2)
     with pytest.raises(CheckpointError, match="3 blocks of width 16.*2 of width 32"):
         apply_eraser(model.transformer, tmp_path)
+
+
+def test_into_a_transformer_of_four_bits(saved, sincos):
+    """Its weights are packed, and their shape is not the layer's."""
+    directory, erasers, model = saved
+    erasers.undo()
+    for block in model.blocks:
+        plain = block.attn1.to_v
+        block.attn1.to_v = bitsandbytes.nn.Linear4bit(32, 32, compute_dtype=torch.float32)
+        block.attn1.to_v.load_state_dict(plain.state_dict())
+        block.attn1.to_v.to("cpu")
+    assert model.blocks[0].attn1.to_v.weight.shape != (32, 32)
+    before = model.run()
+    apply_eraser(model.transformer, directory)
+    assert (model.run() - before).abs().max() > 0.01
+
+
+def test_what_is_no_transformer_is_refused(saved, sincos):
+    from diffusers import CogVideoXPipeline
+
+    pipeline = CogVideoXPipeline.from_pretrained(sincos.directory)
+    for other in (pipeline, pipeline.vae):
+        with pytest.raises(UsageError, match=rf"{type(other).__name__} is no CogVideoX transformer.*pipe.transformer"):
+            apply_eraser(other, saved[0])
 
 
 def test_nothing_there(tmp_path):
