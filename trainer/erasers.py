@@ -171,7 +171,7 @@ class Erasers:
             if not mode.enabled:
                 return output
             h, e = output
-            o = self.adapters[index](h)
+            o = attention.adapter(h)  # its own: in a deep copy of the model, the copy's
             if (loc := mode.localisation) is not None and torch.is_grad_enabled():
                 share = torch.ones((), device=o.device) * (loc.weight / len(self.adapters))
                 o = _Localised.apply(o, share, loc.outside, partial(loc.terms.__setitem__, index))

@@ -1,5 +1,7 @@
 """Erasers on one frozen backbone: injected, switched, localised, taken out."""
 
+import copy
+
 import pytest
 import torch
 from tiny_pipelines import FRAMES, SIDE
@@ -125,6 +127,19 @@ def test_a_model_that_was_compiled_before_is_erased_too(sincos):
         assert torch.equal(model.run(), expected.run())
     finally:
         torch.compiler.reset()
+
+
+def test_a_deep_copy_of_the_model_has_erasers_of_its_own(sincos):
+    model = Model(sincos)
+    model.inject()
+    copied = copy.deepcopy(model.transformer)
+    erased, predict = model.run(), sincos.predictor(copied, model.shape)
+    with torch.no_grad():
+        assert torch.equal(predict(*model.inputs), erased)
+        for block in copied.transformer_blocks:
+            block.attn1.adapter.up.weight.zero_(), block.attn1.adapter.up.bias.zero_()
+        assert torch.equal(predict(*model.inputs), model.before)
+    assert torch.equal(model.run(), erased)
 
 
 def test_undo_restores_outputs_names_hooks_and_attributes(model):
