@@ -5,6 +5,7 @@ Released layout: `eraser_weights.pt`, a dict `transformer_blocks.{i}.attn1.adapt
 """
 
 import json
+import logging
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,9 +17,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from trainer.backbones.location import config_hash
 from trainer.erasers import Erasers, width_of
 from trainer.errors import CheckpointError, InputOutputError, UsageError
 from trainer.run_files import write_tensors, write_whole
+
+logger = logging.getLogger(__name__)
 
 WEIGHTS, DESCRIPTION = "eraser.safetensors", "eraser.json"
 RELEASED_WEIGHTS, RELEASED_CONFIG = "eraser_weights.pt", "eraser_config.json"
@@ -146,7 +150,8 @@ def _geometry(state: Mapping[str, Tensor], file: Path) -> tuple[int, int, int]:
 def apply_eraser(transformer: nn.Module, path: Path | str, *, base_model: Mapping[str, str] | None = None) -> Erasers:
     """Put a saved eraser into a CogVideoX transformer, e.g. a stock pipeline's; `.undo()` takes it out again.
 
-    `base_model`: the identity of the transformer, where it is known; an eraser of another model is then refused.
+    `base_model`: the identity of the transformer, where it is known; an eraser of another model is then refused. Otherwise one of
+    another configuration is a warning: it may be a relative of the model, such as one for image to video.
     """
     file = load_eraser(path)
     blocks = getattr(transformer, "transformer_blocks", ())
@@ -159,6 +164,10 @@ def apply_eraser(transformer: nn.Module, path: Path | str, *, base_model: Mappin
                               f"this transformer has {len(blocks)} of width {width}")
     if base_model and file.base_model and file.base_model["config_hash"] != base_model["config_hash"]:
         raise CheckpointError(f"{file.path}: made for {file.base_model['name']}, not for {base_model['name']}")
+    config = {k: v for k, v in getattr(transformer, "config", {}).items() if k != "quantization_config"}
+    if not base_model and file.base_model and config and config_hash(config) != file.base_model["config_hash"]:
+        logger.warning("%s: made for %s, and this transformer is configured in another way; look whether it erases here", file.path,
+                       file.base_model["name"])
     erasers = Erasers(blocks, file.rank)
     erasers.load_state_dict(file.state)
     return erasers

@@ -129,6 +129,17 @@ def test_what_is_no_transformer_is_refused(saved, sincos):
             apply_eraser(other, saved[0])
 
 
+@pytest.mark.parametrize("kind", ["2b", "1.5"])
+def test_stock_transformer_of_the_same_geometry_and_another_configuration_is_a_warning(saved, pipelines, caplog, kind):
+    """The 5b and the 1.5-5B have as many blocks of the same width."""
+    from diffusers import CogVideoXTransformer3DModel
+
+    transformer = CogVideoXTransformer3DModel.from_pretrained(pipelines[kind] / "transformer")
+    transformer.register_to_config(quantization_config={"load_in_4bit": True})
+    apply_eraser(transformer, saved[0])
+    assert ("configured in another way" in caplog.text) == (kind != "2b")
+
+
 def test_nothing_there(tmp_path):
     for path in (tmp_path, tmp_path / "absent"):
         with pytest.raises(CheckpointError, match="no eraser there.*run directory"):

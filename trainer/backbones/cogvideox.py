@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from memory.offload import offload_blocks, place
 from trainer.backbones import Decode, Predict, published
-from trainer.backbones.location import fingerprint, locate, read_config, reading, stored_dtype
+from trainer.backbones.location import config_hash, fingerprint, locate, read_config, reading, stored_dtype
 from trainer.backbones.weights import allocate, assign, randomise
 from trainer.errors import CheckpointError, UsageError
 
@@ -74,8 +74,7 @@ class CogVideoX:
 
     def identity(self) -> dict[str, str]:
         """Name and configuration hash: what an eraser or a checkpoint belongs to."""
-        text = json.dumps({k: v for k, v in sorted(vars(self.config).items()) if not k.startswith("_")}, default=str)
-        return {"name": self.name, "config_hash": hashlib.sha256(text.encode()).hexdigest()[:16]}
+        return {"name": self.name, "config_hash": config_hash(vars(self.config))}
 
     def default_size(self) -> tuple[int, int, int]:
         """(frames, height, width) in pixels that the model was trained at."""

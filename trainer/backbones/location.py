@@ -3,7 +3,7 @@
 import difflib
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -60,6 +60,12 @@ def read_config(directory: Path, component: str) -> dict[str, Any]:
     if wanted and config.get("_class_name", wanted) != wanted:
         raise UsageError(f"--model {directory}: {component} is a {config['_class_name']}; {wanted} is needed")
     return {k: v for k, v in config.items() if not k.startswith("_")}
+
+
+def config_hash(config: Mapping[str, Any]) -> str:
+    """Identifies a transformer by its whole configuration, without the entries that diffusers keeps for itself."""
+    text = json.dumps({k: v for k, v in sorted(config.items()) if not k.startswith("_")}, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _read_object(file: Path) -> dict[str, Any]:
