@@ -134,6 +134,24 @@ def test_damaged_index_is_named(copied, content):
         CogVideoX(str(directory.parent))
 
 
+def test_of_several_variants_the_plain_one_is_read_and_one_alone_is_read_as_it_is(copied):
+    directory = copied("2b") / "transformer"
+    whole = load_file(directory / WEIGHTS)
+    save_file({n: t.half() for n, t in whole.items()}, directory / WEIGHTS.replace(".s", ".fp16.s"))
+    assert CogVideoX(str(directory.parent)).native_dtype == torch.float32
+    (directory / WEIGHTS).unlink()
+    assert CogVideoX(str(directory.parent)).native_dtype == torch.float16
+    (directory / WEIGHTS.replace(".s", ".fp16.s")).rename(directory / WEIGHTS)
+    parts = _shard(directory)
+    index = (directory / INDEX).read_text()
+    for file in parts:
+        (directory / file).rename(directory / file.replace("model-", "model.fp16-"))
+    (directory / INDEX).unlink()
+    (directory / INDEX.replace(".json", ".fp16.json")).write_text(index.replace("model-", "model.fp16-"))
+    loaded = CogVideoX(str(directory.parent)).load_transformer(dtype=torch.float16)
+    assert all(torch.equal(p, whole[n].half()) for n, p in loaded.named_parameters())
+
+
 def test_component_without_weights_says_so(copied):
     directory = copied("2b") / "transformer"
     (directory / WEIGHTS).unlink()

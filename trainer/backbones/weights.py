@@ -16,9 +16,14 @@ from trainer.errors import CheckpointError
 def shards(directory: Path) -> dict[str, Path]:
     """Tensor name -> file that holds it, for a diffusers or transformers component directory.
 
-    A sharded index (`*.safetensors.index.json`) is honoured; otherwise the one `*.safetensors` file is read.
+    A sharded index (`*.safetensors.index.json`) is honoured; otherwise the one `*.safetensors` file is read. Of several variants
+    (`*.fp16.safetensors`, `*.safetensors.index.fp16.json`) it is the plain one, as `from_pretrained` takes it.
     """
+    files = sorted(directory.glob("*.safetensors"))
+    plain = [file for file in files if file.name.count(".") == 1]
     indices = sorted(directory.glob("*.safetensors.index.json"))
+    if not plain:
+        indices = indices or sorted(directory.glob("*.safetensors.index.*.json"))
     if indices:
         try:
             weight_map = json.loads(indices[0].read_text())["weight_map"]
@@ -28,9 +33,10 @@ def shards(directory: Path) -> dict[str, Path]:
         if missing:
             raise CheckpointError(f"{directory}: the index names {missing[0]}, which is not there; copy the model again")
         return {name: directory / file for name, file in weight_map.items()}
-    files = sorted(directory.glob("*.safetensors"))
+    files = plain or files
     if len(files) != 1:
-        raise CheckpointError(f"{directory}: expected one .safetensors file or an index, found {len(files)}")
+        raise CheckpointError(f"{directory}: expected one .safetensors file or an index, found {len(files)}; copy the model again, or let "
+                              "diffusers write it: pipe.save_pretrained(DIR)")
     with open_shard(files[0]) as f:
         return dict.fromkeys(f.keys(), files[0])
 
