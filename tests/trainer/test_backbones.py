@@ -4,11 +4,14 @@ import gc
 import json
 import shutil
 import weakref
+from unittest.mock import Mock
 
+import httpx
 import huggingface_hub
 import pytest
 import sentencepiece
 import torch
+from huggingface_hub.errors import RepositoryNotFoundError
 from tiny_pipelines import FRAMES, SIDE
 
 from trainer.assemble import named_scheduler
@@ -245,6 +248,19 @@ def test_a_model_of_another_class_is_refused(copied, part, name, message):
 def test_hub_id_without_network_is_a_usage_error(name):
     with pytest.raises(UsageError, match="the hub did not give it.*local directory"):
         CogVideoX(name)
+
+
+def _not_found():
+    return RepositoryNotFoundError("404 Client Error", response=httpx.Response(404, request=httpx.Request("GET", "https://hub")))
+
+
+@pytest.mark.parametrize("error, why", [(None, "not in the cache, and HF_HUB_OFFLINE is set"), (_not_found(), "none of that name for you"),
+                                        (OSError(28, "No space left on device"), "No space left on device")], ids=str)
+def test_why_the_hub_does_not_give_a_model_is_said(monkeypatch, error, why):
+    if error is not None:
+        monkeypatch.setattr("huggingface_hub.snapshot_download", Mock(side_effect=error))
+    with pytest.raises(UsageError, match=f"^--model nobody/no-model: .*{why}"):
+        CogVideoX("nobody/no-model")
 
 
 def test_unreadable_configuration_is_a_usage_error(copied):

@@ -28,12 +28,12 @@ def locate(model: str) -> Path:
         model = published.HUB_IDS.get(model, model)
     if not directory.exists() and model.count("/") == 1 and not model.startswith((".", "/", "~")):
         from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
+        from huggingface_hub.errors import HFValidationError, HfHubHTTPError
 
         try:
             return Path(snapshot_download(model, allow_patterns=["*.json", "*.safetensors", "*.model"]))
-        except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as e:
-            raise UsageError(f"--model {model}: no such directory, and the hub did not give it ({type(e).__name__}); "
+        except (HFValidationError, HfHubHTTPError, OSError) as e:
+            raise UsageError(f"--model {model}: no such directory, and the hub did not give it ({_refusal(e)}); "
                              "name a local directory in diffusers' layout, or shapes") from e
     missing = [c for c in COMPONENTS if not (directory / c).is_dir()]
     if not (directory / "model_index.json").is_file() or missing:
@@ -51,6 +51,18 @@ def locate(model: str) -> Path:
     if not kind.startswith("CogVideoX"):  # its pipelines for other uses have the same parts
         raise UsageError(f"--model {model}: the pipeline is a {kind}; CogVideoXPipeline is needed")
     return directory
+
+
+def _refusal(error: Exception) -> str:
+    """Why the hub did not give a model."""
+    from huggingface_hub.constants import HF_HUB_OFFLINE
+    from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError
+
+    if isinstance(error, RepositoryNotFoundError):  # also where it may not be read
+        return "it has none of that name for you; a private or gated one needs HF_TOKEN"
+    if isinstance(error, LocalEntryNotFoundError):
+        return "it is not in the cache, and " + ("HF_HUB_OFFLINE is set" if HF_HUB_OFFLINE else "the hub cannot be reached")
+    return str(error).strip().split("\n")[0] or type(error).__name__
 
 
 def read_config(directory: Path, component: str) -> dict[str, Any]:
