@@ -244,6 +244,14 @@ def test_a_model_of_another_class_is_refused(copied, part, name, message):
             CogVideoX(str(directory))
 
 
+def test_an_image_to_video_model_is_refused(copied):
+    directory = copied("5b")
+    file = directory / "transformer" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"in_channels": 8}))
+    with pytest.raises(UsageError, match="takes 8 latent channels and predicts 4, as for image to video"):
+        CogVideoX(str(directory))
+
+
 @pytest.mark.parametrize("name", ["nobody/no-model-at-all", "not a/hub id"])
 def test_hub_id_without_network_is_a_usage_error(name):
     with pytest.raises(UsageError, match="the hub did not give it.*local directory"):

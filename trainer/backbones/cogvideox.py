@@ -54,6 +54,9 @@ class CogVideoX:
             c = self._build_transformer(num_layers=1).config
         self.num_blocks = int(self._config.get("num_layers", 30))
         self.config = c = SimpleNamespace(**{**c, "num_layers": self.num_blocks})
+        if c.in_channels != c.out_channels:
+            raise UsageError(f"--model {self.name}: the transformer takes {c.in_channels} latent channels and predicts {c.out_channels}, as for "
+                             "image to video; a text-to-video model is needed")
         self.width = c.num_attention_heads * c.attention_head_dim
         self.text_length, self.text_width = c.max_text_seq_length, c.text_embed_dim
         levels = self._vae_config.get("block_out_channels", (128, 256, 256, 512))
