@@ -54,6 +54,14 @@ def test_impossible_sizes_name_the_flag_and_what_works(size, flag, works):
         CogVideoX("cogvideox-2b", weights="random").latent_shape(*size)
 
 
+@pytest.mark.parametrize("height, width, flag", [(1440, 2416, "width"), (2416, 2400, "height")])
+def test_1_5_names_the_size_beyond_its_positions(height, width, flag):
+    opened = CogVideoX("cogvideox1.5-5b", weights="random")
+    assert opened.rotary(opened.latent_shape(9, 1440, 2400), "cpu")[0].shape == (2 * 90 * 150, 64)
+    with pytest.raises(UsageError, match=f"--{flag} 2416: this model has positions for 2400 pixels at most"):
+        opened.latent_shape(9, height, width)
+
+
 @pytest.mark.parametrize("frames", [1, 9, 17])
 def test_decoder_returns_the_frames_that_were_asked_for(backbone, frames):
     shape = backbone.latent_shape(frames, SIDE, SIDE)

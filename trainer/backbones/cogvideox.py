@@ -89,13 +89,16 @@ class CogVideoX:
         return c.sample_frames, c.sample_height * s, c.sample_width * s
 
     def latent_shape(self, num_frames: int, height: int, width: int) -> tuple[int, int, int, int]:
-        """(F, C, H, W) of a video's latents. Raises UsageError for sizes that the VAE cannot make."""
+        """(F, C, H, W) of a video's latents. Raises UsageError for sizes that the VAE cannot make or the model has no positions for."""
         c, r = self.config, self.temporal_ratio
         if num_frames < 1 or (num_frames - 1) % (2 * r):  # it decodes latent frames in pairs, the odd one first
             near = max(1, round((num_frames - 1) / (2 * r))) * 2 * r + 1
             raise UsageError(f"--frames {num_frames}: this VAE makes {2 * r}k+1 frames; {near} would work")
         side = self.spatial_ratio * c.patch_size
-        for flag, value in (("height", height), ("width", width)):
+        for flag, value, largest in (("height", height, c.sample_height), ("width", width, c.sample_width)):
+            most = largest // c.patch_size * side
+            if c.patch_size_t is not None and value > most:  # 1.5 takes its rotary positions from a grid of fixed size
+                raise UsageError(f"--{flag} {value}: this model has positions for {most} pixels at most")
             if value < side or value % side:
                 raise UsageError(f"--{flag} {value}: must be a multiple of {side}; "
                                  f"{max(1, round(value / side)) * side} would work")
