@@ -28,6 +28,9 @@ Keep = Literal["inputs", "attention", "everything"]
 SHARDING_BUFFERS = 3
 """Whole blocks on a device at a time under sharding: the one that runs, the buffer it was gathered in, the next one ahead."""
 
+MAX_CHUNKS = 64
+"""Of a feed-forward, whose hidden layer is then a sixteenth of its input."""
+
 
 class PlanError(Exception):
     """A plan that contradicts itself or the model. The message names the field and what would work."""
@@ -84,6 +87,9 @@ class MemoryPlan:
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or not least <= value < 2**63:
                 raise PlanError(f"{field} is {value!r}; an integer, at least {least}, that fits 64 bits")
+        if self.feed_forward_chunks > MAX_CHUNKS:
+            raise PlanError(f"feed_forward_chunks is {self.feed_forward_chunks}; at most {MAX_CHUNKS}: smaller chunks save nothing more, "
+                            "and each is a few kernels")
         if self.num_shards > 1 and self.resident_blocks is not None:
             raise PlanError(f"num_shards is {self.num_shards} and resident_blocks {self.resident_blocks}: a block's weights are "
                             "either divided among processes or streamed from the host; leave one out")

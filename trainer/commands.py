@@ -93,8 +93,8 @@ class PlanCommand:
     settings: TrainConfig = field(default_factory=TrainConfig)
 
     def __post_init__(self):
-        if self.cards < 1:
-            raise UsageError(f"--cards {self.cards}: must be 1 or more")
+        if not 1 <= self.cards <= 1024:
+            raise UsageError(f"--cards {self.cards}: from 1 to 1024, in one machine")
         if self.host is not None and not size_bytes(self.host):
             raise UsageError(f"--host {self.host}: a size such as 64gb")
 

@@ -111,16 +111,29 @@ def check_card(config: TrainConfig, card: Card) -> None:
                          + (" or --dtype float16 --force-dtype" if card.fp16 else ""))
 
 
+def check_attention(config: TrainConfig, card: Card, num_cards: int) -> None:
+    """Raises DoesNotFit where one attention is larger than the card, whatever the plan: a step of so many tokens takes long to trace."""
+    backbone = _opened(config.model)
+    num_tokens = backbone.num_tokens(backbone.latent_shape(*video_size(backbone, config.model)))
+    itemsize = resolve_dtype(backbone, config.memory, insist=True).itemsize
+    # queries, keys, values and what comes of them
+    num_bytes = 4 * config.data.batch_size // num_cards * num_tokens * backbone.width * itemsize
+    if num_bytes > max(GIB, card.usable_bytes):
+        raise DoesNotFit(f"{config.model.model} does not fit {card.label}: what one attention reads and writes is {num_bytes / GIB:.0f} GiB; "
+                         "fewer --frames, a smaller --height and --width or a smaller --batch-size need less")
+
+
 def forecast(config: TrainConfig, card: Card, fixed: Collection[str] = (), *, num_cards: int | None = None) -> Forecast:
     """Search for the fastest plan of a run on `card`; fields of the memory plan named in `fixed` stay as configured.
 
     On one of `num_cards` such cards in a machine; None: of as many as train together now.
-    Raises UsageError for settings that cannot be, on this card or at all.
+    Raises UsageError for settings that cannot be, on this card or at all; DoesNotFit where no plan needs to be looked at.
     """
     num_cards = num_cards or num_ranks()
     run = workload(config, num_cards=num_cards)
     check_card(config, card)
     check_batch(config, num_cards)
+    check_attention(config, card, num_cards)
     sharded = unsharded = None
     divisible = "resident_blocks" not in fixed and config.memory.passes == "sequential"
     if num_cards > 1 and divisible and (config.memory.num_shards > 1 or "num_shards" not in fixed):
@@ -136,9 +149,10 @@ def forecast(config: TrainConfig, card: Card, fixed: Collection[str] = (), *, nu
 
 
 def forecast_as_given(config: TrainConfig, card: Card) -> Assessment:
-    """What exactly the configured plan needs on `card`."""
+    """What exactly the configured plan needs on `card`. Raises as `forecast` does."""
     run = workload(config)
     check_card(config, card)
+    check_attention(config, card, num_ranks())
     return assess(run, config.memory, card)
 
 

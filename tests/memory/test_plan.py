@@ -29,6 +29,7 @@ def test_importable_without_torch():
         ({"passes": "together"}, "passes is 'together'; one of sequential, lockstep"),
         ({"num_shards": 2, "passes": "lockstep"}, "num_shards is 2 and passes = lockstep"),
         ({"feed_forward_chunks": 10**20}, "feed_forward_chunks is 1.*, that fits 64 bits"),
+        ({"feed_forward_chunks": 65}, "feed_forward_chunks is 65; at most 64"),
         ({"backbone_copies": 3}, "backbone_copies is 3; one of 1, 2"),
         ({"checkpoint": "some"}, "checkpoint is 'some'; one of all, none, every:N"),
         ({"checkpoint": "every:0"}, "every:0"),

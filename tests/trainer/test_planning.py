@@ -12,7 +12,7 @@ from memory.plan import MemoryPlan
 from trainer import phases, planning
 from trainer.backbones.cogvideox import CogVideoX, enable_tiles
 from trainer.config import LossConfig, ModelConfig, TrainConfig
-from trainer.errors import UsageError
+from trainer.errors import DoesNotFit, UsageError
 from trainer.rehearse import peak_beyond
 
 
@@ -108,6 +108,19 @@ def test_where_the_host_is_short_no_card_is_named(tiny_config):
     assert planning.verdict(found).endswith("GiB more of host memory; 4 GiB free would do")
     found = planning.forecast(tiny_config(), replace(lookup("4090"), usable_bytes=lookup("4090").context_bytes))
     assert not found.chosen.fits_card and "the smallest listed card that would do: " in planning.verdict(found)
+
+
+@pytest.mark.parametrize("changes", [{"model__frames": 80_000_001}, {"data__batch_size": 2**30}, {"model__height": 160_000, "model__width": 160_000}],
+                         ids=str)
+def test_what_no_plan_could_fit_is_refused_before_a_step_is_traced(tiny_config, monkeypatch, changes):
+    monkeypatch.setattr(planning, "rehearse", lambda *_: pytest.fail("traced"))
+    for forecast in (planning.forecast, planning.forecast_as_given):
+        with pytest.raises(DoesNotFit, match="does not fit GeForce RTX 4090: what one attention reads and writes is .* GiB; fewer --frames"):
+            forecast(tiny_config(**changes), lookup("4090"))
+
+
+def test_on_a_card_without_room_for_anything_the_smallest_plan_is_named(tiny_config):
+    assert "the smallest plan needs" in planning.verdict(planning.forecast(tiny_config(), lookup("0.1gb")))
 
 
 def test_a_text_encoder_in_its_files_dtype_takes_nothing_of_the_host(pipelines):
