@@ -34,6 +34,8 @@ class StepTime:
 
     by_bound: dict[str, float]
     """Seconds by what limits them."""
+    num_operators: float = 0.0
+    """That the host gives the card, each a kernel or a few (copies over the host link excepted)."""
 
     @property
     def seconds(self) -> float:
@@ -53,10 +55,12 @@ class Load:
     to_device: int
     """Activation bytes over the host link."""
     to_host: int
+    num_operators: float = 0
 
     def times(self, share: float) -> "Load":
         """The same asked for so often."""
-        return Load({bound: share * seconds for bound, seconds in self.compute.items()}, round(share * self.to_device), round(share * self.to_host))
+        compute = {bound: share * seconds for bound, seconds in self.compute.items()}
+        return Load(compute, round(share * self.to_device), round(share * self.to_host), share * self.num_operators)
 
 
 @dataclass(frozen=True)
@@ -89,7 +93,7 @@ class StepLoad:
 def load_of(work: Iterable[Work], card: Card) -> Load:
     """The seconds and transfers of some operators on `card`."""
     compute = dict.fromkeys(BOUNDS, 0.0)
-    to_device = to_host = 0
+    to_device = to_host = num_operators = 0
     rates = {
         "matmul": card.tensor_rate * card.matmul_fraction,
         "convolution": card.tensor_rate * CONVOLUTION_FRACTION,
@@ -108,22 +112,24 @@ def load_of(work: Iterable[Work], card: Card) -> Load:
         elif kind == "to host":
             to_host += num_bytes
         elif kind != "weights":  # streamed weights are counted by the plan, which says how many stream
+            num_operators += 1
             moving = num_bytes / bandwidth
             computing = flops / rates[kind] if flops else 0.0
             compute["memory traffic" if moving >= computing else _BOUND_OF[kind.removesuffix("32")]] += max(moving, computing)
-    return Load(compute, to_device, to_host)
+    return Load(compute, to_device, to_host, num_operators)
 
 
 def add_loads(loads: Iterable[Load]) -> Load:
     """The sum of stretches."""
     compute = dict.fromkeys(BOUNDS, 0.0)
-    to_device = to_host = 0
+    to_device = to_host = num_operators = 0
     for load in loads:
         for bound, seconds in load.compute.items():
             compute[bound] += seconds
         to_device += load.to_device
         to_host += load.to_host
-    return Load(compute, to_device, to_host)
+        num_operators += load.num_operators
+    return Load(compute, to_device, to_host, num_operators)
 
 
 def step_time(step: StepLoad, card: Card, *, weight_bytes: int, streamed_share: float, repeats: float = 1.0) -> StepTime:
@@ -131,7 +137,9 @@ def step_time(step: StepLoad, card: Card, *, weight_bytes: int, streamed_share: 
     link = card.host_link_bandwidth
     # Activations stored outside any walk find nothing to hide behind.
     once, total = ({**load.compute, "host link": (load.to_device + load.to_host) / link} for load in (step.optimizer, step.between))
+    num_operators = step.between.num_operators
     for load, share in zip(step.walks, step.shares, strict=True):
+        num_operators += share * load.num_operators
         computing = sum(load.compute.values())
         for bound, seconds in load.compute.items():
             total[bound] += share * seconds
@@ -141,4 +149,5 @@ def step_time(step: StepLoad, card: Card, *, weight_bytes: int, streamed_share: 
             total["overhead"] += share * computing * STREAMING_OVERHEAD * streamed_share
         if load.to_device or load.to_host:
             total["overhead"] += share * computing * PARKING_OVERHEAD
-    return StepTime(by_bound={bound: once[bound] + repeats * total[bound] for bound in BOUNDS})
+    return StepTime(by_bound={bound: once[bound] + repeats * total[bound] for bound in BOUNDS},
+                    num_operators=step.optimizer.num_operators + repeats * num_operators)

@@ -89,7 +89,7 @@ class PlanCommand:
     cards: int = 1
     """Cards of this kind in one machine, as torchrun would use them; the batch is divided among them."""
     explain: bool = False
-    """Also say what limits the step, and which figures of the card are assumed."""
+    """Also say what limits the step, how fast the host has to be, and which figures of the card are assumed."""
     settings: TrainConfig = field(default_factory=TrainConfig)
 
     def __post_init__(self):

@@ -285,6 +285,9 @@ def print_forecast(found: Forecast, origins: dict[str, str], *, explain: bool) -
         console.print(table)
     if explain:
         console.print("seconds by what limits them: " + json.dumps({k: round(v, 3) for k, v in a.time.by_bound.items()}))
+        if not found.card.is_cpu:
+            console.print(f"host: about {a.time.num_operators:,.0f} operators a step, most of them one kernel; it is the limit where it takes more "
+                          f"than {1e6 * a.time.seconds / a.time.num_operators:,.0f} µs for each", highlight=False)
         console.print(f"assumed of {found.card.label}, not measured: {', '.join(found.card.assumed)}\n"
                       f"rates: {found.card.source}", highlight=False)
     print(command(found.config, a.plan, origins, found.num_cards))

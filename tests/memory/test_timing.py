@@ -44,8 +44,8 @@ def test_transfers_are_counted_and_streamed_weights_left_to_the_plan():
     assert (load.to_device, load.to_host) == (5, 7) and not any(load.compute.values())
 
 
-def _load(seconds, to_device=0, to_host=0):
-    return Load({**load_of([], CARD).compute, "matrix products": seconds}, to_device, to_host)
+def _load(seconds, to_device=0, to_host=0, num_operators=0):
+    return Load({**load_of([], CARD).compute, "matrix products": seconds}, to_device, to_host, num_operators)
 
 
 def test_loads_add_up():
@@ -77,6 +77,16 @@ def test_all_but_the_optimizers_work_is_repeated():
     once, often = (step_time(step, CARD, weight_bytes=5 * 10**10, streamed_share=1.0, repeats=repeats) for repeats in (1, 4))
     assert once.by_bound["host link"] == pytest.approx(1.5 + 0.5 + 1.5)
     assert often.seconds - 0.125 == pytest.approx(4 * (once.seconds - 0.125))
+
+
+def test_operators_are_counted_as_often_as_they_run():
+    load = load_of([Work("matmul", 1.0, 1), Work("memory", 0.0, 1), Work("to host", 0.0, 4), Work("to device", 0.0, 5), Work("weights", 0.0, 6)], CARD)
+    assert load.num_operators == 2 and add_loads([load, load]).num_operators == 4
+    spans = [("teacher", None, _load(0.25, num_operators=10)), ("teacher", Visit(0, 0), _load(1.0, num_operators=100)),
+             ("student forward", Visit(1, 0), _load(2.0, num_operators=1000)), ("student forward", None, _load(2.0, num_operators=5)),
+             (OPTIMIZER, None, _load(0.125, num_operators=7))]
+    time = step_time(StepLoad.of(spans, teacher_share=0.1), CARD, weight_bytes=0, streamed_share=0.0, repeats=3)
+    assert time.num_operators == pytest.approx(3 * (1 + 10 + 1000 + 5) + 7)
 
 
 def test_a_teacher_whose_samples_are_kept_counts_as_often_as_it_is_asked():

@@ -43,6 +43,14 @@ def test_a_plan_says_that_it_is_predicted_and_how_far_times_may_be_off(forecast,
     assert "(all figures predicted" in output and "times that others measured differ" in output
 
 
+def test_an_explanation_says_from_which_time_an_operator_on_the_host_is_the_limit(forecast, capsys):
+    for explain, card in ((True, forecast.card), (False, forecast.card), (True, lookup("cpu"))):  # a CPU is its own host
+        planning.print_forecast(replace(forecast, card=card), {}, explain=explain)
+        output, time = " ".join(capsys.readouterr().out.split()), forecast.chosen.time
+        said = f"host: about {time.num_operators:,.0f} operators a step, most of them one kernel; it is the limit where it takes more than"
+        assert (f"{said} {1e6 * time.seconds / time.num_operators:,.0f} µs for each" in output) == (explain and not card.is_cpu)
+
+
 def test_a_plan_prints_the_command_and_origins_as_they_are(tiny_config, capsys):
     config = tiny_config(data__concept="a [/b] [ball]")
     found = planning.forecast(config, lookup("4090"))
