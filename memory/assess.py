@@ -7,6 +7,7 @@ the host.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from memory import environment
 from memory.cards import GIB, Card
 from memory.plan import SHARDING_BUFFERS, MemoryPlan, resolve_keeps
 from memory.timeline import Prediction, Trace
@@ -113,7 +114,7 @@ def assess_trace(
 ) -> Assessment:
     """Whether the step of `trace` and the other phases fit."""
     workspace = limits.card.cublas_workspace_bytes
-    prediction = trace.prediction(workspace_bytes=workspace, expandable_segments=True)
+    prediction = trace.prediction(workspace_bytes=workspace, expandable_segments=environment.expandable_segments())
     others = other_phases(
         workload.phases(plan),
         standing_bytes=prediction.by_phase["load"],

@@ -6,6 +6,7 @@ Importable without torch, and to be called before torch is imported.
 import os
 import re
 
+_ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")  # the first that is set holds
 _CUBLAS_KIB = 2 * 4096 + 8 * 16
 
 
@@ -16,10 +17,16 @@ def prepare() -> None:
     CUBLAS_WORKSPACE_CONFIG is not for us to set: torch 2.11 parses it for every product, which takes the host longer than
     all else that a product does (`python -m bench.emulated`).
     """
-    if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
+    if not any(name in os.environ for name in _ALLOCATOR):
         os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
     os.environ.setdefault("TORCH_CUBLASLT_UNIFIED_WORKSPACE", "1")  # else products with a bias keep a MiB a thread besides
     os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")  # some processors' kernels differ by alignment without it
+
+
+def expandable_segments() -> bool:
+    """Whether the caching allocator's segments grow: as `prepare` has them, unless whoever runs this says otherwise."""
+    text = next((os.environ[name] for name in _ALLOCATOR if name in os.environ), "expandable_segments:True")
+    return re.findall(r"expandable_segments\s*:\s*(\w+)", text)[-1:] == ["True"]
 
 
 def cublas_workspace_bytes(default_kib: int = _CUBLAS_KIB) -> int:

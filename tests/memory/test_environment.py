@@ -31,6 +31,16 @@ def test_nothing_is_set_that_every_product_would_parse(monkeypatch):
     assert "CUBLAS_WORKSPACE_CONFIG" not in os.environ
 
 
+@pytest.mark.parametrize("variables, grow", [
+    ({}, True), ({"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:128"}, False), ({"PYTORCH_ALLOC_CONF": ""}, False),
+    ({"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:128, expandable_segments : True"}, True),
+    ({"PYTORCH_ALLOC_CONF": "expandable_segments:False", "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}, False),
+])
+def test_segments_grow_unless_somebody_says_otherwise(variables, grow, monkeypatch):
+    monkeypatch.setattr(os, "environ", variables)
+    assert environment.expandable_segments() is grow
+
+
 @pytest.mark.parametrize("name, mib", [("h100", 32), ("b200", 32), ("rtx-5090", 8.125), ("rtx-4090", 8.125), ("24gb", 8.125)])
 def test_workspaces_are_torchs_own_for_a_card(name, mib, monkeypatch):
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)

@@ -221,6 +221,16 @@ def test_every_phase_has_to_fit(workload):
     assert plan_for(heavy, 2200).best is not None
 
 
+def test_reserved_bytes_are_those_of_the_allocator_that_was_asked_for(workload, monkeypatch):
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        monkeypatch.delenv(name, raising=False)
+    growing, trace = assess(workload, MemoryPlan(), fixed_card(GIB)).prediction, workload.trace(MemoryPlan(), NUM_BLOCKS)
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "max_split_size_mb:512")
+    native = assess(workload, MemoryPlan(), fixed_card(GIB)).prediction
+    assert growing == trace.prediction(expandable_segments=True) and native == trace.prediction(expandable_segments=False)
+    assert native.reserved_bytes != growing.reserved_bytes
+
+
 def test_the_margin_is_kept_free():
     card = fixed_card(100 * MIB)
     limits = Limits(card, margin=0.1, host_bytes=50)
