@@ -193,10 +193,11 @@ def verdict(found: Forecast) -> str:
 
 
 def smallest_card(found: Forecast) -> str:
-    """The listed card with least memory whose usable bytes hold the plan that needs least."""
-    cards = []
+    """The listed card with least memory whose usable bytes hold the plan that needs least, and that card's own context and workspaces."""
+    ours, cards = found.card.context_bytes + found.card.cublas_workspace_bytes, []
     for card in map(lookup, card_names()):
-        if card.usable_bytes * (1 - MARGIN) >= found.result.smallest.needed_bytes and card.supports(found.dtype):
+        needed = found.result.smallest.needed_bytes - ours + card.context_bytes + card.cublas_workspace_bytes
+        if card.usable_bytes * (1 - MARGIN) >= needed and card.supports(found.dtype):
             cards.append(card)
     return min(cards, key=lambda card: card.capacity_bytes).name if cards else "none"
 

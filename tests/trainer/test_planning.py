@@ -118,6 +118,14 @@ def test_where_the_host_is_short_no_card_is_named(tiny_config):
     assert not found.chosen.fits_card and "the smallest listed card that would do: " in planning.verdict(found)
 
 
+def test_a_card_that_would_do_has_room_for_its_own_context_too(forecast):
+    """The smallest card of its generation with 80 GB has less than a half GiB beyond a need that is reckoned with an RTX 4090's context."""
+    h100 = lookup("h100-pcie")
+    needed = int(h100.usable_bytes * (1 - planning.MARGIN)) - (h100.context_bytes - forecast.card.context_bytes) // 2
+    smallest = replace(forecast.chosen, needed_bytes=needed)
+    assert planning.smallest_card(replace(forecast, result=replace(forecast.result, smallest=smallest))) == "a100-80gb"
+
+
 @pytest.mark.parametrize("changes", [{"model__frames": 80_000_001}, {"data__batch_size": 2**30}, {"model__height": 160_000, "model__width": 160_000}],
                          ids=str)
 def test_what_no_plan_could_fit_is_refused_before_a_step_is_traced(tiny_config, monkeypatch, changes):
