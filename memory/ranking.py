@@ -41,7 +41,7 @@ class SearchResult:
     best: Assessment | None
     """The fastest plan that fits; None if nothing does."""
     near_misses: tuple[Assessment, ...]
-    """Faster plans that do not fit, the one that misses by least first."""
+    """Plans that are faster, than the smallest if none fits, and do not fit: the one that misses by least first."""
     smallest: Assessment
     """The plan that needs least of the device: says what card would do if nothing fits."""
     num_candidates: int
@@ -112,7 +112,7 @@ class Ranking:
     def _result(self, candidates: list[Candidate], best: Assessment | None, smallest: Assessment, limits: Limits) -> SearchResult:
         faster = self._faster(sorted(candidates), best, limits)  # replays some more
         best = next((found for found in faster if found.fits), best)  # what was seen of others made it look too large
-        misses = [found for found in faster if not found.fits and (best is None or found.time.seconds < best.time.seconds)]
+        misses = [found for found in faster if not found.fits and found.time.seconds < (best or smallest).time.seconds]
         return SearchResult(
             best=best,
             near_misses=tuple(sorted(misses, key=lambda miss: miss.needed_bytes)),

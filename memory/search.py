@@ -71,11 +71,12 @@ def _waits_for_link(assessment: Assessment) -> bool:
 
 def _merged(one: SearchResult, two: SearchResult) -> SearchResult:
     best = min((found.best for found in (one, two) if found.best), key=lambda best: best.time.seconds, default=None)
-    misses = {miss.plan: miss for miss in (*one.near_misses, *two.near_misses) if best is None or miss.time.seconds < best.time.seconds}
+    smallest = min(one.smallest, two.smallest, key=lambda smallest: smallest.needed_bytes)
+    misses = {miss.plan: miss for miss in (*one.near_misses, *two.near_misses) if miss.time.seconds < (best or smallest).time.seconds}
     counts = {f.name: getattr(one, f.name) + getattr(two, f.name) for f in dataclasses.fields(one) if f.name.startswith("num_")}
     return SearchResult(
         best=best,
         near_misses=tuple(sorted(misses.values(), key=lambda miss: miss.needed_bytes)),
-        smallest=min(one.smallest, two.smallest, key=lambda smallest: smallest.needed_bytes),
+        smallest=smallest,
         **counts,
     )

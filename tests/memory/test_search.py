@@ -197,6 +197,13 @@ def test_nothing_fits_a_card_that_is_too_small(workload):
     assert plan_for(workload, result.smallest.needed_bytes / MIB).best is not None
 
 
+def test_a_plan_that_does_not_fit_is_not_among_the_faster_ones_that_do_not(workload):
+    alone = plan_for(workload, 100, base=MemoryPlan(checkpoint="none"), fixed=SEARCHED)
+    assert alone.best is None and alone.near_misses == ()
+    searched = plan_for(workload, 100)
+    assert all(miss.time.seconds < searched.smallest.time.seconds for miss in searched.near_misses)
+
+
 def test_the_host_has_limits_too(workload):
     ample = plan_for(workload, 450)
     assert ample.best.plan.resident_blocks is not None and ample.best.host_bytes > 0

@@ -73,6 +73,8 @@ def test_forecast_compares_the_ways_to_hold_blocks(tiny_config):
     divided = forecast(replace(config, memory=MemoryPlan(num_shards=2)), card, ["num_shards"], num_cards=2)
     assert divided.chosen.plan.num_shards == 2 and divided.unsharded is None
     assert "--num-shards 2" in command(config, divided.chosen.plan, {}, 2)
+    none = forecast(replace(config, memory=MemoryPlan(num_shards=2)), replace(card, usable_bytes=card.context_bytes), ["num_shards"], num_cards=2)
+    assert none.result.best is None and all(miss.time.seconds < none.chosen.time.seconds for miss in none.result.near_misses)
     alone = forecast(config, card)
     assert as_json(alone, {})["num_cards"] == 1 and alone.sharded is None and not alone.by_placement()
 
