@@ -13,7 +13,7 @@ from bench.provenance import write_result
 from bench.published import PUBLISHED
 from memory.cards import Card, lookup
 from memory.plan import MemoryPlan
-from memory.simulate import FORWARD
+from memory.timeline import FORWARD
 from memory.timing import load_of
 from trainer.assemble import open_backbone
 from trainer.backbones import lean

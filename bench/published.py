@@ -29,7 +29,8 @@ from memory.allocator import replay
 from memory.cards import GIB, lookup
 from memory.environment import cublas_workspace_bytes
 from memory.fake import FakeMode
-from memory.simulate import BACKWARD, FORWARD, OPTIMIZER, Recorder, Trace, recording
+from memory.simulate import Recorder, recording
+from memory.timeline import BACKWARD, FORWARD, OPTIMIZER, Trace
 from memory.timing import load_of
 from memory.work import Work
 from trainer.backbones import Predict, lean

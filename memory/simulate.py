@@ -21,43 +21,18 @@ import gc
 import sys
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from memory.timeline import BACKWARD, CATEGORIES, FORWARD, OPTIMIZER, PLACES, Span, Storage, Trace, Visit
+from memory.records import Mark, Record, settled
+from memory.timeline import CATEGORIES, PLACES, Trace, Visit
 from memory.walks import Walks
 from memory.work import Work, copied_bytes, scratch_bytes, work_of
 
 OUTSIDE = "other"
-
-
-@dataclass(kw_only=True)
-class _Record:
-    """A storage while recording; categories are settled at the end."""
-
-    num_bytes: int
-    category: str | None
-    place: str
-    block: int | None
-    born: str
-    standing: bool
-    died: str | None = None
-    in_place: bool = False
-
-
-@dataclass(kw_only=True)
-class _Mark:
-    """Where a span begins."""
-
-    event: int
-    work: int
-    phase: str
-    visit: Visit | None
-    records_graph: bool
 
 
 class Recorder(TorchDispatchMode):
@@ -71,14 +46,14 @@ class Recorder(TorchDispatchMode):
     def __init__(self, *, device: str = "cuda"):
         super().__init__()
         self._device = device
-        self._records: list[_Record] = []
+        self._records: list[Record] = []
         self._events: list[int] = []
         self._work: list[Work] = []
         self._copies: dict[int, tuple[int, int, int]] = {}  # number of a copy's work -> (to record, from record, bytes)
         self._live: dict[int, tuple[int, weakref.ref]] = {}  # storage's C++ address -> (record, its weak reference)
         self._phase = OUTSIDE
         self._sum: tuple[int, int] | None = None  # records of a sum of gradients and of its first summand, until something else happens
-        self._marks = [_Mark(event=0, work=0, phase=OUTSIDE, visit=None, records_graph=False)]
+        self._marks = [Mark(event=0, work=0, phase=OUTSIDE, visit=None, records_graph=False)]
         self._num_blocks = 0
         self._hooks: list = []
 
@@ -137,7 +112,7 @@ class Recorder(TorchDispatchMode):
             self._mark(None)
 
     def trace(self) -> Trace:
-        """What was recorded. Call it after leaving the recorder; its hooks are removed.
+        """What was recorded. Call it once, after leaving the recorder; its hooks are removed.
 
         Storages that the step made and left behind (optimizer state, host buffers) count as standing: they are there
         in every later step.
@@ -146,44 +121,8 @@ class Recorder(TorchDispatchMode):
             hook.remove()
         self._hooks.clear()
         survivors = {index for index, _ in self._live.values()}
-        standing = [i for i, record in enumerate(self._records) if record.standing or i in survivors]
-        skipped = set(standing) | {~index for index in standing}
-        events, spans, position = [], [], {}
-        for number, event in enumerate(self._events):
-            position[number] = len(events)
-            if event not in skipped:
-                events.append(event)
-        position[len(self._events)] = len(events)
-        for number, (destination, source, num_bytes) in self._copies.items():
-            kind = _link(self._records[destination], self._records[source])
-            if kind is not None:
-                self._work[number] = Work(kind, 0.0, num_bytes)
-        last = _Mark(event=len(self._events), work=len(self._work), phase=OUTSIDE, visit=None, records_graph=False)
-        ends = [*self._marks[1:], last]
-        for mark, end in zip(self._marks, ends, strict=True):
-            if mark.event == end.event and mark.work == end.work and mark.visit is None:
-                continue
-            spans.append(
-                Span(
-                    phase=mark.phase,
-                    start=position[mark.event],
-                    stop=position[end.event],
-                    work=tuple(self._work[mark.work : end.work]),
-                    visit=mark.visit,
-                    records_graph=mark.records_graph,
-                )
-            )
-        storages = tuple(
-            Storage(num_bytes=r.num_bytes, category=_category(r), place=r.place, block=r.block, in_place=r.in_place)
-            for r in self._records
-        )
-        return Trace(
-            storages=storages,
-            events=tuple(events),
-            spans=tuple(spans),
-            standing=tuple(standing),
-            num_blocks=self._num_blocks,
-        )
+        self._mark(None)  # the end
+        return settled(self._records, self._events, self._work, self._marks, survivors=survivors, copies=self._copies, num_blocks=self._num_blocks)
 
     # ---- what happens --------------------------------------------------------------------------------------------
 
@@ -232,7 +171,7 @@ class Recorder(TorchDispatchMode):
             return entry[0]
         index = len(self._records)
         self._records.append(
-            _Record(
+            Record(
                 num_bytes=storage.nbytes(),
                 category=None,
                 place="device",
@@ -270,7 +209,7 @@ class Recorder(TorchDispatchMode):
     def _take(self, sizes: Sequence[int]) -> range:
         """What a kernel takes inside, one buffer after the other."""
         first = len(self._records)
-        self._records += [_Record(num_bytes=size, category="working set", place="device", block=None, born=self._phase,
+        self._records += [Record(num_bytes=size, category="working set", place="device", block=None, born=self._phase,
                                   standing=False, died=self._phase) for size in sizes]
         taken = range(first, len(self._records))
         self._events += taken
@@ -285,7 +224,7 @@ class Recorder(TorchDispatchMode):
 
     def _mark(self, visit: Visit | None, records_graph: bool = False) -> None:
         self._marks.append(
-            _Mark(
+            Mark(
                 event=len(self._events),
                 work=len(self._work),
                 phase=self._phase,
@@ -310,27 +249,6 @@ def recording(*, device: str = "cuda") -> Iterator[Recorder]:
 
 def _tensors(module: nn.Module) -> list[torch.Tensor]:
     return [*module.parameters(), *module.buffers()]
-
-
-def _category(record: _Record) -> str:
-    if record.category is not None:
-        return record.category
-    if record.standing:
-        return "other"
-    if record.died is None:
-        return "optimizer" if record.born == OPTIMIZER else "other"
-    if record.born == FORWARD and record.died == BACKWARD:
-        return "saved activations"
-    return "working set"
-
-
-def _link(destination: _Record, source: _Record) -> str | None:
-    """The kind of a copy over the host link, weights told apart since they may stay; None if it does not cross."""
-    if (destination.place == "device") == (source.place == "device"):
-        return None
-    if destination.place != "device":
-        return "to host"
-    return "weights" if source.category == "weights" else "to device"
 
 
 def _is_accumulation() -> bool:

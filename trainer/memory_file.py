@@ -13,8 +13,7 @@ from typing import Any
 
 from memory.assess import Assessment
 from memory.cards import Card
-from memory.simulate import BACKWARD, FORWARD
-from memory.timeline import CATEGORIES, Trace
+from memory.timeline import BACKWARD, CATEGORIES, FORWARD, Trace
 from trainer.config import TrainConfig
 from trainer.run_files import MEMORY, lookup, read_object, write_json
 

@@ -16,8 +16,8 @@ from memory.lockstep import Lockstep
 
 from memory.optimizers import make_optimizer, moment_bytes_8bit, update_norms
 from memory.plan import SHARDING_BUFFERS, MemoryPlan, apply_plan
-from memory.simulate import Storage, Trace, recording
-from memory.timeline import BACKWARD, FORWARD, OPTIMIZER, TEACHER
+from memory.simulate import recording
+from memory.timeline import BACKWARD, FORWARD, OPTIMIZER, TEACHER, Storage, Trace
 from trainer.assemble import resolve_dtype, video_size
 from trainer.backbones import Predict
 from trainer.backbones.cogvideox import BOUNDARY_NAMES, CogVideoX

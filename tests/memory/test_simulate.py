@@ -12,9 +12,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from bench.card.gauge import profiled_peak
 from memory.lockstep import Pass
 from memory.plan import MemoryPlan, apply_plan, resolve_keeps
-from memory.simulate import BACKWARD, FORWARD, OPTIMIZER, recording
+from memory.simulate import recording
 from memory.splice import Recipe, SpliceError
-from memory.timeline import CATEGORIES, Visit, pinned_bytes
+from memory.timeline import BACKWARD, CATEGORIES, FORWARD, OPTIMIZER, Visit, pinned_bytes
 from memory.work import column_sum_scratch_bytes, flash_backward_scratch_bytes
 
 MIB = 1 << 20
