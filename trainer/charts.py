@@ -13,6 +13,7 @@ Points = Sequence[tuple[float, float]]
 
 _MAX_POINTS = 400
 _MAX_COLUMNS = 160
+_HALF, _FULL = 520, 1060  # widths of a chart: two beside each other, or one
 # Perceptually even and readable without colour vision: viridis, sampled.
 _SCALE = ("#440154", "#482878", "#3e4a89", "#31688e", "#26828e", "#1f9e89", "#35b779", "#6ece58", "#b5de2b", "#fde725")
 
@@ -22,16 +23,16 @@ def number(value: float) -> str:
     return f"{value:.4g}" if math.isfinite(value) else str(value)
 
 
-def line_chart(title: str, points: Points, *, unit: str = "", width: int = 520, height: int = 190,
-               smooth: int = 20, zero: bool = False) -> str:
+def line_chart(title: str, points: Points, *, unit: str = "", smooth: int = 20, zero: bool = False) -> str:
     """Values by step, thin, and their moving mean over `smooth` steps, strong. Non-finite ones are marked at the top.
 
     zero: the axis begins at 0, whatever the values are."""
+    height = 190
     finite = [(x, y) for x, y in points if math.isfinite(y)]
     bad = [x for x, y in points if not math.isfinite(y)]
     low, high = _span([y for _, y in finite] + [0.0] * zero)
     first, last = (points[0][0], points[-1][0]) if points else (0, 1)
-    area = _Area(width, height, first, max(last, first + 1), low, high)
+    area = _Area(_HALF, height, first, max(last, first + 1), low, high)
     body = [area.axes(unit), f'<path class="raw" d="{area.path(_extremes(finite))}"/>']
     if len(finite) > 2 * smooth:
         means = _moving_mean(finite, smooth)
@@ -41,11 +42,11 @@ def line_chart(title: str, points: Points, *, unit: str = "", width: int = 520, 
     body += [f'<text class="bad" x="{area.x(x):.1f}" y="{area.top + 9}" text-anchor="middle">✗<title>step {x:g}: '
              "not finite</title></text>" for x in bad[:50]]
     shown = json.dumps([[x, float(f"{y:.5g}")] for x, y in _thinned(finite)])
-    return _svg(title, width, height, "".join(body), f' class="chart" data-points="{escape(shown)}" '
+    return _svg(title, _HALF, height, "".join(body), f' class="chart" data-points="{escape(shown)}" '
                 f'data-frame="{escape(json.dumps(area.frame()))}"')
 
 
-def heat_map(title: str, steps: Sequence[int], rows: Sequence[Sequence[float]], *, width: int = 1060) -> str:
+def heat_map(title: str, steps: Sequence[int], rows: Sequence[Sequence[float]]) -> str:
     """Norms by block (upwards) over steps, on a logarithmic scale; a cell is the largest of its steps.
 
     rows: one sequence of norms, a value a block, for every step. Zero is drawn red, non-finite magenta.
@@ -59,7 +60,7 @@ def heat_map(title: str, steps: Sequence[int], rows: Sequence[Sequence[float]], 
     positive = [v for column in cells for v in column if math.isfinite(v) and v > 0]
     low, high = (math.log10(min(positive)), math.log10(max(positive))) if positive else (0.0, 0.0)
     side = max(4, min(14, 320 // num_blocks))
-    left, top, plot = 46, 26, width - 46 - 150
+    left, top, plot = 46, 26, _FULL - 46 - 150
     height = top + side * num_blocks + 26
     paths: dict[str, list[str]] = {}
     for c, column in enumerate(cells):
@@ -75,15 +76,14 @@ def heat_map(title: str, steps: Sequence[int], rows: Sequence[Sequence[float]], 
         step = steps[round(share * (len(steps) - 1))]
         x = left + plot * share
         body.append(f'<text class="tick" x="{x:.0f}" y="{height - 8}" text-anchor="middle">{escape(str(step))}</text>')
-    return _svg(title, width, height, "".join(body) + _scale(low, high, left + plot + 20, top))
+    return _svg(title, _FULL, height, "".join(body) + _scale(low, high, left + plot + 20, top))
 
 
-def stacked_area(title: str, points: Sequence[Mapping[str, float]], phases: Sequence[str], *, width: int = 1060,
-                 height: int = 300) -> str:
+def stacked_area(title: str, points: Sequence[Mapping[str, float]], phases: Sequence[str]) -> str:
     """GiB by category over the course of a step, with phases as bands. points: bytes by category; phases: of each."""
-    names = list(dict.fromkeys(name for point in points for name in point))
+    names, height = list(dict.fromkeys(name for point in points for name in point)), 300
     totals = [sum(point.values()) / 2**30 for point in points]
-    area = _Area(width, height, 0, max(1, len(points) - 1), 0.0, max(totals) * 1.05 or 1.0, steps=False, bottom=40)
+    area = _Area(_FULL, height, 0, max(1, len(points) - 1), 0.0, max(totals) * 1.05 or 1.0, steps=False, bottom=40)
     body, below = [area.axes("GiB")], [0.0] * len(points)
     for i, name in enumerate(names):
         above = [b + point.get(name, 0) / 2**30 for b, point in zip(below, points)]
@@ -97,10 +97,10 @@ def stacked_area(title: str, points: Sequence[Mapping[str, float]], phases: Sequ
         if end - x > 6 * len(phases[start]) + 4:
             body.append(f'<text class="tick" x="{(x + end) / 2:.0f}" y="{height - 24}" text-anchor="middle">'
                         f"{escape(phases[start])}</text>")
-    return _svg(title, width, height, "".join(body)) + legend(names)
+    return _svg(title, _FULL, height, "".join(body)) + legend(names)
 
 
-def bars(title: str, rows: Mapping[str, Mapping[str, float]], *, unit: str, width: int = 520) -> str:
+def bars(title: str, rows: Mapping[str, Mapping[str, float]], *, unit: str) -> str:
     """Groups of horizontal bars: {group: {series: value}}, the same series in every group."""
     series = list(dict.fromkeys(name for row in rows.values() for name in row))
     most = max((v for row in rows.values() for v in row.values()), default=0) or 1.0
@@ -110,28 +110,30 @@ def bars(title: str, rows: Mapping[str, Mapping[str, float]], *, unit: str, widt
         middle = y + len(row) * thick / 2 + 4
         body.append(f'<text class="label" x="{left - 8}" y="{middle:.0f}" text-anchor="end">{escape(group)}</text>')
         for name, value in row.items():
-            length = (width - left - 90) * value / most
+            length = (_HALF - left - 90) * value / most
             body.append(f'<rect class="c{series.index(name) % 8} fill" x="{left}" y="{y + 1}" width="{length:.1f}" '
                         f'height="{thick - 2}" rx="2"/><text class="tick" x="{left + length + 6:.1f}" y="{y + 11}">'
                         f"{number(value)} {escape(unit)}</text>")
             y += thick
         y += gap
-    return _svg(title, width, y, "".join(body)) + (legend(series) if len(series) > 1 else "")
+    return _svg(title, _HALF, y, "".join(body)) + (legend(series) if len(series) > 1 else "")
 
 
-def share_bar(title: str, shares: Mapping[str, float], *, width: int = 520) -> str:
+def share_bar(title: str, shares: Mapping[str, float]) -> str:
     """One bar, divided."""
     total, x, body = sum(shares.values()) or 1.0, 0.0, []
     for i, (name, value) in enumerate(shares.items()):
-        w = width * value / total
+        w = _HALF * value / total
         body.append(f'<rect class="c{i % 8} fill" x="{x:.1f}" y="26" width="{max(0.0, w - 1):.1f}" height="26">'
                     f"<title>{escape(name)}: {value / total:.1%}</title></rect>")
         x += w
-    return _svg(title, width, 56, "".join(body)) + legend([f"{n} {v / total:.0%}" for n, v in shares.items()])
+    return _svg(title, _HALF, 56, "".join(body)) + legend([f"{n} {v / total:.0%}" for n, v in shares.items()])
 
 
-def interval(before: float, after: float, low: float, high: float, *, width: int = 220) -> str:
+def interval(before: float, after: float, low: float, high: float) -> str:
     """Two rates in 0..1 on one axis: hollow before, filled after, with the interval of the latter."""
+    width = 220
+
     def x(rate: float) -> float:
         return 8 + (width - 16) * min(1.0, max(0.0, rate))
 
@@ -185,9 +187,9 @@ def _svg(title: str, width: int, height: float, body: str, attributes: str = "")
             f'<text class="title" x="0" y="14">{escape(title)}</text>{body}</svg>')
 
 
-def _ticks(low: float, high: float, count: int = 4) -> list[float]:
-    """Round values inside low..high, about `count` of them."""
-    raw = (high - low) / count
+def _ticks(low: float, high: float) -> list[float]:
+    """Round values inside low..high, about four of them."""
+    raw = (high - low) / 4
     power = 10.0 ** math.floor(math.log10(raw))
     step = next(m * power for m in (1, 2, 2.5, 5, 10) if m * power >= raw * 0.999)
     return [float(f"{k * step:.12g}") for k in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
