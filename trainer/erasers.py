@@ -147,7 +147,7 @@ class Erasers:
         if device.type == "meta":  # accelerate's offloading keeps the weights elsewhere between passes
             device = torch.device("cpu")
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+            torch.default_generator.manual_seed(seed)  # the host's; torch.manual_seed would seed every card's, too, for good
             for attention in self.attentions:
                 self.adapters.append(AdapterEraser(width_of(attention), rank))
         self._handles = []
