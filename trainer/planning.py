@@ -259,10 +259,11 @@ def print_forecast(found: Forecast, origins: dict[str, str], *, explain: bool) -
     console.print(Text(verdict(found), style="bold"))
     console.print(f"(all figures predicted{uncompiled}; {found.result.num_candidates} candidates; times that others "
                   f"measured differ from such predictions by {TYPICAL_ERROR:.0%} on average and {LARGEST_ERROR:.0%} at most)", highlight=False)
+    searched = (*SEARCHED, "num_shards") if found.num_cards > 1 else SEARCHED
     settings = Table("setting", "value", "origin", title="settings", title_justify="left")
     for f in fields(MemoryPlan):
         value, path = getattr(a.plan, f.name), f"memory.{f.name}"
-        planned = f.name in SEARCHED and origins.get(path) in ("default", None)
+        planned = f.name in searched and origins.get(path) in ("default", None)
         settings.add_row(f.name, str(value), "planned" if planned else Text(origins.get(path, "default")))
     console.print(settings)
     for title, rows in (("GiB by category at the step's peak", a.prediction.by_category), ("GiB by phase", a.by_phase)):

@@ -12,7 +12,7 @@ from memory.ranking import CHUNKS
 from trainer import cli
 from trainer.assemble import open_backbone
 from trainer.errors import UsageError
-from trainer.planning import as_json, command, forecast, workload
+from trainer.planning import as_json, command, forecast, print_forecast, workload
 from trainer.rehearse import rehearse
 from trainer.several_cards import sharded_plans
 
@@ -105,6 +105,13 @@ def test_what_does_not_go_together_is_refused(tiny_config):
     for number in ("0", "100000"):
         with pytest.raises(UsageError, match=f"--cards {number}: from 1 to 1024"):
             cli.main(["plan", "--cards", number])
+
+
+def test_how_blocks_are_divided_is_planned_unless_somebody_says(tiny_config, capsys):
+    for num_cards, origins, origin in ((2, {}, "planned"), (2, {"memory.num_shards": "flag"}, "flag"), (1, {}, "default")):
+        print_forecast(forecast(tiny_config(), lookup(CARD), num_cards=num_cards), origins, explain=False)
+        row = next(line for line in capsys.readouterr().out.splitlines() if "num_shards" in line)
+        assert origin in row
 
 
 def test_command_line(pipelines, capsys):
