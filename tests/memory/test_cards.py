@@ -34,6 +34,14 @@ def test_the_table_is_complete_and_plausible():
         assert "usable_bytes" in card.assumed and ("context_bytes" in card.assumed) == (card.architecture != "hopper"), name
 
 
+def test_tensor_rates_are_what_their_generation_makes_of_the_fp32_rate():
+    """Since Ampere, GeForce cards multiply with fp32 accumulation at half the rate of workstation cards of the same chip."""
+    times = {"ampere": 2, "ada": 2, "blackwell": 2, "ampere-pro": 4, "ada-pro": 4, "blackwell-pro": 4}
+    for card in map(lookup, set(card_names()) - {"a30", "a10g"}):  # the A100's kind of chip; one that is cut
+        if card.architecture in times:
+            assert card.tensor_rate / card.fp32_rate == pytest.approx(times[card.architecture], rel=0.015), card.name
+
+
 @pytest.mark.parametrize(
     "profile, name",
     [
