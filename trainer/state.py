@@ -2,7 +2,7 @@
 
 import hashlib
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -112,19 +112,23 @@ class TrainState:
     def check(self, checkpoint: Checkpoint) -> None:
         """Whether this run may go on from the checkpoint."""
         compatible(checkpoint.state, self._described())
-        self._check_settings(checkpoint.state["config"])
+        digests = checkpoint.state.get("prompt_files", {})
+        self._check_settings(checkpoint.state["config"], digests)
         for name, digest in self._prompt_files.items():
-            if checkpoint.state.get("prompt_files", {}).get(name, digest) != digest:
+            if digests.get(name, digest) != digest:
                 raise CheckpointError(f"cannot resume: --{name.replace('_', '-')} {getattr(self.config.data, name)}: the file was changed since; "
                                       "a resumed run keeps what it trains on")
 
-    def _check_settings(self, saved: Mapping[str, Any]) -> None:
+    def _check_settings(self, saved: Mapping[str, Any], digests: Collection[str] = ()) -> None:
+        """`digests`: files that are compared by content, wherever they are now."""
         ours = as_json(self.config)
         for section, names in _COMPARED.items():
             for name in names or ours[section]:
                 if name == "steps" and self.config.optim.schedule == "constant":
                     continue
                 then, now = saved[section].get(name), ours[section][name]
+                if name in digests and then and now:
+                    continue
                 if then != now:
                     raise CheckpointError(f"cannot resume: --{name.replace('_', '-')} is {then!r} in the checkpoint and {now!r} now; "
                                           "a resumed run keeps what it trains on")

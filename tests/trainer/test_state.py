@@ -5,6 +5,7 @@ import logging
 import math
 import os
 import signal
+from dataclasses import replace
 
 import pytest
 import torch
@@ -213,6 +214,14 @@ def test_changed_prompt_file_is_another_run(straight, tiny_config, tmp_path):
     config.data.prompts.write_text("prompt,safe\na red box,a box\n")
     with pytest.raises(CheckpointError, match="prompts"):
         train(config, {}, resume=first)
+
+
+def test_a_prompt_file_at_another_place_is_the_same_run(straight, tiny_config, tmp_path):
+    """As seen from another working directory, or moved with the run."""
+    expected, first = straight(), train(tiny_config(optim__steps=3), {})
+    config = tiny_config()
+    moved = config.data.prompts.rename(tmp_path / "moved.csv")
+    _same_run(expected, train(replace(config, data=replace(config.data, prompts=moved)), {}, resume=first))
 
 
 def test_run_without_a_checkpoint_cannot_resume(tiny_config, tmp_path):
