@@ -48,7 +48,7 @@ def contact_sheet(path: Path, rows: list[tuple[str, Tensor]], *, num_frames: int
     sheet = Image.new("RGB", (cell[0] * num_frames + 4, cell[1] * len(rows) + 4), "white")
     draw = ImageDraw.Draw(sheet)
     for r, (caption, video) in enumerate(rows):
-        draw.text((4, r * cell[1] + 2), caption, fill="black")
+        draw.text((4, r * cell[1] + 2), " ".join(caption.split()), fill="black")
         for c, t in enumerate(torch.linspace(0, video.shape[1] - 1, num_frames).round().int().tolist()):
             picture = Image.fromarray(_bytes(video[:, t]).permute(1, 2, 0).numpy())
             picture = picture.resize((width * factor, height * factor), Image.Resampling.NEAREST)

@@ -55,6 +55,13 @@ def test_contact_sheet_has_a_captioned_row_a_video(video, tmp_path):
     assert [p.name for p in (tmp_path / "deep").iterdir()] == ["x.png"]
 
 
+def test_a_caption_of_several_lines_stays_above_its_row(video, tmp_path):
+    """A field of a CSV may have them."""
+    for name, caption in (("one", "a red circle moving left"), ("two", "a red circle\nmoving\n left")):
+        contact_sheet(tmp_path / name, [(caption, video)])
+    assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
+
+
 def test_single_frame_and_large_videos(tmp_path):
     contact_sheet(tmp_path / "one.png", [("", torch.rand(3, 1, 8, 8))])
     contact_sheet(tmp_path / "large.png", [("", torch.rand(3, 5, 480, 720))])
