@@ -111,10 +111,13 @@ class Monitor:
             for handler in handlers:
                 handler.setStream(FileProxy(console, self.stream))
             try:
-                ended = False
+                ended, width = False, console.width
                 while not ended:
                     ended = self._ended.wait(self.refresh)
-                    live.update(view(self.state(), max(24, console.width)), refresh=True)
+                    if console.width < width:  # the terminal has broken the last picture's lines in two, and rich would leave some
+                        console.clear()
+                    width = console.width
+                    live.update(view(self.state(), max(24, width)), refresh=True)
             finally:
                 for handler in handlers:
                     handler.setStream(self.stream)

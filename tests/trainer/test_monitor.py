@@ -270,6 +270,20 @@ def terminal(monkeypatch):
     return _Terminal()
 
 
+def test_a_narrower_window_is_cleared_and_a_wider_one_is_not(terminal, monkeypatch):
+    """The terminal breaks the old picture's lines in two; moving up by as many as there were leaves the first of them."""
+    sizes = [os.terminal_size((140, 40))]
+    monkeypatch.delenv("COLUMNS")
+    monkeypatch.delenv("LINES")
+    monkeypatch.setattr(os, "get_terminal_size", lambda fd: sizes[-1])
+    with Monitor(100, stream=terminal.stream, refresh=0.02, read_memory=lambda: CARD) as monitor:
+        monitor.step(record(0))
+        for columns in (140, 60, 140, 140):
+            sizes.append(os.terminal_size((columns, 40)))
+            time.sleep(0.3)
+    assert terminal.text().count("\x1b[2J") == 1
+
+
 def test_the_live_view_on_a_terminal(terminal):
     handler = logging.StreamHandler(terminal.stream)
     logging.getLogger().addHandler(handler)
