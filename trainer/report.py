@@ -14,6 +14,7 @@ from typing import Any
 from trainer.charts import bars, heat_map, interval, line_chart, number, share_bar, stacked_area
 from trainer.config import TrainConfig, leaves
 from trainer.errors import InputOutputError, UsageError
+from trainer.findings import evidence_text
 from trainer.projection_config import ForgetConfig
 from trainer.run_files import RunFiles, lookup, write_whole
 
@@ -127,7 +128,7 @@ def _findings(files: RunFiles) -> str:
     if found:
         parts.append(_table(("Finding", "Where", "Evidence", "Cause", "Fix"), [
             (f'<b class="{escape(str(f.get("severity")))}">{escape(str(f.get("code")))}</b><br>'
-             f'{escape(str(f.get("severity")))}', escape(_where(f)), escape(_evidence(f.get("evidence") or {})),
+             f'{escape(str(f.get("severity")))}', escape(_where(f)), escape(evidence_text(f.get("evidence") or {})),
              escape(str(f.get("cause", ""))), f"<code>{escape(str(f.get('fix', '')))}</code>") for f in found]))
     if checked:
         items = "".join(f"<li>{escape(str(c))}</li>" for c in checked)
@@ -139,10 +140,6 @@ def _where(finding: Mapping[str, Any]) -> str:
     block = finding.get("block")
     parts = (finding.get("phase"), f"block {block}" if block is not None else None, finding.get("module"))
     return ", ".join(str(part) for part in parts if part)
-
-
-def _evidence(evidence: Mapping[str, Any]) -> str:
-    return ", ".join(f"{k.replace('_', ' ')} {number(v) if isinstance(v, float) else v}" for k, v in evidence.items())
 
 
 def _evaluation(files: RunFiles) -> str:
