@@ -33,6 +33,8 @@ STATE = "state.json"
 _FLAGS = {"base_model.config_hash": "--model (its configuration's hash)", "adapter.rank": "--rank", "optimizer": "--optimizer"}
 _STEP = re.compile(r"step-(\d{6,})")
 _TENSORS_NAME = re.compile(r"[a-z][a-z0-9_]*")
+_NUM_KEPT = 2  # the newest may prove bad later
+_MAX_FAILURES = 3  # in a row
 _SPARE_BYTES = 2**20  # headers, manifest and directory blocks beside the tensors themselves
 _GIB = 2**30
 
@@ -54,16 +56,14 @@ class Checkpoint:
 
 
 def save_checkpoint(
-    run_dir: Path, step: int, *, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any], keep: int = 2
+    run_dir: Path, step: int, *, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]
 ) -> Path:
     """Save one checkpoint durably and return its directory, RUN/ckpt/step-NNNNNN.
 
-    `tensors` maps a file's stem to its tensors, on any device; `state` must be plain JSON. Afterwards the newest `keep` checkpoints stay.
+    `tensors` maps a file's stem to its tensors, on any device; `state` must be plain JSON. Afterwards the newest two checkpoints stay.
     Raises InputOutputError when the disk is full or fails: the older checkpoints are untouched and nothing half-written is left. Raises
     CheckpointError when a checkpoint of this step or a later one exists: it is another run's, and runs are not mixed.
     """
-    if keep < 2:
-        raise ValueError(f"keep must be at least 2, not {keep}: the newest checkpoint may prove bad later")
     for name in tensors:
         if not _TENSORS_NAME.fullmatch(name):
             raise ValueError(f"{name!r} cannot name a file of tensors: lower-case letters, digits and _ only")
@@ -72,7 +72,6 @@ def save_checkpoint(
         temporary=root / f".tmp-{step:06d}-{os.getpid()}",
         final=root / f"step-{step:06d}",
         step=step,
-        keep=keep,
         tensors=tensors,
         state_text=json.dumps(state, indent=1, allow_nan=False),
     )
@@ -160,10 +159,9 @@ class Saver:
     `last_step` is the step of the checkpoint last saved or resumed from, which is not saved a second time.
     """
 
-    def __init__(self, run_dir: Path, *, keep: int = 2, last_step: int | None = None, max_failures: int = 3):
-        self.run_dir, self.keep, self.last_step, self.max_failures = run_dir, keep, last_step, max_failures
+    def __init__(self, run_dir: Path, *, last_step: int | None = None):
+        self.run_dir, self.last_step = run_dir, last_step
         self.num_failures = 0  # in a row
-        self.message = ""  # why the last save failed; empty after a good one
 
     def save(
         self, step: int, *, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any], final: bool = False
@@ -173,15 +171,15 @@ class Saver:
         if step == self.last_step:
             return _root(self.run_dir) / f"step-{step:06d}"
         try:
-            path = save_checkpoint(self.run_dir, step, tensors=tensors, state=state, keep=self.keep)
+            path = save_checkpoint(self.run_dir, step, tensors=tensors, state=state)
         except InputOutputError as error:
             self.num_failures += 1
-            self.message = f"checkpoint of step {step} was not saved (failure {self.num_failures} of {self.max_failures}): {error}"
-            if final or self.num_failures >= self.max_failures:
-                raise InputOutputError(f"{self.message}; older checkpoints in {_root(self.run_dir)} are untouched") from error
-            logger.warning("%s; training goes on and tries again at the next interval", self.message)
+            message = f"checkpoint of step {step} was not saved (failure {self.num_failures} of {_MAX_FAILURES}): {error}"
+            if final or self.num_failures >= _MAX_FAILURES:
+                raise InputOutputError(f"{message}; older checkpoints in {_root(self.run_dir)} are untouched") from error
+            logger.warning("%s; training goes on and tries again at the next interval", message)
             return None
-        self.last_step, self.num_failures, self.message = step, 0, ""
+        self.last_step, self.num_failures = step, 0
         return path
 
 
@@ -193,7 +191,6 @@ class _Save:
     temporary: Path
     final: Path
     step: int
-    keep: int
     tensors: Mapping[str, Mapping[str, Tensor]]
     state_text: str
 
@@ -239,7 +236,7 @@ def _verify_and_prune(save: _Save) -> None:
     except CheckpointError as error:  # an error of looking does not condemn it
         shutil.rmtree(save.final, ignore_errors=True)
         raise InputOutputError(f"{save.final} does not read back as it was written: {error}; suspect the disk") from error
-    for _, path in _steps(save.final.parent)[: -save.keep]:
+    for _, path in _steps(save.final.parent)[:-_NUM_KEPT]:
         try:
             # Renamed first: a kill half-way through must not leave a `step-…` that is not whole.
             doomed = path.rename(path.with_name(f".tmp-{path.name.removeprefix('step-')}-{os.getpid()}"))
