@@ -233,9 +233,9 @@ def link(card: Card | None) -> Iterator[Check]:
                 fix="the card may sit in a slot with fewer lanes, or share them; streaming blocks will cost more than planned" if slow else "")
 
 
-def _best_seconds(work: Callable[[], object], wait: Callable[[], object], *, num_times: int = 5) -> float:
+def _best_seconds(work: Callable[[], object], wait: Callable[[], object]) -> float:
     best = float("inf")
-    for _ in range(num_times):
+    for _ in range(5):
         wait()
         started = time.perf_counter()
         work()

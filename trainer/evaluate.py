@@ -42,7 +42,7 @@ def cases(concept: str, num_videos: int, seed: int) -> list[Case]:
     else they show, and none was seen in pretraining where enough such captions exist."""
     attribute, name = world.kind_of(concept)
     rng = random.Random(f"{seed}/{concept}")
-    scenes = [s for s in world.scenes()]
+    scenes = world.scenes()
     ours = [s for s in scenes if getattr(s, attribute) == name]
     plain = {p for p, _ in world.erasure_pairs(concept)}
     synonyms = world.ATTRIBUTES[attribute][name][1:]
@@ -63,9 +63,10 @@ def cases(concept: str, num_videos: int, seed: int) -> list[Case]:
     return found
 
 
-def wilson(hits: int, count: int, z: float = 1.96) -> tuple[float, float]:
+def wilson(hits: int, count: int) -> tuple[float, float]:
     """95 % interval of a rate (Wilson 1927): honest at 0 and 1, where the normal interval has no width."""
-    p, d = hits / count, 1 + z * z / count
+    z, p = 1.96, hits / count
+    d = 1 + z * z / count
     middle, half = p + z * z / (2 * count), z * math.sqrt(p * (1 - p) / count + z * z / (4 * count * count))
     return max(0.0, (middle - half) / d), min(1.0, (middle + half) / d)
 

@@ -12,6 +12,8 @@ from torch import Tensor
 from trainer.errors import InputOutputError
 
 _CAPTION = 14  # pixels above each row of a sheet
+_NUM_SHOWN = 5  # frames a row
+_SIDE = 96  # of a frame in pixels, about
 
 
 def write_mp4(path: Path, video: Tensor, *, fps: int = 8) -> None:
@@ -37,19 +39,19 @@ def write_mp4(path: Path, video: Tensor, *, fps: int = 8) -> None:
         raise InputOutputError(f"{path} cannot be written ({e}); choose another --out") from e
 
 
-def contact_sheet(path: Path, rows: list[tuple[str, Tensor]], *, num_frames: int = 5, side: int = 96) -> None:
-    """Write a PNG with one captioned row a video (3, T, H, W), `num_frames` frames evenly spread in time."""
+def contact_sheet(path: Path, rows: list[tuple[str, Tensor]]) -> None:
+    """Write a PNG with one captioned row a video (3, T, H, W), a few frames evenly spread in time."""
     from PIL import Image, ImageDraw
 
     shown = rows[0][1]
     height, width = shown.shape[-2:]
-    factor = max(1, round(side / min(height, width)))
+    factor = max(1, round(_SIDE / min(height, width)))
     cell = width * factor + 4, height * factor + 4 + _CAPTION
-    sheet = Image.new("RGB", (cell[0] * num_frames + 4, cell[1] * len(rows) + 4), "white")
+    sheet = Image.new("RGB", (cell[0] * _NUM_SHOWN + 4, cell[1] * len(rows) + 4), "white")
     draw = ImageDraw.Draw(sheet)
     for r, (caption, video) in enumerate(rows):
         draw.text((4, r * cell[1] + 2), " ".join(caption.split()), fill="black")
-        for c, t in enumerate(torch.linspace(0, video.shape[1] - 1, num_frames).round().int().tolist()):
+        for c, t in enumerate(torch.linspace(0, video.shape[1] - 1, _NUM_SHOWN).round().int().tolist()):
             picture = Image.fromarray(_bytes(video[:, t]).permute(1, 2, 0).numpy())
             picture = picture.resize((width * factor, height * factor), Image.Resampling.NEAREST)
             sheet.paste(picture, (4 + c * cell[0], r * cell[1] + _CAPTION + 2))

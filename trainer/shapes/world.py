@@ -148,8 +148,7 @@ def _grid(size: int) -> tuple[Tensor, Tensor]:
     return axis.view(1, size), axis.view(size, 1)
 
 
-def render(scene: Scene, generator: torch.Generator, *, lanes: bool = False, num_frames: int = FRAMES,
-           size: int = SIZE) -> Tensor:
+def render(scene: Scene, generator: torch.Generator, *, lanes: bool = False) -> Tensor:
     """Draw one video (3, T, H, W) of a fully specified scene; place, size, speed and shade come from `generator`.
 
     With `lanes`, only the lane (five, 4 pixels apart) and the shade vary: what a small transformer learns in minutes.
@@ -158,18 +157,18 @@ def render(scene: Scene, generator: torch.Generator, *, lanes: bool = False, num
     step = torch.tensor(_STEP[scene.direction])
     if lanes:
         radius, travel = torch.tensor(7.0), torch.tensor(12.0)
-        along, across = torch.tensor(size / 2), size / 2 - 8 + 4 * (5 * u[3]).floor()
+        along, across = torch.tensor(SIZE / 2), SIZE / 2 - 8 + 4 * (5 * u[3]).floor()
     else:
         radius, travel = 5.2 + 1.8 * u[0], 10 + 4 * u[1]
         margin = radius + 1
-        along = size / 2 + (u[2] - 0.5) * (size - 2 * margin - travel).clamp(min=0)
-        across = margin + u[3] * (size - 2 * margin)
+        along = SIZE / 2 + (u[2] - 0.5) * (SIZE - 2 * margin - travel).clamp(min=0)
+        across = margin + u[3] * (SIZE - 2 * margin)
     centre = torch.where(step != 0, along, across)
     background = 0.04 + 0.10 * u[4]
     colour = torch.tensor(_RGB[scene.colour]) * (0.9 + 0.15 * u[5])
-    x, y = _grid(size)
+    x, y = _grid(SIZE)
     frames = []
-    for t in torch.linspace(-0.5, 0.5, num_frames):
+    for t in torch.linspace(-0.5, 0.5, FRAMES):
         cx, cy = centre + step * travel * t
         alpha = _coverage(scene.shape, x - cx, y - cy, radius)
         frames.append(background * (1 - alpha) + colour.clamp(max=1).view(3, 1, 1) * alpha)
