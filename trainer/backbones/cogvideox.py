@@ -30,10 +30,10 @@ class CogVideoX:
     `text_length`, `text_width` of its text embeddings; `spatial_ratio`, `temporal_ratio` of the autoencoder.
     """
 
-    def __init__(self, model: str, *, weights: str = "stored", seed: int = 0):
+    def __init__(self, model: str, *, weights: str = "stored"):
         """`model`: "shapes", a directory in diffusers' layout, a hub id, or a published name: with `weights="random"` its
         configuration, otherwise its hub id."""
-        self.name, self.weights, self.seed = model, weights, seed
+        self.name = model
         self.directory: Path | None = None
         if weights == "random":
             if model not in published.TRANSFORMERS:
@@ -248,9 +248,9 @@ class CogVideoX:
             return None
         return fingerprint(f for part in ("text_encoder", "tokenizer") for f in sorted((self.directory / part).iterdir()) if f.is_file())
 
-    def load_text_encoder(self, *, dtype: torch.dtype, device: torch.device | str = "cpu") -> nn.Module:
-        """The frozen T5 encoder."""
-        return self._weighted(self._build_text_encoder(), "text_encoder", dtype, device)
+    def load_text_encoder(self, *, dtype: torch.dtype) -> nn.Module:
+        """The frozen T5 encoder, on the host."""
+        return self._weighted(self._build_text_encoder(), "text_encoder", dtype, "cpu")
 
     def fake_text_encoder(self, *, dtype: torch.dtype, num_blocks: int | None = None) -> nn.Module:
         """The T5 encoder without data, for use under FakeTensorMode; `num_blocks`: a shorter one."""
@@ -295,14 +295,13 @@ class CogVideoX:
 
     def _weighted(self, model: nn.Module, component: str, dtype: torch.dtype, device: torch.device | str) -> nn.Module:
         if self.directory is None:
-            return randomise(model, seed=self.seed, dtype=dtype, device=device)
+            return randomise(model, dtype=dtype, device=device)
         return assign(model, self.directory / component, dtype=dtype, device=device)
 
-    def decoder(self, num_frames: int, *, dtype: torch.dtype, device: torch.device | str = "cpu",
-                tiling: bool | None = None) -> Decode:
-        """What decodes latents to videos. `tiling`: one video and one tile at a time; None: on every device but the CPU."""
+    def decoder(self, num_frames: int, *, dtype: torch.dtype, device: torch.device | str = "cpu") -> Decode:
+        """What decodes latents to videos; on every device but the CPU one video and one tile at a time."""
         vae = self.load_vae(dtype=dtype, device=device)
-        if tiling or (tiling is None and torch.device(device).type != "cpu"):
+        if torch.device(device).type != "cpu":
             enable_tiles(vae)
         scale = 1 / vae.config.scaling_factor
         num_latent_frames = (num_frames - 1) // self.temporal_ratio + 1

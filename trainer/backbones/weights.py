@@ -114,9 +114,9 @@ def allocate(model: nn.Module, *, dtype: torch.dtype, device: torch.device | str
 
 
 @torch.no_grad()
-def randomise(model: nn.Module, *, seed: int, dtype: torch.dtype, device: torch.device | str = "cpu") -> nn.Module:
+def randomise(model: nn.Module, *, dtype: torch.dtype, device: torch.device | str = "cpu") -> nn.Module:
     """Give a model built on meta random weights: N(0, 0.02) matrices, unit norm gains, zero biases, frozen."""
-    generator = torch.Generator(device).manual_seed(seed)
+    generator = torch.Generator(device).manual_seed(0)
     for name, parameter in allocate(model, dtype=dtype, device=device).named_parameters():
         if parameter.ndim > 1:
             parameter.normal_(0, 0.02, generator=generator)
