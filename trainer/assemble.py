@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from memory.plan import AppliedPlan, MemoryPlan, apply_plan
 from trainer.backbones import Predict
-from trainer.backbones.cogvideox import BOUNDARY_NAMES, CogVideoX, check_dtype
+from trainer.backbones.cogvideox import BOUNDARY_NAMES, CogVideoX
 from trainer.config import LossConfig, ModelConfig, TrainConfig
 from trainer.eraser_files import apply_eraser
 from trainer.erasers import Erasers
@@ -94,9 +94,11 @@ def resolve_device(name: str) -> torch.device:
 
 
 def resolve_dtype(backbone: CogVideoX, plan: MemoryPlan, *, insist: bool) -> torch.dtype:
-    """The backbone's dtype; fp16 on a bf16-native model is refused unless `insist`."""
+    """The backbone's dtype. Raises UsageError, unless `insist`, for fp16 on a bf16-native model: its activations exceed 65504 and the output is NaN."""
     dtype = backbone.native_dtype if plan.dtype == "native" else getattr(torch, plan.dtype)
-    check_dtype(backbone, dtype, insist=insist)
+    if dtype == torch.float16 and backbone.native_dtype == torch.bfloat16 and not insist:
+        raise UsageError(f"--dtype float16: {backbone.name} is bf16-native, in fp16 its activations overflow to NaN; "
+                         "use --dtype bfloat16, or --force-dtype to insist")
     return dtype
 
 

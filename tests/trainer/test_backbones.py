@@ -14,9 +14,10 @@ import torch
 from huggingface_hub.errors import RepositoryNotFoundError
 from tiny_pipelines import FRAMES, SIDE
 
-from trainer.assemble import named_scheduler
+from memory.plan import MemoryPlan
+from trainer.assemble import named_scheduler, resolve_dtype
 from trainer.backbones import published
-from trainer.backbones.cogvideox import CogVideoX, check_dtype
+from trainer.backbones.cogvideox import CogVideoX
 from trainer.errors import CheckpointError, UsageError
 
 
@@ -198,9 +199,9 @@ def test_native_dtype_is_read_from_the_stored_weights(pipelines, sincos):
 def test_float16_on_a_bf16_native_model_is_refused_unless_insisted(pipelines):
     opened = CogVideoX(str(pipelines["5b-bf16"]))
     with pytest.raises(UsageError, match="--dtype float16.*bf16-native.*--dtype bfloat16.*--force-dtype"):
-        check_dtype(opened, torch.float16)
-    check_dtype(opened, torch.float16, insist=True)
-    check_dtype(opened, torch.float32)
+        resolve_dtype(opened, MemoryPlan(dtype="float16"), insist=False)
+    assert resolve_dtype(opened, MemoryPlan(dtype="float16"), insist=True) == torch.float16
+    assert resolve_dtype(opened, MemoryPlan(dtype="float32"), insist=False) == torch.float32
 
 
 def test_identity_belongs_to_the_configuration_not_to_the_place(copied, sincos, pipelines):

@@ -331,10 +331,3 @@ def _random_text(prompt: str, length: int, width: int, dtype: torch.dtype) -> Te
     seed = int.from_bytes(hashlib.sha256(prompt.encode()).digest()[:7], "big")
     return torch.randn(length, width, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
-
-def check_dtype(backbone: CogVideoX, requested: torch.dtype, *, insist: bool = False) -> None:
-    """Refuse fp16 on a bf16-native model: its activations exceed 65504 and the output is NaN."""
-    if requested == torch.float16 and backbone.native_dtype == torch.bfloat16 and not insist:
-        raise UsageError(f"--dtype float16: {backbone.name} is bf16-native, in fp16 its activations overflow to NaN; "
-                         "use --dtype bfloat16, or --force-dtype to insist")
-
