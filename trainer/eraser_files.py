@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from trainer.backbones.location import config_hash
 from trainer.erasers import Erasers, width_of
 from trainer.errors import CheckpointError, InputOutputError, UsageError
-from trainer.run_files import write_tensors, write_whole
+from trainer.run_files import part_of, write_tensors, write_whole
 
 logger = logging.getLogger(__name__)
 
@@ -63,13 +63,9 @@ def save_released(directory: Path, state: Mapping[str, Tensor], rank: int) -> No
     weights = {f"transformer_blocks.{i}.attn1.adapter": {leaf: state[f"{i}.{leaf}"] for leaf in _LEAVES} for i in blocks}
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        part = directory / f".{RELEASED_WEIGHTS}.part"
-        try:
+        with part_of(directory / RELEASED_WEIGHTS) as part:
             torch.save(weights, part)
             (directory / RELEASED_CONFIG).write_text(json.dumps({"eraser_type": "adapter", "eraser_rank": rank}) + "\n")
-            part.replace(directory / RELEASED_WEIGHTS)
-        finally:
-            part.unlink(missing_ok=True)
     except (OSError, RuntimeError) as e:
         reason = e.strerror if isinstance(e, OSError) else e
         raise InputOutputError(f"--out {directory}: cannot be written ({reason}); choose another directory") from e

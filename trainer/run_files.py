@@ -11,8 +11,8 @@ memory.json           what the run is predicted to need (trainer.memory_file)
 import json
 import logging
 import stat
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -104,29 +104,29 @@ def write_json(path: Path, content: Any, *, indent: int | None = 2, advice: str 
 
 def write_tensors(path: Path, tensors: "Mapping[str, Tensor]") -> None:
     """Write a safetensors file, whole or not at all. Raises OSError, or SafetensorError when the disk is full."""
-    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    part = path.with_name(f".{path.name}.part")
-    try:
+    with part_of(path) as part:
         part.touch()
         mode = stat.S_IMODE(part.stat().st_mode)  # what the umask makes of a new file; safetensors leaves 0600
         save_file(dict(tensors), part, metadata={"format": "pt"})
         part.chmod(mode)
-        part.replace(path)
-    except (OSError, SafetensorError):
-        with suppress(OSError):
-            part.unlink()
-        raise
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a text file, whole or not at all: what is there stays until the new one is complete. Raises OSError."""
-    part = path.with_name(f".{path.name}.part")
-    try:
+    """Write a text file, whole or not at all. Raises OSError."""
+    with part_of(path) as part:
         part.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def part_of(path: Path, ending: str = "") -> Iterator[Path]:
+    """Within: the file to write, which becomes `path` when it is complete; what is there stays until then, and if it fails."""
+    part = path.with_name(f".{path.name}.part{ending}")
+    try:
+        yield part
         part.replace(path)
-    except (OSError, UnicodeEncodeError):
+    except BaseException:
         with suppress(OSError):  # where it could not be made it cannot be removed either
             part.unlink()
         raise

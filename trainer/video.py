@@ -3,13 +3,13 @@
 Legend: B videos, T frames, H W pixels; values in [0, 1].
 """
 
-from contextlib import suppress
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from trainer.errors import InputOutputError
+from trainer.run_files import part_of
 
 _CAPTION = 14  # pixels above each row of a sheet
 _NUM_SHOWN = 5  # frames a row
@@ -23,19 +23,16 @@ def write_mp4(path: Path, video: Tensor, *, fps: int = 8) -> None:
     factor = max(1, -(-256 // min(video.shape[-2:])))
     frames = _bytes(video).permute(1, 2, 3, 0).repeat_interleave(factor, 1).repeat_interleave(factor, 2)  # (T, H, W, 3)
     height, width = frames.shape[1] // 2 * 2, frames.shape[2] // 2 * 2
-    part = path.with_name(f".{path.name}.part.mp4")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with av.open(str(part), "w") as container:
+        with part_of(path, ".mp4") as part, av.open(str(part), "w") as container:
             stream = container.add_stream("libx264", rate=fps)
             stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
             stream.options = {"crf": "18"}
             for frame in frames[:, :height, :width].contiguous().numpy():
                 container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
             container.mux(stream.encode())
-        part.replace(path)
     except (OSError, av.error.FFmpegError) as e:
-        _discard(part)
         raise InputOutputError(f"{path} cannot be written ({e}); choose another --out") from e
 
 
@@ -55,19 +52,12 @@ def contact_sheet(path: Path, rows: list[tuple[str, Tensor]]) -> None:
             picture = Image.fromarray(_bytes(video[:, t]).permute(1, 2, 0).numpy())
             picture = picture.resize((width * factor, height * factor), Image.Resampling.NEAREST)
             sheet.paste(picture, (4 + c * cell[0], r * cell[1] + _CAPTION + 2))
-    part = path.with_name(f".{path.name}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        sheet.save(part, format="PNG")
-        part.replace(path)
+        with part_of(path) as part:
+            sheet.save(part, format="PNG")
     except OSError as e:
-        _discard(part)
         raise InputOutputError(f"{path} cannot be written ({e}); choose another --out") from e
-
-
-def _discard(part: Path) -> None:
-    with suppress(OSError):  # where it could not be made it cannot be removed either
-        part.unlink()
 
 
 def _bytes(video: Tensor) -> Tensor:
