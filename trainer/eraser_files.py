@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from trainer.backbones.location import config_hash
-from trainer.erasers import Erasers, width_of
+from trainer.erasers import LEAVES, Erasers, width_of
 from trainer.errors import CheckpointError, InputOutputError, UsageError
 from trainer.run_files import part_of, write_tensors, write_whole
 
@@ -26,7 +26,6 @@ logger = logging.getLogger(__name__)
 
 WEIGHTS, DESCRIPTION = "eraser.safetensors", "eraser.json"
 RELEASED_WEIGHTS, RELEASED_CONFIG = "eraser_weights.pt", "eraser_config.json"
-_LEAVES = ("down.weight", "down.bias", "up.weight", "up.bias")
 
 
 @dataclass(frozen=True)
@@ -60,7 +59,7 @@ def save_eraser(directory: Path, erasers: Erasers, *, base_model: Mapping[str, s
 def save_released(directory: Path, state: Mapping[str, Tensor], rank: int) -> None:
     """Write the released layout from weights named `{block}.down.weight` …"""
     blocks = sorted({int(name.split(".")[0]) for name in state})
-    weights = {f"transformer_blocks.{i}.attn1.adapter": {leaf: state[f"{i}.{leaf}"] for leaf in _LEAVES} for i in blocks}
+    weights = {f"transformer_blocks.{i}.attn1.adapter": {leaf: state[f"{i}.{leaf}"] for leaf in LEAVES} for i in blocks}
     try:
         directory.mkdir(parents=True, exist_ok=True)
         with part_of(directory / RELEASED_WEIGHTS) as part:
@@ -135,9 +134,9 @@ def _geometry(state: Mapping[str, Tensor], file: Path) -> tuple[int, int, int]:
     if not all(isinstance(tensor, Tensor) for tensor in state.values()) or first is None or first.ndim != 2:
         raise CheckpointError(f"{file}: holds no eraser (no 0.down.weight); is it another model's file?")
     rank, width = first.shape
-    num_blocks = len(state) // len(_LEAVES)
+    num_blocks = len(state) // len(LEAVES)
     shapes = {"down.weight": (rank, width), "down.bias": (rank,), "up.weight": (width, rank), "up.bias": (width,)}
-    expected = {f"{i}.{leaf}": shapes[leaf] for i in range(num_blocks) for leaf in _LEAVES}
+    expected = {f"{i}.{leaf}": shapes[leaf] for i in range(num_blocks) for leaf in LEAVES}
     if {name: tuple(tensor.shape) for name, tensor in state.items()} != expected:
         raise CheckpointError(f"{file}: not {num_blocks} erasers of rank {rank} and width {width}; is it complete?")
     return num_blocks, rank, width

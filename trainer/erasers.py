@@ -20,6 +20,10 @@ from memory.saving import current_notes
 from trainer.errors import UsageError
 
 
+LEAVES = ("down.weight", "down.bias", "up.weight", "up.bias")
+"""The parameters of one eraser, in order."""
+
+
 class _CastingLinear(nn.Linear):
     """Weights stay in fp32; they are cast to the activations' dtype for the product, so that a 16-bit backbone keeps
     16-bit activations (the weights are far smaller than the activations, so this is the cheaper side to cast).
@@ -46,9 +50,13 @@ class AdapterEraser(nn.Module):
         nn.init.zeros_(self.up.weight)
         nn.init.zeros_(self.up.bias)
 
+    def inner(self, h: Tensor) -> Tensor:
+        """h (B, N, D) to what GELU lets through (B, N, R), in h's dtype."""
+        return F.gelu(self.down(h))
+
     def forward(self, h: Tensor) -> Tensor:
         """h (B, N, D) to the eraser's output o (B, N, D), in h's dtype."""
-        return self.up(F.gelu(self.down(h)))  # (B, N, R) between the two
+        return self.up(self.inner(h))
 
 
 _CHUNK_BYTES = 64 * 2**20

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from memory.optimizers import update_norms
 from trainer.distributed import average, everyones, num_ranks, rank
-from trainer.erasers import in_backward
+from trainer.erasers import LEAVES, in_backward
 from trainer.findings import Bill, Finding, finding, gone_by
 from trainer.inspection import Fingerprint, Subject, adapter_findings
 from trainer.preflight import Preflight
@@ -27,7 +27,6 @@ logger = logging.getLogger(__name__)
 
 FINDINGS = "findings.json"
 MAX_SKIPS = 20  # in a row; a loss scale that starts at 65536 is below 1 after 17
-LEAVES = ("down.weight", "down.bias", "up.weight", "up.bias")
 BLOCK_NORMS = ("gradient", "update", "weight", "eraser", "residual")
 
 

@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from memory.optimizers import reset_state
@@ -102,9 +101,7 @@ class _Watch:
             self.used[index] = [id(p) for p in adapter.parameters()]
             if self._phase() == "student":
                 with torch.no_grad():
-                    h, down = args[0], adapter.down
-                    r = F.gelu(F.linear(h, down.weight.to(h.dtype), down.bias.to(h.dtype)))  # (B, N, R)
-                    self.alive[index] = r.abs().max().float()
+                    self.alive[index] = adapter.inner(args[0]).abs().max().float()
 
         return before
 
