@@ -19,7 +19,6 @@ from memory.offload import place
 from memory.saving import current_notes
 from trainer.errors import UsageError
 
-
 LEAVES = ("down.weight", "down.bias", "up.weight", "up.bias")
 """The parameters of one eraser, in order."""
 
