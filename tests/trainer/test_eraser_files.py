@@ -146,6 +146,12 @@ def test_nothing_there(tmp_path):
             load_eraser(path)
 
 
+def test_a_run_that_was_killed_has_none_yet(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=f"no eraser there yet.*--resume {tmp_path}$"):
+        load_eraser(tmp_path)
+
+
 @pytest.mark.parametrize("kept", [0, 7, 0.5, -1])
 def test_truncated_files(saved, tmp_path, kept):
     directory, _, _ = saved
