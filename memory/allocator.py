@@ -57,14 +57,10 @@ class AllocatorStats:
 
     allocated_bytes: int = 0
     """In blocks that tensors hold now."""
-    active_bytes: int = 0
-    """Allocated, plus freed blocks that another stream may still read."""
     reserved_bytes: int = 0
     """Held from the driver."""
     peak_allocated_bytes: int = 0
     peak_reserved_bytes: int = 0
-    num_retries: int = 0
-    """Times the cache had to be given back to serve a request."""
 
 
 class CachingAllocator:
@@ -111,7 +107,6 @@ class CachingAllocator:
         self._live[block.address] = block
         stats = self.stats
         stats.allocated_bytes += block.size
-        stats.active_bytes += block.size
         if stats.allocated_bytes > stats.peak_allocated_bytes:
             stats.peak_allocated_bytes = stats.allocated_bytes
 
@@ -129,7 +124,6 @@ class CachingAllocator:
         """Every stream has passed the block: it can be reused."""
         self._pending.remove(address)
         block = self._live.pop(address)
-        self.stats.active_bytes -= block.size
         block.in_use = False
         self._merge(block)
         block.pool.add(block)
@@ -203,7 +197,6 @@ class CachingAllocator:
                 return block
             if attempt == 0:
                 self.empty_cache()
-                self.stats.num_retries += 1
         raise self._out_of_memory(size)
 
     def _out_of_memory(self, size: int) -> SimulatedOutOfMemory:

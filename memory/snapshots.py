@@ -37,11 +37,11 @@ class _Before:
     Expandable segments are left out: their history has to begin with the first allocation.
     """
 
-    def __init__(self, snapshot: dict, device: int):
+    def __init__(self, snapshot: dict):
         self.segments: dict[int, tuple[int, int, bool]] = {}  # address -> bytes, stream, whether of the small pool
         self._blocks: dict[int, int] = {}  # address -> bytes
         for segment in snapshot.get("segments", ()):
-            if segment["device"] == device and not segment.get("is_expandable"):
+            if segment["device"] == 0 and not segment.get("is_expandable"):
                 address = segment["address"]
                 self.segments[address] = segment["total_size"], segment["stream"], segment["segment_type"] == "small"
                 for block in segment["blocks"]:  # side by side
@@ -49,7 +49,7 @@ class _Before:
                         self._blocks[address] = block["size"]
                     address += block["size"]
         self._order = sorted(self._blocks)
-        for entry in reversed(snapshot["device_traces"][device]):
+        for entry in reversed(snapshot["device_traces"][0]):
             self._take_back(entry)
 
     def held(self, address: int, num_bytes: int) -> dict[int, int]:
@@ -90,18 +90,18 @@ class _Driver:
         return self._elsewhere - num_bytes
 
 
-def replay_snapshot(snapshot: dict, *, device: int = 0) -> SnapshotReplay:
-    """Replay `torch.cuda.memory._snapshot()` (recorded with `_record_memory_history`) through the simulator.
+def replay_snapshot(snapshot: dict) -> SnapshotReplay:
+    """Replay the first card's part of `torch.cuda.memory._snapshot()` (recorded with `_record_memory_history`) through the simulator.
 
     Segments are native or expandable, as the history shows. A run of recorded `segment_free` or `segment_unmap` means
     that the cache was given back, by the program or by a retry, and gives it back here.
     """
-    history = snapshot["device_traces"][device]
+    history = snapshot["device_traces"][0]
     expandable_segments = any(entry["action"] == "segment_map" for entry in history)
     driver = _Driver(expandable_segments)
     allocator = CachingAllocator(expandable_segments=expandable_segments, driver=driver)
     addresses: dict[int, int] = {}  # the card's -> ours, of blocks in use
-    before = _Before(snapshot, device)
+    before = _Before(snapshot)
     for address, (num_bytes, stream, is_small) in before.segments.items():
         held = before.held(address, num_bytes)
         allocator.adopt(address, num_bytes, held, is_small=is_small, stream=stream)
