@@ -254,9 +254,8 @@ class Health:
         return measure
 
     def _write(self) -> None:
-        if self.run_dir is None:
-            return
-        write_json(self.run_dir / FINDINGS, self.bill.with_findings(self.earlier).as_json())
+        if self.run_dir is not None:
+            write_json(self.run_dir / FINDINGS, self.bill.with_findings(self.earlier).as_json())
 
 
 def _norm(tensor: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any, Literal, TextIO
 
-from memory.meter import Meter, sensors
+from memory.meter import Meter, resident_bytes, sensors
 from trainer.config import TrainConfig
 from trainer.distributed import rank
 from trainer.signals import StopFlag
@@ -165,12 +165,8 @@ def read_memory(meter: Meter) -> dict[str, float]:
 
 def read_process() -> dict[str, float]:
     """Memory of this process and its host in bytes, as far as the system tells."""
-    found: dict[str, float] = {}
-    proc = Path("/proc")
-    if (proc / "self/statm").exists():
-        pages = int((proc / "self/statm").read_text().split()[1])
-        found["process_bytes"] = pages * os.sysconf("SC_PAGE_SIZE")
-        lines = dict(line.split(":", 1) for line in (proc / "meminfo").read_text().splitlines())
-        for key, name in (("host_total_bytes", "MemTotal"), ("host_available_bytes", "MemAvailable")):
-            found[key] = int(lines[name].split()[0]) * 1024
-    return found
+    if not Path("/proc/self/statm").exists():
+        return {}
+    lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+    return {"process_bytes": resident_bytes(), "host_total_bytes": int(lines["MemTotal"].split()[0]) * 1024,
+            "host_available_bytes": int(lines["MemAvailable"].split()[0]) * 1024}

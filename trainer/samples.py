@@ -5,11 +5,10 @@ from pathlib import Path
 
 from memory.exhaustion import exhausted
 from memory.meter import Meter
-from trainer.assemble import Assembly
+from trainer.assemble import Assembly, video_size
 from trainer.backbones.cogvideox import CogVideoX
 from trainer.backbones.weights import shards
 from trainer.config import TrainConfig
-from trainer.assemble import video_size
 from trainer.diffusion import Sampler
 from trainer.distributed import agreed, rank
 from trainer.errors import CheckpointError, InputOutputError, NonFinite
@@ -19,8 +18,6 @@ from trainer.signals import StopFlag
 from trainer.video import contact_sheet
 
 logger = logging.getLogger(__name__)
-
-
 _FAILED = (InputOutputError, NonFinite, CheckpointError)
 
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import logging
+import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -145,8 +146,6 @@ class TrainState:
 
 def learning_rate(step: int, config: TrainConfig) -> float:
     """Learning rate of a step (from 0): linear warm-up, then constant or a cosine to zero after the last step."""
-    import math
-
     o = config.optim
     if step < o.warmup:
         return o.lr * (step + 1) / o.warmup
