@@ -11,6 +11,7 @@ from memory import environment
 
 environment.prepare()  # before torch is imported: as a run does
 
+import gc
 import itertools
 import json
 import logging
@@ -32,6 +33,7 @@ import tyro
 from bench.card import cap, choice, feasibility, health, minimum, offload, peaks, short, speed
 from bench.card.forecasts import Forecaster, card_here
 from bench.card.gauge import Gauge
+from bench.card.rig import backbone_of
 from bench.card.session import Session, register_toys
 from bench.provenance import RESULTS, write_result
 from memory.streams import release_pinned
@@ -169,6 +171,8 @@ def main(config: Card) -> int:
         print(f"error: --out {config.out}: cannot be written ({e.strerror})", file=sys.stderr)
         return 6
     session = Session(Gauge(device), card_here(dry=config.dry), Forecaster(0 if config.dry else workers), dry=config.dry)
+    backbone_of(session.cell("2b", 17))  # imports what all parts need
+    gc.freeze()  # and that stays: the collection between two cells need not look at it
     calibrate(session)
     wanted = [name for name in PARTS if name in (config.only or PARTS)]
     results = {} if config.again else {name: known for name in wanted if (known := stored(out / f"{name}.json"))}
