@@ -51,13 +51,18 @@ def sincos(pipelines: dict[str, Path]) -> CogVideoX:
     return CogVideoX(str(pipelines["2b"]))
 
 
-@pytest.fixture
-def tiny_config(pipelines: dict[str, Path], tmp_path: Path) -> Callable[..., TrainConfig]:
-    """Settings of a run of 6 steps on the 2b-like pipeline, with settings by dotted path on top."""
-    prompts = tmp_path / "prompts.csv"
-    prompts.write_text("prompt,safe\na red circle moving left,a circle moving left\nthe square is red and goes up,the square goes up\n"
-                       "a video of a red ball heading down,a video of a ball heading down\n")
+@pytest.fixture(scope="session")
+def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Prompts of `tiny_config`, read only: one file for all tests, so that the planner has traced what another test asked for."""
+    file = tmp_path_factory.mktemp("prompts") / "prompts.csv"
+    file.write_text("prompt,safe\na red circle moving left,a circle moving left\nthe square is red and goes up,the square goes up\n"
+                    "a video of a red ball heading down,a video of a ball heading down\n")
+    return file
 
+
+@pytest.fixture
+def tiny_config(pipelines: dict[str, Path], prompts: Path, tmp_path: Path) -> Callable[..., TrainConfig]:
+    """Settings of a run of 6 steps on the 2b-like pipeline, with settings by dotted path on top."""
     def make(**overrides) -> TrainConfig:
         values = {"model.model": str(pipelines["2b"]), "model.device": "cpu", "data.prompts": prompts,
                   "data.preserve": ("a blue circle moving left", "a green square moving up"),

@@ -73,10 +73,9 @@ def call(monkeypatch, capsys):
 
 
 @pytest.fixture
-def settings(tiny_config, tmp_path, pipelines) -> list[str]:
+def settings(prompts, tmp_path, pipelines) -> list[str]:
     """Flags of a run of one step on a tiny model."""
-    tiny_config()  # writes prompts.csv
-    return ["--model", str(pipelines["2b"]), "--prompts", str(tmp_path / "prompts.csv"), "--preserve", "a blue circle",
+    return ["--model", str(pipelines["2b"]), "--prompts", str(prompts), "--preserve", "a blue circle",
             "--rank", "4", "--steps", "1", "--trajectory-steps", "2", "--sample-steps", "1", "--device", "cpu",
             "--out", str(tmp_path / "run")]
 

@@ -4,8 +4,10 @@ import json
 import logging
 import math
 import os
+import shutil
 import signal
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -56,11 +58,20 @@ def _stop_after(monkeypatch, num_steps: int) -> None:
     monkeypatch.setattr(loop, "student_backward", counted)
 
 
+@pytest.fixture(scope="module")
+def finished():
+    """Runs by their settings."""
+    return {}
+
+
 @pytest.fixture
-def straight(tiny_config, tmp_path):
-    """A run of 6 steps without interruption."""
+def straight(tiny_config, finished, tmp_path, tmp_path_factory):
+    """A run of 6 steps without interruption: trained once for all tests that ask for it, a copy for each."""
     def run(**overrides):
-        return train(tiny_config(output__out=tmp_path / "straight", **overrides), {})
+        key = tuple(overrides.items())
+        if key not in finished:
+            finished[key] = train(tiny_config(output__out=tmp_path_factory.mktemp("straight") / "run", **overrides), {})
+        return Path(shutil.copytree(finished[key], tmp_path / "straight"))
 
     return run
 
@@ -165,7 +176,7 @@ def test_longer_run_goes_on_from_a_finished_one(straight, tiny_config):
     _same_run(straight(), train(tiny_config(), {}, resume=first))
 
 
-def test_resuming_a_finished_run_adds_nothing(straight, tiny_config, tmp_path):
+def test_resuming_a_finished_run_adds_nothing(straight, tiny_config):
     run_dir = straight()
     before = _numbers(run_dir)
     train(tiny_config(output__out=run_dir), {}, resume=run_dir)
@@ -207,11 +218,13 @@ def test_resume_with_another_model_is_refused(straight, tiny_config, pipelines):
         train(tiny_config(output__out=run_dir, model__model=str(pipelines["5b"])), {}, resume=run_dir)
 
 
-def test_changed_prompt_file_is_another_run(straight, tiny_config, tmp_path):
+def test_changed_prompt_file_is_another_run(tiny_config, tmp_path):
     """The settings hold the file's name; what it says decides the training."""
-    first = train(tiny_config(optim__steps=3), {})
-    config = tiny_config()
-    config.data.prompts.write_text("prompt,safe\na red box,a box\n")
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a red circle\n")
+    config = tiny_config(data__prompts=prompts, optim__steps=1)
+    first = train(config, {})
+    prompts.write_text("a red box\n")
     with pytest.raises(CheckpointError, match="prompts"):
         train(config, {}, resume=first)
 
@@ -220,11 +233,11 @@ def test_a_prompt_file_at_another_place_is_the_same_run(straight, tiny_config, t
     """As seen from another working directory, or moved with the run."""
     expected, first = straight(), train(tiny_config(optim__steps=3), {})
     config = tiny_config()
-    moved = config.data.prompts.rename(tmp_path / "moved.csv")
+    moved = Path(shutil.copy(config.data.prompts, tmp_path / "moved.csv"))
     _same_run(expected, train(replace(config, data=replace(config.data, prompts=moved)), {}, resume=first))
 
 
-def test_run_without_a_checkpoint_cannot_resume(tiny_config, tmp_path):
+def test_run_without_a_checkpoint_cannot_resume(tiny_config):
     config = tiny_config()
     config.output.out.mkdir()
     with pytest.raises(CheckpointError, match="there is no checkpoint"):
@@ -303,7 +316,7 @@ def test_non_finite_stops_before_any_weight_changes(tiny_config, monkeypatch, wh
     assert len(read_metrics(config.output.out)) == 1
 
 
-def test_failing_sample_is_a_warning(tiny_config, caplog, tmp_path):
+def test_failing_sample_is_a_warning(tiny_config, caplog):
     config = tiny_config()
     config.output.out.mkdir()
     (config.output.out / "samples").write_text("in the way")
