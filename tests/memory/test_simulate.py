@@ -10,6 +10,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from bench.card.gauge import profiled_peak
+from memory.fake import FakeMode
 from memory.lockstep import Pass
 from memory.plan import MemoryPlan, apply_plan, resolve_keeps
 from memory.simulate import recording
@@ -64,8 +65,8 @@ class Small:
 
 
 def tiny_trace(plan, num_blocks=8, kind="stack"):
-    """A step under `plan` on fake tensors: of a stack of small blocks, or of the tiny transformer ("sincos", "rope")."""
-    with FakeTensorMode():
+    """A step under `plan` on the planner's fake tensors: of a stack of small blocks, or of the tiny transformer ("sincos", "rope")."""
+    with FakeMode():
         tiny = Small(num_blocks) if kind == "stack" else _make(rotary=kind == "rope", num_blocks=num_blocks)
         applied = apply_plan(tiny.model, tiny.blocks, plan, device="cpu", feed_forwards=tiny.feed_forwards,
                              boundary_names=("hidden",) if kind == "stack" else BOUNDARY_NAMES)  # fmt: skip
