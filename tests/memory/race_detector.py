@@ -7,6 +7,7 @@ allocator while another stream may still use it. What an engine does right by lu
 """
 
 import contextlib
+import functools
 import weakref
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -85,17 +86,17 @@ class RaceDetector(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         self._give_back()
-        schema = func._schema
-        touched = [(value, argument.alias_info is not None and argument.alias_info.is_write)
-                   for argument, value in zip(schema.arguments, args)]  # fmt: skip
-        touched += [(kwargs[a.name], a.alias_info is not None and a.alias_info.is_write) for a in schema.arguments if a.name in kwargs]
         outputs = func(*args, **kwargs)
-        if "empty" not in schema.name and not _moves_nothing(func):
+        arguments = _arguments(func)
+        if arguments is not None:
+            touched = [(value, writes) for value, writes in zip(args, arguments.values())]
+            touched += [(value, arguments[name]) for name, value in kwargs.items()]
+            if not func._schema.is_mutable:
+                touched.append((outputs, True))
             time = self.current.tick()
-            fresh = [(output, True) for output in _tensors(outputs)] if not schema.is_mutable else []
-            for value, writes in [*touched, *fresh]:
+            for value, writes in touched:
                 for tensor in _tensors(value):
-                    self._touch(schema.name, tensor, time, writes)
+                    self._touch(func._schema.name, tensor, time, writes)
             self.num_copies_beside += self.current is not self.compute
         return outputs
 
@@ -141,6 +142,15 @@ class RaceDetector(TorchDispatchMode):
     def __exit__(self, *reason):
         self._give_back()
         return super().__exit__(*reason)
+
+
+@functools.cache
+def _arguments(func) -> dict[str, bool] | None:
+    """Whether an operator writes into each of its arguments, by name; None if it reads and writes no memory."""
+    schema = func._schema
+    if "empty" in schema.name or _moves_nothing(func):
+        return None
+    return {argument.name: argument.alias_info is not None and argument.alias_info.is_write for argument in schema.arguments}
 
 
 def _tensors(value) -> list[torch.Tensor]:
