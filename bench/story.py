@@ -72,10 +72,10 @@ def described(trace: Trace) -> dict[str, Any]:
     return found
 
 
-def variants(frames: int = 17) -> dict[str, Any]:
+def variants() -> dict[str, Any]:
     """Name -> a function that makes the trace."""
     base = MemoryPlan(dtype="float32", checkpoint="none", backbone_copies=2, text_encoder_resident=True)
-    log = replaced(LOG, {"model.frames": frames, "memory.dtype": "float32"})
+    log = replaced(LOG, {"memory.dtype": "float32"})
     cfg, half = replaced(log, {"data.batch_size": 2}), replaced(log, {"memory.dtype": "float16"})
     alone = Recipe(text_encoder_numel=0, vae_numel=0)
     return {

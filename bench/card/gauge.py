@@ -199,15 +199,15 @@ class Gauge:
             found[f"{kind} hidden seconds"] = overlap(copies, computing) / 1e6
         return found
 
-    def kernels(self, run: Callable[[], object], *, most: int = 30) -> list[dict[str, Any]]:
-        """The kernels that took most of `run`: name, count and seconds by the card's own record; empty on the CPU."""
+    def kernels(self, run: Callable[[], object]) -> list[dict[str, Any]]:
+        """The 30 kernels that took most of `run`: name, count and seconds by the card's own record; empty on the CPU."""
         if not self.is_card:
             run()
             return []
         found: dict[str, list[float]] = {}
         for event in self._record(run):
             found.setdefault(event.name[:120], []).append((event.time_range.end - event.time_range.start) / 1e6)
-        longest = sorted(found.items(), key=lambda entry: -sum(entry[1]))[:most]
+        longest = sorted(found.items(), key=lambda entry: -sum(entry[1]))[:30]
         return [{"name": name, "count": len(seconds), "seconds": sum(seconds)} for name, seconds in longest]
 
     def _record(self, run: Callable[[], object]) -> list[Any]:

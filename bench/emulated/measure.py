@@ -56,13 +56,13 @@ def part_of_suite(part: ModuleType, session: Session) -> dict[str, Any]:
         return without(("second", *_MEANINGLESS), part.measure(session, Path(scratch)))
 
 
-def asked_for(session: Session, cell: Cell, *, num_steps: int = 3) -> dict[str, Any]:
+def asked_for(session: Session, cell: Cell) -> dict[str, Any]:
     """What the host gives the card to do in a step, how long it needs for that, and whether it waits or allocates meanwhile."""
     with rigged(cell, session.gauge) as rig:
         for _ in range(2):
             rig.step()
         session.gauge.synchronize()
-        before, allocator, taken = counters(), session.gauge.counters(), []
+        num_steps, before, allocator, taken = 3, counters(), session.gauge.counters(), []
         with session.gauge.unsynchronised():  # an operator that waits raises
             for _ in range(num_steps):
                 started = time.perf_counter()
