@@ -66,10 +66,8 @@ class Card:
     """FLOP/s without tensor cores."""
     memory_bandwidth: float
     """Device memory, bytes/s."""
-    host_link_nominal: float
-    """Host link by its standard, one way, bytes/s."""
     host_link_bandwidth: float
-    """What a pinned copy reaches, bytes/s."""
+    """What a pinned copy over the host link reaches, one way, bytes/s."""
     matmul_fraction: float
     """Share of `tensor_rate` that large matrix products reach; the nominal clock may be exceeded."""
     attention_fraction: float
@@ -193,7 +191,6 @@ def _named(name: str) -> Card:
         tensor_rate=row["tensor"] * 1e12,
         fp32_rate=row["fp32"] * 1e12,
         memory_bandwidth=row["bandwidth"] * 1e9,
-        host_link_nominal=link["nominal"] * 1e9,
         host_link_bandwidth=link["effective"] * 1e9,
         matmul_fraction=row.get("matmul", kind["matmul"]),
         attention_fraction=kind.get("cudnn", kind["flash"]),
@@ -230,7 +227,7 @@ def _of_size(gib: float, label: str | None = None, table: str = "typical") -> Ca
         label=f"{label or f'{gib:g} GB'} (assumed rates of {model.label})",
         capacity_bytes=capacity,
         usable_bytes=_usable(capacity),
-        assumed=_ASSUMED + ("tensor_rate", "fp32_rate", "memory_bandwidth", "host_link_nominal"),
+        assumed=_ASSUMED + ("tensor_rate", "fp32_rate", "memory_bandwidth"),
     )
 
 
@@ -276,7 +273,6 @@ def _cpu() -> Card:
         tensor_rate=1e11,
         fp32_rate=1e11,
         memory_bandwidth=2e10,
-        host_link_nominal=1e10,
         host_link_bandwidth=1e10,
         matmul_fraction=0.5,
         attention_fraction=0.3,
@@ -287,7 +283,7 @@ def _cpu() -> Card:
         context_bytes=0,
         cublas_workspace_bytes=0,
         source="assumed; plans for a CPU are for trying things out",
-        assumed=_ASSUMED + ("tensor_rate", "fp32_rate", "memory_bandwidth", "host_link_nominal"),
+        assumed=_ASSUMED + ("tensor_rate", "fp32_rate", "memory_bandwidth"),
         host_bytes=available,
     )
 

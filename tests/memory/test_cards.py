@@ -25,7 +25,7 @@ def test_the_table_is_complete_and_plausible():
         assert 2e13 < card.tensor_rate < 3e15, name
         assert 5e12 < card.fp32_rate <= card.tensor_rate / 1.9, name  # tensor cores at least double fp32
         assert 2e11 < card.memory_bandwidth < 1e13
-        assert 0.5 < card.host_link_bandwidth / card.host_link_nominal < 1
+        assert 1e10 < card.host_link_bandwidth < 4e11
         assert 0 < card.flash_backward_fraction < card.flash_fraction <= card.attention_fraction <= 1 and 0.5 < card.matmul_fraction < 1.2
         assert (card.attention_fraction > card.flash_fraction) == (card.architecture in ("hopper", "hopper-cut", "blackwell-sxm")), name
         assert card.flash_backward_fraction <= card.attention_backward_fraction <= 1
