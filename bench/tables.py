@@ -6,7 +6,6 @@
 A figure in a document is written by this file or not at all.
 """
 
-import json
 import re
 import sys
 from collections.abc import Callable

@@ -371,7 +371,7 @@ def test_hostile_headers_are_refused(tmp_path, data):
 
 
 @pytest.mark.parametrize("name", ["../secret", "/etc/hostname", "..", ".", "", "a/b", "a\\b", ".hidden", "manifest.json", "a\0b", "\ud800"])
-def test_names_that_lead_out_are_refused(run_dir, name, caplog):
+def test_names_that_lead_out_are_refused(run_dir, name):
     (run_dir / "ckpt/secret").write_text("s")
     directory = run_dir / "ckpt/step-000002"
     files = json.loads((directory / "manifest.json").read_text())["files"]

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from tiny_transformer import assert_equal, make_tiny, plain_run
+from tiny_transformer import make_tiny, plain_run
 from torch import nn
 
 from memory.precision import cast_frozen, make_scaler

@@ -173,7 +173,7 @@ def test_readers_rename_nothing(tmp_path, caplog):
     assert "step-000002 is bad, using the one before" in caplog.text and names(tmp_path) == ["step-000001", "step-000002"]
 
 
-def test_bad_ones_are_set_aside_under_free_names(tmp_path, caplog):
+def test_bad_ones_are_set_aside_under_free_names(tmp_path):
     (tmp_path / "ckpt/bad-step-000002").mkdir(parents=True)
     (tmp_path / "ckpt/step-000002").mkdir()
     save_checkpoint(tmp_path, 3, tensors=TENSORS, state=STATE)

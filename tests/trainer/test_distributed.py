@@ -296,7 +296,7 @@ def test_a_batch_that_cannot_be_divided_is_refused(two):
     assert all("--batch-size 3 cannot be divided among 2 processes" in e and "use --batch-size 4" in e for e in two.errors)
 
 
-def test_agreement(tmp_path):
+def test_agreement():
     def check(rank: int) -> None:
         tensors = [torch.full((2, 3), float(rank)), torch.tensor(2.0 * rank)]
         average(tensors)

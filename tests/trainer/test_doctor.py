@@ -47,7 +47,7 @@ def test_the_bundled_model_runs():
     assert doctor.bundled_model().status == "ok"
 
 
-def test_a_model_that_does_not_load_is_a_problem_with_a_code(monkeypatch, tmp_path):
+def test_a_model_that_does_not_load_is_a_problem_with_a_code(monkeypatch):
     monkeypatch.setattr(doctor, "_generate_once", lambda model: (_ for _ in ()).throw(OSError(errno.ENOENT, "no such file")))
     assert (doctor.bundled_model().status, doctor.bundled_model().exit_code) == ("problem", 5)
     monkeypatch.setattr(doctor, "_generate_once", lambda model: (False, (9, 32, 32)))

@@ -197,7 +197,7 @@ def test_foreign_pt_files(tmp_path, content):
         load_eraser(tmp_path)
 
 
-def test_foreign_safetensors(tmp_path, saved):
+def test_foreign_safetensors(saved):
     directory, _, _ = saved
     save_file({"model.weight": torch.ones(2, 2)}, directory / WEIGHTS)
     with pytest.raises(CheckpointError, match="holds no eraser"):

@@ -122,7 +122,7 @@ def test_the_kernels_interpreted_compute_what_torch_does():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
-def test_the_kernels_on_a_card_are_nearer_to_the_truth(dtype, monkeypatch):
+def test_the_kernels_on_a_card_are_nearer_to_the_truth(dtype):
     if norm_rotate.working_kernels(torch.device("cuda", 0)) is None:
         pytest.skip("Triton does not work here")
     norm, x, positions, grad = _case(dtype)
