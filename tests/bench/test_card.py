@@ -27,7 +27,6 @@ from bench.provenance import RESULTS, of_cards
 from bench.times import cell_of
 from memory.cards import lookup
 from memory.plan import MemoryPlan
-from memory.compiling import compile_blocks
 from memory.snapshots import replay_snapshot
 from trainer.backbones import published
 
@@ -35,10 +34,14 @@ ROOT = Path(__file__).parent.parent.parent
 PARTS = ("offload", "minimum", "peaks", "short", "speed", "health", "cap", "feasibility", "choice")
 
 
-def test_every_part_walks_through_and_is_not_measured_twice(tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(compile_blocks.__kwdefaults__, "backend", "aot_eager")  # as far as autograd goes, in a tenth of the time
-    assert suite.main(suite.Card(dry=True, out=tmp_path)) == 0
-    shown = capsys.readouterr().out
+def _suite(*args: str) -> str:
+    done = subprocess.run([sys.executable, "run.py", "bench", "card", "--dry", *args], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_every_part_walks_through_and_is_not_measured_twice(tmp_path):
+    shown = _suite("--out", str(tmp_path))
     results = {name: json.loads((tmp_path / "dry" / f"{name}.json").read_text()) for name in PARTS}
     for name, result in results.items():
         assert result["dry"] and not result["skipped"] and result["provenance"]["versions"]["torch"]
@@ -69,9 +72,7 @@ def test_every_part_walks_through_and_is_not_measured_twice(tmp_path, monkeypatc
     assert results["health"]["cells"]["2b 17f"]["num_drawn"] == 2  # beside the watched rig in both rounds, and never beside the plain one
 
     before = (tmp_path / "dry" / "health.json").stat().st_mtime_ns
-    done = subprocess.run([sys.executable, "run.py", "bench", "card", "--dry", "--out", str(tmp_path), "--only", "health"], cwd=ROOT,
-                          capture_output=True, text=True)
-    assert done.returncode == 0 and "health: cost of the checks" in done.stdout, done.stderr
+    assert "health: cost of the checks" in _suite("--out", str(tmp_path), "--only", "health")
     assert (tmp_path / "dry" / "health.json").stat().st_mtime_ns == before
 
 
