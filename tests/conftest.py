@@ -1,10 +1,14 @@
-"""Tests have the environment of a run, which must stand before torch is imported."""
+"""Tests have the environment of a run, which must stand before torch and the hub's library are imported."""
 
 import gc
+import os
 
 from memory import environment
 
 environment.prepare()
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test may reach for the network
+if "PYTEST_XDIST_WORKER" in os.environ:  # tests run side by side: threads that wait for each other's cores take several times as long
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def pytest_collection_finish() -> None:

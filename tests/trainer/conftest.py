@@ -1,9 +1,5 @@
 """Fixtures: real but tiny CogVideoX pipelines on disk, one of each published kind, and settings to train on them."""
 
-import os
-
-os.environ["HF_HUB_OFFLINE"] = "1"  # read at import: no test may reach for the network
-
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
