@@ -17,14 +17,17 @@ from memory.checkpointing import checkpoint_blocks
 from memory.plan import MemoryPlan
 from trainer.erasers import in_backward
 
+
 def _checkpointed(blocks: nn.ModuleList) -> None:
     checkpoint_blocks(blocks, ["inputs"] * len(blocks))
 
 
 def _hide_erasers(blocks: nn.ModuleList) -> None:
-    """Take erasers out of the module tree. They stay on the device, and the attention's hook calls them all the same."""
+    """Take erasers out of the module tree. They stay on the device, and the attention's hook finds them all the same."""
     for block in blocks:
+        adapter = block.attn1.adapter
         del block.attn1.adapter
+        object.__setattr__(block.attn1, "adapter", adapter)  # past the module's own, which would put it back into the tree
 
 
 def group_offload(transformer: nn.Module, blocks: nn.ModuleList, plan: MemoryPlan, device: torch.device) -> None:

@@ -34,7 +34,7 @@ def _out_of_memory() -> str:
     return described(failure, advice, advice.command(["python", "run.py", "--resume", "runs/red-1"])) + "\n"
 
 
-def test_messages_are_those_that_users_know(settings, call, tmp_path, monkeypatch):  # noqa: F811
+def test_messages_are_those_that_users_know(settings, prompts, call, tmp_path, monkeypatch):  # noqa: F811
     monkeypatch.setenv("COLUMNS", "100")
     monkeypatch.chdir(tmp_path)
     for name, content in {"empty.txt": "\n", "unknown.toml": "[optim]\nrnak = 3\n", "typed.toml": "[optim]\nrank = 'x'\n",
@@ -45,7 +45,7 @@ def test_messages_are_those_that_users_know(settings, call, tmp_path, monkeypatc
     for flags, full in [(flags, True) for flags, _, _ in WRONG.values()] + [(flags, False) for flags in OTHERS]:
         argv = [flag.format(tmp=tmp_path) for flag in flags]
         code, out, lines = call(*(settings if full else []), *argv)
-        text = "\n".join(lines).replace(str(tmp_path), "TMP").replace(model, "MODEL")
+        text = "\n".join(lines).replace(str(tmp_path), "TMP").replace(str(prompts.parent), "TMP").replace(model, "MODEL")
         assert out == "" and "Traceback" not in text
         said.append(f"$ run.py {' '.join(flags).replace('{tmp}', 'TMP')}\n[{code}] {text}\n")
     now = "\n".join([*said, "out of memory in training\n[3] error: " + _out_of_memory()])
