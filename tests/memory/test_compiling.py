@@ -51,9 +51,9 @@ def test_blocks_share_what_is_compiled():
     assert 0 < num_graphs(3) == num_graphs(NUM_BLOCKS)
 
 
-def test_many_variants_are_all_compiled(monkeypatch):
-    tiny, limit = make_tiny("rope", "cpu"), 8  # torch's own
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", limit)
+@torch._dynamo.config.patch(recompile_limit=8)  # torch's own, whatever other tests left
+def test_many_variants_are_all_compiled():
+    tiny, limit = make_tiny("rope", "cpu"), torch._dynamo.config.recompile_limit
     handle = compile_blocks(tiny.blocks, device=torch.device("cpu"), backend="aot_eager")
     seen = []
     for batch in range(1, limit + 1):
