@@ -164,5 +164,3 @@ def _ownership(subject: Subject) -> str:
     ours = subject.assembly.erasers.parameters()
     same = Counter(tuple(p.shape) for p in theirs) == Counter(tuple(p.shape) for p in ours)
     return "replaced-parameters" if same else "not-in-optimizer"
-
-

@@ -151,4 +151,3 @@ def _split(name: str, files: Sequence[Path], flag: str) -> list[Example]:
         raise UsageError(f"{flag}: the class {name!r} has one picture; at least two are needed, one of them to measure on")
     test = set(range(3, len(files), 4)) or {len(files) - 1}
     return [Example(name, "test" if i in test else "train", file) for i, file in enumerate(files)]
-

@@ -78,4 +78,3 @@ def deepstack_cut(model: nn.Module) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
-

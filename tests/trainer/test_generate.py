@@ -177,5 +177,3 @@ def test_png_is_a_contact_sheet(sincos, tmp_path):
     [path] = module.generate(_config(sincos.directory, tmp_path / "deep" / "x.png"))
     with Image.open(path) as sheet:
         assert sheet.size[0] > 400
-
-

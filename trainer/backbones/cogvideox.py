@@ -330,4 +330,3 @@ def _random_text(prompt: str, length: int, width: int, dtype: torch.dtype) -> Te
     """A stand-in embedding that depends on the prompt alone."""
     seed = int.from_bytes(hashlib.sha256(prompt.encode()).digest()[:7], "big")
     return torch.randn(length, width, generator=torch.Generator().manual_seed(seed)).to(dtype)
-
