@@ -7,6 +7,7 @@ import logging
 import os
 import runpy
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 from memory import environment
@@ -22,11 +23,15 @@ def main() -> int:
     logging.getLogger("bitsandbytes.backends").setLevel(logging.ERROR)  # it warns of kernels that are not used here
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     environment.prepare()  # before torch is imported
-    if sys.argv[1:2] == ["bench"]:
-        return _bench(sys.argv[2:])
     if sys.stdout is None:  # closed by the caller
         sys.stdout = open(os.devnull, "w")
-    return _leave(_run())
+    try:
+        return _bench(sys.argv[2:]) if sys.argv[1:2] == ["bench"] else _leave(_run())
+    except ModuleNotFoundError as e:
+        if find_spec(e.name.partition(".")[0]):
+            raise
+        return _say(2, f"error: {e.name} is not installed for {sys.executable}; `make run` or `make test` once installs all that is needed "
+                    "into .venv, then: . .venv/bin/activate")
 
 
 def _bench(words: list[str]) -> int:

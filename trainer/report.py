@@ -38,7 +38,9 @@ def write_report(run: Path, out: Path | None = None) -> Path:
     files, out = RunFiles.read(run), out or run / REPORT
     if not out.name:
         raise UsageError(f"--out {out}: name a file, such as {REPORT}")
-    builders = (_tiles, _findings, _evaluation, _attempts, _pictures, _losses, _norms, _time, _memory, _settings)
+    builders = [_tiles, _findings, _evaluation, _attempts, _pictures, _losses, _norms, _time, _memory, _settings]
+    if files.forgets:  # no videos, no blocks
+        builders = [builder for builder in builders if builder not in (_pictures, _norms)]
     page = string.Template(_TEMPLATE.read_text(encoding="utf-8")).substitute(
         title=_title(files), subtitle=_subtitle(files), body="\n".join(_built(builder, files) for builder in builders))
     try:
@@ -112,11 +114,16 @@ def _tiles(files: RunFiles) -> str:
     if seconds:
         shown.append(("Seconds a step, median", f"{median(seconds):.3g}"))
     if measured := _measured_peak(files):
-        shown.append((f"Peak memory, measured ({measured[0]})", f"{measured[1] / _GIB:.2f} GiB"))
+        shown.append((f"Peak memory, measured ({measured[0]})", _gib(measured[1])))
     if predicted := files.memory.get("predicted", {}).get("peak_bytes"):
-        shown.append(("Peak memory, predicted", f"{predicted / _GIB:.2f} GiB"))
+        which = "predicted (tensors alone)" if measured and measured[0] == "process" else "predicted"
+        shown.append((f"Peak memory, {which}", _gib(predicted)))
     return '<div class="tiles">' + "".join(
         f"<div><span>{escape(label)}</span><b>{escape(value)}</b></div>" for label, value in shown) + "</div>"
+
+
+def _gib(num_bytes: float) -> str:
+    return f"{num_bytes / _GIB:{'.2f' if num_bytes >= 0.1 * _GIB else '.2g'}} GiB"
 
 
 def _findings(files: RunFiles) -> str:

@@ -1,5 +1,6 @@
 """The command line: help at once, and one clear line and the right exit code for every wrong input."""
 
+import re
 import resource
 import subprocess
 import sys
@@ -44,6 +45,13 @@ def test_help_imports_no_torch():
             "bad = {'torch', 'diffusers', 'transformers', 'numpy'} & set(sys.modules); assert not bad, bad")
     done = _python("-c", code)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("command", [["doctor"], ["bench", "published"]])
+def test_a_python_without_what_is_needed_is_named(command):
+    done = _python("-S", "run.py", *command)  # without its packages
+    assert done.returncode == 2
+    assert re.fullmatch(r"error: \w+ is not installed for .*; `make run` or .* then: \. \.venv/bin/activate\n", done.stderr), done.stderr
 
 
 def test_every_setting_has_a_help_text(capsys):

@@ -286,22 +286,25 @@ def chromium():
 
 
 @pytest.mark.skipif(chromium() is None, reason="no Chromium here")
-def test_in_a_real_browser(run, tmp_path):
-    """Scripts run, pointing at a chart shows its value, and the policy against the network is in force."""
+@pytest.mark.parametrize("width", [1200, 500])
+def test_in_a_real_browser(run, tmp_path, width):
+    """Scripts run, pointing at a chart shows its value, the policy against the network is in force, and no picture is cut off."""
     path = write_report(run)
     probe = """<script>
       const chart = document.querySelector("svg.chart"), box = chart.getBoundingClientRect();
-      chart.dispatchEvent(new PointerEvent("pointermove", {clientX: box.right - 12, clientY: box.top + 50}));
-      document.title = "tip " + chart.querySelector(".tip").textContent + " width " + document.body.scrollWidth;
+      chart.dispatchEvent(new PointerEvent("pointermove", {clientX: box.right - box.width / 100, clientY: box.top + 50}));
+      document.title = "tip " + chart.querySelector(".tip").textContent + " width " + document.body.scrollWidth + " beyond its section " +
+        Math.max(...[...document.querySelectorAll("figure, svg.chart")].map(e => e.getBoundingClientRect().right - e.closest("section").getBoundingClientRect().right));
     </script></body>"""
     path.write_text(path.read_text().replace("</body>", probe))
     done = subprocess.run(
         [chromium(), "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
-         "--disable-component-update", "--disable-sync", f"--user-data-dir={tmp_path / 'profile'}", "--window-size=1200,900",
+         "--disable-component-update", "--disable-sync", f"--user-data-dir={tmp_path / 'profile'}", f"--window-size={width},900",
          "--dump-dom", path.as_uri()], capture_output=True, text=True, timeout=120, check=True)
     title = re.search(r"<title>(.*?)</title>", done.stdout)[1]
     assert title.startswith("tip step 59: 0.01667")
-    assert int(title.split()[-1]) <= 1200  # no sideways scrolling
+    assert int(re.search(r"width (\d+)", title)[1]) <= width  # no sideways scrolling
+    assert float(title.split()[-1]) <= 0
 
 
 def test_the_settings_of_the_report_are_those_of_the_run(run):
