@@ -28,11 +28,10 @@ def locate(model: str) -> Path:
         model = published.HUB_IDS.get(model, model)
     if not directory.exists() and model.count("/") == 1 and not model.startswith((".", "/", "~")):
         from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import HFValidationError, HfHubHTTPError
 
         try:
             return Path(snapshot_download(model, allow_patterns=["*.json", "*.safetensors", "*.model"]))
-        except (HFValidationError, HfHubHTTPError, OSError) as e:
+        except Exception as e:  # a connection that breaks off raises what the HTTP library has for it, and that is not always the same one
             raise UsageError(f"--model {model}: no such directory, and the hub did not give it ({_refusal(e)}); "
                              "name a local directory in diffusers' layout, or shapes") from e
     missing = [c for c in COMPONENTS if not (directory / c).is_dir()]
@@ -56,13 +55,14 @@ def locate(model: str) -> Path:
 def _refusal(error: Exception) -> str:
     """Why the hub did not give a model."""
     from huggingface_hub.constants import HF_HUB_OFFLINE
-    from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
 
     if isinstance(error, RepositoryNotFoundError):  # also where it may not be read
         return "it has none of that name for you; a private or gated one needs HF_TOKEN"
     if isinstance(error, LocalEntryNotFoundError):
         return "it is not in the cache, and " + ("HF_HUB_OFFLINE is set" if HF_HUB_OFFLINE else "the hub cannot be reached")
-    return str(error).strip().split("\n")[0] or type(error).__name__
+    reason = str(error).strip().split("\n")[0] or type(error).__name__
+    return reason if isinstance(error, HFValidationError) else f"{reason}; what has come of it is kept, so the same command goes on from there"
 
 
 def read_config(directory: Path, component: str) -> dict[str, Any]:
