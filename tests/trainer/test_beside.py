@@ -46,6 +46,50 @@ def test_what_was_announced_is_shared_and_remembered(two_cores, tmp_path):
     assert not multiprocessing.active_children()
 
 
+def test_one_process_serves_all_announcements(two_cores, tmp_path):
+    def noted(call):
+        """In the other process, b takes until it may end."""
+        with (tmp_path / call).open("a") as f:
+            f.write(f"{os.getpid()}\n")
+        while multiprocessing.parent_process() and call == "b" and not (tmp_path / "go on").exists():
+            time.sleep(0.01)
+        return call.upper()
+
+    run, deadline = Beside(noted), time.monotonic() + 60
+    run.announce("abc")
+    while not (tmp_path / "b").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    run.announce("xbyz")  # it is at b, and y and z are for it
+    assert [run(call) for call in "cxa"] == list("CXA")  # c was meant for it once
+    (tmp_path / "go on").touch()
+    assert run._pipe.poll(60) and run("b") == "B"
+    while not (tmp_path / "y").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    pids = {call: (tmp_path / call).read_text().split() for call in "abcxy"}
+    assert all(len(made) == 1 for made in pids.values())
+    assert pids["y"] == pids["b"] == [str(run._process.pid)] and pids["c"] == [str(os.getpid())]
+    run.announce(())
+    assert not multiprocessing.active_children()
+
+
+def test_what_fails_here_fails_again(two_cores):
+    run = Beside(_where)
+    run.announce(["bad", "a", "b"])
+    for _ in range(2):
+        with pytest.raises(ValueError, match="bad"):
+            run("bad")
+    run.announce(())
+
+
+def test_a_result_that_cannot_be_sent_is_made_here(two_cores):
+    run = Beside(lambda call: lambda: call)
+    run.announce("ab")
+    assert run._pipe.poll(60)  # the other process has ended
+    assert run("b")() == "b"
+
+
 @pytest.mark.parametrize("call", ["bad", "dead"])
 def test_what_fails_there_is_done_here(two_cores, call):
     run = Beside(_where)
