@@ -58,10 +58,10 @@ def collect_prompts(config: TrainConfig) -> PromptSet:
 def open_training(config: TrainConfig) -> tuple[CogVideoX, PromptSet, dict[str, Tensor] | None]:
     """(model, prompts, the concept's columns in each): what is asked for, checked as far as it can be before anything is loaded."""
     require_trainable(config)
-    backbone = open_backbone(config.model)
+    prompts = collect_prompts(config)
+    backbone = open_backbone(config.model)  # the download, if there is one
     backbone.latent_shape(*video_size(backbone, config.model))
     masking_blocks(backbone, config.loss)
-    prompts = collect_prompts(config)
     columns = prompt_columns(backbone, prompts, localised=config.loss.alpha > 0)
     return backbone, prompts, columns if config.loss.alpha > 0 else None
 

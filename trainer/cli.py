@@ -134,7 +134,7 @@ def _forecast(command: PlanCommand, origins: dict[str, str]) -> None:
     card = chosen_card(command.profile, config.model.device)
     if command.host:
         card = replace(card, host_bytes=size_bytes(command.host))
-    found = planning.forecast(planning.without_weights(config), card, fixed(origins), num_cards=command.cards)
+    found = planning.forecast(config, card, fixed(origins), num_cards=command.cards)
     if command.json:
         print(json.dumps(planning.as_json(found, origins), indent=2))
     else:

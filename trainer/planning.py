@@ -59,7 +59,7 @@ class Forecast:
 
 
 def without_weights(config: TrainConfig) -> TrainConfig:
-    """A published model that is not here is planned from its published configuration: planning needs no weights."""
+    """A published model is planned from its published configuration: what cannot be is refused before a download of hours."""
     model = config.model
     names = {hub_id: name for name, hub_id in published.HUB_IDS.items()} | {name: name for name in published.TRANSFORMERS}
     if model.weights == "random" or model.model not in names or Path(model.model).exists():
@@ -129,7 +129,7 @@ def forecast(config: TrainConfig, card: Card, fixed: Collection[str] = (), *, nu
     On one of `num_cards` such cards in a machine; None: of as many as train together now.
     Raises UsageError for settings that cannot be, on this card or at all; DoesNotFit where no plan needs to be looked at.
     """
-    num_cards = num_cards or num_ranks()
+    config, num_cards = without_weights(config), num_cards or num_ranks()
     run = workload(config, num_cards=num_cards)
     check_card(config, card)
     check_batch(config, num_cards)
@@ -150,6 +150,7 @@ def forecast(config: TrainConfig, card: Card, fixed: Collection[str] = (), *, nu
 
 def forecast_as_given(config: TrainConfig, card: Card) -> Assessment:
     """What exactly the configured plan needs on `card`. Raises as `forecast` does."""
+    config = without_weights(config)
     run = workload(config)
     check_card(config, card)
     check_attention(config, card, num_ranks())

@@ -271,8 +271,8 @@ def _not_found():
 
 
 @pytest.mark.parametrize("error, why", [(None, "not in the cache, and HF_HUB_OFFLINE is set"), (_not_found(), "none of that name for you"),
-                                        (OSError(28, "No space left on device"), "No space left on device; .* the same command goes on"),
-                                        (type("ReadTimeout", (Exception,), {})("timed out"), r"timed out; what has come of it is kept")], ids=str)
+                                        (OSError(28, "No space left on device"), "OSError: .*No space left on device; .* the same command goes on"),
+                                        (type("ReadTimeout", (Exception,), {})("timed out"), "ReadTimeout: timed out; files that have come are kept")], ids=str)
 def test_why_the_hub_does_not_give_a_model_is_said(monkeypatch, error, why):
     if error is not None:
         monkeypatch.setattr("huggingface_hub.snapshot_download", Mock(side_effect=error))

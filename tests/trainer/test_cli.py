@@ -5,6 +5,7 @@ import resource
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -326,3 +327,19 @@ def test_what_does_not_fit_the_hosts_memory_is_told_before_anything_is_loaded(tm
     monkeypatch.setattr("trainer.loop.assemble", None)  # not reached
     with pytest.raises(DoesNotFit, match=r"shapes does not fit this machine's CPU: this plan needs .* in optimizer; \d+ GiB free would do, and --profile auto"):
         cli.main(["--rank", "100000000", "--device", "cpu", "--steps", "1", "--out", str(tmp_path / "run")])
+
+
+@pytest.mark.parametrize("code, argv, why", [
+    (2, ["--profile", "4090", "--frames", "9"], "nothing to preserve"),
+    (3, ["--profile", "8gb", "--batch-size", "64", "--preserve", "tennis"], "does not fit"),
+    (2, ["--profile", "4090", "--frames", "9", "--height", "481", "--preserve", "tennis"], "--height 481"),
+    (2, ["--profile", "4090", "--frames", "9", "--preserve", "tennis"], "the hub did not give THUDM/CogVideoX-2b (OfflineModeIsEnabled: no;"),
+], ids=["prompts", "memory", "size", "all well"])
+def test_what_cannot_be_is_refused_before_a_model_is_downloaded(call, monkeypatch, code, argv, why):
+    from huggingface_hub.errors import OfflineModeIsEnabled
+
+    download = Mock(side_effect=OfflineModeIsEnabled("no"))
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    got, _, said = call("--model", "cogvideox-2b", "--concept", "golf", "--device", "cpu", *argv)
+    assert got == code and why in said[-1]
+    assert download.called == ("hub" in why)

@@ -23,17 +23,15 @@ def locate(model: str) -> Path:
     """The local directory of a model; hub ids are downloaded (safetensors and configurations only). Raises UsageError."""
     if model == "shapes":
         return BUNDLED
-    directory = Path(model).expanduser()
-    if not directory.exists():
-        model = published.HUB_IDS.get(model, model)
-    if not directory.exists() and model.count("/") == 1 and not model.startswith((".", "/", "~")):
+    directory, hub_id = Path(model).expanduser(), published.HUB_IDS.get(model, model)
+    if not directory.exists() and hub_id.count("/") == 1 and not hub_id.startswith((".", "/", "~")):
         from huggingface_hub import snapshot_download
 
         try:
-            return Path(snapshot_download(model, allow_patterns=["*.json", "*.safetensors", "*.model"]))
+            return Path(snapshot_download(hub_id, allow_patterns=["*.json", "*.safetensors", "*.model"]))
         except Exception as e:  # a connection that breaks off raises what the HTTP library has for it, and that is not always the same one
-            raise UsageError(f"--model {model}: no such directory, and the hub did not give it ({_refusal(e)}); "
-                             "name a local directory in diffusers' layout, or shapes") from e
+            what = "no such directory, and the hub did not give it" if hub_id == model else f"the hub did not give {hub_id}"
+            raise UsageError(f"--model {model}: {what} ({_refusal(e)}); name a local directory in diffusers' layout, or shapes") from e
     missing = [c for c in COMPONENTS if not (directory / c).is_dir()]
     if not (directory / "model_index.json").is_file() or missing:
         what = "is not there"
@@ -61,8 +59,10 @@ def _refusal(error: Exception) -> str:
         return "it has none of that name for you; a private or gated one needs HF_TOKEN"
     if isinstance(error, LocalEntryNotFoundError):
         return "it is not in the cache, and " + ("HF_HUB_OFFLINE is set" if HF_HUB_OFFLINE else "the hub cannot be reached")
-    reason = str(error).strip().split("\n")[0] or type(error).__name__
-    return reason if isinstance(error, HFValidationError) else f"{reason}; what has come of it is kept, so the same command goes on from there"
+    reason = str(error).strip().split("\n")[0]
+    if isinstance(error, HFValidationError):
+        return reason
+    return ": ".join(filter(None, (type(error).__name__, reason))) + "; files that have come are kept, and the same command goes on with the rest"
 
 
 def read_config(directory: Path, component: str) -> dict[str, Any]:
