@@ -20,7 +20,7 @@ class ForgetConfig:
     encoder: Literal["clip", "qwen3-vl"] = "clip"
     """clip: the text side, from names. qwen3-vl: the image side, from pictures."""
     model: str = "shapes"
-    """The frozen encoder: shapes (bundled), or a directory in transformers' layout."""
+    """The frozen encoder: shapes (bundled), a directory in transformers' layout, or a hub id."""
     forget: str | None = None
     """The class to forget. The bundled encoders know a colour and a shape: red circle, by default."""
     preserve: tuple[str, ...] = ()

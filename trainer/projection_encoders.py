@@ -17,6 +17,7 @@ from torch import nn
 from trainer.backbones.location import fingerprint
 from trainer.backbones.weights import open_shard, shards
 from trainer.errors import CheckpointError, UsageError
+from trainer.hub import fetch_description, fetch_weights, is_hub_id
 from trainer.lora import Layer
 from trainer.projection_examples import open_picture
 from trainer.projection_qwen import DEEPSTACK_MERGER, MAIN_MERGER
@@ -46,8 +47,9 @@ class Tower(Protocol):
 
 
 def locate(encoder: str, model: str) -> Path:
-    """The directory of an encoder, its type checked. Raises UsageError."""
-    directory = BUNDLED / encoder if model == "shapes" else Path(model).expanduser()
+    """The directory of an encoder, its type checked; a model of the hub is downloaded. Raises UsageError."""
+    from_hub = is_hub_id(model)
+    directory = BUNDLED / encoder if model == "shapes" else fetch_description(model, named=model) if from_hub else Path(model).expanduser()
     try:
         found = json.loads((directory / "config.json").read_text())["model_type"]
     except (OSError, ValueError, KeyError, TypeError) as e:
@@ -57,6 +59,8 @@ def locate(encoder: str, model: str) -> Path:
         fitting = next((e for e, types in _TYPES.items() if found in types), None)
         advice = f"use --encoder {fitting}" if fitting else f"--encoder {encoder} takes {' or '.join(_TYPES[encoder])}"
         raise UsageError(f"--model {model}: a model of type {found!r}, not one for --encoder {encoder}; {advice}")
+    if from_hub:
+        fetch_weights(model, directory, named=model)
     return directory
 
 

@@ -36,6 +36,28 @@ def copied(pipelines: dict[str, Path], tmp_path: Path) -> Callable[[str], Path]:
     return lambda kind: Path(shutil.copytree(pipelines[kind], tmp_path / f"copy-{kind}"))
 
 
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[dict[str, Path]], list[tuple]]:
+    """Makes the hub have models, by id: the list of (id, revision, patterns) that downloads will be noted in."""
+    def have(models: dict[str, Path]) -> list[tuple]:
+        calls: list[tuple] = []
+
+        def download(hub_id: str, *, revision: str | None, allow_patterns: list[str]) -> str:
+            calls.append((hub_id, revision, allow_patterns))
+            into = tmp_path / "hub" / hub_id / "revision"
+            for pattern in allow_patterns:
+                for file in models[hub_id].rglob(pattern):
+                    copy = into / file.relative_to(models[hub_id])
+                    copy.parent.mkdir(parents=True, exist_ok=True)
+                    shutil.copy(file, copy)
+            return str(into)
+
+        monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+        return calls
+
+    return have
+
+
 @pytest.fixture(params=KINDS)
 def backbone(request: pytest.FixtureRequest, pipelines: dict[str, Path]) -> CogVideoX:
     return CogVideoX(str(pipelines[request.param]))

@@ -180,7 +180,7 @@ def test_tokenizer_of_a_sentencepiece_model_alone(copied):
 def test_a_published_name_is_its_hub_id(name, hub_id, monkeypatch, pipelines):
     asked = []
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda model, **_: asked.append(model) or str(pipelines["5b"]))
-    assert CogVideoX(name).directory == pipelines["5b"] and asked == [hub_id]
+    assert CogVideoX(name).directory == pipelines["5b"] and set(asked) == {hub_id}
 
 
 def test_encoding_in_batches_of_two_changes_nothing_but_rounding(sincos):
@@ -278,6 +278,26 @@ def test_why_the_hub_does_not_give_a_model_is_said(monkeypatch, error, why):
         monkeypatch.setattr("huggingface_hub.snapshot_download", Mock(side_effect=error))
     with pytest.raises(UsageError, match=f"^--model nobody/no-model: .*{why}"):
         CogVideoX("nobody/no-model")
+
+
+def test_a_model_of_the_hub_is_looked_at_before_its_weights_come(copied, hub):
+    source = copied("5b")
+    calls = hub({"some/one": source})
+    opened = CogVideoX("some/one")
+    assert opened.native_dtype == torch.float32 and opened.directory.name == "revision" and opened.name == "some/one"
+    assert [patterns for _, _, patterns in calls] == [["*.json", "*.txt", "*.model", "*.jinja"], ["*.safetensors"]]
+    assert calls[1][:2] == ("some/one", "revision")  # of what was looked at, whatever the hub has by now
+    opened.load_transformer(dtype=torch.float32)
+
+    file = source / "transformer" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"in_channels": 8}))
+    calls.clear()
+    with pytest.raises(UsageError, match="as for image to video"):
+        CogVideoX("some/one")
+    (source / "model_index.json").write_text('{"_class_name": "LatteDiffusionPipeline"}')
+    with pytest.raises(UsageError, match="the pipeline is a LatteDiffusionPipeline"):
+        CogVideoX("some/one")
+    assert len(calls) == 2  # neither of them came to weights
 
 
 def test_unreadable_configuration_is_a_usage_error(copied):

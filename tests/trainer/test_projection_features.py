@@ -185,6 +185,16 @@ def test_wrong_models_are_refused_with_advice(encoders, tmp_path):
         locate("clip", str(tmp_path / "absent"))
 
 
+def test_an_encoder_of_the_hub_is_looked_at_before_its_weights_come(encoders, hub):
+    calls = hub({"some/clip": encoders["clip"], "some/qwen": encoders["qwen3-vl"]})
+    tower = ClipText(locate("clip", "some/clip"))
+    assert [patterns for _, _, patterns in calls][1:] == [["*.safetensors"]]
+    assert tower.load() is not None
+    with pytest.raises(UsageError, match="use --encoder qwen3-vl"):
+        locate("clip", "some/qwen")
+    assert len(calls) == 3
+
+
 def test_a_model_without_weights_is_refused(encoders, tmp_path):
     for file in encoders["clip"].iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes()[: 1000 if file.suffix == ".safetensors" else None])

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from memory.offload import offload_blocks, place
 from trainer.backbones import Decode, Predict, published
-from trainer.backbones.location import config_hash, fingerprint, locate, read_config, reading, stored_dtype
+from trainer.backbones.location import complete, config_hash, fingerprint, locate, read_config, reading, stored_dtype
 from trainer.backbones.weights import allocate, assign, randomise
 from trainer.errors import CheckpointError, UsageError
 
@@ -45,9 +45,11 @@ class CogVideoX:
             self.directory = locate(model)
             self._config = read_config(self.directory, "transformer")
             self._vae_config = read_config(self.directory, "vae")
-            self.native_dtype = stored_dtype(self.directory / "transformer")
         with reading(Path(self.directory or model)):
             self._read_configuration()
+        if self.directory:
+            complete(model, self.directory)
+            self.native_dtype = stored_dtype(self.directory / "transformer")
 
     def _read_configuration(self) -> None:
         with torch.device("meta"):  # for its configuration with all defaults; one block is built in a moment

@@ -13,6 +13,7 @@ import torch
 from trainer.backbones import published
 from trainer.backbones.weights import open_shard, shards
 from trainer.errors import CheckpointError, TrainerError, UsageError
+from trainer.hub import fetch_description, fetch_weights, is_hub_id
 
 BUNDLED = Path(__file__).parent.parent / "shapes" / "pipeline"
 COMPONENTS = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")
@@ -20,18 +21,11 @@ _CLASSES = {"transformer": "CogVideoXTransformer3DModel", "vae": "AutoencoderKLC
 
 
 def locate(model: str) -> Path:
-    """The local directory of a model; hub ids are downloaded (safetensors and configurations only). Raises UsageError."""
+    """The local directory of a model; of a model of the hub, all but its weights. Raises UsageError."""
     if model == "shapes":
         return BUNDLED
-    directory, hub_id = Path(model).expanduser(), published.HUB_IDS.get(model, model)
-    if not directory.exists() and hub_id.count("/") == 1 and not hub_id.startswith((".", "/", "~")):
-        from huggingface_hub import snapshot_download
-
-        try:
-            return Path(snapshot_download(hub_id, allow_patterns=["*.json", "*.safetensors", "*.model"]))
-        except Exception as e:  # a connection that breaks off raises what the HTTP library has for it, and that is not always the same one
-            what = "no such directory, and the hub did not give it" if hub_id == model else f"the hub did not give {hub_id}"
-            raise UsageError(f"--model {model}: {what} ({_refusal(e)}); name a local directory in diffusers' layout, or shapes") from e
+    hub_id = _hub_id(model)
+    directory = fetch_description(hub_id, named=model) if hub_id else Path(model).expanduser()
     missing = [c for c in COMPONENTS if not (directory / c).is_dir()]
     if not (directory / "model_index.json").is_file() or missing:
         what = "is not there"
@@ -50,19 +44,16 @@ def locate(model: str) -> Path:
     return directory
 
 
-def _refusal(error: Exception) -> str:
-    """Why the hub did not give a model."""
-    from huggingface_hub.constants import HF_HUB_OFFLINE
-    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
+def complete(model: str, directory: Path) -> None:
+    """Fetch the weights of what `locate` found, if it is the hub's. Raises UsageError."""
+    if hub_id := _hub_id(model):
+        fetch_weights(hub_id, directory, named=model)
 
-    if isinstance(error, RepositoryNotFoundError):  # also where it may not be read
-        return "it has none of that name for you; a private or gated one needs HF_TOKEN"
-    if isinstance(error, LocalEntryNotFoundError):
-        return "it is not in the cache, and " + ("HF_HUB_OFFLINE is set" if HF_HUB_OFFLINE else "the hub cannot be reached")
-    reason = str(error).strip().split("\n")[0]
-    if isinstance(error, HFValidationError):
-        return reason
-    return ": ".join(filter(None, (type(error).__name__, reason))) + "; files that have come are kept, and the same command goes on with the rest"
+
+def _hub_id(model: str) -> str | None:
+    """What the hub calls it, if it is not here."""
+    hub_id = published.HUB_IDS.get(model, model)
+    return hub_id if is_hub_id(hub_id) and not Path(model).expanduser().exists() else None
 
 
 def read_config(directory: Path, component: str) -> dict[str, Any]:

@@ -1,0 +1,48 @@
+"""Models from the Hugging Face hub: first what describes them, and their weights once that is found to be what is needed."""
+
+from pathlib import Path
+
+from trainer.errors import UsageError
+
+_DESCRIPTION = ("*.json", "*.txt", "*.model", "*.jinja")  # configurations, vocabularies
+_WEIGHTS = ("*.safetensors",)
+
+
+def is_hub_id(model: str) -> bool:
+    """Whether it names a model of the hub: owner/name, and no such path here."""
+    return model.count("/") == 1 and not model.startswith((".", "/", "~")) and not Path(model).exists()
+
+
+def fetch_description(hub_id: str, *, named: str) -> Path:
+    """The directory of a model of the hub in the local cache, all but the weights. `named`: by the user. Raises UsageError."""
+    return _fetch(hub_id, _DESCRIPTION, None, named)
+
+
+def fetch_weights(hub_id: str, directory: Path, *, named: str) -> None:
+    """Complete what `fetch_description` returned: gigabytes. Raises UsageError."""
+    _fetch(hub_id, _WEIGHTS, directory.name, named)  # the cache names a directory by its revision
+
+
+def _fetch(hub_id: str, patterns: tuple[str, ...], revision: str | None, named: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=list(patterns)))
+    except Exception as e:  # a connection that breaks off raises what the HTTP library has for it, and that is not always the same one
+        what = "no such directory, and the hub did not give it" if hub_id == named else f"the hub did not give {hub_id}"
+        raise UsageError(f"--model {named}: {what} ({_refusal(e)}); name a local directory, or shapes") from e
+
+
+def _refusal(error: Exception) -> str:
+    """Why the hub did not give a model."""
+    from huggingface_hub.constants import HF_HUB_OFFLINE
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    if isinstance(error, RepositoryNotFoundError):  # also where it may not be read
+        return "it has none of that name for you; a private or gated one needs HF_TOKEN"
+    if isinstance(error, LocalEntryNotFoundError):
+        return "it is not in the cache, and " + ("HF_HUB_OFFLINE is set" if HF_HUB_OFFLINE else "the hub cannot be reached")
+    reason = str(error).strip().split("\n")[0]
+    if isinstance(error, HFValidationError):
+        return reason
+    return ": ".join(filter(None, (type(error).__name__, reason))) + "; files that have come are kept, and the same command goes on with the rest"
