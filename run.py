@@ -51,7 +51,7 @@ def _bench(words: list[str]) -> int:
 
 def _run() -> int:
     try:
-        from memory.exhaustion import card_lost, exhausted
+        from memory.exhaustion import card_lost, exhausted, first_line
         from memory.plan import PlanError
         from trainer.cli import main as run
         from trainer.errors import TrainerError
@@ -75,13 +75,13 @@ def _run() -> int:
         if isinstance(e, OSError) and e.errno in _INPUT_OUTPUT:
             return _say(6, f"error: {e.filename or 'output'}: {e.strerror}; {_INPUT_OUTPUT[e.errno]}")
         if card_lost(e):
-            return _say(6, f"error: the card is lost ({str(e).splitlines()[0]}); what is saved is good: go on with --resume RUN once "
+            return _say(6, f"error: the card is lost ({first_line(e)}); what is saved is good: go on with --resume RUN once "
                         "nvidia-smi shows it again")
         if not exhausted(e):
             raise
         less = ("a smaller --batch-size, --resident-blocks 0 or --device cpu needs less" if sys.argv[1:2] == ["forget"] else
                 "fewer --frames, a smaller --height and --width or --resident-blocks 0 need less; run.py plan says how much")
-        return _say(3, f"error: out of memory ({str(e).splitlines()[0] if str(e) else 'on the host'}); {less}")
+        return _say(3, f"error: out of memory ({first_line(e)}); {less}")
 
 
 def _say(exit_code: int, message: str) -> int:

@@ -1,4 +1,4 @@
-"""How running out of memory, and losing the card, look: torch says it in several ways, and the host in others.
+"""What errors say, and how running out of memory and losing the card look: torch says it in several ways, and the host in others.
 
 Importable without torch.
 """
@@ -16,6 +16,11 @@ _LOST = re.compile(
     re.IGNORECASE,
 )
 _UNITS = {"bytes": 1, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30}
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says first, or its type's name where it says nothing."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def exhausted(error: BaseException) -> Literal["device", "host"] | None:

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, Literal, TextIO
 
 from memory.cards import GIB, Card, CardUnreadable, detect
+from memory.exhaustion import first_line
 from memory.host import available_host_bytes, host_limit_bytes
 from trainer.errors import TrainerError, UsageError
 from trainer.prompts import cache_directory
@@ -187,7 +188,7 @@ def _pinned(available: int) -> Check:
     try:
         torch.empty(size, dtype=torch.uint8, pin_memory=True)
     except RuntimeError as e:
-        return Check(name="pinned memory", status="problem", found=f"{size / GIB:.1f} GiB cannot be pinned: {str(e).splitlines()[0]}",
+        return Check(name="pinned memory", status="problem", found=f"{size / GIB:.1f} GiB cannot be pinned: {first_line(e)}",
                      fix="raise the container's memory limit; under WSL, its memory= setting", exit_code=3)
     return Check(name="pinned memory", status="ok", found=f"{size / GIB:.1f} GiB can be pinned", values={"tried_bytes": size})
 
@@ -252,7 +253,7 @@ def bundled_model() -> Check:
 
         finite, shape = _generate_once(ModelConfig())
     except Exception as e:  # whatever it is, it is what was asked for
-        return Check(name="bundled model", status="problem", found=f"does not run ({type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''})",
+        return Check(name="bundled model", status="problem", found=f"does not run ({type(e).__name__}: {first_line(e)})",
                      fix="git checkout trainer/shapes/pipeline, or train it anew: make pretrain", exit_code=getattr(e, "exit_code", 5))
     seconds = time.perf_counter() - started
     if not finite:

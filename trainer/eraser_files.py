@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from memory.exhaustion import first_line
 from trainer.backbones.location import config_hash
 from trainer.erasers import LEAVES, Erasers, width_of
 from trainer.errors import CheckpointError, InputOutputError, UsageError
@@ -112,8 +113,7 @@ def _read_released(file: Path) -> dict[str, Tensor]:
         return {f"{name.removeprefix(prefix).removesuffix(suffix)}.{leaf}": tensor
                 for name, adapter in weights.items() for leaf, tensor in adapter.items()}
     except Exception as e:  # a damaged pickle makes the reader raise about anything, and all of it means this
-        raise CheckpointError(f"{file}: not a released eraser (damaged, or holds more than tensors): "
-                              f"{str(e).splitlines()[0] if str(e) else type(e).__name__}") from e
+        raise CheckpointError(f"{file}: not a released eraser (damaged, or holds more than tensors): {first_line(e)}") from e
 
 
 def _read_json(file: Path) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from memory.exhaustion import first_line
 from trainer.errors import UsageError
 
 _DESCRIPTION = ("*.json", "*.txt", "*.model", "*.jinja")  # configurations, vocabularies
@@ -42,7 +43,6 @@ def _refusal(error: Exception) -> str:
         return "it has none of that name for you; a private or gated one needs HF_TOKEN"
     if isinstance(error, LocalEntryNotFoundError):
         return "it is not in the cache, and " + ("HF_HUB_OFFLINE is set" if HF_HUB_OFFLINE else "the hub cannot be reached")
-    reason = str(error).strip().split("\n")[0]
     if isinstance(error, HFValidationError):
-        return reason
-    return ": ".join(filter(None, (type(error).__name__, reason))) + "; files that have come are kept, and the same command goes on with the rest"
+        return first_line(error)
+    return f"{type(error).__name__}: {first_line(error)}; files that have come are kept, and the same command goes on with the rest"

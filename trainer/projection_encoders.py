@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from memory.exhaustion import first_line
 from trainer.backbones.location import fingerprint
 from trainer.backbones.weights import open_shard, shards
 from trainer.errors import CheckpointError, UsageError
@@ -166,7 +167,7 @@ def load_part(kind: type, directory: Path, **how: Any) -> nn.Module:
         with _quiet():
             part, report = kind.from_pretrained(directory, dtype="auto", local_files_only=True, output_loading_info=True, **how)
     except (OSError, ValueError, RuntimeError, SafetensorError) as e:
-        raise CheckpointError(f"{directory}: {kind.__name__} cannot be loaded ({str(e).splitlines()[0]}); copy the model again") from e
+        raise CheckpointError(f"{directory}: {kind.__name__} cannot be loaded ({first_line(e)}); copy the model again") from e
     for what in ("missing_keys", "mismatched_keys"):
         if report[what]:
             raise CheckpointError(f"{directory}: {what.replace('_', ' ')} for {kind.__name__}: {sorted(report[what])[0]}; "

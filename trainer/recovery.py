@@ -21,7 +21,7 @@ import torch
 
 from memory.advice import Advice, next_cheaper
 from memory.cards import GIB, Card
-from memory.exhaustion import exhausted, requested_bytes
+from memory.exhaustion import exhausted, first_line, requested_bytes
 from memory.meter import Meter, PhasePeak
 from memory.plan import MemoryPlan
 from memory.ranking import SEARCHED
@@ -91,8 +91,7 @@ class Failure:
     @classmethod
     def of(cls, error: BaseException, **more: Any) -> "Failure":
         """What an error that `exhausted` knows says of itself; `more`: what is known of the run."""
-        said = str(error).splitlines()[0] if str(error) else type(error).__name__
-        return cls(phase=phase_of(error.__traceback__), whose=exhausted(error), said=said,
+        return cls(phase=phase_of(error.__traceback__), whose=exhausted(error), said=first_line(error),
                    requested_bytes=requested_bytes(error), **{"peaks": {}, **more})
 
     @property

@@ -36,6 +36,7 @@ from bench.card.gauge import Gauge
 from bench.card.rig import backbone_of
 from bench.card.session import Session, register_toys
 from bench.provenance import RESULTS, write_result
+from memory.exhaustion import first_line
 from memory.streams import release_pinned
 
 # Such that parts that follow each other fill nine minutes.
@@ -116,7 +117,7 @@ def recovered(gauge: Gauge) -> bool:
     try:
         gauge.release()
     except RuntimeError as e:
-        print(f"error: the device does not answer any more: {str(e).splitlines()[0]}", file=sys.stderr)
+        print(f"error: the device does not answer any more: {first_line(e)}", file=sys.stderr)
         return False
     return True
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from memory.exhaustion import first_line
 from memory.meter import resident_bytes
 
 
@@ -112,9 +113,9 @@ class Gauge:
         try:
             result = Attempt(run())
         except (torch.OutOfMemoryError, MemoryError) as e:
-            result = Attempt(out_of_memory=_first_line(e))
+            result = Attempt(out_of_memory=first_line(e))
         except Exception as e:
-            result = Attempt(failed=f"{type(e).__name__}: {_first_line(e)}")
+            result = Attempt(failed=f"{type(e).__name__}: {first_line(e)}")
         self.release()
         return result
 
@@ -221,10 +222,6 @@ class Gauge:
             self.synchronize()
         # Spans that only bear a label, such as the optimizer's, are no work.
         return [e for e in record.events() if e.device_type == DeviceType.CUDA and not e.is_user_annotation]
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).splitlines()[0][:300] if str(error) else type(error).__name__
 
 
 def merged(spans: list[tuple[float, float]]) -> list[tuple[float, float]]:

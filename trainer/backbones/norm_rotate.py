@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from memory.exhaustion import first_line
 from memory.work import register_scratch
 
 CHUNK_BYTES = 32 * 2**20
@@ -163,7 +164,7 @@ def working_kernels(device: torch.device) -> ModuleType | None:
         raise
     except Exception as e:  # whatever a compiler that is not whole raises
         warnings.warn(f"Triton's kernels do not work here, so torch's operators norm and rotate queries and keys, which takes longer: "
-                      f"{type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}", stacklevel=2)
+                      f"{type(e).__name__}: {first_line(e)}", stacklevel=2)
         return None
     if not off < 1e-3:
         warnings.warn(f"Triton's kernels are off by {off:.2g} here, so torch's operators norm and rotate queries and keys, which takes "
