@@ -15,3 +15,7 @@ def pytest_collection_finish() -> None:
     """What is imported by now stays: collections during the tests, up to a fifth of their time, need not look at it."""
     gc.collect()
     gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()  # or libraries complain at the end of what is never taken down
