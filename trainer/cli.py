@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_LONG_STEP = 600.0
+"""Seconds that no step of a run that somebody waits for takes."""
+
 
 def main(argv: Sequence[str]) -> None:
     """Run one command line; raises what goes wrong."""
@@ -62,6 +65,13 @@ def _planned(command: TrainCommand, origins: dict[str, str], card: Card, argv: S
     return shared(lambda: config), assessment  # every process the same plan
 
 
+def _require_sense(config: TrainConfig, seconds: float) -> None:
+    """Raises UsageError where nobody asked for the CPU, and it would take weeks: a driver, or torch's build, is missing."""
+    if config.model.device == "auto" and seconds > _LONG_STEP:
+        raise UsageError(f"there is no CUDA card here, and on the CPU a step of {config.model.model} takes about {seconds / 60:.0f} minutes (predicted); "
+                         "run.py doctor says what is missing, --device cpu trains nevertheless")
+
+
 def _will_measure(config: TrainConfig) -> bool:
     """Whether a run is measured when it is done. Where it cannot be, that is said before the minutes that it takes."""
     if config.model.model != "shapes" or not config.output.evaluate:
@@ -97,6 +107,7 @@ def _train(argv: Sequence[str]) -> None:
             from trainer.planning import require_room
 
             assessment = require_room(config, card)
+            _require_sense(config, assessment.time.seconds)
         measures = not rank and _will_measure(config)
         if config.optim.warmup > config.optim.steps and origins["optim.warmup"] != "default":
             logger.warning("--warmup %d: the run ends after %d --steps, at %.2g of --lr", config.optim.warmup, config.optim.steps,
