@@ -28,7 +28,7 @@ def main() -> int:
     try:
         return _bench(sys.argv[2:]) if sys.argv[1:2] == ["bench"] else _leave(_run())
     except ModuleNotFoundError as e:
-        if find_spec(e.name.partition(".")[0]):
+        if not e.name or find_spec(e.name.partition(".")[0]):
             raise
         return _say(2, f"error: {e.name} is not installed for {sys.executable}; `make run` or `make test` once installs all that is needed "
                     "into .venv, then: . .venv/bin/activate")

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from memory.cards import Card, size_bytes
+from memory.cards import Card, lookup, size_bytes
 from memory.host import available_host_bytes
 from memory.plan import PlanError
 from trainer import config as settings
@@ -65,11 +65,19 @@ def _planned(command: TrainCommand, origins: dict[str, str], card: Card, argv: S
     return shared(lambda: config), assessment  # every process the same plan
 
 
-def _require_sense(config: TrainConfig, seconds: float) -> None:
-    """Raises UsageError where nobody asked for the CPU, and it would take weeks: a driver, or torch's build, is missing."""
-    if config.model.device == "auto" and seconds > _LONG_STEP:
-        raise UsageError(f"there is no CUDA card here, and on the CPU a step of {config.model.model} takes about {seconds / 60:.0f} minutes (predicted); "
-                         "run.py doctor says what is missing, --device cpu trains nevertheless")
+def _require_sense(config: TrainConfig, on_cpu: "Assessment | None") -> None:
+    """Raises UsageError where nobody asked for the CPU, and it would take weeks: a driver, or torch's build, is missing.
+
+    `on_cpu`: what the run takes there, if that is known."""
+    from trainer.assemble import resolve_device
+    from trainer.planning import forecast_as_given
+
+    if config.model.device != "auto" or resolve_device("auto").type != "cpu":
+        return
+    seconds = (on_cpu or forecast_as_given(config, lookup("cpu"))).time.seconds
+    if seconds > _LONG_STEP:
+        raise UsageError(f"there is no CUDA card here, and on the CPU a step of {config.model.model} takes about {seconds / 60:.0f} minutes "
+                         "(predicted); run.py doctor says what is missing, --device cpu trains nevertheless")
 
 
 def _will_measure(config: TrainConfig) -> bool:
@@ -107,7 +115,8 @@ def _train(argv: Sequence[str]) -> None:
             from trainer.planning import require_room
 
             assessment = require_room(config, card)
-            _require_sense(config, assessment.time.seconds)
+        if not command.resume:
+            _require_sense(config, assessment if card.is_cpu else None)
         measures = not rank and _will_measure(config)
         if config.optim.warmup > config.optim.steps and origins["optim.warmup"] != "default":
             logger.warning("--warmup %d: the run ends after %d --steps, at %.2g of --lr", config.optim.warmup, config.optim.steps,

@@ -346,13 +346,15 @@ def test_what_cannot_be_is_refused_before_a_model_is_downloaded(call, monkeypatc
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a card")
-def test_a_machine_whose_card_is_not_seen_does_not_train_for_weeks(call, monkeypatch):
+@pytest.mark.parametrize("profile", [[], ["--profile", "4090"]], ids=["auto", "4090"])
+def test_a_machine_whose_card_is_not_seen_does_not_train_for_weeks(call, monkeypatch, profile):
     monkeypatch.setattr("memory.cards.available_host_bytes", lambda: 2**36)
     monkeypatch.setattr("trainer.cli.available_host_bytes", lambda: 2**36)
     download = Mock()
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
-    code, _, said = call("--model", "cogvideox-2b", "--frames", "9", "--concept", "golf", "--preserve", "tennis")
+    words = ["--model", "cogvideox-2b", "--frames", "9", "--concept", "golf", "--preserve", "tennis", *profile]
+    code, _, said = call(*words)
     assert code == 2 and not download.called
     assert re.search(r"no CUDA card here, and on the CPU a step of cogvideox-2b takes about \d\d minutes \(predicted\)", said[-1])
     download.side_effect = FileNotFoundError("asked")
-    assert "asked" in call("--model", "cogvideox-2b", "--frames", "9", "--concept", "golf", "--preserve", "tennis", "--device", "cpu")[2][-1]
+    assert "asked" in call(*words, "--device", "cpu")[2][-1]
