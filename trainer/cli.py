@@ -76,8 +76,9 @@ def _require_sense(config: TrainConfig, on_cpu: "Assessment | None") -> None:
         return
     seconds = (on_cpu or forecast_as_given(config, lookup("cpu"))).time.seconds
     if seconds > _LONG_STEP:
-        raise UsageError(f"there is no CUDA card here, and on the CPU a step of {config.model.model} takes about {seconds / 60:.0f} minutes "
-                         "(predicted); run.py doctor says what is missing, --device cpu trains nevertheless")
+        long = f"{seconds / 60:.0f} minutes" if seconds < 7200 else f"{seconds / 3600:.0f} hours"
+        raise UsageError(f"there is no CUDA card here, and on the CPU a step of {config.model.model} takes about {long} (predicted); "
+                         "run.py doctor says what is missing, --device cpu trains nevertheless")
 
 
 def _will_measure(config: TrainConfig) -> bool:

@@ -55,7 +55,7 @@ def locate(encoder: str, model: str) -> Path:
         found = json.loads((directory / "config.json").read_text())["model_type"]
     except (OSError, ValueError, KeyError, TypeError) as e:
         raise UsageError(f"--model {model}: no model in transformers' layout there (config.json: {e}); name its "
-                         "directory, or shapes") from e
+                         "directory, a hub id, or shapes") from e
     if found not in _TYPES[encoder]:
         fitting = next((e for e, types in _TYPES.items() if found in types), None)
         advice = f"use --encoder {fitting}" if fitting else f"--encoder {encoder} takes {' or '.join(_TYPES[encoder])}"
