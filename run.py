@@ -77,11 +77,11 @@ def _run() -> int:
         if card_lost(e):
             return _say(6, f"error: the card is lost ({first_line(e)}); what is saved is good: go on with --resume RUN once "
                         "nvidia-smi shows it again")
-        if not exhausted(e):
+        if not (whose := exhausted(e)):
             raise
         less = ("a smaller --batch-size, --resident-blocks 0 or --device cpu needs less" if sys.argv[1:2] == ["forget"] else
                 "fewer --frames, a smaller --height and --width or --resident-blocks 0 need less; run.py plan says how much")
-        return _say(3, f"error: out of memory ({first_line(e)}); {less}")
+        return _say(3, f"error: out of memory on the {whose} ({first_line(e)}); {less}")
 
 
 def _say(exit_code: int, message: str) -> int:

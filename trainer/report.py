@@ -38,9 +38,7 @@ def write_report(run: Path, out: Path | None = None) -> Path:
     files, out = RunFiles.read(run), out or run / REPORT
     if not out.name:
         raise UsageError(f"--out {out}: name a file, such as {REPORT}")
-    builders = [_tiles, _findings, _evaluation, _attempts, _pictures, _losses, _norms, _time, _memory, _settings]
-    if files.forgets:  # no videos, no blocks
-        builders = [builder for builder in builders if builder not in (_pictures, _norms)]
+    builders = (_tiles, _findings, _evaluation, _attempts, _pictures, _losses, _norms, _time, _memory, _settings)
     page = string.Template(_TEMPLATE.read_text(encoding="utf-8")).substitute(
         title=_title(files), subtitle=_subtitle(files), body="\n".join(_built(builder, files) for builder in builders))
     try:
@@ -193,6 +191,9 @@ def _attempts(files: RunFiles) -> str:
 
 
 def _pictures(files: RunFiles) -> str:
+    """Samples; nothing for runs of `forget`, which make no videos."""
+    if files.forgets:
+        return ""
     ends = dict.fromkeys(files.samples[:1] + files.samples[-1:])
     chosen = [(f"Sample at step {int(path.stem.removeprefix('step-'))}", path) for path in ends]
     if (sheet := files.path / "before-after.png").exists():
@@ -225,6 +226,9 @@ def _losses(files: RunFiles) -> str:
 
 
 def _norms(files: RunFiles) -> str:
+    """Norms by block; nothing for runs of `forget`, which train none."""
+    if files.forgets:
+        return ""
     maps = []
     for key, label in _NORMS.items():
         measured = [(r["step"], r["blocks"][key]) for r in files.records if r.get("blocks", {}).get(key)]
