@@ -19,7 +19,7 @@ from trainer.eraser_files import apply_eraser
 from trainer.erasers import Erasers
 from trainer.errors import UsageError
 from trainer.masks import prompt_columns
-from trainer.prompts import Embeddings, PromptSet, collect, embed
+from trainer.prompts import Embeddings, PromptSet, collect, embed, warn_of_contradiction
 
 
 def open_backbone(model: ModelConfig) -> CogVideoX:
@@ -59,6 +59,7 @@ def open_training(config: TrainConfig) -> tuple[CogVideoX, PromptSet, dict[str, 
     """(model, prompts, the concept's columns in each): what is asked for, checked as far as it can be before anything is loaded."""
     require_trainable(config)
     prompts = collect_prompts(config)
+    warn_of_contradiction(prompts)
     backbone = open_backbone(config.model)  # the download, if there is one
     backbone.latent_shape(*video_size(backbone, config.model))
     masking_blocks(backbone, config.loss)

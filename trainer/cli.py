@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from memory.cards import Card, lookup, size_bytes
+from memory.cards import Card, size_bytes
 from memory.host import available_host_bytes
 from memory.plan import PlanError
 from trainer import config as settings
@@ -24,9 +24,6 @@ if TYPE_CHECKING:
     from memory.assess import Assessment
 
 logger = logging.getLogger(__name__)
-
-_LONG_STEP = 600.0
-"""Seconds that no step of a run that somebody waits for takes."""
 
 
 def main(argv: Sequence[str]) -> None:
@@ -65,33 +62,15 @@ def _planned(command: TrainCommand, origins: dict[str, str], card: Card, argv: S
     return shared(lambda: config), assessment  # every process the same plan
 
 
-def _require_sense(config: TrainConfig, on_cpu: "Assessment | None") -> None:
-    """Raises UsageError where nobody asked for the CPU, and it would take weeks: a driver, or torch's build, is missing.
-
-    `on_cpu`: what the run takes there, if that is known."""
-    from trainer.assemble import resolve_device
-    from trainer.planning import forecast_as_given
-
-    if config.model.device != "auto" or resolve_device("auto").type != "cpu":
-        return
-    seconds = (on_cpu or forecast_as_given(config, lookup("cpu"))).time.seconds
-    if seconds > _LONG_STEP:
-        long = f"{seconds / 60:.0f} minutes" if seconds < 7200 else f"{seconds / 3600:.0f} hours"
-        raise UsageError(f"there is no CUDA card here, and on the CPU a step of {config.model.model} takes about {long} (predicted); "
-                         "run.py doctor says what is missing, --device cpu trains nevertheless")
-
-
 def _will_measure(config: TrainConfig) -> bool:
     """Whether a run is measured when it is done. Where it cannot be, that is said before the minutes that it takes."""
     if config.model.model != "shapes" or not config.output.evaluate:
         return False
-    from trainer.assemble import collect_prompts
     from trainer.evaluate import require_measurable
 
     try:
         require_measurable(config.data.concept, config.model)
     except UsageError as e:
-        collect_prompts(config)  # what cannot be trained at all is refused, in one line
         print(f"will not be measured: {e}", file=sys.stderr)
         return False
     return True
@@ -100,6 +79,7 @@ def _will_measure(config: TrainConfig) -> bool:
 def _train(argv: Sequence[str]) -> None:
     command, origins = resolve(argv)
     config, card = command.settings, _card_here(command)
+    from trainer.assemble import collect_prompts
     from trainer.distributed import joined, num_ranks, rows_of
     from trainer.loop import train
     from trainer.memory_file import Forecast
@@ -107,6 +87,7 @@ def _train(argv: Sequence[str]) -> None:
     from trainer.run_directory import read_config, restarted_run
 
     with joined(config.model.device) as rank:
+        collect_prompts(config)  # before the planner's seconds
         rows_of(config.data.batch_size)
         if config.memory.num_shards not in (1, num_ranks()):
             raise UsageError(f"--num-shards {config.memory.num_shards}: all processes of a run share its blocks, here {num_ranks()}; start "
@@ -117,7 +98,9 @@ def _train(argv: Sequence[str]) -> None:
 
             assessment = require_room(config, card)
         if not command.resume:
-            _require_sense(config, assessment if card.is_cpu else None)
+            from trainer.planning import require_sense
+
+            require_sense(config, assessment if card.is_cpu else None)
         measures = not rank and _will_measure(config)
         if config.optim.warmup > config.optim.steps and origins["optim.warmup"] != "default":
             logger.warning("--warmup %d: the run ends after %d --steps, at %.2g of --lr", config.optim.warmup, config.optim.steps,

@@ -14,10 +14,11 @@ from torch import Tensor
 
 from trainer.assemble import assemble, embed_prompts, named_scheduler, open_backbone, video_size
 from trainer.backbones import Predict
-from trainer.config import GenerateConfig, ModelConfig, leaves, replaced
+from trainer.config import GenerateConfig, ModelConfig, TrainConfig, leaves, replaced
 from trainer.diffusion import sample
 from trainer.eraser_files import load_eraser
 from trainer.errors import InputOutputError, NonFinite
+from trainer.planning import require_sense
 from trainer.prompts import Embeddings
 from trainer.run_directory import CONFIG, probe, read_config
 from trainer.video import contact_sheet, write_mp4
@@ -67,6 +68,8 @@ def generate(config: GenerateConfig) -> list[Path]:
     model = config.model
     if eraser is not None and model.model == ModelConfig().model and eraser.base_model:
         model = replace(model, model=eraser.base_model["name"])
+    if model.model != "shapes":
+        require_sense(TrainConfig(model=model), what="generates")
     backbone = open_backbone(model)
     size = video_size(backbone, model)
     embeddings = embed_prompts(backbone, model, config.memory, [*config.prompt, ""])

@@ -15,7 +15,7 @@ from memory.plan import MemoryPlan
 from memory.ranking import SEARCHED, SearchResult
 from memory.search import search
 from memory.timing import LARGEST_ERROR, TYPICAL_ERROR
-from trainer.assemble import masking_blocks, open_backbone, require_guidance, resolve_dtype, video_size
+from trainer.assemble import masking_blocks, open_backbone, require_guidance, resolve_device, resolve_dtype, video_size
 from trainer.backbones import published
 from trainer.backbones.cogvideox import CogVideoX
 from trainer.beside import Beside
@@ -25,6 +25,9 @@ from trainer.errors import DoesNotFit, UsageError
 from trainer.phases import phases_around
 from trainer.rehearse import num_rehearsed, rehearse, teacher_share
 from trainer.several_cards import assess_sharded, check_batch, faster, host_share
+
+_LONG_STEP = 600.0
+"""Seconds that no step of a run that somebody waits for takes."""
 
 
 @dataclass(frozen=True)
@@ -173,6 +176,20 @@ def require_room(config: TrainConfig, card: Card) -> Assessment:
         raise DoesNotFit(f"{config.model.model} does not fit {card.label}: this plan {found.reason}; {_room(found, card)}, and "
                          f"--profile auto looks for a smaller plan")
     return found
+
+
+def require_sense(config: TrainConfig, on_cpu: Assessment | None = None, *, what: str = "trains") -> None:
+    """Raises UsageError where nobody asked for the CPU, and it would take weeks: a driver, or torch's build, is missing.
+
+    `on_cpu`: what training takes there, if that is known. `what`: it is that is to be done; a video takes longer than a step of training.
+    """
+    if config.model.device != "auto" or resolve_device("auto").type != "cpu":
+        return
+    seconds = (on_cpu or forecast_as_given(config, lookup("cpu"))).time.seconds
+    if seconds > _LONG_STEP:
+        long = f"{seconds / 60:.0f} minutes" if seconds < 7200 else f"{seconds / 3600:.0f} hours"
+        raise UsageError(f"there is no CUDA card here, and on the CPU a step of training {config.model.model} takes about {long} (predicted); "
+                         f"run.py doctor says what is missing, --device cpu {what} nevertheless")
 
 
 def _room(found: Assessment, card: Card) -> str:

@@ -54,11 +54,15 @@ def collect(data: DataConfig, *, bundled: bool) -> PromptSet:
             raise UsageError(f"--preserve {same[0]}: that is what is to be erased")
         pairs = _instead(pairs or [(t.format(concept), "") for t in _TEMPLATES], concept, data.instead)
         preserved = [t.format(c) if " " not in c else c for c in concepts for t in _TEMPLATES[: 1 if " " in c else None]]
-    for prompt in (*(safe for _, safe in pairs), *preserved):
-        if word(concept).search(prompt):
-            logger.warning("%r is to be kept, or pushed towards, and holds %r, which is to be erased", prompt, concept)
-            break
     return PromptSet(concept, tuple(p for p, _ in pairs), tuple(s for _, s in pairs), tuple(preserved), data.prompts)
+
+
+def warn_of_contradiction(prompts: PromptSet) -> None:
+    """Where what is erased is also kept."""
+    for prompt in (*prompts.safe, *prompts.preserved):
+        if word(prompts.concept).search(prompt):
+            logger.warning("%r is to be kept, or pushed towards, and holds %r, which is to be erased", prompt, prompts.concept)
+            break
 
 
 def word(text: str, *, plural: bool = False) -> re.Pattern[str]:

@@ -329,6 +329,12 @@ def test_what_does_not_fit_the_hosts_memory_is_told_before_anything_is_loaded(tm
         cli.main(["--rank", "100000000", "--device", "cpu", "--steps", "1", "--out", str(tmp_path / "run")])
 
 
+def test_prompts_are_read_before_a_plan_is_looked_for(call, monkeypatch, tmp_path):
+    monkeypatch.setattr("trainer.planning.planned", None)  # not reached
+    code, _, said = call("--model", "cogvideox-2b", "--profile", "4090", "--device", "cpu", "--prompts", str(tmp_path / "absent.txt"))
+    assert code == 2 and "absent.txt" in said[-1]
+
+
 @pytest.mark.parametrize("code, argv, why", [
     (2, ["--profile", "4090", "--frames", "9"], "nothing to preserve"),
     (3, ["--profile", "8gb", "--batch-size", "64", "--preserve", "tennis"], "does not fit"),
@@ -355,6 +361,18 @@ def test_a_machine_whose_card_is_not_seen_does_not_train_for_weeks(call, monkeyp
     words = ["--model", "cogvideox-2b", "--frames", "9", "--concept", "golf", "--preserve", "tennis", *profile]
     code, _, said = call(*words)
     assert code == 2 and not download.called
-    assert re.search(r"no CUDA card here, and on the CPU a step of cogvideox-2b takes about \d\d minutes \(predicted\)", said[-1])
+    assert re.search(r"no CUDA card here, and on the CPU a step of training cogvideox-2b takes about \d\d minutes \(predicted\)", said[-1])
     download.side_effect = FileNotFoundError("asked")
+    assert "asked" in call(*words, "--device", "cpu")[2][-1]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a card")
+def test_a_machine_whose_card_is_not_seen_does_not_generate_for_days(call, monkeypatch, tmp_path):
+    monkeypatch.setattr("memory.cards.available_host_bytes", lambda: 2**36)
+    download = Mock(side_effect=FileNotFoundError("asked"))
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    words = ["generate", "--model", "cogvideox-2b", "--frames", "9", "--prompt", "golf", "--no-eraser", "--out", str(tmp_path / "x.mp4")]
+    code, _, said = call(*words)
+    assert code == 2 and not download.called
+    assert re.search(r"no CUDA card .* \d\d minutes \(predicted\); .* --device cpu generates nevertheless", said[-1])
     assert "asked" in call(*words, "--device", "cpu")[2][-1]
