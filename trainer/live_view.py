@@ -11,6 +11,8 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from trainer.metrics import peaks_by_phase
+
 LEVELS = "▁▂▃▄▅▆▇█"
 TERMS = ("loss", "unlearn", "loc", "pre")
 PHASES = {"teacher": "cyan", "student": "blue", "backward": "magenta", "optimizer": "yellow",
@@ -242,10 +244,7 @@ def _process_memory(m: Mapping[str, Any], width: int, room: int) -> list[Row]:
 
 
 def _peaks(records: Sequence[Mapping[str, Any]], room: int) -> list[Row]:
-    peaks: dict[str, float] = {}
-    for record in records:
-        for name, value in (record.get("peak_bytes_by_phase") or {}).items():
-            peaks[name] = max(value, peaks.get(name, 0))
+    peaks = peaks_by_phase(records)
     if not peaks:
         return []
     highest = max(peaks, key=peaks.__getitem__)
