@@ -160,6 +160,17 @@ def test_empty_cache_unmaps_whole_pages_only():
     assert allocator.stats.reserved_bytes == 60 * MIB
 
 
+def test_pages_are_unmapped_behind_a_live_block_and_mapped_where_they_were():
+    allocator = CachingAllocator(expandable_segments=True)
+    live, hole, _ = allocator.malloc(10 * MIB), allocator.malloc(50 * MIB), allocator.malloc(20 * MIB)
+    allocator.free(hole)
+    allocator.empty_cache()
+    assert allocator.blocks() == [(live, 10 * MIB, True), (hole, 10 * MIB, False), (hole + 50 * MIB, 20 * MIB, True)]
+    assert allocator.stats.reserved_bytes == 40 * MIB  # the first page holds 10 MiB live and 10 MiB free
+    assert allocator.malloc(45 * MIB) == hole
+    assert allocator.blocks()[1] == (hole, 45 * MIB, True) and allocator.stats.reserved_bytes == 80 * MIB
+
+
 def test_a_full_card_lets_pages_move_to_another_pool():
     allocator = CachingAllocator(capacity_bytes=40 * MIB, expandable_segments=True)
     allocator.free(allocator.malloc(40 * MIB))
@@ -225,6 +236,12 @@ def check(allocator, live, pending, capacity):
     assert stats.reserved_bytes == sum(size for _, size, _ in blocks)
     assert stats.peak_reserved_bytes >= stats.reserved_bytes >= sum(by_address.values()) >= stats.allocated_bytes
     assert capacity is None or stats.peak_reserved_bytes <= capacity
+    for pool in allocator._pools.values():
+        block = pool.segment_head
+        assert block is None or block.prev is None
+        while block is not None and block.next is not None:  # an expandable segment, mapped or not, is without gaps
+            assert block.next.prev is block and block.next.address == block.address + block.size
+            block = block.next
 
 
 @pytest.mark.parametrize("expandable", [False, True])

@@ -117,6 +117,7 @@ def test_sparkline_and_trend():
     assert sparkline([0, 1, 2, 3, 4, 5, 6, 7], 8) == "▁▂▃▄▅▆▇█"
     assert sparkline([1.0, math.nan, 1.0], 3) == "▁ ▁" and sparkline([], 8) == ""
     assert len(sparkline(list(range(1000)), 50)) == 50
+    assert sparkline([0, 6, 1, 5, 7, 3, 11, 3], 4) == "▁▁▅█"  # means 3, 3, 5, 7
     assert trend([2.0] * 20 + [1.0] * 20) == ("↘ -50%", "green")
     assert trend([1.0] * 20 + [30.0] * 20)[0] == "↗ x30"
     assert trend([1.0] * 39 + [math.inf])[0] == "not finite" and trend([1.0]) == ("", "")

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from projection_models import problem
 from trainer.errors import CheckpointError, InputOutputError
-from trainer.lora import Lora, load_updates, save_lora, save_merged
+from trainer.lora import Layer, Lora, load_updates, save_lora, save_merged
 from trainer.nullspace import null_space_update
 
 
@@ -72,6 +72,15 @@ def test_the_merged_layer_has_the_update_and_the_models_dtype(tmp_path):
     merged = load_file(save_merged(tmp_path, {"head": p.layer}, {"head": update}, torch.bfloat16))
     assert torch.equal(merged["head.weight"], (p.layer.weight + update).bfloat16())
     assert torch.equal(merged["head.bias"], p.layer.bias.bfloat16())
+
+
+def test_a_new_lora_changes_nothing_and_begins_as_a_linear_layer_does():
+    layer = Layer("head", torch.zeros(64, 400), None)
+    lora = Lora(layer.to("cpu"), rank=50, alpha=1.0, seed=0)
+    assert not lora.update().any() and lora.A.shape == (50, 400)
+    bound, A = 400 ** -0.5, lora.A.detach()
+    assert 0.99 * bound < A.abs().max() <= bound
+    assert A.mean().abs() < 0.02 * bound and A.std() == pytest.approx(bound / 3 ** 0.5, rel=0.02)  # uniform
 
 
 def test_rank_beyond_the_layer_is_refused():

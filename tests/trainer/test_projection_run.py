@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from test_cli import call  # noqa: F401  fixture
 
 from trainer import cli, projection
+from trainer.checkpoint import Saver
 from trainer.cli import main
 from trainer.config import TrainConfig
 from trainer.errors import CheckpointError, Interrupted, TrainerError, UsageError
@@ -69,6 +70,18 @@ def test_clip_run_leaves_a_lora_a_merged_layer_and_an_evaluation(encoders, tmp_p
     assert [r["step"] for r in read_metrics(run)] == list(range(6))
     out = capsys.readouterr().out
     assert f"run: {run}" in out and "cat" in out
+
+
+def test_a_run_saves_on_its_way(encoders, tmp_path, monkeypatch):
+    saved, save = [], Saver.save
+
+    def note(saver, step, **more):
+        saved.append((step, more.get("final", False)))
+        save(saver, step, **more)
+
+    monkeypatch.setattr(Saver, "save", note)
+    main(clip(encoders, tmp_path / "run"))
+    assert saved == [(2, False), (4, False), (6, False), (6, True)]
 
 
 def test_report_and_diagnosis_know_a_run_of_forget(encoders, tmp_path, capsys):
