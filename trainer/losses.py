@@ -205,7 +205,7 @@ def student_backward(predict: Predict, erasers: Erasers, sample: Sample, loss: L
     their gradients is that of the joint loss.
     """
     terms = {}
-    loc = Localisation(sample.mask, loss.alpha * scale) if sample.mask is not None and loss.alpha > 0 else None
+    loc = Localisation(sample.mask, loss.alpha * scale) if sample.mask is not None else None
     with erasers.switched(True):
         with erasers.localised(loc) if loc else nullcontext():
             v = predict(sample.latents, sample.timestep, sample.text)
@@ -230,7 +230,7 @@ def lockstep_backward(together: Callable[[Sequence[Pass]], list[Any]], predict: 
     """
     asked = teacher.passes(drawn) if isinstance(drawn, Draw) else {}
     # The mask is made of what this very pass shows, and wanted in backward only.
-    loc = Localisation(lambda: sample.mask, loss.alpha * scale) if teacher.columns is not None and loss.alpha > 0 else None
+    loc = Localisation(lambda: sample.mask, loss.alpha * scale) if teacher.columns is not None else None
 
     @contextmanager
     def student(loc: Localisation | None = None) -> Iterator[None]:
