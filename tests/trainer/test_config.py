@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from memory.plan import MemoryPlan, PlanError
 from trainer import loop
 from trainer.arguments import fixed, resolve
-from trainer.config import SHAPES, TrainConfig, leaves, replaced
+from trainer.config import SHAPES, EvaluateConfig, GenerateConfig, TrainConfig, leaves, replaced
 from trainer.config_file import as_json, from_json, read_toml
 from trainer.errors import CheckpointError, InputOutputError, UsageError
 from trainer.run_directory import make_run_directory, read_config, write_config
@@ -147,6 +147,9 @@ def test_toml_integers_serve_as_floats_and_none_stays_unset(toml):
     ({"model.frames": 10**20}, "--frames 10*: must fit 32 bits"), ({"optim.steps": 10**20}, "--steps 10*: must fit 64 bits"),
     ({"data.batch_size": 0}, "--batch-size 0"), ({"output.save_every": 0}, "--save-every 0"),
     ({"data.trajectory_guidance": float("nan")}, "--trajectory-guidance nan"),
+    ({"optim.warmup": -1}, "--warmup -1"), ({"optim.clip": -0.5}, "--clip -0.5"), ({"optim.seed": 2**63}, "--seed 9.*: must fit 64 bits"),
+    ({"output.sample_every": -1}, "--sample-every -1"), ({"output.sample_steps": 0}, "--sample-steps 0"),
+    ({"output.guidance_scale": -1.0}, "--guidance-scale -1.0"),
 ])
 def test_impossible_values_name_their_flag(values, message):
     with pytest.raises(UsageError, match=message):
@@ -215,6 +218,33 @@ def test_a_place_is_refused_before_anything_is_loaded(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "access", lambda path, mode: False)  # what anybody but root is told of a directory of others
     refused(tmp_path / "a" / "b", InputOutputError, "--out .*: cannot be written .Permission denied.; choose another directory")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "file"]
+
+
+@pytest.mark.parametrize("values, message", [
+    ({"num_steps": 0}, "--num-steps 0: must be 1 or more"), ({"seed": -2**63 - 1}, "--seed -9.*: must fit 64 bits"),
+    ({"guidance_scale": -1.0}, "--guidance-scale -1.0: must be 0 or more"),
+])
+def test_impossible_samplings_name_their_flag(values, message):
+    for kind, more in ((GenerateConfig, {"prompt": ("red",), "no_eraser": True}), (EvaluateConfig, {"run": Path("run")})):
+        kind(**more)
+        with pytest.raises(UsageError, match=f"^{message}"):
+            kind(**more, **values)
+
+
+@pytest.mark.parametrize("values, message", [
+    ({"fps": 0}, "--fps 0: from 1 to 1000"), ({"fps": 1001}, "--fps 1001: from 1 to 1000"),
+    ({"compare": True}, "--compare shows what an eraser changes"), ({"prompt": ()}, "--prompt is missing"),
+])
+def test_impossible_videos_name_their_flag(values, message):
+    given = {"prompt": ("red",), "no_eraser": True, "fps": 1000}
+    GenerateConfig(**given)
+    with pytest.raises(UsageError, match=f"^{message}"):
+        GenerateConfig(**given | values)
+
+
+def test_an_evaluation_needs_a_video():
+    with pytest.raises(UsageError, match="^--num-videos 0: must be 1 or more"):
+        EvaluateConfig(run=Path("run"), num_videos=0)
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"config": 3}', '{"config": {"optim": {"rnak": 3}}}',
