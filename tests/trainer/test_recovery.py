@@ -21,7 +21,7 @@ from trainer.assemble import Assembly
 from trainer.backbones.cogvideox import CogVideoX
 from trainer.checkpoint import latest_checkpoint
 from trainer.eraser_files import load_eraser
-from trainer.errors import DoesNotFit, OutOfMemory
+from trainer.errors import DoesNotFit, InputOutputError, OutOfMemory
 from trainer.health import Health
 from trainer.latents import TrajectoryLatents
 from trainer.loop import train
@@ -252,6 +252,28 @@ def test_where_the_second_look_runs_out_too_the_run_is_known_all_the_same(config
     monkeypatch.setattr("trainer.health.trace", _exhausted)
     with pytest.raises(DoesNotFit, match=r"out of memory .* in teacher.*\n.*step 2 is saved in"):
         _in_memory(config(), step_down=False)
+
+
+def test_where_the_rescue_cannot_be_written_the_newest_checkpoint_is_named(config, monkeypatch, caplog):
+    def full(*args, **kwargs):
+        raise InputOutputError("no space left")
+
+    monkeypatch.setattr(*PHASES["teacher"][0]())
+    monkeypatch.setattr(recovery, "save_checkpoint", full)
+    with pytest.raises(OutOfMemory) as raised:
+        train(config(), {})
+    assert raised.value.failure.saved_step == 2
+    assert "step 3 could not be saved after memory ran out: no space left" in caplog.text
+
+
+def test_a_defect_found_in_the_rescue_is_not_taken_for_want_of_memory(config, monkeypatch):
+    def flush(self):
+        raise RuntimeError("shapes do not match")
+
+    monkeypatch.setattr(*PHASES["teacher"][0]())
+    monkeypatch.setattr(Health, "flush", flush)
+    with pytest.raises(RuntimeError, match="shapes do not match"):
+        train(config(), {})
 
 
 def _exhausted(*args, **kwargs):
