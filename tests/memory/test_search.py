@@ -132,6 +132,15 @@ def test_where_the_host_has_room_nothing_is_computed_twice(workload):
         assert search(workload, card, fixed={name}, margin=0.0, host_bytes=4 * GIB).best.plan.kept == "device"
 
 
+def test_the_host_is_left_alone_where_that_costs_little(workload, monkeypatch):
+    card = fixed_card(300 * MIB, host_link_bandwidth=1e12)
+    alone, parked = (search(workload, card, margin=0.0, host_bytes=num_bytes).best for num_bytes in (None, 4 * GIB))
+    gain = 1 - parked.time.seconds / alone.time.seconds
+    for wanted, chosen in ((gain - 0.001, parked), (gain + 0.001, alone)):
+        monkeypatch.setattr("memory.search.HOST_GAIN", wanted)
+        assert search(workload, card, margin=0.0, host_bytes=4 * GIB).best.plan == chosen.plan
+
+
 def test_where_the_host_has_some_room_as_many_blocks_as_it_holds_are_not_computed_twice(workload, monkeypatch):
     monkeypatch.setattr(memory.activations, "MAX_SLAB_BYTES", 4 * MIB)  # a slab should not hold what all blocks keep
     card = fixed_card(260 * MIB, host_link_bandwidth=1e12, memory_fraction=0.35)
@@ -226,6 +235,17 @@ def test_every_phase_has_to_fit(workload):
     assert assessed.host_bytes == 9 * MIB
     assert plan_for(heavy, 1900).best is None
     assert plan_for(heavy, 2200).best is not None
+
+
+def test_what_a_phase_needs_of_the_host_comes_on_top_of_streamed_weights(workload):
+    streamed, needs = MemoryPlan(resident_blocks=0), {"prompts": (2000 * MIB, False), "decode": (9 * MIB, True)}
+    masters = assess(workload, streamed, fixed_card(GIB)).host_bytes
+    assert masters > 0
+    for only, expected in ((["prompts"], 2000 * MIB), (["decode"], masters + 9 * MIB), (["decode", "prompts"], 2000 * MIB)):
+        found = [PhaseNeed(name=name, device_bytes=MIB, with_backbone=needs[name][1], host_bytes=needs[name][0]) for name in only]
+        busy = dataclasses.replace(workload, phases=lambda plan: found, host_bytes=100 * MIB)
+        assert assess(busy, streamed, fixed_card(GIB)).host_bytes == expected + 100 * MIB
+    assert masters + 9 * MIB < 2000 * MIB
 
 
 def test_reserved_bytes_are_those_of_the_allocator_that_was_asked_for(workload, monkeypatch):
