@@ -271,6 +271,13 @@ def test_impossible_plans_are_refused(workload):
         assess(workload, MemoryPlan(num_keep_attention=13), lookup("4090"))
 
 
+@pytest.mark.parametrize("mib", [4096, 600])
+def test_a_model_of_many_blocks_is_planned_from_traces_of_few(workload, mib):
+    """Where they are found not to tell, all blocks are traced: the same plan, later. So no other test would see it."""
+    plan_for(workload, mib)
+    assert {num_blocks for _, num_blocks in workload.trace.asked} == {5, 6}
+
+
 def test_ranking_a_thousand_candidates_is_quick(workload):
     plan_for(workload, 180)  # all traces are known from here on
     start = time.process_time()

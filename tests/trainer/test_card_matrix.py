@@ -1,13 +1,17 @@
 """What the planner says of the published models on the cards that people have."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from memory.cards import GIB, lookup
+from memory.plan import MemoryPlan
+from memory.search import search
+from memory.timeline import Trace
 from trainer.config import TrainConfig, replaced
-from trainer.planning import forecast, forecast_as_given
+from trainer.planning import forecast, forecast_as_given, workload
 
 pytestmark = pytest.mark.slow
 CARDS = ("8gb", "12gb", "24gb", "4090", "48gb", "h20", "h200")
@@ -31,6 +35,20 @@ def test_every_card_gets_a_plan_of_its_own_that_fills_it(model, frames):
         # The fastest plan, not the smallest: memory is left over only where there is nothing left to buy with it.
         assert used > 0.9 or f.chosen.plan.checkpoint == "none", card
         assert all(miss.time.seconds < f.chosen.time.seconds for miss in f.result.near_misses)
+
+
+@pytest.mark.parametrize("model", ["cogvideox-2b", "cogvideox-5b", "cogvideox1.5-5b"])
+def test_a_published_model_is_planned_from_traces_of_few_of_its_blocks(model):
+    """Where they are found not to tell, all blocks are traced: the same plan, much later."""
+    config = replaced(TrainConfig(), {"model.model": model, "model.weights": "random", "model.frames": 9})
+    run, asked = workload(config), []
+
+    def trace(plan: MemoryPlan, num_blocks: int) -> Trace:
+        asked.append(num_blocks)
+        return run.trace(plan, num_blocks)
+
+    assert search(replace(run, trace=trace), lookup("h200")).best.plan.checkpoint == "none"
+    assert set(asked) == {5, 6}
 
 
 def test_5b_at_49_frames_fits_4_gb_with_everything_streamed():
