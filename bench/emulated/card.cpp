@@ -490,6 +490,7 @@ API int nvmlDeviceGetComputeRunningProcesses_v3(void*, unsigned* count, NvmlProc
 }
 API int nvmlDeviceGetComputeRunningProcesses(void*, unsigned* count, void*) { *count = 0; return 0; }  // torch asks when memory runs out
 static const int NVML_NOT_SUPPORTED = 3;
-API int nvmlDeviceGetGpuFabricInfoV(void*, void*) { return NVML_NOT_SUPPORTED; }
+struct NvmlFabric { unsigned version; unsigned char cluster[16]; int status; unsigned clique; unsigned char state; };
+API int nvmlDeviceGetGpuFabricInfoV(void*, NvmlFabric* found) { found->state = 0; return 0; }  // known to NVML, and not supported
 API int nvmlDeviceGetNvLinkRemoteDeviceType(void*, unsigned, void*) { return NVML_NOT_SUPPORTED; }
 API int nvmlDeviceGetNvLinkRemotePciInfo_v2(void*, unsigned, void*) { return NVML_NOT_SUPPORTED; }
