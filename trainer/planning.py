@@ -181,7 +181,7 @@ def require_room(config: TrainConfig, card: Card) -> Assessment:
 def require_sense(config: TrainConfig, on_cpu: Assessment | None = None, *, what: str = "trains") -> None:
     """Raises UsageError where nobody asked for the CPU, and it would take weeks: a driver, or torch's build, is missing.
 
-    `on_cpu`: what training takes there, if that is known. `what`: it is that is to be done; a video takes longer than a step of training.
+    `on_cpu`: what training takes there, if that is known. `what` the command does; a video takes longer than a step of training.
     """
     if config.model.device != "auto" or resolve_device("auto").type != "cpu":
         return
