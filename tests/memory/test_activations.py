@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from tiny_transformer import BOUNDARY_NAMES, assert_equal, make_tiny, plain_run
 from torch import nn
 
-from memory.activations import _Arena, _is_dense, offload_activations
+from memory.activations import _Arena, _is_dense, _Parked, offload_activations
 from memory.checkpointing import checkpoint_blocks
 from memory.streams import Lane
 
@@ -62,6 +62,16 @@ def test_parameters_and_shared_inputs_stay_and_nothing_moves_twice():
     assert not fixed & {source.untyped_storage().data_ptr() for source in sources}
     views = [(source.data_ptr(), source.shape, source.stride(), source._version) for source in sources]
     assert len(set(views)) == len(views) > 50
+
+
+def test_what_backward_is_through_with_is_not_held_by_a_graph_that_is_retained():
+    tiny = make_tiny("rope")
+    apply(tiny, keeps=["everything"] * 5, kept=True)
+    loss = tiny.predict(tiny.embeds[:1]).sum()
+    loss.backward(retain_graph=True)
+    parked = [found for found in gc.get_objects() if isinstance(found, _Parked)]
+    assert len(parked) > 50 and all(each.tensor is None for each in parked)
+    del loss
 
 
 def test_device_memory_is_given_up_when_the_next_block_has_parked_as_much():
@@ -283,6 +293,19 @@ def test_one_memory_in_two_dtypes_comes_back_as_both():
     blocks = nn.Sequential(_Saving(), _Saving())
     offload_activations(blocks, device="cpu", boundaries=False, kept=True, min_bytes=0)
     blocks(torch.randn(8, requires_grad=True)).sum().backward()
+
+
+class _Sharing(nn.Module):
+    def forward(self, hidden):
+        hidden = 2 * hidden
+        return hidden.sin() * hidden.cos()
+
+
+def test_what_two_operators_saved_is_loaded_once():
+    blocks = nn.Sequential(_Sharing(), _Sharing())
+    handle = offload_activations(blocks, device="cpu", boundaries=False, kept=True, min_bytes=0)
+    blocks(torch.randn(8, requires_grad=True)).sum().backward()
+    assert handle.bytes_loaded == handle.bytes_stored == 3 * 32  # its input, the sine and the cosine; the last block's stay
 
 
 @pytest.mark.parametrize("block", [1, 4])
