@@ -66,10 +66,10 @@ def test_parameters_and_shared_inputs_stay_and_nothing_moves_twice():
 
 def test_what_backward_is_through_with_is_not_held_by_a_graph_that_is_retained():
     tiny = make_tiny("rope")
-    apply(tiny, keeps=["everything"] * 5, kept=True)
+    handle = apply(tiny, keeps=["everything"] * 5, kept=True)
     loss = tiny.predict(tiny.embeds[:1]).sum()
     loss.backward(retain_graph=True)
-    parked = [found for found in gc.get_objects() if isinstance(found, _Parked)]
+    parked = [found for found in gc.get_objects() if isinstance(found, _Parked) and found.parking is handle]
     assert len(parked) > 50 and all(each.tensor is None for each in parked)
     del loss
 
