@@ -21,6 +21,10 @@ def _where(call):
 @pytest.fixture
 def two_cores(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1}, raising=False)
+    yield
+    for process in multiprocessing.active_children():  # of a test that failed: not for the next to see
+        process.terminate()
+        process.join()
 
 
 def test_what_was_announced_is_shared_and_remembered(two_cores, tmp_path):
@@ -64,7 +68,7 @@ def test_one_process_serves_all_announcements(two_cores, tmp_path):
     assert [run(call) for call in "cxa"] == list("CXA")  # c was meant for it once
     (tmp_path / "go on").touch()
     assert run._pipe.poll(60) and run("b") == "B"
-    while not (tmp_path / "y").exists():
+    while not (tmp_path / "y").exists() or not (tmp_path / "y").stat().st_size:  # it is there before what is written is
         assert time.monotonic() < deadline
         time.sleep(0.01)
     pids = {call: (tmp_path / call).read_text().split() for call in "abcxy"}
