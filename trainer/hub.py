@@ -1,12 +1,15 @@
 """Models from the Hugging Face hub: first what describes them, and their weights once that is found to be what is needed."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from memory.exhaustion import first_line
+from trainer.backbones.weights import read_index
 from trainer.errors import UsageError
 
 _DESCRIPTION = ("*.json", "*.txt", "*.model", "*.jinja")  # configurations, vocabularies
-_WEIGHTS = ("*.safetensors",)
+_PLAIN = ("model.safetensors", "diffusion_pytorch_model.safetensors")  # transformers' name, diffusers'
+_ANY = "*.safetensors"
 
 
 def is_hub_id(model: str) -> bool:
@@ -19,12 +22,29 @@ def fetch_description(hub_id: str, *, named: str) -> Path:
     return _fetch(hub_id, _DESCRIPTION, None, named)
 
 
-def fetch_weights(hub_id: str, directory: Path, *, named: str) -> None:
-    """Complete what `fetch_description` returned: gigabytes. Raises UsageError."""
-    _fetch(hub_id, _WEIGHTS, directory.name, named)  # the cache names a directory by its revision
+def fetch_weights(hub_id: str, directory: Path, *, named: str, parts: Sequence[str] = ("",)) -> None:
+    """Complete what `fetch_description` returned by the weights in `parts`, as "vae/": gigabytes. Raises UsageError.
+
+    Of a part in several variants the plain one comes, if there is one. Weights elsewhere in the repository stay there.
+    """
+    revision = directory.name  # as the cache names it
+    _fetch(hub_id, [name for part in parts for name in _plain_files(directory, part)], revision, named)
+    without = [part for part in parts if not any((directory / part).glob(_ANY))]
+    if without:
+        _fetch(hub_id, [part + _ANY for part in without], revision, named)
+    for part in without:
+        if not any((directory / part).glob(_ANY)):
+            raise UsageError(f"--model {named}: no {part}{_ANY} of {hub_id} on the hub, or in the cache where the hub is not reached; "
+                             "weights of another kind: load them with diffusers or transformers, save_pretrained(DIR), and name DIR")
 
 
-def _fetch(hub_id: str, patterns: tuple[str, ...], revision: str | None, named: str) -> Path:
+def _plain_files(directory: Path, part: str) -> list[str]:
+    """The weights of a part without variants, by what its description says."""
+    index = next((directory / part).glob("*.safetensors.index.json"), None)
+    return [part + name for name in (sorted(set(read_index(index).values())) if index else _PLAIN)]
+
+
+def _fetch(hub_id: str, patterns: Sequence[str], revision: str | None, named: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:

@@ -11,6 +11,8 @@ import pytest
 import sentencepiece
 import torch
 from huggingface_hub.errors import RepositoryNotFoundError
+from safetensors import safe_open
+from safetensors.torch import save_file
 from tiny_pipelines import FRAMES, SIDE
 
 from memory.plan import MemoryPlan
@@ -285,7 +287,8 @@ def test_a_model_of_the_hub_is_looked_at_before_its_weights_come(copied, hub):
     calls = hub({"some/one": source})
     opened = CogVideoX("some/one")
     assert opened.native_dtype == torch.float32 and opened.directory.name == "revision" and opened.name == "some/one"
-    assert [patterns for _, _, patterns in calls] == [["*.json", "*.txt", "*.model", "*.jinja"], ["*.safetensors"]]
+    assert [patterns for _, _, patterns in calls] == [["*.json", "*.txt", "*.model", "*.jinja"], [
+        f"{part}/{name}.safetensors" for part in ("transformer", "vae", "text_encoder") for name in ("model", "diffusion_pytorch_model")]]
     assert calls[1][:2] == ("some/one", "revision")  # of what was looked at, whatever the hub has by now
     opened.load_transformer(dtype=torch.float32)
 
@@ -298,6 +301,42 @@ def test_a_model_of_the_hub_is_looked_at_before_its_weights_come(copied, hub):
     with pytest.raises(UsageError, match="the pipeline is a LatteDiffusionPipeline"):
         CogVideoX("some/one")
     assert len(calls) == 2  # neither of them came to weights
+
+
+def test_of_a_model_of_the_hub_only_the_weights_that_are_read_come(copied, hub, tmp_path):
+    """Shards by their index; the plain variant; another where there is no plain one; nothing that lies elsewhere."""
+    source = copied("5b")
+    weights = source / "transformer" / "diffusion_pytorch_model.safetensors"
+    with safe_open(weights, framework="pt") as f:
+        tensors = {name: f.get_tensor(name) for name in f.keys()}
+    half = len(tensors) // 2
+    weight_map = {}
+    for number, names in enumerate((list(tensors)[:half], list(tensors)[half:]), 1):
+        shard = f"diffusion_pytorch_model-0000{number}-of-00002.safetensors"
+        save_file({name: tensors[name] for name in names}, weights.with_name(shard))
+        weight_map |= dict.fromkeys(names, shard)
+    weights.with_name(f"{weights.name}.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    weights.rename(source / "all_in_one.safetensors")
+    shutil.copy(source / "all_in_one.safetensors", weights.with_name("pytorch_lora_weights.safetensors"))
+    vae = source / "vae" / "diffusion_pytorch_model.safetensors"
+    shutil.copy(vae, vae.with_name("diffusion_pytorch_model.fp16.safetensors"))
+    encoder = source / "text_encoder" / "model.safetensors"
+    encoder.rename(encoder.with_name("model.fp16.safetensors"))
+    hub({"some/one": source})
+    opened = CogVideoX("some/one")
+    came = sorted(str(file.relative_to(opened.directory)) for file in opened.directory.rglob("*.safetensors"))
+    assert came == ["text_encoder/model.fp16.safetensors", *(f"transformer/{shard}" for shard in sorted(set(weight_map.values()))),
+                    "vae/diffusion_pytorch_model.safetensors"]
+    loaded = opened.load_transformer(dtype=torch.float32).state_dict()
+    assert all(torch.equal(loaded[name], tensors[name]) for name in tensors)
+
+
+def test_a_model_of_the_hub_without_safetensors_is_refused(copied, hub):
+    source = copied("5b")
+    (source / "vae" / "diffusion_pytorch_model.safetensors").rename(source / "vae" / "diffusion_pytorch_model.bin")
+    hub({"some/one": source})
+    with pytest.raises(UsageError, match=r"^--model some/one: no vae/\*\.safetensors of some/one on the hub.*save_pretrained\(DIR\)"):
+        CogVideoX("some/one")
 
 
 def test_unreadable_configuration_is_a_usage_error(copied):

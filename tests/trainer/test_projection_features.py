@@ -188,7 +188,7 @@ def test_wrong_models_are_refused_with_advice(encoders, tmp_path):
 def test_an_encoder_of_the_hub_is_looked_at_before_its_weights_come(encoders, hub):
     calls = hub({"some/clip": encoders["clip"], "some/qwen": encoders["qwen3-vl"]})
     tower = ClipText(locate("clip", "some/clip"))
-    assert [patterns for _, _, patterns in calls][1:] == [["*.safetensors"]]
+    assert [patterns for _, _, patterns in calls][1:] == [["model.safetensors", "diffusion_pytorch_model.safetensors"]]
     assert tower.load() is not None
     with pytest.raises(UsageError, match="use --encoder qwen3-vl"):
         locate("clip", "some/qwen")

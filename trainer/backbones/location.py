@@ -17,6 +17,7 @@ from trainer.hub import fetch_description, fetch_weights, is_hub_id
 
 BUNDLED = Path(__file__).parent.parent / "shapes" / "pipeline"
 COMPONENTS = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")
+_WEIGHTED = ("transformer/", "vae/", "text_encoder/")
 _CLASSES = {"transformer": "CogVideoXTransformer3DModel", "vae": "AutoencoderKLCogVideoX"}
 
 
@@ -47,7 +48,7 @@ def locate(model: str) -> Path:
 def complete(model: str, directory: Path) -> None:
     """Fetch the weights of what `locate` found, if it is the hub's. Raises UsageError."""
     if hub_id := _hub_id(model):
-        fetch_weights(hub_id, directory, named=model)
+        fetch_weights(hub_id, directory, named=model, parts=_WEIGHTED)
 
 
 def _hub_id(model: str) -> str | None:

@@ -25,20 +25,24 @@ def shards(directory: Path) -> dict[str, Path]:
     if not plain:
         indices = indices or sorted(directory.glob("*.safetensors.index.*.json"))
     if indices:
-        try:
-            weight_map = json.loads(indices[0].read_text())["weight_map"]
-            missing = sorted({f for f in weight_map.values() if not (directory / f).is_file()})
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
-            raise CheckpointError(f"{indices[0]} is not an index of weights ({e!r}); copy the model again") from e
-        if missing:
+        files_by_name = read_index(indices[0])
+        if missing := sorted(file for file in set(files_by_name.values()) if not (directory / file).is_file()):
             raise CheckpointError(f"{directory}: the index names {missing[0]}, which is not there; copy the model again")
-        return {name: directory / file for name, file in weight_map.items()}
+        return {name: directory / file for name, file in files_by_name.items()}
     files = plain or files
     if len(files) != 1:
         raise CheckpointError(f"{directory}: expected one .safetensors file or an index, found {len(files)}; copy the model again, or let "
                               "diffusers write it: pipe.save_pretrained(DIR)")
     with open_shard(files[0]) as f:
         return dict.fromkeys(f.keys(), files[0])
+
+
+def read_index(file: Path) -> dict[str, str]:
+    """Tensor name -> name of the file that holds it, by an index of shards. Raises CheckpointError if it is damaged."""
+    try:
+        return {str(name): str(shard) for name, shard in json.loads(file.read_text())["weight_map"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+        raise CheckpointError(f"{file} is not an index of weights ({e!r}); copy the model again") from e
 
 
 @contextmanager
