@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from memory import environment
-from memory.host import available_host_bytes
+from memory.host import available_host_bytes, total_host_bytes
 
 GIB = 1 << 30
 _MIB = 1 << 20
@@ -265,7 +265,7 @@ def _cpu() -> Card:
         name="cpu",
         label="this machine's CPU",
         architecture="cpu",
-        capacity_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        capacity_bytes=total_host_bytes(),
         usable_bytes=available,
         bf16=True,
         fp16=True,

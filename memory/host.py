@@ -13,9 +13,14 @@ _V2 = ("memory.max", "memory.current", "")
 _V1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_")  # limit, usage, prefix of what descendants hold, too
 
 
+def machine_bytes() -> int:
+    """The machine's memory, whatever of it may be had."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
 def available_host_bytes() -> int:
     """Host memory that can be had without swapping, within the limits of the control groups that this process is in."""
-    available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    available = machine_bytes()
     if _MEMINFO.exists():
         fields = dict(line.split(":", 1) for line in _MEMINFO.read_text().splitlines())
         available = int(fields["MemAvailable"].split()[0]) * 1024
@@ -25,6 +30,12 @@ def available_host_bytes() -> int:
 def host_limit_bytes() -> int | None:
     """The least that a control group allows; None without a limit (which version 1 may write as a huge number)."""
     return min((limit for limit, _ in _limits()), default=None)
+
+
+def total_host_bytes() -> int:
+    """The machine's memory, or what control groups allow of it."""
+    limit = host_limit_bytes()
+    return machine_bytes() if limit is None else min(limit, machine_bytes())
 
 
 def _limits() -> list[tuple[int, int]]:

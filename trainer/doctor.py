@@ -23,7 +23,7 @@ from typing import Any, Literal, TextIO
 
 from memory.cards import GIB, Card, CardUnreadable, detect
 from memory.exhaustion import first_line
-from memory.host import available_host_bytes, host_limit_bytes
+from memory.host import available_host_bytes, host_limit_bytes, machine_bytes
 from trainer.errors import TrainerError, UsageError
 from trainer.prompts import cache_directory
 
@@ -164,7 +164,7 @@ def _driver() -> str:
 
 def host(card: Card | None) -> Iterator[Check]:
     """Memory of the host, the container's limit, and how much may be locked."""
-    total, available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), available_host_bytes()
+    total, available = machine_bytes(), available_host_bytes()
     limit = host_limit_bytes()
     short = available < LEAST_HOST_BYTES
     bound = f", container limited to {limit / GIB:.1f}" if limit is not None and limit < total else ""

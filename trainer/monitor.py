@@ -12,10 +12,10 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
-from pathlib import Path
 from statistics import mean
 from typing import Any, Literal, TextIO
 
+from memory.host import available_host_bytes, total_host_bytes
 from memory.meter import Meter, resident_bytes, sensors
 from trainer.config import TrainConfig
 from trainer.distributed import rank
@@ -164,9 +164,5 @@ def read_memory(meter: Meter) -> dict[str, float]:
 
 
 def read_process() -> dict[str, float]:
-    """Memory of this process and its host in bytes, as far as the system tells."""
-    if not Path("/proc/self/statm").exists():
-        return {}
-    lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
-    return {"process_bytes": resident_bytes(), "host_total_bytes": int(lines["MemTotal"].split()[0]) * 1024,
-            "host_available_bytes": int(lines["MemAvailable"].split()[0]) * 1024}
+    """Memory of this process and its host (or container) in bytes."""
+    return {"process_bytes": resident_bytes(), "host_total_bytes": total_host_bytes(), "host_available_bytes": available_host_bytes()}

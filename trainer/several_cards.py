@@ -5,7 +5,7 @@ card, streamed to each from the host, or divided among the cards. Everything her
 from collections.abc import Collection
 from dataclasses import replace
 
-from memory.assess import Assessment, Workload, assess
+from memory.assess import Workload, assess
 from memory.cards import Card
 from memory.plan import MemoryPlan, resolve_keeps, varied
 from memory.ranking import CHUNKS, SEARCHED, SearchResult

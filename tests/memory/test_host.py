@@ -4,7 +4,7 @@ import pytest
 
 from memory import host
 from memory.cards import GIB
-from memory.host import available_host_bytes, host_limit_bytes
+from memory.host import available_host_bytes, host_limit_bytes, machine_bytes, total_host_bytes
 
 V2 = ("memory.max", "memory.current", "")
 V1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_")
@@ -64,5 +64,13 @@ def test_without_control_groups_the_machine_is_the_limit(machine):
     assert available_host_bytes() == 100 * GIB
 
 
+@pytest.mark.parametrize("limit, total", [(None, 128), (2, 2), (256, 128)])
+def test_the_total_is_what_control_groups_allow(machine, monkeypatch, limit, total):
+    monkeypatch.setattr(host, "machine_bytes", lambda: 128 * GIB)
+    machine.lists("0::/job")
+    machine("job", V2, limit, 1)
+    assert total_host_bytes() == total * GIB
+
+
 def test_this_machines_is_known():
-    assert 0 < available_host_bytes() < 1 << 50
+    assert 0 < available_host_bytes() < total_host_bytes() <= machine_bytes() < 1 << 50

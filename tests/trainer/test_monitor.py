@@ -139,6 +139,18 @@ def test_plain_lines_have_no_escapes_and_keep_the_interval():
     assert len(lines) == len(set(lines))
 
 
+def test_a_step_is_said_once():
+    stream = io.StringIO()
+    with Monitor(2, stream=stream, interval=0.02) as monitor:
+        monitor.step(record(0))
+        deadline = time.monotonic() + 60
+        while not stream.getvalue():
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        time.sleep(0.2)
+    assert stream.getvalue().count("step 1/2") == 1 == len(stream.getvalue().splitlines())
+
+
 def test_findings_reach_plain_lines():
     stream = io.StringIO()
     with Monitor(1, stream=stream) as monitor:
@@ -173,6 +185,15 @@ def test_the_eta_leaves_warm_up_out(monkeypatch):
         now[0] += 2.0
         monitor.step(record(i))
     assert monitor.state()["eta"] == pytest.approx(2.0 * 90)
+    assert monitor.state()["elapsed"] == pytest.approx(1000.0 * NUM_WARM_UP + 2.0 * 10)
+
+
+def test_the_pace_is_that_of_the_last_steps():
+    monitor = Monitor(100, stream=io.StringIO())
+    assert monitor.state()["seconds_per_step"] is None
+    for i in range(30):
+        monitor.step(record(i) | {"seconds": 100.0 if i < 10 else i})
+    assert monitor.state()["seconds_per_step"] == pytest.approx(19.5)  # of 10 to 29
 
 
 class _Broken(io.StringIO):
@@ -343,6 +364,11 @@ def test_process_memory_follows_an_allocation():
     after = read_process()
     assert after["process_bytes"] - before["process_bytes"] > 48 * 2**20
     assert 0 < after["host_available_bytes"] < after["host_total_bytes"] and kept.numel()
+
+
+def test_in_a_container_the_host_is_what_the_container_may_have(monkeypatch):
+    monkeypatch.setattr("memory.host._limits", lambda: [(3 * GIB, GIB)])
+    assert (read_process()["host_total_bytes"], read_process()["host_available_bytes"]) == (3 * GIB, GIB)
 
 
 def test_the_clock_splits_a_step():

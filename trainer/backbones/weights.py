@@ -40,7 +40,7 @@ def shards(directory: Path) -> dict[str, Path]:
 def read_index(file: Path) -> dict[str, str]:
     """Tensor name -> name of the file that holds it, by an index of shards. Raises CheckpointError if it is damaged."""
     try:
-        return {str(name): str(shard) for name, shard in json.loads(file.read_text())["weight_map"].items()}
+        return {name: str(Path(shard)) for name, shard in json.loads(file.read_text())["weight_map"].items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
         raise CheckpointError(f"{file} is not an index of weights ({e!r}); copy the model again") from e
 
