@@ -1,6 +1,7 @@
 """The house's plan, read off the syntax tree: who imports whom, and how long things are."""
 
 import ast
+import re
 import subprocess
 import sys
 from functools import cache
@@ -79,6 +80,18 @@ def test_memory_knows_torch_and_nothing_above_it():
         assert not foreign, f"{file.relative_to(ROOT)} imports {', '.join(sorted(foreign))}"
         lazy = _tops(file, everywhere=False) & {"bitsandbytes", "pynvml"}
         assert not lazy, f"{file.relative_to(ROOT)} imports {lazy} at module level"
+
+
+@pytest.mark.parametrize("file", [*MODULES.values()], ids=lambda f: str(f.relative_to(ROOT)))
+def test_what_is_imported_is_used(file):
+    bound = {(alias.asname or alias.name).split(".")[0]: node.lineno for node in ast.walk(_tree(file)) if isinstance(node, ast.Import | ast.ImportFrom)
+             for alias in node.names if alias.name != "annotations"}
+    text = file.read_text().splitlines()
+    used = {node.id for node in ast.walk(_tree(file)) if isinstance(node, ast.Name)}
+    named = {word for node in ast.walk(_tree(file)) if isinstance(node, ast.Constant) and isinstance(node.value, str)
+             for word in re.findall(r"\w+", node.value)}  # annotations may be strings
+    unused = {name: line for name, line in bound.items() if name not in used | named and "noqa" not in text[line - 1]}
+    assert not unused
 
 
 def test_no_import_cycles_between_modules():

@@ -48,6 +48,25 @@ def test_every_pass_runs_in_its_own_state():
     assert not off.requires_grad and on.requires_grad and torch.equal(off, on) and torch.equal(off, tiny.predict(tiny.embeds[:1]))
 
 
+def test_blocks_may_return_one_tensor():
+    class Chain(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.blocks = nn.ModuleList(nn.Linear(4, 4) for _ in range(3))
+
+        def forward(self, hidden):
+            for block in self.blocks:
+                hidden = block(hidden)
+            return hidden * 2
+
+    torch.manual_seed(0)
+    chain, (one, two) = Chain(), torch.randn(2, 3, 4)
+    lockstep = Lockstep(chain, chain.blocks, ("input",))
+    outputs = lockstep([Pass(partial(chain, one), torch.no_grad), Pass(partial(chain, two), nullcontext)])
+    assert_equal(outputs, [chain(one), chain(two)])
+    assert [output.requires_grad for output in outputs] == [False, True]
+
+
 def test_forward_hooks_of_the_model_see_each_pass_once():
     tiny = make_tiny("sincos")
     seen = []

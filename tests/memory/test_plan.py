@@ -28,6 +28,7 @@ def test_importable_without_torch():
         ({"guidance": "both"}, "guidance is 'both'"),
         ({"passes": "together"}, "passes is 'together'; one of sequential, lockstep"),
         ({"num_shards": 2, "passes": "lockstep"}, "num_shards is 2 and passes = lockstep"),
+        ({"num_shards": 2, "resident_blocks": 0}, "num_shards is 2 and resident_blocks 0: .* either divided .* or streamed"),
         ({"feed_forward_chunks": 10**20}, "feed_forward_chunks is 1.*, that fits 64 bits"),
         ({"feed_forward_chunks": 65}, "feed_forward_chunks is 65; at most 64"),
         ({"backbone_copies": 3}, "backbone_copies is 3; one of 1, 2"),

@@ -10,7 +10,6 @@ import re
 import shutil
 import struct
 import subprocess
-import xml.etree.ElementTree as ElementTree
 import zlib
 from html.parser import HTMLParser
 
@@ -19,7 +18,6 @@ from PIL import Image
 from test_cli import call  # noqa: F401  fixture
 
 from trainer import cli
-from trainer.charts import bars, heat_map, interval, line_chart, share_bar, stacked_area
 from trainer.config import TrainConfig, leaves, replaced
 from trainer.config_file import as_json
 from trainer.errors import CheckpointError, InputOutputError
@@ -250,35 +248,6 @@ def test_a_path_that_is_none_is_an_input_output_error(call, monkeypatch, number)
     monkeypatch.setattr(cli, "main", fail)
     code, _, (line,) = call()
     assert code == 6 and line == f"error: some/place: {os.strerror(number)}; name another path"
-
-
-@pytest.mark.parametrize("chart", [
-    line_chart("a", []), line_chart("a", [(0, 1.0)]), line_chart("a", [(0, 0.0), (1, 0.0)]), line_chart("a", [(5, math.nan)]),
-    line_chart("a", [(i, -1e9 * i) for i in range(3000)]), line_chart("<&\">", [(0, 1e-30), (1, 2e-30)], unit="<"),
-    heat_map("a", [3], [[0.0]]), heat_map("a", [0, 1], [[1.0, math.inf], [2.0]]), share_bar("a", {}),
-    share_bar("<", {"<": 0.0}), stacked_area("a", [{"x": 0}], ["p"]), bars("a", {}, unit="s"),
-    bars("<", {"<": {"&": 0.0}}, unit="<"), interval(0.0, 1.0, -0.1, 1.1)])
-def test_charts_of_any_data_are_well_formed(chart):
-    root = ElementTree.fromstring(f"<div>{chart}</div>")
-    assert root[0].tag == "svg" and "nan" not in "".join(e.get("d", "") for e in root.iter())
-
-
-def test_small_numbers_have_ticks_of_their_own():
-    labels = re.findall(r"<text[^>]*>([^<]*)</text>", line_chart("a", [(0, 1e-15), (1, 9e-15)]))
-    assert len([label for label in labels if "e-15" in label]) > 2
-
-
-def test_a_spike_survives_thinning():
-    points = [(i, 100.0 if i == 4321 else 1.0) for i in range(10_000)]
-    path = re.search(r'class="raw" d="([^"]*)"', line_chart("a", points))[1]
-    heights = [float(y) for y in re.findall(r" ([\d.]+)", path)]
-    assert sum(h < 60 for h in heights) == 1 and len(heights) <= 800
-
-
-def test_heat_map_marks_dead_and_non_finite_cells():
-    chart = heat_map("a", list(range(300)), [[1.0, 0.0 if 100 < i < 140 else 2.0, math.nan if i == 250 else 3.0] for i in range(300)])
-    assert chart.count("var(--dead)") == chart.count("var(--bad)") == 1
-    assert "var(--bad)" not in heat_map("a", [0], [[1.0, 2.0]])
 
 
 def chromium():
