@@ -2,7 +2,9 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from tiny_transformer import BOUNDARY_NAMES, NUM_BLOCKS, assert_equal, make_tiny, plain_run
+from torch import nn
 from torch._dynamo.utils import counters
 
 from memory.compiling import compile_blocks
@@ -21,7 +23,7 @@ def fresh():
 
 @pytest.mark.parametrize("kind", [pytest.param("sincos", marks=pytest.mark.slow), "rope"])
 @pytest.mark.parametrize("fields", [
-    {"num_keep_attention": 5},  # compiled code would reuse its memory, if attention were part of it
+    {"num_keep_attention": 5},
     {"resident_blocks": 1, "num_keep_attention": 2, "num_keep_everything": 1, "boundaries": "host", "kept": "host", "feed_forward_chunks": 2},
 ], ids=str)  # fmt: skip
 def test_compiled_blocks_learn_the_same(kind, fields):
@@ -35,6 +37,30 @@ def test_compiled_blocks_learn_the_same(kind, fields):
     with applied.hooked():
         assert_equal([tiny.step()], [plain_run(kind, "cpu")[0]], ROUNDING)
     applied.undo()
+
+
+class _ElementWiseOnAttention(nn.Module):
+    """In what is compiled without a gradient before it, nothing but the kept output needs that memory any more."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear, self.scale = nn.Linear(8, 8).requires_grad_(False), nn.Parameter(torch.ones(8))
+
+    def forward(self, hidden):
+        mixed = F.scaled_dot_product_attention(self.linear(hidden), hidden, hidden)
+        return self.linear((2 * mixed).sin()) * self.scale
+
+
+def test_kept_attention_is_not_overwritten():
+    gradients = []
+    for compile in (False, True):
+        torch.manual_seed(0)
+        block, hidden = _ElementWiseOnAttention(), torch.randn(2, 3, 24, 8)
+        applied = apply_plan(nn.ModuleList([block]), [block], MemoryPlan(compile=compile, num_keep_attention=1), device="cpu")
+        block(hidden).square().sum().backward()
+        gradients.append(block.scale.grad)
+        applied.undo()
+    assert_equal([gradients[1]], [gradients[0]], ROUNDING)
 
 
 def test_blocks_share_what_is_compiled():

@@ -6,7 +6,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_transformer import BOUNDARY_NAMES, make_tiny
 
-from memory.plan import MemoryPlan, PlanError, apply_plan, parse_checkpoint, resolve_keeps
+from memory.plan import MemoryPlan, PlanError, apply_plan, parse_checkpoint, resolve_keeps, varied
+
+
+@pytest.mark.parametrize("changes, possible", [({"num_keep_attention": 5}, True), ({"num_keep_attention": 6}, False), ({"offload_buffers": 1}, False),
+                                               ({"feed_forward_chunks": 64}, True)])
+def test_a_variation_of_a_plan_is_one_for_the_model_or_none(changes, possible):
+    plan = MemoryPlan(resident_blocks=0)
+    assert varied(plan, 5, **changes) == (MemoryPlan(resident_blocks=0, **changes) if possible else None)
 
 
 def test_importable_without_torch():
