@@ -1,5 +1,7 @@
 """Blocks compiled all the way. That strategies go on around compiled blocks is in test_contract.py."""
 
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,6 +9,7 @@ from tiny_transformer import BOUNDARY_NAMES, NUM_BLOCKS, assert_equal, make_tiny
 from torch import nn
 from torch._dynamo.utils import counters
 
+from memory import chunking
 from memory.compiling import compile_blocks
 from memory.plan import MemoryPlan, PlanError, apply_plan
 
@@ -61,6 +64,19 @@ def test_kept_attention_is_not_overwritten():
         gradients.append(block.scale.grad)
         applied.undo()
     assert_equal([gradients[1]], [gradients[0]], ROUNDING)
+
+
+def test_feed_forwards_go_in_chunks_as_ever():
+    """Their memory is what it was only if what the strategy does is no part of compiled code: Python runs it itself."""
+    tiny, calls = make_tiny("rope", "cpu"), []
+    apply_plan(tiny.model, tiny.blocks, MemoryPlan(compile=True, feed_forward_chunks=3), device="cpu", feed_forwards=tiny.feed_forwards)
+    tiny.step()
+    sys.setprofile(lambda frame, event, arg: event == "call" and calls.append(frame.f_code))
+    try:
+        tiny.step()
+    finally:
+        sys.setprofile(None)
+    assert calls.count(chunking._run_chunks.__code__) == NUM_BLOCKS * 6  # two passes of the teacher, two of the student, and recomputed
 
 
 def test_blocks_share_what_is_compiled():
