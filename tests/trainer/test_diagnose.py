@@ -139,6 +139,9 @@ def test_what_a_run_found_and_measured_is_told_again(run_dir: Path) -> None:
     records[1]["blocks"]["gradient"] = [0.5, float("nan")]
     (run_dir / METRICS).write_text("".join(json.dumps(r) + "\n" for r in records))
     assert [(f.code, f.block) for f in diagnose_run(run_dir).findings] == [("dead-gelu", 1), ("non-finite-gradient", 1)]
+    records[1]["skipped"] = True  # float16 tries loss scales, and nothing came of that step
+    (run_dir / METRICS).write_text("".join(json.dumps(r) + "\n" for r in records))
+    assert [f.code for f in diagnose_run(run_dir).findings] == ["dead-gelu"]
     records[1]["loss"] = float("inf")
     (run_dir / METRICS).write_text("".join(json.dumps(r) + "\n" for r in records))
     assert diagnose_run(run_dir).findings[1].code == "non-finite-loss"
@@ -176,12 +179,19 @@ def test_damage_to_what_a_run_goes_on_from_is_no_health(run_dir: Path) -> None:
 @pytest.mark.parametrize("spoil, code, block", [
     (lambda name, t: t.fill_(float("nan")) if name == "1.down.bias" else t, "non-finite-weight", 1),
     (lambda name, t: torch.zeros_like(t) if name.startswith("1.up") else t, "no-op-adapter", 1),
-    (lambda name, t: t.half(), "half-precision-adapters", 0),
+    (lambda name, t: t.half() if name.startswith("1.") else t, "half-precision-adapters", 1),
 ], ids=["NaN", "zero", "half"])
 def test_a_spoilt_eraser_file_is_named(spoil: Callable, code: str, block: int, run_dir: Path) -> None:
     file = run_dir / WEIGHTS
     save_file({name: spoil(name, t) for name, t in load_file(file).items()}, file)
     assert [(f.code, f.block) for f in diagnose_eraser(file).findings] == [(code, block)]
+
+
+@pytest.mark.parametrize("left", ["weight", "bias"])
+def test_an_eraser_that_does_something_by_one_tensor_alone_is_none_without_effect(left: str, run_dir: Path) -> None:
+    file = run_dir / WEIGHTS
+    save_file({name: t if not name.startswith("1.up") or name.endswith(left) else torch.zeros_like(t) for name, t in load_file(file).items()}, file)
+    assert diagnose_eraser(file).healthy
 
 
 def test_an_untrained_eraser_in_the_released_layout(tiny_config: Make, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
@@ -14,7 +15,7 @@ from trainer.assemble import open_backbone
 from trainer.errors import UsageError
 from trainer.planning import as_json, command, forecast, print_forecast, workload
 from trainer.rehearse import rehearse
-from trainer.several_cards import sharded_plans
+from trainer.several_cards import assess_sharded, faster, sharded_plans
 
 NUM_BLOCKS, RANK = 12, 32
 CARD = "4090"
@@ -77,6 +78,29 @@ def test_forecast_compares_the_ways_to_hold_blocks(tiny_config):
     assert none.result.best is None and all(miss.time.seconds < none.chosen.time.seconds for miss in none.result.near_misses)
     alone = forecast(config, card)
     assert as_json(alone, {})["num_cards"] == 1 and alone.sharded is None and not alone.by_placement()
+
+
+@pytest.mark.parametrize("fits, num_tried, smallest, near", [(3, 3, 2, [1, 0]), (4, 4, 3, [2, 0]), (None, 4, 3, [2, 1, 0])])
+def test_of_divided_blocks_the_first_plan_that_fits_is_taken(monkeypatch, fits, num_tried, smallest, near):
+    """Plans by number, from 0, with the seconds and the bytes that they are said to need."""
+    seconds, needs = [1.0, 3.0 if fits == 4 else 1.5, 1.8, 2.0], [9, 8, 7, 6]
+    answers = iter(SimpleNamespace(number=i, fits=fits == i + 1, needed_bytes=needs[i], time=SimpleNamespace(seconds=seconds[i])) for i in range(4))
+    monkeypatch.setattr("trainer.several_cards.assess", lambda *args, **more: next(answers))
+    found = assess_sharded(SimpleNamespace(num_blocks=NUM_BLOCKS), lookup(CARD), MemoryPlan(), 2, ())
+    assert (found.best and found.best.number) == (fits and fits - 1) and found.smallest.number == smallest
+    assert found.num_candidates == num_tried and [miss.number for miss in found.near_misses] == near
+
+
+def _found(seconds, needed_bytes, *, fits):
+    one = SimpleNamespace(time=SimpleNamespace(seconds=seconds), needed_bytes=needed_bytes)
+    return SimpleNamespace(best=one if fits else None, smallest=one)
+
+
+def test_of_two_searches_the_faster_plan_that_fits_is_taken_or_what_needs_least():
+    slow, fast = _found(2.0, 1, fits=True), _found(1.0, 9, fits=True)
+    large, small = _found(0.5, 8, fits=False), _found(3.0, 7, fits=False)
+    for one, two, better in ((slow, fast, fast), (large, slow, slow), (large, small, small)):
+        assert faster(one, two) is better and faster(two, one) is better
 
 
 @pytest.mark.parametrize("given, tried", [
