@@ -112,10 +112,34 @@ def test_a_complete_run(run, caplog):
     for wanted in ("Erasing red", "60 of 60", "100% → 0%", "dead-gelu", "block 7", "weights are finite", "crimson",
                    "7.5% to 17.5%", "L_unlearn", "Gradient norm by block", "Update norm by block", "teacher 75%",
                    "One step by category, predicted", "working set", "3.5 GiB", "3 GiB", "optim.rank", "flag",
-                   "Sample at step 0", "Sample at step 60", "Before and after", "10.0 pixels before, 9.5 after"):
+                   "Sample at step 0", "Sample at step 60", "Before and after", "10.0 pixels before, 9.5 after",
+                   "shapes · rank 32 · run red-1", "Preserved videos moved by 0.020 (RMS of 0..1).", "First block at the bottom",
+                   "Loss, median of the last 20 steps 0.0198 ", "Peak memory, measured (process) 3.00 GiB", "Peak memory, predicted (tensors alone) 3.00 GiB"):
         assert wanted in text, wanted
     assert page.tags.count("img") == 3 and "Cannot be shown" not in text
     assert set(leaves(TrainConfig())) <= set(page.words)
+
+
+def test_what_is_expected_is_healthy_and_named_still(run):
+    (run / "findings.json").write_text(json.dumps(Bill(findings=(finding("zero-down-gradient", "training"),), checked=()).as_json()))
+    _, text = read(write_report(run))
+    assert "● Healthy." in text and "zero-down-gradient" in text and "What was checked" not in text
+
+
+def test_of_many_samples_the_first_and_the_last_are_shown(run):
+    for step in (20, 40):
+        (run / "samples" / f"step-{step:06}.png").write_bytes(png())
+    page, text = read(write_report(run))
+    assert page.tags.count("img") == 3 and text.index("Before and after, from") < text.index("Sample at step 0") < text.index("Sample at step 60")
+
+
+def test_without_predictions_and_plans_it_says_what_is_there(run):
+    (run / "memory.json").unlink()
+    config = json.loads((run / "config.json").read_text())
+    del config["config"]["optim"]
+    (run / "config.json").write_text(json.dumps(config))
+    _, text = read(write_report(run))
+    assert "No prediction is stored with this run." in text and "Steps 60 " in text and "Peak memory, predicted" not in text
 
 
 def test_sheets_of_large_videos_are_shown_as_wide_as_a_page(run):
