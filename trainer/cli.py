@@ -114,10 +114,10 @@ def _train(argv: Sequence[str]) -> None:
     if command.resume and content["first_step"] >= config.optim.steps:
         more = "--steps asks for more" if config.optim.schedule == "constant" else f"a {config.optim.schedule} schedule ends there"
         print(f"nothing was left to train: {run_dir} has its {config.optim.steps} steps; {more}", file=sys.stderr)
+    print(f"eraser: {run_dir / 'eraser.safetensors'}")
+    print(f"run: {run_dir}", flush=True)  # whatever becomes of the measurement
     if measures:
         _measure(EvaluateConfig(run=run_dir, model=config.model, memory=replace(config.memory, num_shards=1)))
-    print(f"eraser: {run_dir / 'eraser.safetensors'}")
-    print(f"run: {run_dir}")
 
 
 def _plan(argv: Sequence[str]) -> None:

@@ -114,6 +114,13 @@ def test_train_generate_and_export(trained, call, pipelines, tmp_path):
     assert code == 0 and (tmp_path / "y.png").is_file()
 
 
+def test_where_the_run_is_has_been_said_whatever_becomes_of_its_measurement(settings, call, monkeypatch, tmp_path):
+    monkeypatch.setattr(cli, "_will_measure", lambda config: True)
+    monkeypatch.setattr(cli, "_measure", Mock(side_effect=KeyboardInterrupt))
+    code, out, _ = call(*settings)
+    assert code == 130 and out.splitlines() == [f"eraser: {tmp_path / 'run' / 'eraser.safetensors'}", f"run: {tmp_path / 'run'}"]
+
+
 def test_train_is_also_a_command_and_resume_takes_a_directory(trained, call):
     code, out, _ = call("train", "--resume", trained, "--steps", "2")
     assert code == 0 and out.splitlines()[-1] == f"run: {trained}"
