@@ -4,6 +4,7 @@ from dataclasses import replace
 from functools import partial
 
 import pytest
+import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import memory.activations
@@ -15,6 +16,7 @@ from memory.splice import Recipe
 from trainer import phases
 from trainer import rehearse as rehearsing
 from trainer.assemble import open_backbone
+from trainer.erasers import Erasers
 from trainer.rehearse import rehearse, teacher_share
 
 
@@ -72,6 +74,15 @@ def test_torchs_own_fake_tensors_leave_the_same_trace(tiny_config, monkeypatch, 
         remembered.cache_clear()
     assert traces == [rehearse(backbone, config, plan)] * 2
     assert needs == phases.phases_around(backbone, config, plan)
+
+
+def test_saving_takes_the_host_weights_and_both_moments(tiny_config):
+    config = tiny_config(optim__rank=64)
+    backbone = open_backbone(config.model)
+    erasers = Erasers(backbone.blocks(backbone.load_transformer(dtype=torch.float32)), 64, seed=0)
+    held = 3 * sum(p.nbytes for p in erasers.parameters())
+    (save,) = (need for need in phases.phases_around(backbone, config, config.memory) if need.name == "save")
+    assert 0.95 * held <= save.host_bytes <= held  # without biases
 
 
 @pytest.mark.parametrize("passes", ["sequential", "lockstep"])
