@@ -23,7 +23,8 @@ def fetch_description(hub_id: str, *, named: str) -> Path:
 
 
 def fetch_weights(hub_id: str, directory: Path, *, named: str, parts: Sequence[str] = ("",)) -> None:
-    """Complete what `fetch_description` returned by the weights in `parts`, as "vae/": gigabytes. Raises UsageError.
+    """Complete what `fetch_description` returned by the weights in `parts`, as "vae/": gigabytes. Raises UsageError, and
+    CheckpointError for an index that is none.
 
     Of a part in several variants the plain one comes, if there is one. Weights elsewhere in the repository stay there.
     """
