@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from memory import environment
-from memory.host import available_host_bytes, total_host_bytes
+from memory.host import available_host_bytes, host_bytes
 
 GIB = 1 << 30
 _MIB = 1 << 20
@@ -260,12 +260,12 @@ def _slice(card: Card, profile: str, total_bytes: int) -> Card:
 
 
 def _cpu() -> Card:
-    available = available_host_bytes()
+    total, available = host_bytes()
     return Card(
         name="cpu",
         label="this machine's CPU",
         architecture="cpu",
-        capacity_bytes=total_host_bytes(),
+        capacity_bytes=total,
         usable_bytes=available,
         bf16=True,
         fp16=True,

@@ -18,24 +18,24 @@ def machine_bytes() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def available_host_bytes() -> int:
-    """Host memory that can be had without swapping, within the limits of the control groups that this process is in."""
-    available = machine_bytes()
+def host_bytes() -> tuple[int, int]:
+    """Host memory within the limits of the control groups that this process is in: (in all, to be had without swapping)."""
+    total = available = machine_bytes()
     if _MEMINFO.exists():
         fields = dict(line.split(":", 1) for line in _MEMINFO.read_text().splitlines())
         available = int(fields["MemAvailable"].split()[0]) * 1024
-    return max(0, min([available, *(left for _, left in _limits())]))
+    limits = _limits()
+    return min([total, *(limit for limit, _ in limits)]), max(0, min([available, *(left for _, left in limits)]))
+
+
+def available_host_bytes() -> int:
+    """Host memory that can be had without swapping."""
+    return host_bytes()[1]
 
 
 def host_limit_bytes() -> int | None:
-    """The least that a control group allows; None without a limit (which version 1 may write as a huge number)."""
+    """The least that a control group allows; None where none allows less than there is."""
     return min((limit for limit, _ in _limits()), default=None)
-
-
-def total_host_bytes() -> int:
-    """The machine's memory, or what control groups allow of it."""
-    limit = host_limit_bytes()
-    return machine_bytes() if limit is None else min(limit, machine_bytes())
 
 
 def _limits() -> list[tuple[int, int]]:
@@ -56,12 +56,13 @@ def _limits() -> list[tuple[int, int]]:
 
 
 def _limit(group: Path, limit: str, usage: str, prefix: str) -> tuple[int, int] | None:
-    """None: no such group, or one without a limit."""
+    """None: no such group, or one without a limit, which version 1 writes as a huge number."""
     try:
-        allowed, used = (group / limit).read_text().strip(), int((group / usage).read_text())
+        allowed = (group / limit).read_text().strip()
+        if allowed == "max" or int(allowed) >= machine_bytes():
+            return None
+        used = int((group / usage).read_text())
     except OSError:
-        return None
-    if allowed == "max":
         return None
     stat = group / "memory.stat"
     held = dict(line.split() for line in stat.read_text().splitlines()) if stat.exists() else {}

@@ -15,7 +15,7 @@ from dataclasses import asdict
 from statistics import mean
 from typing import Any, Literal, TextIO
 
-from memory.host import available_host_bytes, total_host_bytes
+from memory.host import host_bytes
 from memory.meter import Meter, resident_bytes, sensors
 from trainer.config import TrainConfig
 from trainer.distributed import rank
@@ -165,4 +165,5 @@ def read_memory(meter: Meter) -> dict[str, float]:
 
 def read_process() -> dict[str, float]:
     """Memory of this process and its host (or container) in bytes."""
-    return {"process_bytes": resident_bytes(), "host_total_bytes": total_host_bytes(), "host_available_bytes": available_host_bytes()}
+    total, available = host_bytes()
+    return {"process_bytes": resident_bytes(), "host_total_bytes": total, "host_available_bytes": available}

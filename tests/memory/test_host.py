@@ -4,7 +4,7 @@ import pytest
 
 from memory import host
 from memory.cards import GIB
-from memory.host import available_host_bytes, host_limit_bytes, machine_bytes, total_host_bytes
+from memory.host import available_host_bytes, host_bytes, host_limit_bytes, machine_bytes
 
 V2 = ("memory.max", "memory.current", "")
 V1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_")
@@ -13,10 +13,11 @@ UNLIMITED = {"": "max", "total_": 9223372036854771712}
 
 @pytest.fixture
 def machine(tmp_path, monkeypatch):
-    """A machine with 100 GiB left: function that adds a control group; `machine.lists(*lines)`: what the process is in."""
+    """A machine of 128 GiB with 100 left: function that adds a control group; `machine.lists(*lines)`: what the process is in."""
     monkeypatch.setattr(host, "_MEMINFO", tmp_path / "meminfo")
     monkeypatch.setattr(host, "_PROCESS", tmp_path / "process")
     monkeypatch.setattr(host, "_GROUPS", tmp_path / "groups")
+    monkeypatch.setattr(host, "machine_bytes", lambda: 128 * GIB)
     (tmp_path / "meminfo").write_text(f"MemTotal: {128 << 20} kB\nMemAvailable: {100 << 20} kB\n")
 
     def group(path, files, limit, used, **stat):
@@ -65,12 +66,13 @@ def test_without_control_groups_the_machine_is_the_limit(machine):
 
 
 @pytest.mark.parametrize("limit, total", [(None, 128), (2, 2), (256, 128)])
-def test_the_total_is_what_control_groups_allow(machine, monkeypatch, limit, total):
-    monkeypatch.setattr(host, "machine_bytes", lambda: 128 * GIB)
+def test_the_total_is_what_control_groups_allow(machine, limit, total):
     machine.lists("0::/job")
     machine("job", V2, limit, 1)
-    assert total_host_bytes() == total * GIB
+    assert host_bytes() == (total * GIB, min(100, total - 1) * GIB)
+    assert host_limit_bytes() == (None if total == 128 else total * GIB)
 
 
 def test_this_machines_is_known():
-    assert 0 < available_host_bytes() < total_host_bytes() <= machine_bytes() < 1 << 50
+    total, available = host_bytes()
+    assert 0 < available < total <= machine_bytes() < 1 << 50

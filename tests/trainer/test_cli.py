@@ -361,7 +361,7 @@ def test_what_cannot_be_is_refused_before_a_model_is_downloaded(call, monkeypatc
 @pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a card")
 @pytest.mark.parametrize("profile", [[], ["--profile", "4090"]], ids=["auto", "4090"])
 def test_a_machine_whose_card_is_not_seen_does_not_train_for_weeks(call, monkeypatch, profile):
-    monkeypatch.setattr("memory.cards.available_host_bytes", lambda: 2**36)
+    monkeypatch.setattr("memory.cards.host_bytes", lambda: (2**36, 2**36))
     monkeypatch.setattr("trainer.cli.available_host_bytes", lambda: 2**36)
     download = Mock()
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
@@ -375,7 +375,7 @@ def test_a_machine_whose_card_is_not_seen_does_not_train_for_weeks(call, monkeyp
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a card")
 def test_a_machine_whose_card_is_not_seen_does_not_generate_for_days(call, monkeypatch, tmp_path):
-    monkeypatch.setattr("memory.cards.available_host_bytes", lambda: 2**36)
+    monkeypatch.setattr("memory.cards.host_bytes", lambda: (2**36, 2**36))
     download = Mock(side_effect=FileNotFoundError("asked"))
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     words = ["generate", "--model", "cogvideox-2b", "--frames", "9", "--prompt", "golf", "--no-eraser", "--out", str(tmp_path / "x.mp4")]
