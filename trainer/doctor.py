@@ -167,7 +167,7 @@ def host(card: Card | None) -> Iterator[Check]:
     total, available = machine_bytes(), available_host_bytes()
     limit = host_limit_bytes()
     short = available < LEAST_HOST_BYTES
-    bound = f", container limited to {limit / GIB:.1f}" if limit is not None and limit < total else ""
+    bound = f", container limited to {limit / GIB:.1f}" if limit is not None else ""
     yield Check(name="host memory", status="warning" if short else "ok", found=f"{available / GIB:.1f} GiB available of "
                 f"{total / GIB:.1f}{bound}", values={"total_bytes": total, "available_bytes": available, "limit_bytes": limit},
                 fix=f"less than {LEAST_HOST_BYTES // GIB} GiB: close other programs, or raise the container's limit" if short else "")
