@@ -11,9 +11,9 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+
 from memory.fake import FakeMode
 from memory.lockstep import Lockstep
-
 from memory.optimizers import make_optimizer, moment_bytes_8bit, update_norms
 from memory.plan import SHARDING_BUFFERS, MemoryPlan, apply_plan
 from memory.simulate import recording

@@ -17,6 +17,7 @@ from tiny_pipelines import FRAMES, SIDE
 
 from memory.plan import MemoryPlan
 from trainer.assemble import named_scheduler, resolve_dtype
+from trainer.backbones import cogvideox as module
 from trainer.backbones import published
 from trainer.backbones.cogvideox import CogVideoX
 from trainer.errors import CheckpointError, UsageError
@@ -100,6 +101,18 @@ def test_prediction_equals_the_stock_transformer(backbone, frames, height):
         torch.testing.assert_close(predict(x, t, text), stock, rtol=1e-5, atol=1e-5)
 
 
+def test_positions_of_another_size_are_made_once(sincos, monkeypatch):
+    """Diffusers makes them anew in every forward at another size than the configured one."""
+    shape = sincos.latent_shape(17, SIDE, SIDE)
+    assert 17 != sincos.config.sample_frames
+    transformer = sincos.load_transformer(dtype=torch.float32)
+    predict = sincos.predictor(transformer, shape)
+    making = Mock(wraps=transformer.patch_embed._get_positional_embeddings)
+    monkeypatch.setattr(transformer.patch_embed, "_get_positional_embeddings", making)
+    predict(torch.randn(1, *shape), torch.tensor([17]), torch.randn(1, sincos.text_length, 16))
+    assert making.call_count == 0
+
+
 def test_prediction_with_ofs_equals_the_stock_transformer(pipelines):
     from diffusers import CogVideoXTransformer3DModel
 
@@ -140,6 +153,14 @@ def test_encoded_prompts_equal_the_pipelines_bitwise(backbone, dtype, stream):
     with torch.no_grad():
         stock = pipeline._get_t5_prompt_embeds(prompts, max_sequence_length=backbone.text_length)
     assert torch.equal(backbone.encode_prompts(prompts, dtype=dtype, stream=stream), stock)
+
+
+@pytest.mark.parametrize("stream, times", [(True, 1), (False, 0), (None, 0)])
+def test_the_text_encoder_is_streamed_where_that_is_asked_for(sincos, monkeypatch, stream, times):
+    streaming = Mock(wraps=module.offload_blocks)
+    monkeypatch.setattr(module, "offload_blocks", streaming)
+    sincos.encode_prompts(["a red circle"], dtype=torch.float32, stream=stream)
+    assert streaming.call_count == times  # on the CPU not by itself
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -74,6 +74,7 @@ def test_wilson_interval():
     assert wilson(32, 64) == pytest.approx((0.3807, 0.6193), abs=1e-3)
     low, high = wilson(1, 10)
     assert low < 0.1 < high and wilson(0, 10)[0] == 0.0
+    assert wilson(8, 10) == pytest.approx((0.49016, 0.94332), abs=1e-5)
 
 
 def _rendered(chosen, when: str, *, seed: int) -> torch.Tensor:
@@ -156,9 +157,26 @@ def test_evaluation_is_written_with_the_agreed_fields(eraser, capsys):
     assert (eraser / "before-after.png").stat().st_size > 1000
     print_table(result)
     table = capsys.readouterr().out
-    assert "erased: red" in table and "crimson, scarlet" in table and "motion" in table
+    assert "erased: red" in table and "crimson, scarlet" in table
+    assert all(column in table for column in ("kind", "videos", "before", "after", "95 %"))
     for row in result["preserved"]:
         assert row["name"] in table
+    motion, distance = ([word for word in line.split() if word[0].isdigit()] for line in table.splitlines()
+                        if line.strip(" │").startswith(("motion", "distance")))
+    assert motion == [f"{result['motion'][when]:.1f}" for when in ("before", "after")]
+    assert distance[-1] == f"{result['distance']['preserved_rms']:.3f}"
+
+
+def test_the_sheet_shows_each_group_before_and_after(eraser, monkeypatch):
+    sheets = []
+    monkeypatch.setattr(module, "contact_sheet", lambda path, rows: sheets.append((path, rows)))
+    evaluate(_config(eraser))
+    (path, rows), = sheets
+    chosen = cases("red", 2, _config(eraser).seed)
+    shown = [next(c.prompt for c in chosen if c.group == group) for group in ("target", "synonyms", "preserved")] + [chosen[-1].prompt]
+    assert path == eraser / "before-after.png"
+    assert [label for label, _ in rows] == [f"{when}: {prompt}" for prompt in shown for when in ("before", "after")]
+    assert all(not torch.equal(before, after) for (_, before), (_, after) in zip(rows[::2], rows[1::2]))
 
 
 def test_before_is_the_model_without_the_eraser(eraser, bundled, tmp_path):

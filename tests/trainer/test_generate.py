@@ -12,6 +12,7 @@ from memory.plan import MemoryPlan, apply_plan
 from trainer import generate as module
 from trainer.assemble import named_scheduler
 from trainer.config import GenerateConfig, ModelConfig, TrainConfig
+from trainer.diffusion import sample
 from trainer.eraser_files import save_eraser
 from trainer.erasers import Erasers
 from trainer.errors import CheckpointError, InputOutputError, NonFinite, UsageError
@@ -144,9 +145,13 @@ def test_eraser_of_another_model_is_refused_before_anything_is_written(eraser, p
     assert not written
 
 
-def test_several_prompts_make_numbered_videos_each_of_its_own_seed(sincos, written, tmp_path):
+def test_several_prompts_make_numbered_videos_each_of_its_own_seed(sincos, written, tmp_path, monkeypatch):
     other = "a blue square moving up"
+    batches = []
+    monkeypatch.setattr(module, "sample", lambda predict, scheduler, noise, *rest, **more: batches.append(len(noise)) or sample(
+        predict, scheduler, noise, *rest, **more))
     paths = module.generate(_config(sincos.directory, tmp_path / "x.mp4", prompt=(other, PROMPT), seed=SEED - 1))
+    assert batches == [1, 1]  # as much memory as one takes
     assert [p.name for p in paths] == ["x-0.mp4", "x-1.mp4"]
     module.generate(_config(sincos.directory, tmp_path / "alone.mp4"))
     torch.testing.assert_close(written["x-1.mp4"], written["alone.mp4"], rtol=0, atol=1e-6)
