@@ -66,7 +66,7 @@ def _could_park(best: Assessment, workload: Workload, card: Card, fixed: frozens
 
 
 def _waits_for_link(assessment: Assessment) -> bool:
-    return assessment.plan.resident_blocks is not None and assessment.time.by_bound["host link"] > 0.01 * assessment.time.seconds
+    return assessment.time.by_bound["host link"] > 0.01 * assessment.time.seconds
 
 
 def _merged(one: SearchResult, two: SearchResult) -> SearchResult:

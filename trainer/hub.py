@@ -1,6 +1,7 @@
 """Models from the Hugging Face hub: first what describes them, and their weights once that is found to be what is needed."""
 
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from memory.exhaustion import first_line
@@ -48,9 +49,15 @@ def _plain_files(directory: Path, part: str) -> list[str]:
 def _fetch(hub_id: str, patterns: Sequence[str], revision: str | None, named: str) -> Path:
     from huggingface_hub import snapshot_download
 
+    def download(**where: bool) -> Path:
+        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=list(patterns), **where))
+
     try:
-        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=list(patterns)))
+        return download()
     except Exception as e:  # a connection that breaks off raises what the HTTP library has for it, and that is not always the same one
+        if revision:  # it may all be in the cache, without the list of its files, for which a known revision asks the hub first
+            with suppress(Exception):
+                return download(local_files_only=True)
         what = "no such directory, and the hub did not give it" if hub_id == named else f"the hub did not give {hub_id}"
         raise UsageError(f"--model {named}: {what} ({_refusal(e)}); name a local directory, or shapes") from e
 
@@ -58,11 +65,11 @@ def _fetch(hub_id: str, patterns: Sequence[str], revision: str | None, named: st
 def _refusal(error: Exception) -> str:
     """Why the hub did not give a model."""
     from huggingface_hub.constants import HF_HUB_OFFLINE
-    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, RepositoryNotFoundError
 
     if isinstance(error, RepositoryNotFoundError):  # also where it may not be read
         return "it has none of that name for you; a private or gated one needs HF_TOKEN"
-    if isinstance(error, LocalEntryNotFoundError):
+    if isinstance(error, LocalEntryNotFoundError | OfflineModeIsEnabled):
         return "it is not in the cache, and " + ("HF_HUB_OFFLINE is set" if HF_HUB_OFFLINE else "the hub cannot be reached")
     if isinstance(error, HFValidationError):
         return first_line(error)

@@ -352,6 +352,22 @@ def test_of_a_model_of_the_hub_only_the_weights_that_are_read_come(copied, hub, 
     assert all(torch.equal(loaded[name], tensors[name]) for name in tensors)
 
 
+def test_a_cache_without_lists_of_files_serves_where_the_hub_is_not_reached(pipelines, tmp_path, monkeypatch):
+    """As older versions of huggingface_hub fill it, and as it may be copied between machines."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    cached, commit = tmp_path / "models--some--one", "a" * 40
+    shutil.copytree(pipelines["5b"], cached / "snapshots" / commit)
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text(commit)
+    opened = CogVideoX("some/one")
+    assert opened.directory == cached / "snapshots" / commit
+    opened.load_transformer(dtype=torch.float32)
+
+    (opened.directory / "vae" / "diffusion_pytorch_model.safetensors").unlink()
+    with pytest.raises(UsageError, match="no vae/.*.safetensors of some/one on the hub, or in the cache where the hub is not reached"):
+        CogVideoX("some/one")
+
+
 def test_a_model_of_the_hub_without_safetensors_is_refused(copied, hub):
     source = copied("5b")
     (source / "vae" / "diffusion_pytorch_model.safetensors").rename(source / "vae" / "diffusion_pytorch_model.bin")

@@ -66,6 +66,15 @@ def test_settings_given_are_predicted_as_given(tiny_config):
     assert (found.chosen.plan.resident_blocks, found.chosen.plan.boundaries) == (1, "host")
 
 
+@pytest.mark.parametrize("share, passes", [(0.01, "lockstep"), (1.0, "sequential")])
+def test_passes_walk_together_where_inputs_on_the_host_wait_for_the_link(tiny_config, share, passes):
+    """All blocks are on the card; what one pass stores hides behind what another computes."""
+    card = lookup("h200")
+    slow = replace(card, host_link_bandwidth=share * card.host_link_bandwidth)
+    found = planning.forecast(tiny_config(memory__boundaries="host"), slow, {"boundaries", "resident_blocks", "checkpoint"})
+    assert found.chosen.plan == MemoryPlan(boundaries="host", passes=passes)
+
+
 @pytest.mark.parametrize("settings", [
     {}, {"memory__passes": "lockstep"}, {"memory__passes": "lockstep", "memory__resident_blocks": 0, "memory__boundaries": "host"}], ids=str)
 def test_accumulated_passes_take_their_time_and_find_gradients_there(tiny_config, settings):
