@@ -17,14 +17,15 @@ from trainer.seeding import to_device
 
 
 class Sampler:
-    """A diffusers scheduler (DDIM or DPM) as a function of the step's index.
+    """A diffusers scheduler as a function of the step's index.
 
     DPM-Solver++ is a two-step method: `memory` is the previous step's estimate of x_0, None before the first step.
     """
 
     def __init__(self, scheduler: Any, num_steps: int, device: torch.device | str = "cpu"):
-        if scheduler.config.prediction_type != "v_prediction":
-            raise UsageError(f"the scheduler's prediction_type is {scheduler.config.prediction_type}; velocities (v_prediction) are what "
+        kind, predicted = type(scheduler).__name__, scheduler.config.get("prediction_type")
+        if predicted != "v_prediction":
+            raise UsageError(f"the model's {kind} has prediction_type {predicted}; velocities (v_prediction) are what "
                              "a CogVideoX predicts and an eraser is trained on")
         if num_steps > scheduler.config.num_train_timesteps:
             raise UsageError(f"{num_steps} denoising steps: the model's scheduler has {scheduler.config.num_train_timesteps} at most; lower "
@@ -33,7 +34,7 @@ class Sampler:
         self.scheduler, self.timesteps = scheduler, scheduler.timesteps[:num_steps]  # for some counts diffusers adds one of -1
         self.memory: Tensor | None = None
         self._values = self.timesteps.tolist()  # read once: a step must not wait for the device
-        self._two_step = type(scheduler).__name__ == "CogVideoXDPMScheduler"
+        self._two_step = kind == "CogVideoXDPMScheduler"
 
     def step(self, velocity: Tensor, index: int, latents: Tensor, generator: torch.Generator | list[torch.Generator] | None = None) -> Tensor:
         """x at the next timestep from x at `timesteps[index]` and its velocity, in the latents' dtype."""

@@ -19,8 +19,11 @@ from torch import Tensor
 from trainer.config import TrainConfig
 from trainer.diffusion import Sampler
 from trainer.distributed import gather_rows, rows_of
-from trainer.errors import CheckpointError
+from trainer.errors import CheckpointError, UsageError
 from trainer.seeding import generator, noise, to_device
+
+SCHEDULERS = ("CogVideoXDDIMScheduler", "CogVideoXDPMScheduler", "DDIMScheduler")
+"""Whose steps are functions of their arguments: others remember the steps before, or draw from generators that no seed reaches."""
 
 
 @dataclass
@@ -149,8 +152,11 @@ def make_latents(config: TrainConfig, scheduler: Any, shape: tuple[int, ...], st
                  device: torch.device) -> Latents:
     """The latents that the settings ask for, those of this process' rows; `shape` is the whole batch's.
 
-    `scheduler` must not be shared. Streams differ in their randomness.
+    `scheduler` must not be shared. Streams differ in their randomness. Raises UsageError for one that cannot be trained with.
     """
+    if type(scheduler).__name__ not in SCHEDULERS:
+        raise UsageError(f"the model's scheduler is a {type(scheduler).__name__}, which only `generate` can use; for training, name one of "
+                         f"{', '.join(SCHEDULERS)} in a copy of the model, in model_index.json and scheduler/scheduler_config.json")
     common = dict(scheduler=scheduler, shape=shape, seed=config.optim.seed, stream=stream, device=device,
                   rows=rows_of(shape[0]))
     if config.data.latents == "noise":

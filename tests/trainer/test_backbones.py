@@ -376,6 +376,22 @@ def test_a_model_of_the_hub_without_safetensors_is_refused(copied, hub):
         CogVideoX("some/one")
 
 
+def test_a_model_of_learned_positions_is_refused(copied):
+    directory = copied("5b")
+    file = directory / "transformer" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"use_learned_positional_embeddings": True}))
+    with pytest.raises(UsageError, match="the transformer has learned positions, as for image to video"):
+        CogVideoX(str(directory))
+
+
+def test_a_published_name_is_the_hubs_whatever_lies_under_its_id(copied, hub, monkeypatch, tmp_path):
+    shutil.copytree(copied("2b"), tmp_path / published.HUB_IDS["cogvideox-2b"])
+    monkeypatch.chdir(tmp_path)
+    calls = hub({published.HUB_IDS["cogvideox-2b"]: tmp_path / "copy-2b"})
+    assert CogVideoX("cogvideox-2b").directory.name == "revision" and len(calls) == 2
+    assert CogVideoX(published.HUB_IDS["cogvideox-2b"]).directory.name != "revision" and len(calls) == 2
+
+
 def test_unreadable_configuration_is_a_usage_error(copied):
     directory = copied("2b")
     (directory / "vae" / "config.json").write_text("{")
@@ -411,6 +427,8 @@ def test_random_transformer_runs_and_is_a_function_of_the_seed(monkeypatch):
 @pytest.mark.parametrize("damage, part", [
     (lambda d: (d / "scheduler/scheduler_config.json").unlink(), "scheduler"),
     (lambda d: (d / "scheduler/scheduler_config.json").write_text("["), "scheduler"),
+    (lambda d: (d / "model_index.json").write_text('{"scheduler": null}'), "model_index.json"),
+    (lambda d: (d / "model_index.json").write_text('{"scheduler": ["diffusers", "NoScheduler"]}'), "model_index.json"),
     (lambda d: (d / "text_encoder/config.json").write_text("[]"), "text_encoder"),
     (lambda d: (d / "text_encoder/config.json").unlink(), "text_encoder"),
     (lambda d: (d / "text_encoder/config.json").write_text('{"num_layers": "x"}'), "text_encoder"),

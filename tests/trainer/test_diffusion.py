@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from diffusers import CogVideoXDDIMScheduler, CogVideoXDPMScheduler
+from diffusers import CogVideoXDDIMScheduler, CogVideoXDPMScheduler, FlowMatchEulerDiscreteScheduler
 
 from trainer.diffusion import Sampler, sample
 from trainer.errors import UsageError
@@ -88,8 +88,10 @@ def test_there_are_as_many_timesteps_as_were_asked_for_and_none_below_zero(kind)
 
 
 def test_a_scheduler_of_something_else_than_velocities_is_refused():
-    with pytest.raises(UsageError, match="prediction_type is epsilon"):
+    with pytest.raises(UsageError, match="CogVideoXDDIMScheduler has prediction_type epsilon"):
         Sampler(CogVideoXDDIMScheduler(**SCHEDULER | {"prediction_type": "epsilon"}), 4)
+    with pytest.raises(UsageError, match="the model's FlowMatchEulerDiscreteScheduler has prediction_type None"):
+        Sampler(FlowMatchEulerDiscreteScheduler(), 4)
 
 
 def test_check_runs_before_every_step_and_may_stop():

@@ -2,10 +2,17 @@
 
 import pytest
 import torch
-from diffusers import CogVideoXDDIMScheduler, CogVideoXDPMScheduler
+from diffusers import (
+    CogVideoXDDIMScheduler,
+    CogVideoXDPMScheduler,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+)
 
 from trainer.config import DataConfig, OptimConfig, TrainConfig
-from trainer.errors import CheckpointError
+from trainer.errors import CheckpointError, UsageError
 from trainer.latents import NoiseLatents, TrajectoryLatents, make_latents
 from trainer.seeding import generator, noise, order
 from trainer.shapes.pretrain import SCHEDULER
@@ -176,6 +183,14 @@ def test_settings_choose_the_kind():
         made = make_latents(config, CogVideoXDDIMScheduler(**SCHEDULER), SHAPE, "target", CPU)
         assert type(made) is kind and made.seed == 11
     assert made.num_steps == 7
+
+
+@pytest.mark.parametrize("kind", [DDPMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler])
+@pytest.mark.parametrize("latents", ["noise", "trajectory"])
+def test_a_scheduler_that_cannot_be_trained_with_is_refused(kind, latents):
+    config = TrainConfig(data=DataConfig(latents=latents))
+    with pytest.raises(UsageError, match=f"scheduler is a {kind.__name__}, which only `generate` can use; for training, name one of CogVideoXDDIM"):
+        make_latents(config, kind(), SHAPE, "target", CPU)
 
 
 def test_order_visits_every_prompt_once_an_epoch_and_reshuffles():

@@ -154,8 +154,37 @@ def test_of_several_variants_the_plain_one_is_read_and_one_alone_is_read_as_it_i
 def test_component_without_weights_says_so(copied):
     directory = copied("2b") / "transformer"
     (directory / WEIGHTS).unlink()
-    with pytest.raises(CheckpointError, match="expected one .safetensors file or an index, found 0"):
+    with pytest.raises(CheckpointError, match="expected one .safetensors file or an index, found none"):
         CogVideoX(str(directory.parent))
+    for name in ("a.safetensors", "b.safetensors"):
+        save_file({"x": torch.zeros(1)}, directory / name)
+    with pytest.raises(CheckpointError, match="found a.safetensors, b.safetensors; copy the model again"):
+        CogVideoX(str(directory.parent))
+
+
+def test_weights_are_found_beside_other_files(copied):
+    directory = copied("2b") / "transformer"
+    whole = load_file(directory / WEIGHTS)
+    for name in ("eraser.safetensors", "diffusion_pytorch_model copy.safetensors"):
+        save_file({"x": torch.zeros(1)}, directory / name)
+    loaded = CogVideoX(str(directory.parent)).load_transformer(dtype=torch.float32)
+    assert all(torch.equal(p, whole[n]) for n, p in loaded.named_parameters())
+
+
+def test_the_native_dtype_is_that_of_the_large_weights(copied):
+    directory = copied("2b") / "transformer"
+    whole = load_file(directory / WEIGHTS)
+    first = min(whole)
+    save_file({name: t if name == first else t.bfloat16() for name, t in whole.items()}, directory / WEIGHTS)
+    assert CogVideoX(str(directory.parent)).native_dtype == torch.bfloat16
+
+
+def test_a_pipeline_that_was_saved_with_erasers_in_it_says_what_to_do(copied):
+    directory = copied("2b") / "transformer"
+    whole = load_file(directory / WEIGHTS)
+    save_file({**whole, "transformer_blocks.0.attn1.adapter.down.bias": torch.zeros(4)}, directory / WEIGHTS)
+    with pytest.raises(CheckpointError, match=r"holds .*attn1.adapter.down.bias, which .*; save the pipeline anew after erasers.undo\(\)"):
+        CogVideoX(str(directory.parent)).load_transformer(dtype=torch.float32)
 
 
 _MEASURED = """

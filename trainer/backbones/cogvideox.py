@@ -59,6 +59,9 @@ class CogVideoX:
         if c.in_channels != c.out_channels:
             raise UsageError(f"--model {self.name}: the transformer takes {c.in_channels} latent channels and predicts {c.out_channels}, as for "
                              "image to video; a text-to-video model is needed")
+        if c.use_learned_positional_embeddings:
+            raise UsageError(f"--model {self.name}: the transformer has learned positions, as for image to video at one size; a text-to-video "
+                             "model is needed")
         self.width = c.num_attention_heads * c.attention_head_dim
         self.text_length, self.text_width = c.max_text_seq_length, c.text_embed_dim
         levels = self._vae_config.get("block_out_channels", (128, 256, 256, 512))
@@ -194,9 +197,11 @@ class CogVideoX:
         if self.directory is None:
             kind, config = published.SCHEDULERS[self.name]
             return getattr(diffusers, kind)(**config)
+        index = self.directory / "model_index.json"
+        with reading(index):
+            kind = getattr(diffusers, json.loads(index.read_text())["scheduler"][1])
         with reading(self.directory / "scheduler"):
-            kind = json.loads((self.directory / "model_index.json").read_text())["scheduler"][1]
-            return getattr(diffusers, kind).from_pretrained(self.directory / "scheduler")
+            return kind.from_pretrained(self.directory / "scheduler")
 
     def tokenizer(self) -> Any:
         """The tokenizer, or None for random weights."""

@@ -3,6 +3,7 @@
 import difflib
 import hashlib
 import json
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -53,8 +54,9 @@ def complete(model: str, directory: Path) -> None:
 
 def _hub_id(model: str) -> str | None:
     """What the hub calls it, if it is not here."""
-    hub_id = published.HUB_IDS.get(model, model)
-    return hub_id if is_hub_id(hub_id) and not Path(model).expanduser().exists() else None
+    if Path(model).expanduser().exists():
+        return None
+    return published.HUB_IDS.get(model, model if is_hub_id(model) else None)
 
 
 def read_config(directory: Path, component: str) -> dict[str, Any]:
@@ -94,10 +96,10 @@ def reading(place: Path) -> Iterator[None]:
 
 
 def stored_dtype(directory: Path) -> torch.dtype:
-    """The dtype that the weights are stored in: the model's native one."""
-    name, file = next(iter(shards(directory).items()))
+    """The dtype that the weights are stored in, a few small ones perhaps excepted: the model's native one."""
+    file = next(iter(shards(directory).values()))
     with open_shard(file) as f:
-        stored = f.get_slice(name).get_dtype()
+        stored = max(map(f.get_slice, f.keys()), key=lambda tensor: math.prod(tensor.get_shape())).get_dtype()
     return {"F16": torch.float16, "BF16": torch.bfloat16}.get(stored, torch.float32)
 
 

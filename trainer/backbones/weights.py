@@ -1,6 +1,7 @@
 """Weights from safetensors shards straight into place: construction on meta, one tensor at a time, no second copy."""
 
 import json
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,10 +17,12 @@ from trainer.errors import CheckpointError
 def shards(directory: Path) -> dict[str, Path]:
     """Tensor name -> file that holds it, for a diffusers or transformers component directory.
 
-    A sharded index (`*.safetensors.index.json`) is honoured; otherwise the one `*.safetensors` file is read. Of several variants
-    (`*.fp16.safetensors`, `*.safetensors.index.fp16.json`) it is the plain one, as `from_pretrained` takes it.
+    A sharded index (`*.safetensors.index.json`) is honoured; otherwise the one `*.safetensors` file is read, beside others that of the
+    libraries' name. Of several variants (`*.fp16.safetensors`, `*.safetensors.index.fp16.json`) it is the plain one, as `from_pretrained`
+    takes it.
     """
     files = sorted(directory.glob("*.safetensors"))
+    files = [file for file in files if re.match(r"(diffusion_pytorch_)?model[.-]", file.name)] or files
     plain = [file for file in files if file.name.count(".") == 1]
     indices = sorted(directory.glob("*.safetensors.index.json"))
     if not plain:
@@ -31,7 +34,8 @@ def shards(directory: Path) -> dict[str, Path]:
         return {name: directory / file for name, file in files_by_name.items()}
     files = plain or files
     if len(files) != 1:
-        raise CheckpointError(f"{directory}: expected one .safetensors file or an index, found {len(files)}; copy the model again, or let "
+        found = ", ".join(file.name for file in files) or "none"
+        raise CheckpointError(f"{directory}: expected one .safetensors file or an index, found {found}; copy the model again, or let "
                               "diffusers write it: pipe.save_pretrained(DIR)")
     with open_shard(files[0]) as f:
         return dict.fromkeys(f.keys(), files[0])
@@ -65,7 +69,8 @@ def assign(model: nn.Module, directory: Path, *, dtype: torch.dtype, device: tor
     where = shards(directory)
     surplus = sorted(where.keys() - expected.keys())
     if surplus:
-        raise CheckpointError(f"{directory} holds {surplus[0]}, which {type(model).__name__} does not have")
+        advice = "save the pipeline anew after erasers.undo()" if ".adapter." in surplus[0] else "copy the model again"
+        raise CheckpointError(f"{directory} holds {surplus[0]}, which {type(model).__name__} does not have; {advice}")
     files: dict[Path, list[str]] = {}
     for name, file in where.items():
         files.setdefault(file, []).append(name)
