@@ -66,7 +66,9 @@ class DataConfig:
     through them; 0 is without."""
 
     def __post_init__(self):
-        if not self.concept.strip():
+        for name, words in (("concept", self.concept.strip()), ("instead", self.instead.strip()), ("preserve", tuple(map(str.strip, self.preserve)))):
+            object.__setattr__(self, name, words)  # prompts are looked through for them
+        if not self.concept:
             raise UsageError("--concept is empty; name what to erase, e.g. --concept red")
         _at_least("trajectory-steps", self.trajectory_steps, 1)
         _at_least("batch-size", self.batch_size, 1, 32)

@@ -123,7 +123,7 @@ def prompt_columns(backbone: CogVideoX, prompts: PromptSet, *, localised: bool =
     if tokenizer is None:  # random weights have no words: any column costs and behaves the same
         return dict.fromkeys(prompts.prompts, torch.zeros(1, dtype=torch.int64))
     tokens = tokenizer(list(prompts.prompts), truncation=True, max_length=backbone.text_length, return_offsets_mapping=True)
-    concept, found = word(prompts.concept, plural=True), {}
+    concept, found = word(prompts.concept), {}
     for number, (prompt, ids, places) in enumerate(zip(prompts.prompts, tokens.input_ids, tokens.offset_mapping), 1):
         spans = [match.span() for match in concept.finditer(prompt)]
         columns = [i for i, (start, stop) in enumerate(places) if any(start < end and begin < stop for begin, end in spans)]

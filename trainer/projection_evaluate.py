@@ -159,7 +159,7 @@ def leak(config: ForgetConfig, case: Case, updates: Mapping[str, Tensor], closed
 def says(text: str, name: str) -> bool:
     """Whether a text names a class: golf_ball is "golf ball" or "Golf balls", and a football is no ball."""
     text, name = (re.sub(r"[\W_]+", " ", words).strip() for words in (text, name))
-    return word(name, plural=True).search(text) is not None
+    return word(name).search(text) is not None
 
 
 def _counts(texts) -> dict[str, int]:

@@ -50,7 +50,7 @@ def collect(data: DataConfig, *, bundled: bool) -> PromptSet:
     if bundled:
         concept, pairs, preserved = _world(data, pairs, concepts)
     else:
-        if same := [c for c in concepts if c.lower() == concept.lower()]:
+        if same := [c for c in concepts if word(concept).fullmatch(c)]:
             raise UsageError(f"--preserve {same[0]}: that is what is to be erased")
         pairs = _instead(pairs or [(t.format(concept), "") for t in _TEMPLATES], concept, data.instead)
         preserved = [t.format(c) if " " not in c else c for c in concepts for t in _TEMPLATES[: 1 if " " in c else None]]
@@ -65,10 +65,9 @@ def warn_of_contradiction(prompts: PromptSet) -> None:
             break
 
 
-def word(text: str, *, plural: bool = False) -> re.Pattern[str]:
-    """Finds `text` as a word, or words; with `plural` also with an s or es at its end."""
-    ending = "(?:e?s)?" if plural else ""
-    return re.compile(rf"(?<!\w){re.escape(text)}{ending}(?!\w)", re.IGNORECASE)
+def word(text: str) -> re.Pattern[str]:
+    """Finds `text` as a word, or words, in the plural too: group 1 is its s or es."""
+    return re.compile(rf"(?<!\w){re.escape(text)}(e?s)?(?!\w)", re.IGNORECASE)
 
 
 def _instead(pairs: list[tuple[str, str]], concept: str, instead: str) -> list[tuple[str, str]]:
@@ -80,7 +79,8 @@ def _instead(pairs: list[tuple[str, str]], concept: str, instead: str) -> list[t
         if not safe and not words.search(prompt):
             raise UsageError(f"--instead {instead}: the prompt {prompt!r} does not hold {concept!r}; give it a safe prompt of its own, "
                              "in the column `safe` of a CSV")
-    return [(prompt, safe or words.sub(lambda match: instead, prompt)) for prompt, safe in pairs]
+    several = instead if instead.endswith("s") else instead + ("es" if instead.endswith(("x", "z", "ch", "sh")) else "s")
+    return [(prompt, safe or words.sub(lambda match: several if match[1] else instead, prompt)) for prompt, safe in pairs]
 
 
 def _world(data: DataConfig, pairs: list[tuple[str, str]] | None, concepts: list[str]
@@ -132,6 +132,9 @@ def _pairs(path: Path) -> list[tuple[str, str]]:
             records = list(reader)
         except csv.Error as e:
             raise UsageError(f"--prompts {path}: not a CSV file ({e})") from e
+    for name in ("prompt", "safe"):
+        if columns.count(name) > 1:
+            raise UsageError(f"--prompts {path}: has {columns.count(name)} columns named {name}; leave one")
     if "prompt" not in columns:
         raise UsageError(f"--prompts {path}: needs a column named prompt, has {', '.join(columns)}")
     rows = [((record["prompt"] or "").strip(), (record.get("safe") or "").strip()) for record in records]

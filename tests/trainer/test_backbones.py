@@ -155,6 +155,14 @@ def test_encoded_prompts_equal_the_pipelines_bitwise(backbone, dtype, stream):
     assert torch.equal(backbone.encode_prompts(prompts, dtype=dtype, stream=stream), stock)
 
 
+def test_prompts_that_the_model_does_not_read_to_their_end_are_told(sincos, caplog):
+    sincos.encode_prompts(["red"], dtype=torch.float32)
+    assert not caplog.messages
+    sincos.encode_prompts(["red", 40 * "red "], dtype=torch.float32)
+    assert caplog.messages == ["1 of 2 prompts are longer than what the model reads, "
+                               f"{sincos.text_length} tokens, and end there, as {15 * 'red '!r}"]
+
+
 @pytest.mark.parametrize("stream, times", [(True, 1), (False, 0), (None, 0)])
 def test_the_text_encoder_is_streamed_where_that_is_asked_for(sincos, monkeypatch, stream, times):
     streaming = Mock(wraps=module.offload_blocks)

@@ -62,6 +62,7 @@ def test_csv_with_prompts_alone(tmp_path):
     ("p.csv", "prompt,safe\n", "no row has a prompt"),
     ("p.csv", "prompt,safe\n,x\n", "no row has a prompt"),
     ("p.csv", "text\nred\n", "needs a column named prompt, has text"),
+    ("p.csv", "prompt,safe,Safe\nred,,\n", "has 2 columns named safe; leave one"),
     ("p.txt", b"\xff\xfe\x00r", "cannot be read"),
     ("p.tsv", "text\tsafe\nred\t\n", "needs a column named prompt, has text, safe"),
     ("p.csv", "prompt\n" + "x" * 200_000 + "\n", "not a CSV file"),
@@ -151,6 +152,23 @@ def test_safe_prompts_may_name_something_instead(tmp_path):
         found = collect(DataConfig(concept=concept, instead="square"), bundled=True)
         assert found.prompts == tuple(p for p, _ in world.erasure_pairs("circle"))
         assert found.safe == tuple(p.replace("circle", "square") for p in found.prompts)
+
+
+@pytest.mark.parametrize("instead, several", [("football", "footballs"), ("box", "boxes"), ("clothes", "clothes")])
+def test_the_plural_is_the_concept_too(tmp_path, instead, several, caplog):
+    path = tmp_path / "prompts.txt"
+    path.write_text("a golf ball beside golf balls\n")
+    found = collect(DataConfig(concept="golf ball", instead=instead, prompts=path, preserve=("two golf balls",)), bundled=False)
+    assert found.safe == (f"a {instead} beside {several}",)
+    warn_of_contradiction(found)
+    assert "'two golf balls' is to be kept" in caplog.text
+    with pytest.raises(UsageError, match="--preserve Golf balls: that is what is to be erased"):
+        collect(DataConfig(concept="golf ball", preserve=("Golf balls",)), bundled=False)
+
+
+def test_spaces_around_words_do_not_matter():
+    data = DataConfig(concept=" red", instead="blue ", preserve=(" green ",))
+    assert collect(data, bundled=True) == collect(DataConfig(concept="red", instead="blue", preserve=("green",)), bundled=True)
 
 
 def test_what_cannot_be_named_instead(tmp_path):

@@ -6,6 +6,7 @@ Legend: B batch, F latent frames, C latent channels, H W latent size, L text tok
 import gc
 import hashlib
 import json
+import logging
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,6 +19,8 @@ from trainer.backbones import Decode, Predict, published
 from trainer.backbones.location import complete, config_hash, fingerprint, locate, read_config, reading, stored_dtype
 from trainer.backbones.weights import allocate, assign, randomise
 from trainer.errors import CheckpointError, UsageError
+
+logger = logging.getLogger(__name__)
 
 BOUNDARY_NAMES = ("hidden_states", "encoder_hidden_states")
 """The arguments of a block's forward that the block before it returns."""
@@ -236,7 +239,11 @@ class CogVideoX:
         return rows
 
     def _encode(self, prompts: list[str], dtype: torch.dtype, device: torch.device, batch_size: int, stream: bool) -> Tensor:
-        tokenizer, encoder = self.tokenizer(), self.load_text_encoder(dtype=dtype)
+        tokenizer = self.tokenizer()
+        if longer := [p for p, ids in zip(prompts, tokenizer(prompts, verbose=False).input_ids) if len(ids) > self.text_length]:
+            logger.warning("%d of %d prompts are longer than what the model reads, %d tokens, and end there, as %r", len(longer),
+                           len(prompts), self.text_length, longer[0][:60])
+        encoder = self.load_text_encoder(dtype=dtype)
         streamed = []
         if stream:
             offload_blocks(encoder.encoder.block, device=device, gathered=False)  # the file stays mapped: gigabytes that need not be pinned
