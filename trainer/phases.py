@@ -5,10 +5,10 @@ tensors. Everything here is predicted.
 from functools import lru_cache
 
 import torch
-from memory.fake import FakeMode
 from torch.utils._pytree import tree_leaves
 
 from memory.assess import PhaseNeed
+from memory.fake import FakeMode
 from memory.offload import offload_blocks
 from memory.plan import MemoryPlan
 from memory.pools import round_request

@@ -14,6 +14,7 @@ from memory.cards import GIB, Card, card_names, lookup
 from memory.plan import MemoryPlan
 from memory.ranking import SEARCHED, SearchResult
 from memory.search import search
+from memory.timeline import pinned_bytes
 from memory.timing import LARGEST_ERROR, TYPICAL_ERROR
 from trainer.assemble import masking_blocks, open_backbone, require_guidance, resolve_device, resolve_dtype, video_size
 from trainer.backbones import published
@@ -23,6 +24,7 @@ from trainer.config import ModelConfig, TrainConfig
 from trainer.distributed import num_ranks
 from trainer.errors import DoesNotFit, UsageError
 from trainer.phases import phases_around
+from trainer.prompts import collect
 from trainer.rehearse import num_rehearsed, rehearse, teacher_share
 from trainer.several_cards import assess_sharded, check_batch, faster, host_share
 
@@ -92,10 +94,18 @@ def workload(config: TrainConfig, *, num_cards: int | None = None) -> Workload:
 
     return Workload(
         num_blocks=backbone.num_blocks, repeats=config.optim.accumulation / num_rehearsed(config),
-        teacher_share=teacher_share(config),
+        teacher_share=teacher_share(config), host_bytes=Workload.host_bytes + _embedded_bytes(backbone, config),
         trace=lambda plan, num_blocks: _calls(trace(plan, num_blocks)), phases=lambda plan: _calls(phases(plan)),
         prepare=lambda traces, plans: _calls.announce([*(trace(*wanted) for wanted in traces[:2]), *map(phases, plans),
                                                        *(trace(*wanted) for wanted in traces[2:])]))
+
+
+def _embedded_bytes(backbone: CogVideoX, config: TrainConfig) -> int:
+    """Of the host, what the embeddings of all prompts take."""
+    prompts = collect(config.data, bundled=config.model.model == "shapes")
+    distinct = {*prompts.prompts, *prompts.safe, *prompts.preserved, *config.output.sample_prompts, ""}
+    itemsize = resolve_dtype(backbone, config.memory, insist=True).itemsize
+    return pinned_bytes(len(distinct) * backbone.text_length * backbone.text_width * itemsize)
 
 
 _opened: Callable[[ModelConfig], CogVideoX] = lru_cache(maxsize=8)(open_backbone)

@@ -188,7 +188,7 @@ def cache_directory() -> Path:
 
 def embed(backbone, prompts: Sequence[str], *, dtype: torch.dtype, device: torch.device | str,
           cache: Path | None = None) -> Embeddings:
-    """Embeddings of the distinct prompts; those that any earlier run computed come from the cache.
+    """Embeddings of the distinct prompts; those that any earlier run computed come from the cache. No row is held twice.
 
     Keyed by the text encoder's weights, the dtype, the length and the prompt's text. Random weights are not cached.
     """
@@ -196,14 +196,22 @@ def embed(backbone, prompts: Sequence[str], *, dtype: torch.dtype, device: torch
     cache = cache or cache_directory()
     encoder = backbone.text_encoder_fingerprint()
     files = {p: cache / f"{_key(encoder, backbone.text_length, dtype, p)}.safetensors" for p in prompts}
-    rows = {} if encoder is None else {p: t for p in prompts if (t := _cached(files[p])) is not None}
-    missing = [p for p in prompts if p not in rows]
+    with pinning():
+        table = torch.empty(len(prompts), backbone.text_length, backbone.text_width, dtype=dtype,
+                            pin_memory=torch.device(device).type == "cuda")  # (n, L, D)
+    missing, known = [], []
+    for prompt in prompts:
+        row = None if encoder is None else _cached(files[prompt])
+        if row is None:
+            missing.append(prompt)
+        else:
+            known.append(prompt)
+            table[-len(known)] = row  # the missing ones come first
     if missing:
-        rows |= zip(missing, backbone.encode_prompts(missing, dtype=dtype, device=device))
+        rows = backbone.encode_prompts(missing, dtype=dtype, device=device, out=table[:len(missing)])
         if encoder is not None:
-            store({files[p]: {"embedding": rows[p].contiguous()} for p in missing}, "text embeddings")
-    table = torch.stack([rows[p] for p in prompts])  # (n, L, D)
-    return Embeddings(table, prompts)
+            store({files[prompt]: {"embedding": row} for prompt, row in zip(missing, rows)}, "text embeddings")
+    return Embeddings(table, [*missing, *reversed(known)])
 
 
 def _key(encoder: str | None, length: int, dtype: torch.dtype, prompt: str) -> str:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from memory.cards import lookup
+from memory.cards import GIB, lookup
 from memory.plan import MemoryPlan
 from memory.ranking import SEARCHED
 from trainer import phases, planning
@@ -144,6 +144,18 @@ def test_what_no_plan_could_fit_is_refused_before_a_step_is_traced(tiny_config, 
 
 def test_on_a_card_without_room_for_anything_the_smallest_plan_is_named(tiny_config):
     assert "the smallest plan needs" in planning.verdict(planning.forecast(tiny_config(), lookup("0.1gb")))
+
+
+def test_the_embeddings_of_many_prompts_are_in_the_hosts_memory(tmp_path):
+    file = tmp_path / "prompts.csv"
+    file.write_text("prompt,safe\n" + "".join(f"a red ball {i},a ball {i}\n" for i in range(4000)))
+    config = TrainConfig(model=ModelConfig(model="cogvideox-5b"))
+    config = replace(config, data=replace(config.data, preserve=("blue",)))
+    few = planning.workload(planning.without_weights(config)).host_bytes
+    many = planning.workload(planning.without_weights(replace(config, data=replace(config.data, prompts=file)))).host_bytes
+    assert few == 3 * GIB + 32 * 2**20  # eleven rows, pinned by powers of two
+    assert many == 3 * GIB + 16 * GIB  # 8,006 of 1.77 MiB
+    assert 8 * GIB < 8006 * 226 * 4096 * 2 < 16 * GIB
 
 
 def test_a_text_encoder_in_its_files_dtype_takes_nothing_of_the_host(pipelines):

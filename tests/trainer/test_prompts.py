@@ -183,7 +183,7 @@ def test_what_cannot_be_named_instead(tmp_path):
 class _Counting:
     """A backbone that counts how many prompts it encodes."""
 
-    text_length = 5
+    text_length, text_width = 5, 3
 
     def __init__(self, fingerprint="weights"):
         self.encoded, self.fingerprint = [], fingerprint
@@ -191,9 +191,9 @@ class _Counting:
     def text_encoder_fingerprint(self):
         return self.fingerprint
 
-    def encode_prompts(self, prompts, *, dtype, device):
+    def encode_prompts(self, prompts, *, dtype, device, out):
         self.encoded += prompts
-        return torch.stack([torch.full((5, 3), float(len(p))) for p in prompts]).to(dtype)
+        return out.copy_(torch.tensor([len(p) for p in prompts])[:, None, None])
 
 
 def _embed(backbone, prompts, cache, dtype=torch.float32) -> Embeddings:
@@ -256,4 +256,7 @@ def test_real_embeddings_from_the_cache_equal_fresh_ones_bitwise(sincos, tmp_pat
     prompts = ["a red circle", "", "the ball is crimson"]
     fresh = embed(sincos, prompts, dtype=torch.float32, device="cpu", cache=tmp_path)
     cached = embed(sincos, prompts, dtype=torch.float32, device="cpu", cache=tmp_path)
-    assert torch.equal(fresh.table, cached.table) and len(os.listdir(tmp_path)) == 3
+    assert torch.equal(fresh(prompts), cached(prompts)) and len(os.listdir(tmp_path)) == 3
+    more = embed(sincos, [*prompts, "a video", "the end"], dtype=torch.float32, device="cpu", cache=tmp_path)
+    assert torch.equal(more(prompts), fresh(prompts))
+    assert torch.equal(more(["the end"])[0], sincos.encode_prompts(["the end"], dtype=torch.float32)[0])

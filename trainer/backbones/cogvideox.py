@@ -224,37 +224,38 @@ class CogVideoX:
                          return_tensors="pt").input_ids
 
     def encode_prompts(self, prompts: list[str], *, dtype: torch.dtype, device: torch.device | str = "cpu",
-                       batch_size: int = 16, stream: bool | None = None) -> Tensor:
-        """Text embeddings (B, L, D) on the host; the text encoder is loaded for this call and gone after it.
+                       batch_size: int = 16, stream: bool | None = None, out: Tensor | None = None) -> Tensor:
+        """Text embeddings (B, L, D) on the host, in `out` if that is given; the text encoder is loaded for this call and gone after it.
 
         `stream`: the encoder's blocks pass through two buffers on the device instead of living there, so that T5-XXL
         needs no room for its 8.9 GiB (10.7 in float16); None: on every device but the CPU."""
+        out = torch.empty(len(prompts), self.text_length, self.text_width, dtype=dtype) if out is None else out
         if self.directory is None:
-            return torch.stack([_random_text(p, self.text_length, self.text_width, dtype) for p in prompts])
+            for row, prompt in zip(out, prompts):
+                row.copy_(_random_text(prompt, self.text_length, self.text_width, dtype))
+            return out
         device = torch.device(device)
         stream = device.type != "cpu" if stream is None else stream
-        rows = self._encode(prompts, dtype, device, batch_size, stream)
+        self._encode(prompts, out, device, batch_size, stream)
         if stream:
             gc.collect()  # blocks and what streams them refer to each other: gigabytes that nothing else would free
-        return rows
+        return out
 
-    def _encode(self, prompts: list[str], dtype: torch.dtype, device: torch.device, batch_size: int, stream: bool) -> Tensor:
+    def _encode(self, prompts: list[str], out: Tensor, device: torch.device, batch_size: int, stream: bool) -> None:
         tokenizer = self.tokenizer()
         if longer := [p for p, ids in zip(prompts, tokenizer(prompts, verbose=False).input_ids) if len(ids) > self.text_length]:
             logger.warning("%d of %d prompts are longer than what the model reads, %d tokens, and end there, as %r", len(longer),
                            len(prompts), self.text_length, longer[0][:60])
-        encoder = self.load_text_encoder(dtype=dtype)
+        encoder = self.load_text_encoder(dtype=out.dtype)
         streamed = []
         if stream:
             offload_blocks(encoder.encoder.block, device=device, gathered=False)  # the file stays mapped: gigabytes that need not be pinned
             streamed = list(encoder.encoder.block.parameters())
         place(encoder, device, skip=streamed)
-        parts = []
         with torch.no_grad():
             for start in range(0, len(prompts), batch_size):
                 ids = self.token_ids(tokenizer, prompts[start:start + batch_size])
-                parts.append(encoder(ids.to(device))[0].to("cpu", dtype))  # (B, L, D)
-        return torch.cat(parts)
+                out[start:start + batch_size] = encoder(ids.to(device))[0]  # (B, L, D)
 
     def text_encoder_fingerprint(self) -> str | None:
         """Identifies the stored text encoder and tokenizer by content, as a key for cached embeddings; None for random weights: do not cache."""
