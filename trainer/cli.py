@@ -148,11 +148,11 @@ def _forecast(command: PlanCommand, origins: dict[str, str]) -> None:
 
 
 def _measure(config: EvaluateConfig) -> None:
-    from trainer.evaluate import EVALUATION, evaluate, print_table
+    from trainer.evaluate import EVALUATION, PICTURES, evaluate, print_table
 
     print_table(evaluate(config))
     directory = config.run if config.run.is_dir() else config.run.parent
-    print(f"evaluation: {directory / EVALUATION}\npictures: {directory / 'before-after.png'}")
+    print(f"evaluation: {directory / EVALUATION}\npictures: {directory / PICTURES}")
 
 
 def _evaluate(argv: Sequence[str]) -> None:

@@ -8,6 +8,7 @@ import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from trainer.run_files import write_json
 from trainer.shapes import world
 from trainer.video import contact_sheet
 
-EVALUATION = "evaluation.json"
+EVALUATION, PICTURES = "evaluation.json", "before-after.png"
 
 
 @dataclass(frozen=True)
@@ -103,8 +104,14 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
                                 config)
     directory = eraser.path.parent
     write_json(directory / EVALUATION, result)
-    contact_sheet(directory / "before-after.png", sheet)
+    contact_sheet(directory / PICTURES, sheet)
     return result
+
+
+def withdraw(run_dir: Path) -> None:
+    """Remove the evaluation of an eraser that has been trained further."""
+    for name in (EVALUATION, PICTURES):
+        (run_dir / name).unlink(missing_ok=True)
 
 
 def measure(assembly: Assembly, backbone: CogVideoX, embeddings: Embeddings, concept: str, chosen: list[Case],

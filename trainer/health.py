@@ -155,6 +155,10 @@ class Health:
             self._write()
         self.bill.raise_if_fatal(where + ("" if applied else " (no weight was changed)"))
 
+    def frozen(self) -> str | None:
+        """Identifies the frozen weights that the pre-flight saw."""
+        return self._fingerprint and self._fingerprint.digest()
+
     def after_training(self) -> None:
         """Are the frozen weights still, to the bit, what they were? Raises Unhealthy if not."""
         self.flush()

@@ -1,6 +1,7 @@
 """What can be seen without running anything: weights, embeddings, and who owns the erasers' parameters."""
 
 import copy
+import hashlib
 import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -117,6 +118,10 @@ class Fingerprint:
                 key = code, block_of(name)
                 found.setdefault(key, finding(code, "weights", block=block_of(name), module=name, value=low))
         return list(found.values())
+
+    def digest(self) -> str:
+        """Identifies these weights, whatever device they are on."""
+        return hashlib.sha256(repr(sorted(self.sums.values())).encode()).hexdigest()[:16]
 
     def changed(self, now: "Fingerprint") -> list[str]:
         """Names of parameters whose bits differ."""

@@ -21,6 +21,7 @@ from trainer.config import TrainConfig
 from trainer.distributed import agreed, num_ranks, on_main, shared
 from trainer.eraser_files import save_eraser
 from trainer.errors import Interrupted
+from trainer.evaluate import withdraw
 from trainer.health import Health
 from trainer.inspection import Subject
 from trainer.lock import RunLock
@@ -63,7 +64,7 @@ def train(config: TrainConfig, origins: Mapping[str, str], *, resume: Path | Non
     subject = Subject.of(config, backbone, assembly, prompts, embeddings, columns)
     erasers, predict, teacher, optimizer = assembly.erasers, assembly.predict, subject.teacher, subject.optimizer
     samples = Samples(teacher, config.data.pool, device)
-    state = TrainState(config, origins, backbone.identity(), erasers, optimizer, subject.scaler,
+    state = TrainState(config, origins, backbone.identity(), prompts, erasers, optimizer, subject.scaler,
                        [s for s in (teacher.latents, teacher.preserved_latents) if s is not None])
 
     # The run directory, and where an earlier half of the run stopped. Of several processes, the first one writes.
@@ -75,11 +76,18 @@ def train(config: TrainConfig, origins: Mapping[str, str], *, resume: Path | Non
     rescue = Rescue(run_dir, state, health, meter)
     with ExitStack() as files, StopFlag() as stop, watch(config, stop, meter) as monitor, assembly, health, rescue:
         on_main(files.enter_context, RunLock(run_dir))
-        meter.phase("pre-flight")(health.before_training)()  # one step, looked at from all sides and taken back
         if resume:
             checkpoint = shared(latest_checkpoint, run_dir)
-            state.restore(checkpoint) if checkpoint else state.begin_anew(run_dir)
-        on_main(write_config, run_dir, config, origins, base_model=backbone.identity(), first_step=state.step)
+            earlier = checkpoint.state if checkpoint else shared(state.earlier, run_dir)
+            state.check(earlier)  # before anything is written
+        meter.phase("pre-flight")(health.before_training)()  # one step, looked at from all sides and taken back
+        state.frozen = health.frozen()
+        if resume:
+            state.check(earlier)  # the weights, too, are known now
+            if checkpoint:
+                state.restore(checkpoint)
+        facts = state.described() | {"base_model": backbone.identity(), "first_step": state.step}
+        on_main(write_config, run_dir, config, origins, **facts)
         saver = Saver(run_dir, last_step=state.step if resume else None)
         log = on_main(MetricsLog, run_dir, first_step=state.step, tensorboard=config.output.tensorboard, events=events)
         files.callback(log.close if log else bool)
@@ -132,6 +140,8 @@ def train(config: TrainConfig, origins: Mapping[str, str], *, resume: Path | Non
         monitor.close()
         tensors, description = state.export()
         on_main(saver.save, state.step, tensors=tensors, state=description, final=True)
+        if resume and state.step > facts["first_step"]:
+            on_main(withdraw, run_dir)
         on_main(save_eraser, run_dir, erasers, base_model=backbone.identity(), training=description["config"])
         if agreed(stop):
             raise Interrupted(f"stopped at step {state.step} and saved; go on with --resume {run_dir}", stop.signal_number)

@@ -1,9 +1,10 @@
 """What a run is at one moment: what a checkpoint holds, and what may change between two halves of a run."""
 
 import hashlib
+import json
 import logging
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -22,7 +23,9 @@ from trainer.errors import CheckpointError
 from trainer.latents import Latents
 from trainer.metrics import read_metrics
 from trainer.optimizer_state import export_optimizer, import_optimizer
+from trainer.prompts import PromptSet
 from trainer.run_directory import CONFIG, read_config
+from trainer.run_files import lookup
 
 logger = logging.getLogger(__name__)
 PACKAGES = ("torch", "diffusers", "transformers", "bitsandbytes", "safetensors")
@@ -37,19 +40,21 @@ class TrainState:
     config: TrainConfig
     origins: Mapping[str, str]
     base_model: Mapping[str, str]
+    prompts: PromptSet
     erasers: Erasers
     optimizer: Optimizer
     scaler: torch.amp.GradScaler
     latents: list[Latents]
     step: int = 0
+    frozen: str | None = None
+    """Identifies the frozen weights, once they have been looked at."""
 
     def __post_init__(self):
-        data = self.config.data
         self._before: tuple[int, list[dict[str, Tensor]]] = (0, [])  # a step, and the latents that it began with
         self._moving: int | None = None  # the step whose update the optimizer has begun
         self.optimizer.register_step_pre_hook(self._begin_update)
-        self._prompt_files = {name: hashlib.sha256(path.read_bytes()).hexdigest()[:16] for name, path in
-                              (("prompts", data.prompts), ("preserve_file", data.preserve_file)) if path}
+        texts = json.dumps([self.prompts.prompts, self.prompts.safe, self.prompts.preserved])
+        self._prompts = hashlib.sha256(texts.encode()).hexdigest()[:16]
 
     def begin_step(self) -> None:
         """Remember what the teacher moves in a step, so that `rewind` can take it back. Nothing is copied where a step makes one sample."""
@@ -80,24 +85,23 @@ class TrainState:
         latents = {name: t for stream in self.latents for name, t in stream.state_dict().items()}
         tensors = {"adapter": self.erasers.state_dict(), "optimizer": moments, "latents": latents,
                    "rng": {"cpu": torch.get_rng_state()}}
-        return tensors, self._described() | {
-            "optimizer_state": description, "step": self.step, "scaler": self.scaler.state_dict(),
+        return tensors, self.described() | {
+            "config": as_json(self.config), "optimizer_state": description, "step": self.step, "scaler": self.scaler.state_dict(),
             "position": {"student_passes": self.step * self.config.optim.accumulation},
             "origins": dict(self.origins), "versions": {p: version(p) for p in PACKAGES}}
 
-    def begin_anew(self, run_dir: Path) -> None:
-        """Whether a run without any checkpoint may start over: only if it ended before its first one was due.
+    def earlier(self, run_dir: Path) -> dict[str, Any]:
+        """What a run without any checkpoint said that it is, for `check`: it may start over if it ended before its first one was due.
 
-        Raises CheckpointError otherwise, or naming the first setting that differs from the run's own.
+        Raises CheckpointError otherwise.
         """
         if not (run_dir / CONFIG).exists() or len(read_metrics(run_dir)) > read_config(run_dir)[0].output.save_every:
             raise CheckpointError(f"--resume {run_dir}: there is no checkpoint; start again with another --out")
-        self._check_settings(read_config(run_dir)[1]["config"])
         logger.warning("%s ended before its first checkpoint: it begins anew, and arrives at the same", run_dir)
+        return read_config(run_dir)[1]
 
     def restore(self, checkpoint: Checkpoint) -> None:
-        """Become what the checkpoint holds. Raises CheckpointError naming the first setting that differs."""
-        self.check(checkpoint)
+        """Become what the checkpoint holds."""
         self.erasers.load_state_dict(checkpoint.tensors("adapter"))
         import_optimizer(self.optimizer, dict(self.erasers.named_parameters()), checkpoint.tensors("optimizer"),
                          checkpoint.state["optimizer_state"])
@@ -110,37 +114,44 @@ class TrainState:
             self.scaler.load_state_dict(checkpoint.state["scaler"])
         self.step = checkpoint.state["step"]
 
-    def check(self, checkpoint: Checkpoint) -> None:
-        """Whether this run may go on from the checkpoint."""
-        compatible(checkpoint.state, self._described())
-        digests = checkpoint.state.get("prompt_files", {})
-        self._check_settings(checkpoint.state["config"], digests)
-        for name, digest in self._prompt_files.items():
-            if digests.get(name, digest) != digest:
-                raise CheckpointError(f"cannot resume: --{name.replace('_', '-')} {getattr(self.config.data, name)}: the file was changed since; "
-                                      "a resumed run keeps what it trains on")
+    def check(self, saved: Mapping[str, Any]) -> None:
+        """Whether this run may go on from the state of a checkpoint, or of `earlier`. Raises CheckpointError naming the first difference."""
+        ours = self.described()
+        compatible({**saved, "base_model": {"config_hash": lookup(saved, "base_model", "config_hash")}}, ours)
+        self._check_settings(saved["config"], files_by_content="prompts" in saved)
+        if saved.get("step", 0) > self.config.optim.steps:
+            raise CheckpointError(f"cannot resume: --steps {self.config.optim.steps}, and {saved['step']} are done; name as many or more")
+        for name, what in (("prompts", f"the prompts ({self._sources()})"), ("frozen", f"the weights of --model {self.config.model.model}")):
+            if saved.get(name) and ours[name] and saved[name] != ours[name]:
+                raise CheckpointError(f"cannot resume: {what} are not those that it was trained on so far; a resumed run keeps what it trains on")
 
-    def _check_settings(self, saved: Mapping[str, Any], digests: Collection[str] = ()) -> None:
-        """`digests`: files that are compared by content, wherever they are now."""
+    def _sources(self) -> str:
+        """Where the prompts come from, as flags."""
+        data = self.config.data
+        files = [f"{flag} {path}" for flag, path in (("--prompts", data.prompts), ("--preserve-file", data.preserve_file)) if path]
+        return ", ".join(files) or f"as they are made for --model {self.config.model.model}"
+
+    def _check_settings(self, saved: Mapping[str, Any], *, files_by_content: bool) -> None:
         ours = as_json(self.config)
         for section, names in _COMPARED.items():
             for name in names or ours[section]:
                 if name == "steps" and self.config.optim.schedule == "constant":
                     continue
                 then, now = saved[section].get(name), ours[section][name]
-                if name in digests and then and now:
+                if files_by_content and name in ("prompts", "preserve_file") and then and now:  # wherever they are now
                     continue
                 if then != now:
                     raise CheckpointError(f"cannot resume: --{name.replace('_', '-')} is {then!r} in the checkpoint and {now!r} now; "
                                           "a resumed run keeps what it trains on")
 
-    def _described(self) -> dict[str, Any]:
+    def described(self) -> dict[str, Any]:
+        """What must be the same for a run to go on, besides its settings."""
         return {
-            "base_model": {"config_hash": self.base_model["config_hash"]},
+            "base_model": {"config_hash": self.base_model["config_hash"]},  # wherever it is now
             "adapter": {"type": "adapter", "rank": self.erasers.rank, "width": self.erasers.width,
                         "num_blocks": len(self.erasers.adapters)},
             "optimizer": self.config.memory.optimizer,
-            "config": as_json(self.config), "prompt_files": self._prompt_files,
+            "prompts": self._prompts, "frozen": self.frozen,
         }
 
 

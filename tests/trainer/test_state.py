@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from trainer import loop
 from trainer.config import leaves
@@ -197,13 +197,16 @@ def test_resumed_under_another_memory_plan_equals_straight_bitwise(straight, tin
                                               ({"loss__anchor": "empty"}, "--anchor is"),
                                               ({"loss__eta": 2.0}, "--eta is"),
                                               ({"memory__optimizer": "adamw8bit"}, "--optimizer is 'adamw'")])
-def test_resume_with_other_settings_is_refused(straight, tiny_config, overrides, field):
+@pytest.mark.parametrize("saved", [True, False], ids=["saved", "not saved yet"])
+def test_resume_with_other_settings_is_refused(straight, tiny_config, overrides, field, saved):
     run_dir = straight(optim__steps=1)
-    before = {p: p.read_bytes() for p in run_dir.rglob("*") if p.is_file() and p.name not in ("run.lock", "findings.json")}
+    if not saved:
+        shutil.rmtree(run_dir / "ckpt")
+    before = {p: p.read_bytes() for p in run_dir.rglob("*") if p.is_file() and p.name != "run.lock"}
     with pytest.raises(CheckpointError, match=f"cannot resume: {field}") as raised:
         train(tiny_config(output__out=run_dir, **overrides), {}, resume=run_dir)
     assert raised.value.exit_code == 5
-    assert {p: p.read_bytes() for p in run_dir.rglob("*") if p.is_file() and p.name not in ("run.lock", "findings.json")} == before
+    assert {p: p.read_bytes() for p in run_dir.rglob("*") if p.is_file() and p.name != "run.lock"} == before
 
 
 def test_more_steps_with_a_cosine_are_another_run(straight, tiny_config):
@@ -225,8 +228,47 @@ def test_changed_prompt_file_is_another_run(tiny_config, tmp_path):
     config = tiny_config(data__prompts=prompts, optim__steps=1)
     first = train(config, {})
     prompts.write_text("a red box\n")
-    with pytest.raises(CheckpointError, match="prompts"):
-        train(config, {}, resume=first)
+    for _ in ("saved", "not saved yet"):
+        with pytest.raises(CheckpointError, match=r"cannot resume: the prompts \(--prompts .*prompts.txt\) are not those"):
+            train(config, {}, resume=first)
+        shutil.rmtree(first / "ckpt", ignore_errors=True)
+
+
+def test_a_prompt_file_that_is_read_otherwise_is_another_run(tiny_config, tmp_path):
+    table = tmp_path / "prompts.csv"
+    table.write_text("prompt,safe\na red circle,a circle\n")
+    first = train(tiny_config(data__prompts=table, loss__alpha=0.0, optim__steps=1), {})
+    lines = Path(shutil.copy(table, tmp_path / "prompts.txt"))
+    with pytest.raises(CheckpointError, match="the prompts .* are not those"):
+        train(tiny_config(data__prompts=lines, loss__alpha=0.0), {}, resume=first)
+
+
+def test_a_model_at_another_place_is_the_same_run_and_other_weights_are_not(straight, tiny_config, copied):
+    model, run_dir = copied("2b"), straight()
+    _same_run(run_dir, train(tiny_config(model__model=str(model)), {}, resume=train(tiny_config(optim__steps=3), {})))
+    file = model / "transformer" / "diffusion_pytorch_model.safetensors"
+    weights = load_file(file)
+    weights["proj_out.bias"][0] += 1
+    save_file(weights, file)
+    with pytest.raises(CheckpointError, match="cannot resume: the weights of --model .* are not those that it was trained on so far"):
+        train(tiny_config(model__model=str(model)), {}, resume=run_dir)
+
+
+def test_fewer_steps_than_are_done_are_refused(straight, tiny_config):
+    run_dir = straight()
+    with pytest.raises(CheckpointError, match="cannot resume: --steps 3, and 6 are done; name as many or more"):
+        train(tiny_config(output__out=run_dir, optim__steps=3), {}, resume=run_dir)
+
+
+def test_an_evaluation_goes_when_its_eraser_is_trained_further(straight, tiny_config):
+    run_dir = straight(optim__steps=3)
+    files = [run_dir / "evaluation.json", run_dir / "before-after.png"]
+    for file in files:
+        file.touch()
+    train(tiny_config(output__out=run_dir, optim__steps=3), {}, resume=run_dir)
+    assert all(file.exists() for file in files)
+    train(tiny_config(output__out=run_dir), {}, resume=run_dir)
+    assert not any(file.exists() for file in files)
 
 
 def test_a_prompt_file_at_another_place_is_the_same_run(straight, tiny_config, tmp_path):
