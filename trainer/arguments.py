@@ -44,7 +44,7 @@ def parse(kind: type, argv: Sequence[str], command: str, default: Any = None) ->
             raise
         raise UsageError(f"{_unboxed(complaint.getvalue())}; {program} --help says more") from e
     if unknown and not unknown[0].startswith("-"):
-        raise UsageError(_superfluous(unknown[0], argv, program))
+        raise UsageError(_superfluous(unknown[0], argv, parsed, program))
     if unknown:
         options = ["--" + path.split(".")[-1].replace("_", "-") for path in settings.leaves(parsed)]
         near = difflib.get_close_matches(unknown[0].split("=")[0], options, n=1)
@@ -53,14 +53,15 @@ def parse(kind: type, argv: Sequence[str], command: str, default: Any = None) ->
     return parsed
 
 
-def _superfluous(word: str, argv: Sequence[str], program: str) -> str:
+def _superfluous(word: str, argv: Sequence[str], parsed: Any, program: str) -> str:
     """What is wrong with a word that belongs to no option."""
     words = ["", *itertools.chain.from_iterable(given.split("=", 1) if given.startswith("--") else [given] for given in argv)]
-    before = words[words.index(word) - 1]
-    if before.startswith("--"):  # a flag that takes no value: any other would have taken it
+    switches = {path.split(".")[-1].replace("_", "-") for path, value in settings.leaves(parsed).items() if isinstance(value, bool)}
+    for before in (before for before, after in itertools.pairwise(words) if after == word):
         name = before.removeprefix("--").removeprefix("no-")
-        return f"{before} {word}: it takes no value; say --{name} or --no-{name}"
-    return f"{word!r} is one word too many; {program} --help says what it takes"
+        if before.startswith("--") and name in switches:
+            return f"{before} {word}: it takes no value; say --{name} or --no-{name}"
+    return f"{word!r} is one word too many (quotes keep words together); {program} --help says what it takes"
 
 
 def _unboxed(text: str) -> str:
@@ -82,13 +83,16 @@ _PLAIN = {r"invalid literal for int\(\) with base 10: (.*)": r"\1 is not a whole
 
 
 def early(argv: Sequence[str], flag: str) -> str | None:
-    """The value of a flag that other defaults depend on, before everything is parsed."""
-    for i, word in enumerate(argv):
-        if word == flag and i + 1 < len(argv):
-            return argv[i + 1]
-        if word.startswith(flag + "="):
-            return word.split("=", 1)[1]
-    return None
+    """The value of a flag that other defaults depend on, before everything is parsed; of a flag given twice, the last one's."""
+    value = None
+    for word, following in itertools.zip_longest(argv, argv[1:]):
+        if word == flag:
+            value = following
+        elif word.startswith(flag + "="):
+            value = word.split("=", 1)[1]
+    if value == "":  # as of a shell's variable that is not set
+        raise UsageError(f"{flag}: an empty value; name one, or leave the flag out")
+    return value
 
 
 def resolve(argv: Sequence[str], kind: type = TrainCommand) -> tuple[Any, dict[str, str]]:
@@ -152,13 +156,19 @@ def given(argv: Sequence[str]) -> set[str]:
 
 def chosen_card(profile: str, device: str = "auto") -> Card:
     """The card that is meant; of this machine, the one that `device` names."""
-    number = re.fullmatch(r"cuda:(\d+)", device)
+    kind = re.fullmatch(r"(auto|cpu|cuda)(?::(\d+))?", device)
+    if kind is None:
+        raise UsageError(f"--device {device}: auto, cpu or cuda would work")
     try:
-        if profile == "auto" and number:
-            return detect(int(number[1]))
-        return lookup("cpu" if (profile, device) == ("auto", "cpu") else profile)
+        if profile == "auto" and kind[2]:
+            card = detect(int(kind[2]))
+        else:
+            card = lookup("cpu" if (profile, device) == ("auto", "cpu") else profile)
     except (UnknownCard, CardUnreadable) as e:
         raise UsageError(f"--profile {profile}: {e}") from e
+    if (profile, kind[1]) == ("auto", "cuda") and card.is_cpu:
+        raise UsageError(f"--device {device}: there is no CUDA card here; use --device cpu, or --profile to plan for a card")
+    return card
 
 
 def fixed(origins: dict[str, str]) -> list[str]:
@@ -167,6 +177,14 @@ def fixed(origins: dict[str, str]) -> list[str]:
             if path.startswith("memory.") and origin != "default"]
 
 
-def positional(argv: Sequence[str], flag: str) -> list[str]:
-    """`evaluate RUN` is `evaluate --run RUN`."""
-    return [flag, *argv] if argv and not argv[0].startswith("-") else list(argv)
+def positional(argv: Sequence[str], flag: str, *, last: bool = True) -> list[str]:
+    """`evaluate RUN` is `evaluate --run RUN`. `last`: RUN may stand last as well, after flags that take one word each."""
+    def is_flag(word: str) -> bool:
+        return word.startswith("-")
+
+    if argv and not is_flag(argv[0]):
+        return [flag, *argv]
+    ends_a_flag = len(argv) < 2 or (is_flag(argv[-2]) and "=" not in argv[-2])
+    if last and not ends_a_flag and not is_flag(argv[-1]) and flag.removeprefix("--") not in given(argv):
+        return [*argv[:-1], flag, argv[-1]]
+    return list(argv)

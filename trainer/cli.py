@@ -202,12 +202,11 @@ def _forget(argv: Sequence[str]) -> None:
 
 
 def _diagnose(argv: Sequence[str]) -> None:
-    argv = positional(argv, "--target")
+    as_json = "--json" in argv
+    argv = positional([word for word in argv if word != "--json"], "--target", last=False)
     if {"--target", "--help", "-h"} & {word.split("=", 1)[0] for word in argv}:
-        command = parse(DiagnoseCommand, argv, "diagnose")
-        config = None
+        target, config = parse(DiagnoseCommand, argv, "diagnose").target, None
     else:
-        command, argv = DiagnoseCommand(json="--json" in argv), [word for word in argv if word != "--json"]
         if "on_oom" in given(argv):
             raise UsageError("--on-oom: diagnose looks at one step and goes on from none; leave it out")
         run, origins = resolve(argv)
@@ -215,8 +214,8 @@ def _diagnose(argv: Sequence[str]) -> None:
     from trainer.diagnose import diagnose_path, diagnose_settings
     from trainer.findings import print_bill
 
-    bill = diagnose_path(command.target) if config is None else diagnose_settings(config)
-    print_bill(bill, sys.stdout, as_json=command.json)
+    bill = diagnose_path(target) if config is None else diagnose_settings(config)
+    print_bill(bill, sys.stdout, as_json=as_json)
     bill.raise_if_fatal("diagnosis")
 
 

@@ -33,13 +33,18 @@ def read_toml(path: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as e:  # TOMLDecodeError, a number of thousands of digits, brackets in brackets
         raise UsageError(f"--config {path}: not valid TOML ({e})") from e
     known, found = leaves(TrainConfig()), {}
+    sections = {path.split(".")[0] for path in known}
     for section, values in table.items():
-        for name, value in (values.items() if isinstance(values, dict) else ((None, values),)):
+        is_table = isinstance(values, dict) and (values or section in sections)  # an empty one is looked at by its name
+        for name, value in (values.items() if is_table else ((None, values),)):
             dotted = section if name is None else f"{section}.{name}"
             if dotted not in known:
                 near = difflib.get_close_matches(dotted, known, n=1, cutoff=0)
                 raise UsageError(f"--config {path}: there is no setting {dotted}; did you mean {near[0]}?")
-            found[dotted] = _setting(value, dotted, path)
+            try:
+                found[dotted] = _setting(value, dotted)
+            except TypeError as e:
+                raise UsageError(f"--config {path}: {e}") from e
     return found
 
 
@@ -57,18 +62,19 @@ def as_json(config: Any) -> dict[str, Any]:
 
 
 def from_json(values: dict[str, Any]) -> TrainConfig:
-    """The inverse of `as_json`."""
-    flat = {f"{section}.{name}": _setting(value, f"{section}.{name}", Path("config.json"))
-            for section, settings in values.items() for name, value in settings.items() if value is not None}
-    return replaced(TrainConfig(), flat)
+    """The inverse of `as_json`. Raises UsageError for a setting that there is not, TypeError for a value of another type."""
+    flat = {f"{section}.{name}": value for section, settings in values.items() for name, value in settings.items() if value is not None}
+    if unknown := sorted(flat.keys() - leaves(TrainConfig()).keys()):
+        raise UsageError(f"there is no setting {unknown[0]}; another version may have had it")
+    return replaced(TrainConfig(), {dotted: _setting(value, dotted) for dotted, value in flat.items()})
 
 
-def _setting(value: Any, dotted: str, path: Path) -> Any:
+def _setting(value: Any, dotted: str) -> Any:
     section, name = dotted.split(".")
     try:
         return typed(value, typing.get_type_hints(typing.get_type_hints(TrainConfig)[section])[name])
     except TypeError as e:
-        raise UsageError(f"--config {path}: {dotted} = {value!r} is not {e}") from e
+        raise TypeError(f"{dotted} = {value!r} is not {e}") from e
 
 
 def typed(value: Any, hint: Any) -> Any:

@@ -112,8 +112,8 @@ def diagnose_eraser(path: Path) -> Bill:
                              of_blocks=file.num_blocks, largest_up_weight=0.0))
     found += _stored(file)
     return Bill(findings=tuple(found), checked=(
-        f"{file.path.name}: {file.num_blocks} blocks of width {file.width} and rank {file.rank}, finite, "
-        f"{'stored in float32, ' if file.path.suffix == '.safetensors' else ''}every block's `up` away from zero",))
+        f"{file.path.name}: {file.num_blocks} blocks of width {file.width} and rank {file.rank}; whether all is finite, "
+        f"{'stored in float32, ' if file.path.suffix == '.safetensors' else ''}and every block's `up` away from zero",))
 
 
 def _stored(file: EraserFile) -> list[Finding]:

@@ -22,7 +22,7 @@ from trainer.backbones.location import config_hash
 from trainer.erasers import LEAVES, Erasers, width_of
 from trainer.errors import CheckpointError, InputOutputError, UsageError
 from trainer.run_directory import CONFIG
-from trainer.run_files import part_of, write_tensors, write_whole
+from trainer.run_files import lookup, part_of, read_object, write_tensors, write_whole
 
 logger = logging.getLogger(__name__)
 
@@ -81,6 +81,8 @@ def load_eraser(path: Path | str) -> EraserFile:
     candidates = [path] if path.is_file() else [path / WEIGHTS, path / RELEASED_WEIGHTS]
     file = next((c for c in candidates if c.is_file()), None)
     if file is None:
+        if lookup(read_object(path / CONFIG), "command") == "forget":
+            raise CheckpointError(f"{path} is a run of forget: it holds a LoRA, which peft loads, and no eraser")
         if (path / CONFIG).is_file():  # a run that was killed
             raise CheckpointError(f"{path}: no eraser there yet; a run writes it at its end, or when it is stopped: go on with --resume {path}")
         raise CheckpointError(f"{path}: no eraser there; name a run directory, or a directory with {WEIGHTS} "

@@ -27,7 +27,7 @@ CODES: dict[str, Code] = {
     # The frozen model and its inputs.
     "non-finite-weight": Code("fatal",
         "a weight holds NaN or infinity: the file is damaged, or was written by a run that diverged",
-        "copy the weights again, or go back to an earlier checkpoint"),
+        "copy the weights again; of a run that diverged, a new run with a lower --lr"),
     "wiped-attention": Code("fatal",
         "attention gives the same for every token: its weights were wiped, as by to_empty() or a move through the "
         "meta device after loading",
@@ -79,7 +79,7 @@ CODES: dict[str, Code] = {
         "raise --lr; look for a learning rate of 0, or an optimizer step that is skipped"),
     "eraser-diverged": Code("fatal",
         "the model is sound without erasers and overflows with them: their output has run away",
-        "go back to an earlier checkpoint with a lower --lr"),
+        "a new run with a lower --lr"),
     "learning-rate-too-high": Code("warning",
         "one optimizer step moves every weight by about the learning rate, which is as much as the weights are large",
         "--lr 1e-4"),
@@ -135,7 +135,7 @@ CODES: dict[str, Code] = {
         "--dtype bfloat16, or a loss scaler: torch.amp.GradScaler"),
     "dead-gelu": Code("fatal",
         "every unit of the eraser's inner layer is below GELU's range, so only up.bias gets a gradient",
-        "a lower --lr from an earlier checkpoint; a new run draws `down` anew"),
+        "a new run with a lower --lr, or another --seed, which draws other weights for `down`"),
     "zero-gradient": Code("fatal",
         "the gradient is exactly 0 though the eraser is part of the graph",
         "look for a loss that does not depend on the prediction, or a gate of 0 after the eraser"),

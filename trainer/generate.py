@@ -5,7 +5,7 @@ Legend: B videos, F latent frames, C latent channels, H W latent size, L text to
 
 from collections.abc import Callable, Collection, Sequence
 from contextlib import nullcontext
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -50,16 +50,18 @@ def generate_latents(predict: Predict, scheduler: Any, embeddings: Embeddings, p
 
 
 def as_trained(config: GenerateConfig, given: Collection[str]) -> GenerateConfig:
-    """With the model and the memory plan of the run that `config.eraser` is, which fit there; what was `given` by flag stays."""
+    """With the model, the size and the memory plan of the run that `config.eraser` is, which fit there; what was `given` by flag stays."""
     if config.eraser is None or not (config.eraser / CONFIG).is_file():
         return config
-    own = {"device", "guidance", "num_shards", *given} | ({f.name for f in fields(ModelConfig)} if "model" in given else set())
+    own = {"device", "guidance", "num_shards", *given} | ({"weights", "force_dtype"} if "model" in given else set())
     return replaced(config, {path: value for path, value in leaves(read_config(config.eraser)[0]).items()
                              if path.startswith(("model.", "memory.")) and path.split(".")[1] not in own})
 
 
 def generate(config: GenerateConfig) -> list[Path]:
     """Write one video a prompt, and with `compare` a before/after sheet; returns the paths."""
+    if config.out.is_dir():
+        raise InputOutputError(f"--out {config.out}: is a directory; name a file in it, as {config.out / 'x.mp4'}")
     try:
         probe(config.out.parent)  # before minutes of sampling
     except OSError as e:

@@ -1,6 +1,6 @@
 """RUN/memory.json: what a run is predicted to need, for the live view and the report. Everything in it is predicted.
 
-{"card", "budget_bytes", "plan": {...}, "predicted": {"needed_bytes", "peak_bytes", "peak_bytes_by_phase": {phase: bytes},
+{"card", "budget_bytes", "plan": {...}, "guidance_scale", "predicted": {"needed_bytes", "peak_bytes", "peak_bytes_by_phase": {phase: bytes},
 "categories": [name, ...], "timeline": [[phase, [bytes of each category]], ...]}}: the timeline is one step, in order, thinned.
 """
 
@@ -37,6 +37,7 @@ class Forecast:
             found = forecast_as_given(config, self.card)
         return {
             "card": self.card.name, "budget_bytes": self.card.usable_bytes, "plan": asdict(found.plan),
+            "guidance_scale": config.output.guidance_scale,  # of samples, which a run may go on with another of
             "predicted": {
                 "needed_bytes": found.needed_bytes, "peak_bytes": max(found.by_phase.values()),
                 "peak_bytes_by_phase": {_NAMES.get(name, name): value for name, value in found.by_phase.items()},
@@ -56,13 +57,14 @@ def thinned(trace: Trace) -> list[list[Any]]:
 
 
 def keep_forecast(run_dir: Path, config: TrainConfig, forecast: Forecast | None) -> dict[str, float]:
-    """Write memory.json, unless it is there for this very plan and card; returns the facts that the live view shows.
+    """Write memory.json, unless it is there for this very plan, these samples and this card; returns the facts that the live view shows.
 
-    Without `forecast` a file that is about another plan is removed, and there are no facts.
+    Without `forecast` a file that is about others is removed, and there are no facts.
     """
     path = run_dir / MEMORY
     content = read_object(path)
-    same = content.get("plan") == json.loads(json.dumps(asdict(config.memory)))
+    ours = {"plan": json.loads(json.dumps(asdict(config.memory))), "guidance_scale": config.output.guidance_scale}
+    same = all(content.get(name) == value for name, value in ours.items())
     if not same or forecast and content.get("card") != forecast.card.name:
         content = forecast(config) if forecast else {}
         if content:

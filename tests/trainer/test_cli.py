@@ -5,6 +5,7 @@ import resource
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from unittest.mock import Mock
 
 import pytest
@@ -13,7 +14,7 @@ from tiny_pipelines import FRAMES, SIDE
 
 import run
 from trainer import arguments, cli
-from trainer.arguments import chosen_card, resolve
+from trainer.arguments import chosen_card, positional, resolve
 from trainer.assemble import resolve_device
 from trainer.config import replaced
 from trainer.errors import DoesNotFit, UsageError
@@ -157,7 +158,7 @@ WRONG = {
     "height": (["--height", "20"], 2, "--height 20: must be a multiple of 8; 16 would work"),
     "unknown option": (["--rnak", "4"], 2, "there is no option --rnak; did you mean --rank?"),
     "unwritable output": (["--out", "{tmp}/empty.txt/run"], 6, "cannot be written"),
-    "unknown device": (["--device", "gpu"], 2, "--device gpu: not a device"),
+    "unknown device": (["--device", "gpu"], 2, "--device gpu: auto, cpu or cuda would work"),
     "unknown card": (["--profile", "rtx9999"], 2, "--profile rtx9999: unknown card"),
     "missing settings file": (["--config", "{tmp}/absent.toml"], 2, "absent.toml: cannot be read (No such file or directory)"),
     "contradicting plan": (["--checkpoint", "none", "--boundaries", "host"], 2, "--boundaries host, but no block"),
@@ -224,7 +225,14 @@ def test_damaged_eraser_files(sincos, call, pipelines, tmp_path, damage, message
     (["plan", "--batch-size", "99999999999999999999"], "--batch-size 99999999999999999999: must fit 32 bits"),
     (["diagnose", "--on-oom", "stop"], "--on-oom: diagnose looks at one step"),
     (["export", "somewhere"], "error: --out is missing; run.py export --help says more"),
-    (["report", "a", "b"], "error: 'b' is one word too many; run.py report --help says what it takes"),
+    (["report", "a", "b"], "error: 'b' is one word too many (quotes keep words together); run.py report --help says what it takes"),
+    (["generate", "--no-eraser", "--prompt", "x", "--seed", "1", "2"], "'2' is one word too many (quotes keep words together)"),
+    (["evaluate", "runs/a", "runs/a"], "'runs/a' is one word too many (quotes"),
+    (["plan", "--explain", "yes"], "--explain yes: it takes no value; say --explain or --no-explain"),
+    (["--resume", ""], "--resume: an empty value; name one, or leave the flag out"),
+    (["--config=", "--steps", "3"], "--config: an empty value"),
+    (["plan", "--device", "cuda"], "--device cuda: there is no CUDA card here; use --device cpu, or --profile to plan for a card"),
+    (["plan", "--device", "cuda:x"], "--device cuda:x: auto, cpu or cuda would work"),
     (["generate", "--prompt", "x", "--no-eraser", "--fpss", "3"], "there is no option --fpss; did you mean --fps?"),
 ])
 def test_usage_of_other_commands(call, argv, message):
@@ -291,9 +299,9 @@ def test_a_rate_that_never_arrives_is_said(settings, call, caplog):
 
 
 def test_the_card_is_the_one_that_the_device_names(monkeypatch):
-    monkeypatch.setattr(arguments, "detect", lambda index: f"card {index}")
-    monkeypatch.setattr(arguments, "lookup", lambda profile: profile)
-    assert [chosen_card(*words) for words in (("auto",), ("auto", "cuda"), ("auto", "cuda:1"), ("auto", "cpu"), ("4090", "cuda:1"))] == [
+    monkeypatch.setattr(arguments, "detect", lambda index: SimpleNamespace(name=f"card {index}", is_cpu=False))
+    monkeypatch.setattr(arguments, "lookup", lambda profile: SimpleNamespace(name=profile, is_cpu=profile == "cpu"))
+    assert [chosen_card(*words).name for words in (("auto",), ("auto", "cuda"), ("auto", "cuda:1"), ("auto", "cpu"), ("4090", "cuda:1"))] == [
         "auto", "auto", "card 1", "cpu", "4090"]
 
 
@@ -306,6 +314,23 @@ def test_a_card_by_number_becomes_the_current_one(monkeypatch):
     with pytest.raises(UsageError, match="--device cuda:2: there are 2 cards here"):
         resolve_device("cuda:2")
     assert not current
+
+
+def test_what_is_looked_at_may_stand_last():
+    for argv, words in ((["RUN", "--seed", "3"], ["--run", "RUN", "--seed", "3"]), (["--seed", "3", "RUN"], ["--seed", "3", "--run", "RUN"]),
+                        (["--seed=3", "RUN"], ["--seed=3", "--run", "RUN"]), (["--run", "A", "B"], ["--run", "A", "B"]),
+                        (["--seed", "3"], ["--seed", "3"]), (["--compile", "RUN"], ["--compile", "RUN"]), ([], [])):
+        assert positional(argv, "--run") == words
+    assert positional(["--preserve", "a", "b"], "--target", last=False) == ["--preserve", "a", "b"]
+
+
+def test_of_a_flag_given_twice_the_last_one_counts(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.toml").write_text(f"[data]\nconcept = '{name}'\n")
+    command, origins = arguments.resolve(["--config", str(tmp_path / "a.toml"), f"--config={tmp_path / 'b.toml'}"])
+    assert command.settings.data.concept == "b" and origins["data.concept"] == f"file {tmp_path / 'b.toml'}"
+    plain = arguments.resolve([])
+    assert arguments.resolve(["--model", str(tmp_path), "--model", "shapes"])[0].settings == plain[0].settings
 
 
 def test_unknown_option_of_another_command():
@@ -346,7 +371,7 @@ def test_prompts_are_read_before_a_plan_is_looked_for(call, monkeypatch, tmp_pat
     (2, ["--profile", "4090", "--frames", "9"], "nothing to preserve"),
     (3, ["--profile", "8gb", "--batch-size", "64", "--preserve", "tennis"], "does not fit"),
     (2, ["--profile", "4090", "--frames", "9", "--height", "481", "--preserve", "tennis"], "--height 481"),
-    (2, ["--profile", "4090", "--frames", "9", "--preserve", "tennis"], "the hub did not give THUDM/CogVideoX-2b (OfflineModeIsEnabled: no;"),
+    (2, ["--profile", "4090", "--frames", "9", "--preserve", "tennis"], "the hub did not give THUDM/CogVideoX-2b (it is not in the cache, and HF_HUB_OFFLINE is set)"),
 ], ids=["prompts", "memory", "size", "all well"])
 def test_what_cannot_be_is_refused_before_a_model_is_downloaded(call, monkeypatch, code, argv, why):
     from huggingface_hub.errors import OfflineModeIsEnabled

@@ -92,6 +92,7 @@ def test_config_beside_resume_is_not_ignored(toml, tmp_path):
 @pytest.mark.parametrize("text, near", [
     ("[optim]\nrnak = 4\n", "optim.rnak; did you mean optim.rank"),
     ("[optimiser]\nrank = 4\n", "optimiser.rank; did you mean optim.rank"),
+    ("[optm]\n# rank = 4\n", "optm; did you mean optim."),
     ("[data]\nprompt = 'x'\n", "data.prompt; did you mean data.prompts"),
     ("rank = 4\n", "rank; did you mean optim.rank"),
     ("[memory]\nguidence = 'batched'\n", "memory.guidence; did you mean memory.guidance"),
@@ -254,4 +255,4 @@ def test_damaged_run_configuration_is_a_checkpoint_error(tmp_path, content):
     (tmp_path / "config.json").write_text(content)
     with pytest.raises(CheckpointError, match="not a run directory") as raised:
         read_config(tmp_path)
-    assert "\n" not in str(raised.value)
+    assert "\n" not in str(raised.value) and "--config" not in str(raised.value)

@@ -15,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from trainer import tracing
 from trainer.checkpoint import STATE
 from trainer.cli import main
 from trainer.config import TrainConfig
@@ -194,6 +195,21 @@ def test_an_eraser_that_does_something_by_one_tensor_alone_is_none_without_effec
     assert diagnose_eraser(file).healthy
 
 
+def test_what_was_looked_at_of_a_spoilt_eraser_is_not_said_to_be_sound(run_dir: Path) -> None:
+    file = run_dir / "eraser.safetensors"
+    state = load_file(file)
+    save_file({name: torch.zeros_like(tensor) for name, tensor in state.items()}, file)
+    (checked,) = diagnose_eraser(file).checked
+    assert checked.endswith("whether all is finite, stored in float32, and every block's `up` away from zero")
+
+
+def test_a_target_is_bad_where_the_mean_of_its_squares_is() -> None:
+    for num_elements, bad in ((10, False), (1000, True)):
+        first = tracing._First()
+        tracing._check_target(first, torch.full((num_elements,), 1e18), "target")
+        assert (first.found is not None) == bad
+
+
 def test_an_untrained_eraser_in_the_released_layout(tiny_config: Make, tmp_path: Path) -> None:
     erasers = prepare(tiny_config()).assembly.erasers
     save_released(tmp_path / "released", erasers.state_dict(), erasers.rank)
@@ -203,8 +219,9 @@ def test_an_untrained_eraser_in_the_released_layout(tiny_config: Make, tmp_path:
 def test_the_command_prints_json_and_fails_with_the_finding(tiny_config: Make, capsys: pytest.CaptureFixture) -> None:
     model = tiny_config().model.model
     flags = ["--model", model, "--prompts", str(tiny_config().data.prompts), "--beta", "0", "--rank", "4", "--device", "cpu"]
-    main(["diagnose", "--json", *flags])
-    assert json.loads(capsys.readouterr().out)["healthy"]
+    for words in (["--json", *flags], [*flags, "--json"]):
+        main(["diagnose", *words])
+        assert json.loads(capsys.readouterr().out)["healthy"]
     main(["diagnose", *flags, "--lr", "5"])
     assert "learning-rate-too-high" in capsys.readouterr().out
     with pytest.raises(Unhealthy, match="non-finite-target"):

@@ -152,6 +152,12 @@ def test_a_run_that_was_killed_has_none_yet(tmp_path):
         load_eraser(tmp_path)
 
 
+def test_a_run_of_forget_holds_another_thing(tmp_path):
+    (tmp_path / "config.json").write_text('{"command": "forget"}')
+    with pytest.raises(CheckpointError, match="is a run of forget: it holds a LoRA, which peft loads, and no eraser"):
+        load_eraser(tmp_path)
+
+
 @pytest.mark.parametrize("kept", [0, 7, 0.5, -1])
 def test_truncated_files(saved, tmp_path, kept):
     directory, _, _ = saved

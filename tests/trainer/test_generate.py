@@ -101,6 +101,13 @@ def test_eraser_changes_the_video_and_compare_shows_both(sincos, written, eraser
     assert [p.name for p in paths] == ["x.mp4", "x-compare.png"] and paths[1].stat().st_size > 500
 
 
+def test_a_directory_is_no_place_for_a_video(sincos, tmp_path, monkeypatch):
+    (tmp_path / "x.mp4").mkdir()
+    monkeypatch.setattr(module, "assemble", None)  # not reached
+    with pytest.raises(InputOutputError, match="--out .*x.mp4: is a directory; name a file in it, as .*x.mp4/x.mp4"):
+        module.generate(_config(sincos.directory, tmp_path / "x.mp4"))
+
+
 @pytest.mark.parametrize("out", ["file/x.mp4", "/proc/x.mp4"])
 def test_a_place_that_cannot_be_written_is_told_before_anything_is_sampled(sincos, tmp_path, written, monkeypatch, out):
     (tmp_path / "file").touch()
@@ -135,7 +142,8 @@ def test_a_run_gives_its_sizes_and_its_plan_where_flags_do_not(sincos, eraser, t
     write_config(tmp_path, trained, {}, base_model={}, first_step=0)
     found = module.as_trained(run, {"eraser", "resident_blocks"})
     assert found == replace(run, model=replace(model, device="auto"), memory=MemoryPlan(feed_forward_chunks=2))
-    assert module.as_trained(run, {"model"}) == replace(run, memory=MemoryPlan(resident_blocks=0, feed_forward_chunks=2))
+    assert module.as_trained(run, {"model", "height"}) == replace(  # which lies elsewhere
+        run, model=ModelConfig(frames=FRAMES), memory=MemoryPlan(resident_blocks=0, feed_forward_chunks=2))
     assert module.as_trained(replace(run, eraser=eraser), ()) == replace(run, eraser=eraser)
 
 

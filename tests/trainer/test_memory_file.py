@@ -54,7 +54,8 @@ def test_a_forecast_is_made_once_a_plan_and_card(tiny_config, tmp_path, monkeypa
 
     def counted(self, config):
         asked.append((self.card.name, config.memory))
-        return {"card": self.card.name, "budget_bytes": 10, "plan": dataclasses.asdict(config.memory), "predicted": {"needed_bytes": 7}}
+        return {"card": self.card.name, "budget_bytes": 10, "plan": dataclasses.asdict(config.memory),
+                "guidance_scale": config.output.guidance_scale, "predicted": {"needed_bytes": 7}}
 
     monkeypatch.setattr(Forecast, "__call__", counted)
     forecast, facts = Forecast(CARD), {"budget_bytes": 10, "predicted_peak_bytes": 7}
@@ -63,6 +64,8 @@ def test_a_forecast_is_made_once_a_plan_and_card(tiny_config, tmp_path, monkeypa
     other = dataclasses.replace(config, memory=MemoryPlan(resident_blocks=0))
     assert keep_forecast(tmp_path, other, forecast) == facts and len(asked) == 2
     assert keep_forecast(tmp_path, other, Forecast(lookup("h100"))) == facts and asked[2:] == [("h100", other.memory)]
+    guided = dataclasses.replace(other, output=dataclasses.replace(other.output, guidance_scale=3.0))  # a run may go on with it
+    assert keep_forecast(tmp_path, guided, Forecast(lookup("h100"))) == facts and len(asked) == 4
     assert keep_forecast(tmp_path, config, None) == {} and not (tmp_path / "memory.json").exists()
     (tmp_path / "memory.json").write_text("{")
     assert keep_forecast(tmp_path, config, forecast) == facts
