@@ -124,6 +124,7 @@ class Recipe:
         self._layout = layout
         self._cells: dict[tuple, Cell | None] = {}  # None: recorded, but not always the same
         self._is_checkpointed = is_checkpointed(keeps)
+        self._keeps: tuple[str, ...] | None = tuple(keeps)  # of the layout, if it is of this very plan
         self._learn(layout, keeps)
         self._standing = standing
         self.block_weights: list[list[Storage]] = [[] for _ in range(self.num_blocks)]
@@ -173,11 +174,15 @@ class Recipe:
         remaining = iter(between)
         other = copy.copy(self)
         other._layout, other._cells = [(visit, cell if visit else next(remaining)) for visit, cell in self._layout], {}
+        other._keeps = None
         other.learn(variant, keeps)
         return other
 
     def visits(self, keeps: Sequence[str]) -> Iterator[tuple[Visit | None, Cell]]:
         """(visit, cell) of every span of the step, in order. Raises SpliceError."""
+        if tuple(keeps) == self._keeps:
+            yield from self._layout
+            return
         if is_checkpointed(keeps) != self._is_checkpointed:
             # What blocks share (the time embedding) is saved by checkpoints, so its life depends on there being one.
             raise SpliceError("with and without any checkpointed block differ between the blocks; trace this plan in full")

@@ -423,6 +423,15 @@ def test_spliced_and_full_traces_of_the_real_transformer_are_the_same(kind, pass
     assert_splice_is_exact(recipe, keeping(2, 2, resident_blocks=3, passes=passes), 7, kind)
 
 
+def test_a_plan_that_was_traced_in_full_is_known_whatever_others_are_like():
+    """Where blocks of a pattern are not alike, nothing else can be spliced; the pattern itself need not be."""
+    recipe = Recipe.of(tiny_trace(MemoryPlan()), ["inputs"] * 8)
+    recipe.learn(tiny_trace(MemoryPlan(feed_forward_chunks=4)), ["inputs"] * 8)  # visits of the same kinds that differ
+    assert_splice_is_exact(recipe, MemoryPlan(resident_blocks=3), 8, "stack")
+    with pytest.raises(SpliceError, match="differ among blocks"):
+        recipe.splice(["inputs"] * 7 + ["everything"])
+
+
 @pytest.mark.parametrize("passes", ["sequential", "lockstep"])
 def test_spliced_and_full_traces_are_the_same_with_boundaries_on_the_host(passes):
     fields = {"boundaries": "host", "passes": passes}

@@ -12,7 +12,7 @@ from memory.plan import MemoryPlan
 from memory.ranking import SEARCHED
 from trainer import phases, planning
 from trainer.backbones.cogvideox import CogVideoX, enable_tiles
-from trainer.config import LossConfig, ModelConfig, TrainConfig
+from trainer.config import DataConfig, LossConfig, ModelConfig, OptimConfig, TrainConfig
 from trainer.errors import DoesNotFit, UsageError
 from trainer.rehearse import peak_beyond
 
@@ -64,6 +64,16 @@ def test_settings_given_are_predicted_as_given(tiny_config):
     config = tiny_config(memory__resident_blocks=1, memory__boundaries="host")
     found = planning.forecast(config, lookup("4090"), ["resident_blocks", "boundaries"])
     assert (found.chosen.plan.resident_blocks, found.chosen.plan.boundaries) == (1, "host")
+
+
+@pytest.mark.parametrize("settings", [{"guidance": "batched", "num_keep_everything": 1}, {"checkpoint": "every:2"}], ids=str)
+def test_blocks_that_keep_what_was_given_are_planned_though_they_are_not_all_alike(settings):
+    """With inputs on the host, what a block's visit is like depends on what the block after the next one keeps, and beyond."""
+    config = TrainConfig(data=DataConfig(batch_size=2), loss=LossConfig(beta=0.0), optim=OptimConfig(rank=512), memory=MemoryPlan(**settings))
+    found = planning.forecast(config, replace(lookup("h200"), usable_bytes=int(1.07 * GIB)), settings)
+    assert found.result.num_unknown == 0
+    full = planning.forecast_as_given(replace(config, memory=found.chosen.plan), found.card)
+    assert found.chosen.prediction == full.prediction and found.chosen.time == full.time
 
 
 @pytest.mark.parametrize("share, passes", [(0.01, "lockstep"), (1.0, "sequential")])
