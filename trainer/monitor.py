@@ -117,7 +117,7 @@ class Monitor:
                     if console.width < width:  # the terminal has broken the last picture's lines in two, and rich would leave some
                         console.clear()
                     width = console.width
-                    live.update(view(self.state(), max(24, width)), refresh=True)
+                    live.update(view(self.state(), max(24, width - 2)), refresh=True)  # a ^C that the terminal shows has room in the last line
             finally:
                 for handler in handlers:
                     handler.setStream(self.stream)
