@@ -40,11 +40,16 @@ def require_guidance(config: TrainConfig) -> None:
                          "use batched or sequential")
 
 
+def require_real(plan: MemoryPlan) -> None:
+    """Raises UsageError for what can be planned only."""
+    if plan.backbone_copies != 1 or plan.text_encoder_resident:
+        raise UsageError("--backbone-copies 2 and --text-encoder-resident exist for planning and benchmarks only")
+
+
 def require_trainable(config: TrainConfig) -> None:
     """Raises UsageError for what can be planned at most."""
     require_guidance(config)
-    if config.memory.backbone_copies != 1 or config.memory.text_encoder_resident:
-        raise UsageError("--backbone-copies 2 and --text-encoder-resident exist for planning and benchmarks only")
+    require_real(config.memory)
 
 
 def collect_prompts(config: TrainConfig) -> PromptSet:

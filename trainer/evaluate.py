@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trainer.assemble import Assembly, assemble, embed_prompts, open_backbone, resolve_device, video_size
+from trainer.assemble import Assembly, assemble, embed_prompts, open_backbone, require_real, resolve_device, video_size
 from trainer.backbones.cogvideox import CogVideoX
 from trainer.config import EvaluateConfig, ModelConfig
 from trainer.eraser_files import load_eraser
@@ -91,6 +91,7 @@ def require_measurable(concept: str, model: ModelConfig) -> None:
 
 def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     """Measure a run or an eraser file and write evaluation.json, a sheet of samples beside it; returns the content."""
+    require_real(config.memory)
     eraser = load_eraser(config.run)
     backbone = open_backbone(config.model)
     concept = config.concept or ((eraser.training or {}).get("data") or {}).get("concept")

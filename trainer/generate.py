@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trainer.assemble import assemble, embed_prompts, named_scheduler, open_backbone, video_size
+from trainer.assemble import assemble, embed_prompts, named_scheduler, open_backbone, require_real, video_size
 from trainer.backbones import Predict
 from trainer.config import GenerateConfig, ModelConfig, TrainConfig, leaves, replaced
 from trainer.diffusion import sample
@@ -60,6 +60,7 @@ def as_trained(config: GenerateConfig, given: Collection[str]) -> GenerateConfig
 
 def generate(config: GenerateConfig) -> list[Path]:
     """Write one video a prompt, and with `compare` a before/after sheet; returns the paths."""
+    require_real(config.memory)
     if config.out.is_dir():
         raise InputOutputError(f"--out {config.out}: is a directory; name a file in it, as {config.out / 'x.mp4'}")
     try:

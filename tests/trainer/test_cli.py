@@ -227,6 +227,8 @@ def test_damaged_eraser_files(sincos, call, pipelines, tmp_path, damage, message
     (["export", "somewhere"], "error: --out is missing; run.py export --help says more"),
     (["report", "a", "b"], "error: 'b' is one word too many (quotes keep words together); run.py report --help says what it takes"),
     (["generate", "--no-eraser", "--prompt", "x", "--seed", "1", "2"], "'2' is one word too many (quotes keep words together)"),
+    (["generate", "--no-eraser", "--prompt", "x", "--backbone-copies", "2"], "--backbone-copies 2 and --text-encoder-resident exist for planning"),
+    (["evaluate", "runs/a", "--text-encoder-resident"], "--backbone-copies 2 and --text-encoder-resident exist for planning"),
     (["evaluate", "runs/a", "runs/a"], "'runs/a' is one word too many (quotes"),
     (["plan", "--explain", "yes"], "--explain yes: it takes no value; say --explain or --no-explain"),
     (["--resume", ""], "--resume: an empty value; name one, or leave the flag out"),
