@@ -5,6 +5,7 @@ Importable without torch. All figures are from `cards.toml`; those that no datas
 """
 
 import difflib
+import math
 import os
 import re
 import tomllib
@@ -141,7 +142,8 @@ def lookup(profile: str) -> Card:
 def size_bytes(text: str) -> int | None:
     """Bytes of a size such as "64gb" (of 2**30); None if it is none."""
     size = _SIZE.fullmatch(text.strip())
-    return int(float(size[1]) * GIB) if size else None
+    num_bytes = float(size[1]) * GIB if size else math.inf
+    return int(num_bytes) if num_bytes < 2**63 else None
 
 
 def detect(index: int = 0) -> Card:
@@ -310,7 +312,7 @@ def _read_nvml(index: int) -> tuple[str, tuple[int, int], int, int] | None:
         # A slice's handle is not a card's; no card before Ampere can be split.
         capability = _BF16_SINCE if " MIG " in label else tuple(pynvml.nvmlDeviceGetCudaComputeCapability(handle))
         memory = pynvml.nvmlDeviceGetMemoryInfo(handle, version=pynvml.nvmlMemory_v2)
-        processes = pynvml.nvmlDeviceGetComputeRunningProcesses(handle)
+        processes = _processes(pynvml, handle)
     except pynvml.NVMLError as error:
         raise CardUnreadable(f"card {index} does not answer ({error}); name it instead, e.g. --profile 4090") from error
     finally:
@@ -319,6 +321,14 @@ def _read_nvml(index: int) -> tuple[str, tuple[int, int], int, int] | None:
     # What the driver reserves for itself is nobody's; `_usable` knows of it.
     others = max(0, memory.total - memory.free - memory.reserved - ours)
     return label, capability, memory.total, others
+
+
+def _processes(pynvml: Any, handle: Any) -> list[Any]:
+    """What runs on a card, as far as the driver says: under WSL and on some virtual cards it does not."""
+    try:
+        return pynvml.nvmlDeviceGetComputeRunningProcesses(handle)
+    except pynvml.NVMLError:
+        return []
 
 
 def _handle(pynvml: Any, index: int) -> Any | None:
@@ -330,4 +340,9 @@ def _handle(pynvml: Any, index: int) -> Any | None:
     if index >= len(visible):
         return None
     name = visible[index]
-    return pynvml.nvmlDeviceGetHandleByIndex(int(name)) if name.isdigit() else pynvml.nvmlDeviceGetHandleByUUID(name)
+    if name.isdigit():
+        return pynvml.nvmlDeviceGetHandleByIndex(int(name))
+    for handle in map(pynvml.nvmlDeviceGetHandleByIndex, range(count)):  # CUDA takes as much of a UUID as tells cards apart
+        if str(pynvml.nvmlDeviceGetUUID(handle)).startswith(name):
+            return handle
+    return pynvml.nvmlDeviceGetHandleByUUID(name)

@@ -101,8 +101,13 @@ def _checkpointed_forward(handle: Checkpointing, index: int, block: nn.Module, k
 
 
 def _is_random(block: nn.Module) -> bool:
-    """Whether recomputation must restore the random state. Reading it costs time, and a frozen block is in eval mode."""
-    return block.training or any(m.training and m.p > 0 for m in block.modules() if isinstance(m, _DropoutNd))
+    """Whether recomputation must restore the random state. Reading it costs time, and a frozen block is in eval mode: then dropout
+    is all that is looked for, and what else draws in eval mode draws anew."""
+    def drops(module: nn.Module) -> bool:
+        share = module.p if isinstance(module, _DropoutNd) else getattr(module, "dropout", 0)  # as nn.MultiheadAttention has it
+        return module.training and isinstance(share, float | int) and share > 0
+
+    return block.training or any(map(drops, block.modules()))
 
 
 class _Kept:

@@ -28,7 +28,7 @@ def chunk_feed_forwards(modules: Sequence[nn.Module], num_chunks: int) -> Handle
 
     Apply it before strategies around the blocks. Raises ValueError for no modules, fewer than two chunks, or
     trainable parameters inside (backward gives gradients to the input only); RuntimeError if applied already, and in
-    forward if dropout is active.
+    forward if dropout (a module's) is active.
     """
     modules = require_modules(modules, "feed-forward chunks")
     if num_chunks < 2:
@@ -46,11 +46,15 @@ def chunk_feed_forwards(modules: Sequence[nn.Module], num_chunks: int) -> Handle
 
 def _chunked_forward(module: nn.Module, num_chunks: int, inner):
     original = copy.copy(module)  # shares parameters and submodules, and keeps the forward that is being replaced
+    for name, hooks in vars(module).items():
+        if "_hooks" in name and isinstance(hooks, dict):  # they are called around all chunks, not around each as well
+            setattr(original, name, type(hooks)())
     names = [name for name, _ in module.named_parameters()]
 
     def forward(hidden):
         if any(m.training and m.p > 0 for m in module.modules() if isinstance(m, _DropoutNd)):
             raise RuntimeError("a feed-forward in chunks cannot replay dropout; call eval() on the frozen model")
+        original.training = module.training
         if not torch.is_grad_enabled():
             return _run_chunks(original, hidden, num_chunks)
         return _ChunkedFeedForward.apply(hidden, original, num_chunks, names, *module.parameters())

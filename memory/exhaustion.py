@@ -7,7 +7,7 @@ import re
 import sys
 from typing import Literal
 
-_DEVICE = re.compile(r"CUDA error: out of memory|CUBLAS_STATUS_ALLOC_FAILED|CUDNN_STATUS_ALLOC_FAILED")
+_DEVICE = re.compile(r"(CUDA( driver)? error|Triton Error \[CUDA\]): out of memory|CUBLAS_STATUS_ALLOC_FAILED|CUDNN_STATUS_ALLOC_FAILED")
 _HOST = re.compile(r"DefaultCPUAllocator|[Cc]annot allocate memory|cudaHostAlloc|hipHostMalloc")
 _REQUESTED = re.compile(r"tried to allocate (\d+(?:\.\d+)?) (bytes|KiB|MiB|GiB)", re.IGNORECASE)
 _LOST = re.compile(

@@ -22,8 +22,8 @@ def host_bytes() -> tuple[int, int]:
     """Host memory within the limits of the control groups that this process is in: (in all, to be had without swapping)."""
     total = available = machine_bytes()
     if _MEMINFO.exists():
-        fields = dict(line.split(":", 1) for line in _MEMINFO.read_text().splitlines())
-        available = int(fields["MemAvailable"].split()[0]) * 1024
+        fields = dict(line.split(":", 1) for line in _MEMINFO.read_text().splitlines() if ":" in line)
+        available = int(fields["MemAvailable"].split()[0]) * 1024 if "MemAvailable" in fields else total
     limits = _limits()
     return min([total, *(limit for limit, _ in limits)]), max(0, min([available, *(left for _, left in limits)]))
 
@@ -41,7 +41,7 @@ def host_limit_bytes() -> int | None:
 def _limits() -> list[tuple[int, int]]:
     """(limit, what it leaves) of the group of this process and of those around it."""
     limits = []
-    for line in _PROCESS.read_text().splitlines() if _PROCESS.exists() else ():
+    for line in filter(None, _PROCESS.read_text().splitlines() if _PROCESS.exists() else ()):
         _, controllers, path = line.split(":", 2)
         if controllers == "":
             mount, files = _GROUPS, _V2
@@ -56,16 +56,16 @@ def _limits() -> list[tuple[int, int]]:
 
 
 def _limit(group: Path, limit: str, usage: str, prefix: str) -> tuple[int, int] | None:
-    """None: no such group, or one without a limit, which version 1 writes as a huge number."""
+    """None: no such group, one that says nothing, or one without a limit, which version 1 writes as a huge number."""
     try:
         allowed = (group / limit).read_text().strip()
         if allowed == "max" or int(allowed) >= machine_bytes():
             return None
         used = int((group / usage).read_text())
-    except OSError:
+    except (OSError, ValueError):
         return None
     stat = group / "memory.stat"
-    held = dict(line.split() for line in stat.read_text().splitlines()) if stat.exists() else {}
+    held = dict(line.split(maxsplit=1) for line in stat.read_text().splitlines() if " " in line) if stat.exists() else {}
     # Usage counts the page cache of whatever was read, such as weights. The kernel takes that back before it refuses memory, of
     # files read twice (active) too, as MemAvailable has it. `file` would count shared memory, which only swap could take.
     cached = sum(int(held.get(f"{prefix}{name}", 0)) for name in ("inactive_file", "active_file"))

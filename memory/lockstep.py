@@ -52,7 +52,11 @@ class _Gate(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if self._outputs is None:
-            raise _Reached(self._names.bind(*args, **kwargs).arguments)
+            arguments = self._names.bind(*args, **kwargs).arguments
+            for parameter in self._names.parameters.values():
+                if parameter.kind == parameter.VAR_KEYWORD:
+                    arguments |= arguments.pop(parameter.name, {})
+            raise _Reached(arguments)
         return self._outputs
 
 
@@ -62,13 +66,18 @@ class Lockstep:
     def __init__(self, model: nn.Module, blocks: Sequence[nn.Module], boundary_names: Sequence[str]):
         """`boundary_names`: the arguments of a block's forward that the block before it returns, as a tuple if they are several.
 
-        Raises ValueError if the blocks are not all that one ModuleList of the model holds, in this order.
+        All that the model may do with a block's other arguments is to give every block the same; what a block returns has to go into
+        the next one as it is. Raises ValueError if the blocks are not all that one ModuleList of the model holds, in this order, or take
+        arguments without names.
         """
         self._blocks, self._boundary_names = list(blocks), tuple(boundary_names)
         lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and list(m) == self._blocks]
         if not lists:
             raise ValueError("lockstep matched nothing: no ModuleList of the model holds just these blocks in this order")
         self._list, self._names = lists[0], inspect.signature(self._blocks[0].forward)
+        for parameter in self._names.parameters.values():
+            if parameter.kind in (parameter.POSITIONAL_ONLY, parameter.VAR_POSITIONAL):
+                raise ValueError(f"lockstep gives a block's arguments by name, and {parameter} has none")
 
     def __call__(self, passes: Sequence[Pass]) -> list[Any]:
         """What each pass returns. A backward over those that record a graph should be one for all."""

@@ -116,7 +116,8 @@ class _Slot:
     def parameters(self, layout: tuple[_Entry, ...]) -> list[nn.Parameter]:
         # Blocks are alike, so these are made once.
         if layout not in self._parameters:
-            self._parameters[layout] = [nn.Parameter(entry.view(self.flat), requires_grad=False) for entry in layout]
+            with torch.inference_mode(False):  # later passes may record a graph
+                self._parameters[layout] = [nn.Parameter(entry.view(self.flat), requires_grad=False) for entry in layout]
         return self._parameters[layout]
 
 
@@ -239,6 +240,7 @@ def offload_blocks(
     Blocks run in the order given. `num_buffers` slots of one block each are allocated on the device. `gathered`: a block's weights
     lie in one pinned buffer, from where copies run beside the computation. Otherwise they are read from where they are, such as
     a file that is mapped into memory: slower, and for passes so few that pinning would take longer.
+    While it is applied, streamed weights are not to be changed: what is on the device would not know. Loading them is refused.
     Masters are built block by block, so the model may be larger than the device. Parameters that are trainable
     now, buffers and resident blocks move to the device. Checkpointing, if any, goes on top of this.
     Raises ValueError for no blocks, meta tensors, a parameter that two blocks share, fewer than two buffers,
@@ -260,6 +262,7 @@ def offload_blocks(
             if streamed:
                 ring.masters[index] = _Master(block, streamed, gathered=gathered, pin=device.type == "cuda")
                 handle._undos.append(ring.masters[index].release)
+                handle._undos.append(block.register_load_state_dict_pre_hook(_refuse_to_load(block, streamed)).remove)
             handle._undos.append(place(block, device, skip=streamed))
         ring.allocate(num_buffers)
         for index, block in enumerate(blocks):
@@ -269,6 +272,17 @@ def offload_blocks(
         handle.undo()
         raise
     return handle
+
+
+def _refuse_to_load(block: nn.Module, streamed: Sequence[nn.Parameter]):
+    held = {id(parameter) for parameter in streamed}
+    names = {name for name, parameter in block.named_parameters(remove_duplicate=False) if id(parameter) in held}
+
+    def refuse(module: nn.Module, state: dict, prefix: str, *_: object) -> None:
+        if loaded := next((name for name in names if prefix + name in state), None):
+            raise RuntimeError(f"{prefix + loaded} is streamed, and would be loaded past what is on the device; undo() the offload first")
+
+    return refuse
 
 
 def _check(blocks: list[nn.Module], frozen: list[list[nn.Parameter]], resident: frozenset[int]) -> None:

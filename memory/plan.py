@@ -288,6 +288,16 @@ def apply_plan(
     return applied
 
 
+def _refuse_ties(model: nn.Module, blocks: Sequence[nn.Module], streamed: Sequence[nn.Parameter]) -> None:
+    inside = {id(module) for block in blocks for module in block.modules()}
+    away = {id(parameter) for parameter in streamed}
+    for name, module in model.named_modules():
+        for leaf, parameter in module._parameters.items():
+            if id(module) not in inside and id(parameter) in away:
+                raise PlanError(f"resident_blocks: {name}.{leaf} is a weight of a block as well, and would stay on the host where that streams; "
+                                "untie it, or leave resident_blocks out")
+
+
 def _apply(applied: AppliedPlan, model, blocks, device, boundary_names, feed_forwards) -> None:
     """The order. Each later step wraps the earlier ones."""
     import torch
@@ -330,6 +340,7 @@ def _apply(applied: AppliedPlan, model, blocks, device, boundary_names, feed_for
         applied.offload = offload_blocks(blocks, device=device, num_resident=plan.resident_blocks, num_buffers=plan.offload_buffers)
         applied._undos.append(applied.offload.undo)
         streamed = [p for index in applied.offload.streamed for p in blocks[index].parameters() if not p.requires_grad]
+        _refuse_ties(model, blocks, streamed)
     applied._undos.append(place(model, device, skip=streamed))
 
     # 5. Checkpointing around the weights' streaming.

@@ -123,7 +123,7 @@ CODES: dict[str, Code] = {
         "remove nan_to_num and the like between the prediction and the loss; never replace a NaN"),
     "non-finite-loss": Code("fatal",
         "predictions are finite and the loss is not",
-        "--dtype float32; compute the loss in float32"),
+        "--dtype float32, or a lower --lr; compute the loss in float32"),
     "non-finite-gradient": Code("fatal",
         "forward is finite and a gradient is not",
         "--dtype bfloat16 or float32; look at hooks on gradients and at custom autograd functions"),

@@ -166,11 +166,11 @@ def forget(config: ForgetConfig, origins: Mapping[str, str], *,
     with RunLock(run_dir):
         with StopFlag() as stop, monitor:
             facts = {"base_model": identity, "examples": examples, "config": as_json(config)}
+            if resume:  # before anything is written
+                _restore(run, run_dir, identity, examples, config, device)
             bill = examine(problems)
             keep_findings(run_dir, bill)
             bill.raise_if_fatal("before training (nothing was changed)")
-            if resume:
-                _restore(run, run_dir, identity, examples, config, device)
             write_config(run_dir, config, origins, command="forget", first_step=run.step, base_model=identity)
             keep_prediction(run_dir, trace)
             log, saver = MetricsLog(run_dir, first_step=run.step), Saver(run_dir, last_step=run.step if resume else None)
@@ -207,8 +207,9 @@ def forget(config: ForgetConfig, origins: Mapping[str, str], *,
     return run_dir, result
 
 
-# What may differ between two halves of a run: where it runs, how it is watched and saved, how much is measured.
-_FREE = ("out", "device", "monitor", "save_every", "merge", "batch_size", "memory", "question", "num_answers", "images", "model")
+# What may differ between two halves of a run: where it runs, how it is watched and saved, how much is measured, where its files are.
+_FREE = ("out", "device", "monitor", "save_every", "merge", "batch_size", "memory", "question", "num_answers", "images", "model",
+         "forget_images", "preserve_images", "preserve_file")
 _KEPT = ("dtype", "optimizer")  # of the memory plan, what may not
 
 

@@ -95,6 +95,8 @@ class ForgetConfig:
             raise UsageError(f"--acceptance {self.acceptance}: from 0 to below 1")
         if self.forget is not None and not self.forget.strip():
             raise UsageError("--forget is empty; name the class to forget, e.g. --forget 'red circle'")
+        if self.memory.feed_forward_chunks > 1 or self.memory.boundaries == "host":
+            raise UsageError("--feed-forward-chunks and --boundaries host are for training erasers; nothing is kept for a backward pass here")
         check_seed(self.seed)
         self._check_side()
 

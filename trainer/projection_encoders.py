@@ -156,7 +156,13 @@ class QwenVision:
         from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
         processor = Qwen2VLImageProcessorPil.from_pretrained(self.directory)
-        return dict(processor(images=[open_picture(c) for c in contents], return_tensors="pt"))
+        parts = []
+        for content in contents:
+            try:
+                parts.append(processor(images=[open_picture(content)], return_tensors="pt"))
+            except ValueError as e:  # as of a picture that is hundreds of times as wide as it is high
+                raise UsageError(f"the encoder does not take the picture {content} ({e}); leave it out") from e
+        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
 def load_part(kind: type, directory: Path, **how: Any) -> nn.Module:

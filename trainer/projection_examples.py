@@ -56,11 +56,14 @@ def classes(config: ForgetConfig) -> tuple[str, tuple[str, ...]]:
     if config.encoder == "qwen3-vl" and (config.forget_images or config.preserve_images):
         return _folder_classes(config)
     bundled = config.model == "shapes"
-    forget = config.forget or ("red circle" if bundled else "")
+    forget = (config.forget or ("red circle" if bundled else "")).strip()
     if not forget:
         raise UsageError("--forget is missing; name the class to forget" if config.encoder == "clip" else
                          "--forget-images and --preserve-images are missing; only the bundled encoder has pictures of its own")
-    kept = list(config.preserve) + (read_lines(config.preserve_file, "--preserve-file", "class") if config.preserve_file else [])
+    kept = [name.strip() for name in config.preserve]
+    if not all(kept):
+        raise UsageError("--preserve: an empty class names nothing; leave it out")
+    kept += read_lines(config.preserve_file, "--preserve-file", "class") if config.preserve_file else []
     if not bundled and config.encoder == "qwen3-vl":
         raise UsageError("--forget-images and --preserve-images are missing; only the bundled encoder has pictures of its own")
     if bundled:
@@ -121,7 +124,7 @@ def _folder_classes(config: ForgetConfig) -> tuple[str, tuple[str, ...]]:
     _files(config.forget_images, "--forget-images")
     forget = config.forget or config.forget_images.resolve().name
     kept = tuple(_class_folders(config.preserve_images, "--preserve-images"))
-    if forget in kept:
+    if forget.lower() in map(str.lower, kept):
         raise UsageError(f"--preserve-images {config.preserve_images}: has a folder {forget!r}, the class to forget; move it away")
     return forget, kept
 

@@ -177,6 +177,7 @@ def fake_nvml(**overrides):
         nvmlDeviceGetName=lambda handle: b"NVIDIA H20",
         nvmlDeviceGetCudaComputeCapability=lambda handle: [9, 0],
         nvmlDeviceGetHandleByUUID=lambda name: name,
+        nvmlDeviceGetUUID=lambda handle: f"GPU-8932f93{handle}-d72c",
         nvmlMemory_v2=2,
         nvmlDeviceGetMemoryInfo=lambda handle, version: SimpleNamespace(total=96 * GIB, reserved=GIB, free=85 * GIB),
         nvmlDeviceGetComputeRunningProcesses=lambda handle: [
@@ -198,8 +199,15 @@ def test_what_this_process_holds_is_not_counted_against_it(monkeypatch):
     assert card.name == "h20" and card.used_by_others_bytes == 6 * GIB  # of 96, 85 are free, 1 the driver's, 4 ours
 
 
+def test_a_driver_that_does_not_list_processes_is_no_reason_to_refuse_its_card(monkeypatch):
+    """As under WSL: what this process holds cannot be told from what others do."""
+    monkeypatch.setitem(sys.modules, "pynvml", fake_nvml(nvmlDeviceGetComputeRunningProcesses=raising))
+    card = detect()
+    assert card.name == "h20" and card.used_by_others_bytes == 10 * GIB
+
+
 @pytest.mark.parametrize("visible, index, handle", [
-    (None, 1, 1), ("2", 0, 2), ("3,1", 1, 1), ("0, GPU-5ebe", 1, "GPU-5ebe"), ("MIG-1/2/0", 0, "MIG-1/2/0")])
+    (None, 1, 1), ("2", 0, 2), ("3,1", 1, 1), ("0, GPU-5ebe", 1, "GPU-5ebe"), ("GPU-8932f932", 0, 2), ("MIG-1/2/0", 0, "MIG-1/2/0")])
 def test_the_card_asked_is_the_one_that_torch_takes(monkeypatch, visible, index, handle):
     asked = []
     monkeypatch.setitem(sys.modules, "pynvml", fake_nvml(nvmlDeviceGetCount=lambda: 4,

@@ -63,6 +63,23 @@ def test_random_numbers_are_replayed_where_there_are_any(keep, training):
     assert_equal(gradients(blocks), expected)
 
 
+def test_attention_that_drops_is_replayed_in_a_block_in_eval_mode():
+    block = nn.ModuleDict({"attention": nn.MultiheadAttention(8, 2, dropout=0.5, batch_first=True)})
+    block.forward = lambda x: block["attention"](x, x, x, need_weights=False)[0]
+    block.eval()
+    block["attention"].train()
+    x = torch.randn(1, 5, 8)
+
+    def gradient():
+        torch.manual_seed(0)
+        given = x.clone().requires_grad_()
+        return torch.autograd.grad(block.forward(given).square().sum(), given)
+
+    expected = gradient()
+    checkpoint_blocks([block], ["inputs"])
+    assert_equal(gradient(), expected)
+
+
 def test_a_frozen_block_does_not_read_the_random_state(monkeypatch):
     blocks = make_blocks(dropout=0.5).eval()
     checkpoint_blocks(blocks, ["inputs"] * 3)

@@ -2,6 +2,7 @@ import pytest
 import torch
 from tiny_transformer import assert_equal, make_tiny, plain_run
 from torch import nn
+from torch.nn import functional as F
 
 from memory.chunking import chunk_feed_forwards
 from memory.plan import MemoryPlan, apply_plan
@@ -102,6 +103,31 @@ def test_the_whole_model_stays_close(kind):
     chunk_feed_forwards(tiny.feed_forwards, 9)
     assert_equal([tiny.step()], [plain_run(kind)[0]], 1e-6)
     assert_equal(tiny.gradients(), plain_run(kind)[1], 2e-6)
+
+
+def test_hooks_of_the_feed_forward_see_all_chunks_once():
+    module, hidden = make(), torch.randn(2, 30, 16)
+    module.register_forward_hook(lambda module, args, output: 2 * output)
+    expected = run(module, hidden)
+    chunk_feed_forwards([module], 3)
+    assert_equal(run(module, hidden), expected, 1e-6)
+    seen = []
+    module.register_forward_hook(lambda module, args, output: seen.append(output.shape[1]))
+    run(module, hidden)
+    assert seen == [30]
+
+
+def test_the_mode_is_the_modules_own():
+    class Functional(nn.Module):
+        def forward(self, hidden):
+            return F.dropout(hidden, 0.5, self.training)
+
+    module, hidden = Functional(), torch.ones(1, 6, 4)
+    chunk_feed_forwards([module], 2)
+    for training in (True, False):
+        module.train(training)
+        with torch.no_grad():
+            assert torch.equal(module(hidden), hidden) != training
 
 
 def test_refusals():

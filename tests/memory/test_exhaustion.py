@@ -16,6 +16,8 @@ from memory.streams import pinning
     (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB."), "device", 20 << 20),
     (RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported"), "device", None),
     (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), "device", None),
+    (RuntimeError("CUDA driver error: out of memory"), "device", None),
+    (RuntimeError("Triton Error [CUDA]: out of memory"), "device", None),
     (MemoryError(), "host", None),
     (RuntimeError("shape mismatch"), None, None),
     (OSError(12, "Cannot allocate memory"), None, None),

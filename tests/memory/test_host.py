@@ -61,6 +61,17 @@ def test_a_container_that_sees_its_path_on_the_host_finds_its_own_group_at_the_r
     assert available_host_bytes() == 4 * GIB
 
 
+def test_what_says_nothing_is_no_limit(machine, tmp_path):
+    machine.lists("", "0::/job", "")
+    machine("job", V2, 32, 10)
+    for name, content in (("memory.stat", "\nanon 7\n\n"), ("memory.current", ""), ("memory.max", "")):
+        assert host_limit_bytes() == (None if (tmp_path / "groups" / "job" / "memory.current").read_text() == "" else 32 * GIB)
+        (tmp_path / "groups" / "job" / name).write_text(content)
+    assert host_limit_bytes() is None
+    (tmp_path / "meminfo").write_text(f"MemTotal: {128 << 20} kB\n\n")  # of an old kernel
+    assert available_host_bytes() == 128 * GIB
+
+
 def test_without_control_groups_the_machine_is_the_limit(machine):
     assert available_host_bytes() == 100 * GIB
 

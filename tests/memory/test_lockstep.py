@@ -110,7 +110,35 @@ def test_nothing_is_held_once_the_results_are_gone():
         gc.enable()
 
 
+def test_arguments_that_a_block_collects_arrive():
+    class Scaled(nn.Linear):
+        def forward(self, hidden, **more):
+            return super().forward(hidden) * more["scale"]
+
+    class Chain(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.blocks = nn.ModuleList(Scaled(4, 4) for _ in range(3))
+
+        def forward(self, hidden):
+            for block in self.blocks:
+                hidden = block(hidden, scale=3.0)
+            return hidden
+
+    model, x = Chain(), torch.randn(2, 4)
+    one, two = Lockstep(model, model.blocks, ("hidden",))([Pass(partial(model, x), nullcontext), Pass(partial(model, 2 * x), torch.no_grad)])
+    assert torch.equal(one, model(x)) and torch.equal(two, model(2 * x))
+
+
 def test_wrong_use_is_told():
+    class Unnamed(nn.Linear):
+        def forward(self, *hidden):
+            return super().forward(*hidden)
+
+    chain = nn.Module()
+    chain.blocks = nn.ModuleList([Unnamed(2, 2)])
+    with pytest.raises(ValueError, match="gives a block's arguments by name, and .hidden has none"):
+        Lockstep(chain, chain.blocks, ("hidden",))
     tiny = make_tiny("sincos")
     for blocks in (list(tiny.blocks)[1:], list(tiny.blocks)[::-1]):
         with pytest.raises(ValueError, match="no ModuleList of the model holds"):

@@ -130,6 +130,34 @@ def test_parameters_point_at_aligned_masters_and_at_slots_only_while_running():
         assert parameter.storage_offset() * parameter.itemsize % ALIGNMENT == 0
 
 
+def test_weights_are_not_loaded_past_what_is_on_the_device():
+    blocks = make_blocks()
+    before = {name: tensor.clone() for name, tensor in blocks.state_dict().items()}
+    more = {name: tensor + 1 for name, tensor in before.items()}
+    handle = offload_blocks(blocks, device="cpu", num_resident=1)
+    with pytest.raises(RuntimeError, match=r"0.linear.(weight|bias) is streamed, .*; undo\(\) the offload first"):
+        blocks.load_state_dict(more)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in blocks.state_dict().items())
+    (resident,) = set(range(6)) - handle.streamed
+    blocks[resident].load_state_dict({name: more[f"{resident}.{name}"] for name in blocks[resident].state_dict()})
+    handle.undo()
+    blocks.load_state_dict(more)
+    assert all(torch.equal(tensor, more[name]) for name, tensor in blocks.state_dict().items())
+
+
+def test_a_first_pass_in_inference_mode_leaves_training_alone():
+    blocks, hidden = make_blocks(), torch.randn(2, 8)
+    offload_blocks(blocks, device="cpu")
+    with torch.inference_mode():
+        blocks(hidden)
+    gradients = []
+    for stack in (blocks, make_blocks()):
+        given = hidden.clone().requires_grad_()
+        stack(given).sum().backward()
+        gradients.append(given.grad)
+    assert torch.equal(*gradients)
+
+
 def test_slots_are_never_reallocated():
     blocks = make_blocks()
     handle = offload_blocks(blocks, device="cpu")

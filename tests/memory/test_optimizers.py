@@ -1,3 +1,5 @@
+from unittest.mock import Mock
+
 import pytest
 import torch
 
@@ -51,6 +53,15 @@ def test_state_made_ahead_is_that_of_a_first_step(kind):
     again, params = make_optimizer(lazy, kind=kind, lr=1e-3, weight_decay=0.1), lazy
     train(params, again), train(ahead, second)
     assert all(map(torch.equal, params, ahead))
+
+
+def test_where_state_cannot_be_made_the_optimizer_is_as_it_was(monkeypatch):
+    params = make_params()
+    optimizer = make_optimizer(params, kind="adamw", lr=1e-3, weight_decay=0.1)
+    monkeypatch.setattr(optimizer, "step", Mock(side_effect=MemoryError))
+    with pytest.raises(MemoryError):
+        create_state(optimizer)
+    assert optimizer.param_groups[0]["lr"] == 1e-3 and all(param.grad is None for param in params)
 
 
 def test_bytes_a_parameter():

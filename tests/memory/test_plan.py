@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny_transformer import BOUNDARY_NAMES, make_tiny
+from torch import nn
 
 from memory.plan import MemoryPlan, PlanError, apply_plan, parse_checkpoint, resolve_keeps, varied
 
@@ -139,6 +140,15 @@ def test_a_failure_while_applying_leaves_the_model_as_it_was():
     assert not any("forward" in module.__dict__ for module in tiny.model.modules())
     with pytest.raises(ValueError, match="matched nothing"):
         apply_plan(tiny.model, tiny.blocks, MemoryPlan(feed_forward_chunks=2), device="cpu")
+
+
+def test_a_weight_that_streams_is_not_used_outside_of_the_blocks():
+    tiny = make_tiny("sincos")
+    tiny.model.head = nn.Linear(2, 2)
+    tiny.model.head.weight = tiny.blocks[0].ff.net[2].weight
+    with pytest.raises(PlanError, match="resident_blocks: head.weight is a weight of a block as well"):
+        apply_plan(tiny.model, tiny.blocks, MemoryPlan(resident_blocks=0), device="cpu", boundary_names=BOUNDARY_NAMES)
+    apply_plan(tiny.model, tiny.blocks, MemoryPlan(), device="cpu", boundary_names=BOUNDARY_NAMES).undo()
 
 
 def test_refuses_a_second_checkpointing():

@@ -143,6 +143,15 @@ def test_qwen_run_edits_every_merger_and_measures_the_leak(encoders, folders):
     assert all(row["num_target"] == 1 and row["num_preserved"] == 2 for row in result["leak"])
 
 
+def test_pictures_at_another_place_are_the_same_run(encoders, folders):
+    main(qwen(encoders, folders, "--mergers", "main", "--num-answers", "0"))
+    words = ["forget", "--resume", str(folders / "run")]
+    for name, flag in (("forget", "--forget-images"), ("keep", "--preserve-images")):
+        shutil.copytree(folders / name, folders / "moved" / name)
+        words += [flag, str(folders / "moved" / name)]
+    main(words)
+
+
 def test_main_merger_alone(encoders, folders):
     main(qwen(encoders, folders, "--mergers", "main", "--num-answers", "0", "--forget", "disc"))
     result = json.loads((folders / "run" / "evaluation.json").read_text())
@@ -190,6 +199,12 @@ def test_a_resumed_run_keeps_what_it_trains_on(encoders, tmp_path):
                               ("--optimizer", "adamw8bit", "memory.optimizer is 'adamw'")):
         with pytest.raises(CheckpointError, match=f"cannot resume: {said} in the checkpoint and .?{value}.? now"):
             main(["forget", "--resume", str(tmp_path / "run"), flag, value])
+    before = (tmp_path / "run" / "findings.json").read_bytes()
+    (tmp_path / "run" / "findings.json").write_text("kept")
+    with pytest.raises(CheckpointError, match="cannot resume: rank is"):
+        main(["forget", "--resume", str(tmp_path / "run"), "--rank", "3"])
+    assert (tmp_path / "run" / "findings.json").read_text() == "kept"  # refused before anything is written
+    (tmp_path / "run" / "findings.json").write_bytes(before)
     with pytest.raises(CheckpointError, match="absent: not a run directory"):
         main(["forget", "--resume", str(tmp_path / "absent")])
     with pytest.raises(CheckpointError, match="holds a run already"):
@@ -276,11 +291,16 @@ def _absent(folders):
     shutil.rmtree(folders / "keep")
 
 
+def _thin(folders):
+    Image.new("RGB", (900, 1)).save(folders / "keep" / "blue square" / "0.png")
+
+
 def _dangling(folders):
     (folders / "keep" / "blue square" / "zz.png").symlink_to(folders / "nowhere")
 
 
 @pytest.mark.parametrize(("damage", "message"), [
+    (_thin, "the encoder does not take the picture .*blue square/0.png .*; leave it out"),
     (_dangling, "blue square/zz.png: not a picture that can be read .No such file or directory.; remove it"),
     (_empty, "--forget-images .*: has no pictures"), (_broken, "blue square/1.png: not a picture that can be read"),
     (_text, "forget/2.png: not a picture"), (_lonely, "the class 'forget' has one picture; at least two"),
@@ -297,6 +317,10 @@ def test_wrong_pictures_are_one_clear_line(encoders, folders, damage, message):
     (["--forget", "red pentagon"], "does not know it; it knows red circle"),
     (["--preserve", "pink circle"], "--preserve pink circle: the bundled encoder does not know it"),
     (["--forget", "red circle", "--preserve", "red circle"], "among the classes to preserve"),
+    (["--forget", "Red circle ", "--preserve", "red circle"], "Red circle: the bundled encoder does not know it"),
+    (["--preserve", "blue square", " "], "--preserve: an empty class names nothing"),
+    (["--feed-forward-chunks", "4"], "--feed-forward-chunks and --boundaries host are for training erasers"),
+    (["--boundaries", "host"], "--feed-forward-chunks and --boundaries host are for training erasers"),
     (["--resume", "elsewhere"], "--out beside --resume"),
     (["--encoder", "qwen3-vl", "--target", "empty"], "an image has no empty string"),
     (["--encoder", "qwen3-vl", "--preserve", "red circle"], "--preserve is not for --encoder qwen3-vl"),
