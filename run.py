@@ -3,10 +3,12 @@
 
 import contextlib
 import errno
+import io
 import logging
 import os
 import runpy
 import sys
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -25,8 +27,10 @@ def main() -> int:
     environment.prepare()  # before torch is imported
     if sys.stdout is None:  # closed by the caller
         sys.stdout = open(os.devnull, "w")
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal or a file that does not take all letters
+        sys.stdout.reconfigure(errors="replace")
     try:
-        return _bench(sys.argv[2:]) if sys.argv[1:2] == ["bench"] else _leave(_run())
+        return _leave(_guarded(_bench if sys.argv[1:2] == ["bench"] else _train))
     except ModuleNotFoundError as e:
         if not e.name or find_spec(e.name.partition(".")[0]):
             raise
@@ -34,10 +38,11 @@ def main() -> int:
                     "into .venv, then: . .venv/bin/activate")
 
 
-def _bench(words: list[str]) -> int:
+def _bench() -> int:
     """Run a benchmark by name: nothing imports them. `peaks` is a suite of pytest-benchmark."""
-    here = Path(__file__).parent
-    known = sorted({"peaks", "card", "emulated"} | {f.stem for f in (here / "bench").glob("*.py") if "\nif __name__" in f.read_text()})
+    words, here = sys.argv[2:], Path(__file__).parent
+    known = sorted({"peaks", "card", "emulated"} | {f.stem for f in (here / "bench").glob("*.py")
+                                                    if "\nif __name__" in f.read_text(encoding="utf-8")})
     if not words or words[0] not in known:
         return _say(2, f"error: bench {' '.join(words[:1])}: one of {', '.join(known)}")
     if words[0] == "peaks":
@@ -49,18 +54,26 @@ def _bench(words: list[str]) -> int:
     return 0
 
 
-def _run() -> int:
+def _train() -> int:
+    """Any other command."""
+    from trainer.cli import main as run
+
+    run(sys.argv[1:])
+    return 0
+
+
+def _guarded(command: Callable[[], int]) -> int:
+    """Its exit code, and that of what it raises, said in a line."""
     try:
         from memory.exhaustion import card_lost, exhausted, first_line
         from memory.plan import PlanError
-        from trainer.cli import main as run
         from trainer.errors import TrainerError
     except KeyboardInterrupt:
         return _say(130, "interrupted")
     try:
-        run(sys.argv[1:])
+        code = command()
         sys.stdout.flush()
-        return 0
+        return code
     except SystemExit as e:  # the parser's: --help, or a value that it refuses and has said why
         return e.code if isinstance(e.code, int) else int(e.code is not None)
     except TrainerError as e:

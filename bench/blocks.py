@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch._inductor.utils import fresh_cache
 
 from bench.card.gauge import profiled_peak
-from bench.provenance import write_result
+from bench.provenance import take_no_arguments, write_result
 from memory.fake import FakeMode
 from memory.plan import AppliedPlan, MemoryPlan, apply_plan
 from memory.simulate import recording
@@ -111,8 +111,9 @@ def main() -> None:
             with fresh_cache():  # what an earlier run compiled does not count
                 cell["compiled"] = measure(kind, replace(plan, compile=True))
             print(kind, name, cell, flush=True)
-            write_result("blocks", {"num_tokens": NUM_TOKENS, "cells": cells})
+    write_result("blocks", {"num_tokens": NUM_TOKENS, "cells": cells})
 
 
 if __name__ == "__main__":
+    take_no_arguments(__doc__)
     main()

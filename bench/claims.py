@@ -13,7 +13,7 @@ import torch
 from diffusers import CogVideoXTransformer3DModel
 
 from bench.erasure import summary
-from bench.provenance import RESULTS, of_cards, write_result
+from bench.provenance import RESULTS, of_cards, take_no_arguments, write_result
 from trainer.backbones import published
 from trainer.config import SHAPES
 
@@ -212,4 +212,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    take_no_arguments(__doc__)
     main()

@@ -19,6 +19,7 @@ import tyro
 
 from bench.provenance import RESULTS, write_result
 from trainer.config import SHAPES, EvaluateConfig, TrainConfig, replaced
+from trainer.errors import UsageError
 from trainer.evaluate import evaluate
 from trainer.loop import train
 
@@ -47,6 +48,10 @@ class Erasure:
     """Directory of the result."""
     assets: Path = RESULTS.parent.parent / "assets"
     """Directory of the picture."""
+
+    def __post_init__(self):
+        if unknown := [name for name in self.only if name not in VARIANTS]:
+            raise UsageError(f"--only {unknown[0]}: one of {', '.join(VARIANTS)}")
 
 
 PICTURED = ("two-steps", "unlearn-noise", "unlearn-trajectory", "all-trajectory")

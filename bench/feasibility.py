@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from bench.naive import Recipe
-from bench.provenance import write_result
+from bench.provenance import take_no_arguments, write_result
 from bench.story import rehearse_naive
 from memory.assess import assess_trace, Limits
 from memory.cards import GIB, Card, lookup
@@ -54,10 +54,11 @@ def main() -> None:
         for gib in HOSTS_GIB:
             hosted = {name: replace(card, host_bytes=gib * GIB) for name, card in cards.items()}
             cell[f"planned, {gib} GiB of host memory"] = _planned(config, hosted)
-        write_result("feasibility", {"basis": "predicted", "cards": CARDS, "cells": cells})
         print(model, frames, {n: (p["fits"], round(p["step_seconds"], 1)) for n, p in cell["planned"].items()},
               flush=True)
+    write_result("feasibility", {"basis": "predicted", "cards": CARDS, "cells": cells})
 
 
 if __name__ == "__main__":
+    take_no_arguments(__doc__)
     main()

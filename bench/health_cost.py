@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from diffusers.models.transformers.cogvideox_transformer_3d import CogVideoXBlock
 
-from bench.provenance import write_result
+from bench.provenance import take_no_arguments, write_result
 from memory.optimizers import update_norms
 from trainer.erasers import Erasers
 
@@ -61,6 +61,7 @@ def _best(work: Callable[[], None], device: str, repeats: int) -> float:
 
 
 if __name__ == "__main__":
+    take_no_arguments(__doc__)
     result = measure()
     print(f"{result['reduction_seconds'] * 1e3:.1f} ms beside {result['block_seconds']:.2f} s: {result['share']:.3%}")
     print(write_result("health-cost", result).name)

@@ -9,7 +9,7 @@ from typing import Any
 from unittest.mock import patch
 
 from bench.feasibility import settings
-from bench.provenance import write_result
+from bench.provenance import take_no_arguments, write_result
 from bench.published import PUBLISHED
 from memory.cards import Card, lookup
 from memory.plan import MemoryPlan
@@ -44,8 +44,9 @@ def main() -> None:
             stock = measure(model, frames, theirs)
         cells[f"{model}-{frames}"] = {"diffusers": stock, "ours": measure(model, frames, ours)}
         print(model, frames, cells[f"{model}-{frames}"], flush=True)
-        write_result("lean", {"basis": "predicted", "cards": CARDS, "cells": cells})
+    write_result("lean", {"basis": "predicted", "cards": CARDS, "cells": cells})
 
 
 if __name__ == "__main__":
+    take_no_arguments(__doc__)
     main()

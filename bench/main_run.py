@@ -18,6 +18,7 @@ from pathlib import Path
 import tyro
 
 from bench.provenance import RESULTS, write_result
+from trainer.errors import UsageError
 
 ROOT = Path(__file__).parent.parent
 
@@ -41,6 +42,10 @@ class MainRun:
     """Directory of the result."""
     assets: Path = ROOT / "assets"
     """Directory of the pictures."""
+
+    def __post_init__(self):
+        if unknown := [name for name in self.only if name not in RUNS]:
+            raise UsageError(f"--only {unknown[0]}: one of {', '.join(RUNS)}")
 
 
 def main(config: MainRun) -> None:

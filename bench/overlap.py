@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import memory.cards
-from bench.provenance import write_result
+from bench.provenance import take_no_arguments, write_result
 from memory.cards import Card, card_names, lookup
 
 LINKS = ("pcie3-x16", "pcie4-x16", "pcie5-x16")
@@ -85,4 +85,5 @@ def count_loads(num_blocks: int) -> dict[str, float]:
 
 
 if __name__ == "__main__":
+    take_no_arguments(__doc__)
     print(write_result("overlap", predict() | {"loads": count_loads(42)}))

@@ -57,11 +57,13 @@ def regret(model: str, frames: int, name: str) -> float | None:
 
 
 def main() -> None:
-    if sys.argv[1:]:
+    if len(sys.argv) == 4:  # of `measure`, a process for each
         model, frames, name = sys.argv[1:]
         print(json.dumps(search_once(model, int(frames), name)))
         return
-    from bench.provenance import write_result
+    from bench.provenance import take_no_arguments, write_result
+
+    take_no_arguments(__doc__)
 
     cells: dict[str, Any] = {}
     for model, frames in CELLS:

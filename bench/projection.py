@@ -19,6 +19,7 @@ from pathlib import Path
 import tyro
 
 from bench.provenance import RESULTS, write_result
+from trainer.errors import UsageError
 
 ROOT = Path(__file__).parent.parent
 TARGETS = {"clip": ("empty", "random", "mean"), "qwen3-vl": ("random", "mean")}
@@ -34,6 +35,10 @@ class Projection:
     """Classes to forget; the first one with every target, the others with the default."""
     out: Path = RESULTS
     """Directory of the result."""
+
+    def __post_init__(self):
+        if unknown := [name for name in self.encoders if name not in TARGETS]:
+            raise UsageError(f"--encoders {unknown[0]}: one of {', '.join(TARGETS)}")
 
 
 def _cpu_seconds() -> float:

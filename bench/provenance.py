@@ -1,5 +1,6 @@
 """Where a committed figure comes from: versions, machine class, commit and command."""
 
+import argparse
 import json
 import os
 import platform
@@ -10,6 +11,8 @@ from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+from trainer.run_files import write_whole
 
 RESULTS = Path(__file__).parent / "results"
 _PACKAGES = ("torch", "diffusers", "transformers", "bitsandbytes", "safetensors")
@@ -35,6 +38,13 @@ def provenance() -> dict[str, Any]:
     }
 
 
+def take_no_arguments(doc: str | None) -> None:
+    """For benchmarks without options: --help says what it is, and any other word is refused before anything is measured."""
+    module = getattr(sys.modules["__main__"], "__spec__", None)
+    argparse.ArgumentParser(prog=f"python -m {module.name}" if module else None, description=doc,
+                            formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+
+
 def of_cards(part: str, directory: Path = RESULTS) -> list[Path]:
     """Results of a part of the card suite, card by card. Those of dry runs mean nothing."""
     return sorted(path for path in directory.glob(f"*/{part}.json") if path.parent.name != "dry")
@@ -51,5 +61,5 @@ def write_result(name: str, content: dict[str, Any], directory: Path = RESULTS, 
         source["command"] = " ".join(source["command"].split()[:3])
     source["command"] = command or source["command"]
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"provenance": source, **content}, indent=1) + "\n")
+    write_whole(path, json.dumps({"provenance": source, **content}, indent=1) + "\n")
     return path

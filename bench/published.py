@@ -24,7 +24,7 @@ from unittest.mock import patch
 import torch
 from torch import nn
 
-from bench.provenance import write_result
+from bench.provenance import take_no_arguments, write_result
 from memory.allocator import replay
 from memory.cards import GIB, lookup
 from memory.environment import cublas_workspace_bytes
@@ -236,4 +236,5 @@ def _decoding(model: str) -> list[Work]:
 
 
 if __name__ == "__main__":
+    take_no_arguments(__doc__)
     sys.exit(main())

@@ -5,7 +5,7 @@
 
 from typing import Any
 
-from bench.provenance import write_result
+from bench.provenance import take_no_arguments, write_result
 from memory.optimizers import predict_state_bytes
 from trainer.backbones import published
 
@@ -44,4 +44,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    take_no_arguments(__doc__)
     main()

@@ -13,7 +13,7 @@ import torch
 from memory.fake import FakeMode
 
 from bench.naive import Naive, Recipe
-from bench.provenance import write_result
+from bench.provenance import take_no_arguments, write_result
 from memory.cards import lookup
 from memory.checkpointing import checkpoint_blocks
 from memory.optimizers import make_optimizer
@@ -97,8 +97,9 @@ def main() -> None:
     for name, trace in variants().items():
         found[name] = described(trace())
         print(name, f"{found[name]['peak_bytes'] / 2**30:.2f} GiB", found[name]["cards"], flush=True)
-        write_result("story", {"basis": "predicted", "model": "cogvideox-2b", "frames": 17, "variants": found})
+    write_result("story", {"basis": "predicted", "model": "cogvideox-2b", "frames": 17, "variants": found})
 
 
 if __name__ == "__main__":
+    take_no_arguments(__doc__)
     main()

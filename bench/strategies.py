@@ -9,7 +9,7 @@ full size on a card, are `python run.py bench peaks`.
 from typing import Any
 
 from bench.feasibility import settings
-from bench.provenance import write_result
+from bench.provenance import take_no_arguments, write_result
 from memory.cards import lookup
 from memory.ranking import SEARCHED
 from trainer.config import replaced
@@ -56,8 +56,9 @@ def main() -> None:
             a = forecast(replaced(settings(model, frames), changes), card, SEARCHED).chosen
             found[name] = described(a) | {"step_peak_bytes": a.prediction.peak_bytes}
             print(model, frames, name, f"{a.prediction.peak_bytes / 2**30:.2f} GiB {a.time.seconds:.2f} s", flush=True)
-            write_result("strategies", {"basis": "predicted", "card": card.label, "cells": cells})
+    write_result("strategies", {"basis": "predicted", "card": card.label, "cells": cells})
 
 
 if __name__ == "__main__":
+    take_no_arguments(__doc__)
     main()

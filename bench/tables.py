@@ -6,6 +6,7 @@
 A figure in a document is written by this file or not at all.
 """
 
+import argparse
 import re
 import sys
 from collections.abc import Callable
@@ -316,16 +317,18 @@ def rendered(text: str) -> str:
 
 
 def main() -> int:
-    different = []
+    parser = argparse.ArgumentParser(prog="python -m bench.tables", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="change nothing; 1 where a table is not what its result says")
+    check, different = parser.parse_args().check, []
     for path in (ROOT / name for name in DOCUMENTS):
-        old = path.read_text()
+        old = path.read_text(encoding="utf-8")
         new = rendered(old)
         if new != old:
             different.append(path.name)
-            if "--check" not in sys.argv:
-                path.write_text(new)
+            if not check:
+                path.write_text(new, encoding="utf-8")
     print(f"changed: {', '.join(different) or 'nothing'}")
-    return 1 if different and "--check" in sys.argv else 0
+    return 1 if different and check else 0
 
 
 if __name__ == "__main__":

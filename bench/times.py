@@ -8,7 +8,7 @@ from typing import Any, get_args, get_type_hints
 
 from bench.card.forecasts import seconds_of
 from bench.card.rig import Cell
-from bench.provenance import of_cards, write_result
+from bench.provenance import of_cards, take_no_arguments, write_result
 from memory.cards import lookup
 from memory.plan import MemoryPlan
 
@@ -41,4 +41,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    take_no_arguments(__doc__)
     main()

@@ -6,6 +6,7 @@ Colours are classes and variables of report.html's style sheet. All text that co
 import itertools
 import json
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from html import escape
 
@@ -39,6 +40,8 @@ def line_chart(title: str, points: Points, *, unit: str = "", smooth: int = 20, 
         body.append(f'<path class="line" d="{area.path(_thinned(means))}"/>')
     else:
         body[-1] = body[-1].replace('"raw"', '"line"')
+    if len(finite) == 1:  # a line of one point shows nothing
+        body.append(f'<circle class="dot" cx="{area.x(finite[0][0]):.1f}" cy="{area.y(finite[0][1]):.1f}" r="3"/>')
     body += [f'<text class="bad" x="{area.x(x):.1f}" y="{area.top + 9}" text-anchor="middle">✗<title>step {x:g}: '
              "not finite</title></text>" for x in bad[:50]]
     shown = json.dumps([[x, float(f"{y:.5g}")] for x, y in _thinned(finite)])
@@ -200,8 +203,9 @@ def _span(values: Sequence[float]) -> tuple[float, float]:
     low, high = (min(values), max(values)) if values else (0.0, 1.0)
     if 0 <= low < 0.5 * high:
         low = 0.0
-    margin = (high - low) * 0.05 or abs(high) * 0.1 or 1.0
-    return (low if low == 0 else low - margin), high + margin
+    margin = (high / 2 - low / 2) * 0.1 or abs(high) * 0.1 or 1.0
+    most = sys.float_info.max / 4  # beyond, differences overflow
+    return max(-most, low if low == 0 else low - margin), min(most, high + margin)
 
 
 def _moving_mean(points: Points, span: int) -> list[tuple[float, float]]:

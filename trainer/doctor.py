@@ -82,6 +82,8 @@ def packages() -> Iterator[Check]:
         name, least = re.match(r"([\w.-]+)(?:>=([\w.]+))?", wanted).groups()
         try:
             version = metadata.version(name)
+            if version is None:  # what is left of a package
+                raise metadata.PackageNotFoundError(name)
         except metadata.PackageNotFoundError:
             yield Check(name=name, status="problem", found="not installed", fix=f"pip install '{wanted}'", exit_code=2)
             continue
@@ -205,8 +207,12 @@ def disk() -> Iterator[Check]:
 
         places.append(("disk for models", Path(HF_HUB_CACHE), LEAST_MODEL_BYTES, "set HF_HOME (--model DIR needs nothing there)"))
     for name, directory, least, elsewhere in places:
-        there = next(path for path in (directory.absolute(), *directory.absolute().parents) if path.exists())
-        free, writable = shutil.disk_usage(there).free, os.access(there, os.W_OK | os.X_OK) and there.is_dir()
+        try:
+            there = next(path for path in (directory.absolute(), *directory.absolute().parents) if path.exists())
+            free, writable = shutil.disk_usage(there).free, os.access(there, os.W_OK | os.X_OK) and there.is_dir()
+        except OSError as e:  # a name that is too long, or one that may not be looked at
+            yield Check(name=name, status="problem", found=f"{directory} cannot be looked at ({e.strerror})", exit_code=6, fix=elsewhere)
+            continue
         values = {"path": str(there), "free_bytes": free, "writable": writable}
         if not writable:
             yield Check(name=name, status="warning" if name == "disk for models" else "problem", found=f"{there} cannot be written",

@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import logging
+import math
 import string
 from collections.abc import Callable, Mapping, Sequence
 from html import escape
@@ -42,8 +43,8 @@ def write_report(run: Path, out: Path | None = None) -> Path:
     page = string.Template(_TEMPLATE.read_text(encoding="utf-8")).substitute(
         title=_title(files), subtitle=_subtitle(files), body="\n".join(_built(builder, files) for builder in builders))
     try:
-        write_whole(out, page)
-    except (OSError, UnicodeEncodeError) as e:
+        write_whole(out, page.encode(errors="replace").decode())  # the run's name may be no text
+    except OSError as e:
         raise InputOutputError(f"{out} cannot be written ({e}); choose another --out") from e
     return out
 
@@ -107,7 +108,8 @@ def _tiles(files: RunFiles) -> str:
                       f"{target['before']:.0%} → {target['after']:.0%}"))
     losses = [r["loss"] for r in files.records if "loss" in r]
     if losses:
-        shown.append(("Loss, median of the last 20 steps", number(median(losses[-20:]))))
+        finite = [loss for loss in losses[-20:] if math.isfinite(loss)]  # NaN has no place in an order
+        shown.append(("Loss, median of the last 20 steps", number(median(finite or losses[-1:]))))
     seconds = [r["seconds"] for r in files.records[3:] if "seconds" in r]
     if seconds:
         shown.append(("Seconds a step, median", f"{median(seconds):.3g}"))

@@ -20,6 +20,8 @@ CONFIG = "config.json"
 def require_place(out: Path | None) -> None:
     """Refuse an --out that holds a run or cannot be written, as far as that can be told without writing: before minutes of loading."""
     place = Path("runs") if out is None else out
+    if any("\udc80" <= letter <= "\udcff" for letter in str(place)):  # bytes that are no UTF-8, which safetensors does not open
+        raise UsageError(f"--out {str(out).encode(errors='replace').decode()}: the name is not UTF-8; choose another directory")
     try:
         if out is not None and (out / CONFIG).exists():
             raise CheckpointError(f"{out} holds a run already; go on with it by --resume {out}, or choose another --out")

@@ -38,6 +38,7 @@ from bench.card.session import Session, register_toys
 from bench.provenance import RESULTS, write_result
 from memory.exhaustion import first_line
 from memory.streams import release_pinned
+from trainer.run_directory import probe
 
 # Such that parts that follow each other fill nine minutes.
 PARTS: dict[str, ModuleType] = {"offload": offload, "minimum": minimum, "peaks": peaks, "short": short, "speed": speed,
@@ -151,7 +152,7 @@ def stored(path: Path) -> dict[str, Any] | None:
     except (OSError, ValueError) as e:
         print(f"{path}: left out, it cannot be read ({e})", file=sys.stderr)
         return None
-    return content if isinstance(content, dict) and "goals" in content else None
+    return content if isinstance(content, dict) and isinstance(content.get("goals"), list) else None
 
 
 def main(config: Card) -> int:
@@ -167,7 +168,7 @@ def main(config: Card) -> int:
     label = "dry" if config.dry else re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-")
     out = config.out / label
     try:
-        out.mkdir(parents=True, exist_ok=True)
+        probe(out)  # before anything is measured
     except OSError as e:
         print(f"error: --out {config.out}: cannot be written ({e.strerror})", file=sys.stderr)
         return 6
@@ -202,14 +203,15 @@ def main(config: Card) -> int:
                     break
                 continue
             print_table(f"{name} ({results[name]['seconds']} s)", results[name]["table"])
-            if results[name]["skipped"]:
-                print(f"not measured for lack of time: {len(results[name]['skipped'])}; --again --only {name} with more --seconds measures all")
             sys.stdout.flush()
     finally:
         session.forecaster.close()
         for number, handler in before.items():
             signal.signal(number, handler)
     print_table(f"goals ({out})", [row for name in wanted if name in results for row in goal_rows(name, results[name])])
+    for name in results:
+        if skipped := results[name].get("skipped"):
+            print(f"{name}: {len(skipped)} cells were not measured, as the time ended or a signal came; --again --only {name} measures all")
     if left := [name for name in missing if name not in results and name not in failed]:
         how = f"the same with --only {' '.join(left)}" if config.again else "the same command again"
         print(f"not begun: {', '.join(left)}; {how} measures {'them' if len(left) > 1 else 'it'}")

@@ -148,7 +148,7 @@ def norms() -> str:
     ours = result["norm_rotate"]["microseconds"]["48h 17776t rows 32 warps 4"]
     rows = [[f"5b, 49 frames: queries, {way}", f"{before:.0f} µs, the norm alone", f"{ours[f'{way}_us']:.0f} µs, norm and rotation",
              f"{ours[f'{short}_TBps']:.1f} TB/s"] for way, before, short in zip(("forward", "backward"), alone, ("fw", "bw"))]
-    for name in ("5b 49f", "5b 17f"):
+    for name in ("5b 49f", "5b 17f", "2b 17f"):
         before, after = (result["student_only"][f"{name} {kind}"]["step_seconds"] for kind in ("torch", "kernels"))
         rows.append([f"{name.replace(' ', ', ').replace('f', ' frames')}: the student's pass, forward and backward", f"{before:.3f} s", f"{after:.3f} s", f"{after / before - 1:+.1%}"])
     errors = result["norm_rotate"]["errors"]["bfloat16"]

@@ -111,7 +111,12 @@ def test_a_signal_ends_it_with_what_was_measured(tmp_path, monkeypatch, capsys):
     assert suite.main(suite.Card(dry=True, out=tmp_path, only=("peaks", "health"))) == 0
     said = capsys.readouterr().out
     assert json.loads((tmp_path / "dry" / "peaks.json").read_text())["skipped"] == ["second"]
+    told = "peaks: 1 cells were not measured, as the time ended or a signal came; --again --only peaks measures all"
+    assert told in said
     assert "not begun: health; the same command again measures it" in said and signal.getsignal(signal.SIGTERM) is before
+    monkeypatch.setattr(suite.health, "measure", lambda session, out: {"goals": [], "table": [["a"]], "skipped": []})
+    assert suite.main(suite.Card(dry=True, out=tmp_path, only=("peaks", "health"))) == 0
+    assert told in capsys.readouterr().out  # of what an earlier call has left, too
 
 
 def test_a_part_that_fails_is_told_and_the_others_are_measured(tmp_path, monkeypatch, capsys):

@@ -56,6 +56,13 @@ def test_a_spike_survives_thinning():
     assert sum(h < 60 for h in heights) == 1 and len(heights) <= 800
 
 
+def test_a_single_value_is_a_dot_and_extreme_ones_have_axes():
+    chart = line_chart("loss", [(0, 3.0), (1, math.nan)])
+    assert chart.count('<circle class="dot"') == 1 and "✗" in chart and '<circle' not in line_chart("loss", [(0, 3.0), (1, 2.0)])
+    for value in (1.7e308, -1.7e308):
+        assert "tick" in line_chart("loss", [(0, 1.0), (1, value), (2, -value)])
+
+
 def test_heat_map_marks_dead_and_non_finite_cells():
     chart = heat_map("a", list(range(300)), [[1.0, 0.0 if 100 < i < 140 else 2.0, math.nan if i == 250 else 3.0] for i in range(300)])
     assert chart.count("var(--dead)") == chart.count("var(--bad)") == 1

@@ -55,7 +55,7 @@ def test_a_model_that_does_not_load_is_a_problem_with_a_code(monkeypatch):
 
 
 def test_packages_missing_and_old(monkeypatch):
-    versions = {"torch": "1.13.0+cu117", "rich": "15.0.0"}
+    versions = {"torch": "1.13.0+cu117", "rich": "15.0.0", "tyro": None}
 
     def version(name: str) -> str:
         if name not in versions:
@@ -65,7 +65,7 @@ def test_packages_missing_and_old(monkeypatch):
     monkeypatch.setattr(doctor.metadata, "version", version)
     checks = list(doctor.packages())
     assert _one(checks, "torch").status == "problem" and "--upgrade 'torch>=" in _one(checks, "torch").fix
-    assert _one(checks, "diffusers").found == "not installed" and _one(checks, "rich").status == "ok"
+    assert _one(checks, "diffusers").found == _one(checks, "tyro").found == "not installed" and _one(checks, "rich").status == "ok"
     assert [check.name for check in doctor.examine()][-1].startswith("disk")  # no model is tried without torch
 
 
@@ -107,6 +107,13 @@ def test_without_a_home_the_other_checks_are_made(monkeypatch):
     monkeypatch.setattr(Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("no home")))
     found = {check.name: check.status for check in doctor.disk()}
     assert found["disk for the cache"] == "problem" and {"disk for runs", "disk for models"} <= set(found)
+
+
+def test_a_place_that_cannot_be_looked_at_is_one_of_the_problems(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / (300 * "a")))
+    found = {check.name: check for check in doctor.disk()}
+    assert found["disk for the cache"].status == "problem" and "File name too long" in found["disk for the cache"].found
+    assert {"disk for runs", "disk for models"} <= set(found)
 
 
 def test_problems_end_with_the_code_of_the_first(monkeypatch, capsys):

@@ -12,6 +12,7 @@ import struct
 import subprocess
 import zlib
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -20,11 +21,11 @@ from test_cli import call  # noqa: F401  fixture
 from trainer import cli
 from trainer.config import TrainConfig, leaves, replaced
 from trainer.config_file import as_json
-from trainer.errors import CheckpointError, InputOutputError
+from trainer.errors import CheckpointError, InputOutputError, UsageError
 from trainer.findings import Bill, finding
 from trainer.metrics import read_metrics
 from trainer.report import write_report
-from trainer.run_directory import write_config
+from trainer.run_directory import require_place, write_config
 
 GIB = 2**30
 
@@ -198,11 +199,11 @@ def test_a_run_that_became_non_finite(run):
     assert "step 60: not finite" in text and "Cannot be shown" not in text
 
 
-@pytest.mark.parametrize("losses", [[1e308, -1e308], [10**400]])
-def test_numbers_beyond_floats_leave_the_other_parts(run, losses):
+@pytest.mark.parametrize("losses, shown", [([1e308, -1e308], True), ([10**400], False)])
+def test_numbers_beyond_floats_leave_the_other_parts(run, losses, shown):
     (run / "metrics.jsonl").write_text("".join(json.dumps(record(i, loss=loss)) + "\n" for i, loss in enumerate(losses)))
     _, text = read(write_report(run))
-    assert "Cannot be shown: OverflowError" in text and "Gradient norm by block" in text and "crimson" in text
+    assert ("Cannot be shown: OverflowError" in text) != shown and "Gradient norm by block" in text and "crimson" in text
 
 
 def test_what_a_run_says_is_text(run):
@@ -242,6 +243,13 @@ def test_a_long_run_stays_a_small_file(run):
 def test_the_command(run, tmp_path, capsys):
     cli.main(["report", str(run), "--out", str(tmp_path / "page.html")])
     assert capsys.readouterr().out == f"{tmp_path / 'page.html'}\n" and (tmp_path / "page.html").exists()
+
+
+def test_a_name_that_is_no_text_is_shown_as_far_as_it_is(run, tmp_path):
+    odd = Path(shutil.copytree(run, tmp_path / os.fsdecode(b"caf\xe9")))
+    assert "caf?" in write_report(odd).read_text(encoding="utf-8")
+    with pytest.raises(UsageError, match="--out .*caf.*: the name is not UTF-8; choose another directory"):
+        require_place(odd / "run")
 
 
 def test_no_run_and_no_place(run, tmp_path):

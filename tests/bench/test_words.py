@@ -1,0 +1,38 @@
+"""Benchmarks take no words that they do not know: a measurement of minutes, and a committed result, would be lost to a slip."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from bench import provenance
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize("file", sorted(f for f in (ROOT / "bench").glob("*.py") if "\nif __name__" in f.read_text()), ids=lambda f: f.stem)
+def test_every_benchmark_looks_at_its_words(file):
+    assert re.search(r"take_no_arguments\(__doc__\)|tyro\.cli\(|ArgumentParser\(", file.read_text())
+
+
+@pytest.mark.parametrize("words, code, said", [(["bench", "tables", "--chekc"], 2, "unrecognized arguments: --chekc"),
+                                               (["bench", "rank", "nonsense"], 2, "unrecognized arguments: nonsense"),
+                                               (["bench", "rank", "--help"], 0, "python -m bench.rank"),
+                                               (["bench", "planning", "x"], 2, "unrecognized arguments: x"),
+                                               (["bench", "main_run", "--only", "nonsense"], 2, "--only nonsense: one of red, ")])
+def test_words_that_are_not_known_end_before_anything_is_measured(words, code, said):
+    results = {file: file.stat().st_mtime_ns for file in (ROOT / "bench" / "results").rglob("*.json")}
+    done = subprocess.run([sys.executable, "run.py", *words], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == code and said in done.stdout + done.stderr and "Traceback" not in done.stderr
+    assert {file: file.stat().st_mtime_ns for file in (ROOT / "bench" / "results").rglob("*.json")} == results
+
+
+def test_a_result_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = provenance.write_result("some", {"cells": [1]}, tmp_path)
+    before = path.read_text()
+    monkeypatch.setattr("trainer.run_files.Path.replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        provenance.write_result("some", {"cells": [2]}, tmp_path)
+    assert path.read_text() == before
