@@ -17,9 +17,8 @@ from typing import Any
 
 import tyro
 
-from bench.provenance import RESULTS, write_result
+from bench.provenance import RESULTS, require_known, write_result
 from trainer.config import SHAPES, EvaluateConfig, TrainConfig, replaced
-from trainer.errors import UsageError
 from trainer.evaluate import evaluate
 from trainer.loop import train
 
@@ -50,8 +49,7 @@ class Erasure:
     """Directory of the picture."""
 
     def __post_init__(self):
-        if unknown := [name for name in self.only if name not in VARIANTS]:
-            raise UsageError(f"--only {unknown[0]}: one of {', '.join(VARIANTS)}")
+        require_known("--only", self.only, VARIANTS)
 
 
 PICTURED = ("two-steps", "unlearn-noise", "unlearn-trajectory", "all-trajectory")

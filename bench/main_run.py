@@ -17,8 +17,7 @@ from pathlib import Path
 
 import tyro
 
-from bench.provenance import RESULTS, write_result
-from trainer.errors import UsageError
+from bench.provenance import RESULTS, require_known, write_result
 
 ROOT = Path(__file__).parent.parent
 
@@ -44,8 +43,7 @@ class MainRun:
     """Directory of the pictures."""
 
     def __post_init__(self):
-        if unknown := [name for name in self.only if name not in RUNS]:
-            raise UsageError(f"--only {unknown[0]}: one of {', '.join(RUNS)}")
+        require_known("--only", self.only, RUNS)
 
 
 def main(config: MainRun) -> None:

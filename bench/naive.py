@@ -63,7 +63,7 @@ class Naive:
         self.models = (student, teacher)
         self.erasers = Erasers(backbone.blocks(student), config.optim.rank)
         self.predict = backbone.predictor(student, shape[1:])
-        names = [*_PROMPTS.prompts, *_PROMPTS.safe, *_PROMPTS.preserved, ""]
+        names = _PROMPTS.texts
         table = torch.randn(len(names), backbone.text_length, backbone.text_width).to(dtype)
         with unset_fake_temporarily():  # a schedule's values are read
             latents, preserved = (make_latents(config, backbone.scheduler(), shape, stream, device) for stream in ("target", "preserved"))

@@ -18,8 +18,7 @@ from pathlib import Path
 
 import tyro
 
-from bench.provenance import RESULTS, write_result
-from trainer.errors import UsageError
+from bench.provenance import RESULTS, require_known, write_result
 
 ROOT = Path(__file__).parent.parent
 TARGETS = {"clip": ("empty", "random", "mean"), "qwen3-vl": ("random", "mean")}
@@ -37,8 +36,7 @@ class Projection:
     """Directory of the result."""
 
     def __post_init__(self):
-        if unknown := [name for name in self.encoders if name not in TARGETS]:
-            raise UsageError(f"--encoders {unknown[0]}: one of {', '.join(TARGETS)}")
+        require_known("--encoders", self.encoders, TARGETS)
 
 
 def _cpu_seconds() -> float:

@@ -7,11 +7,13 @@ import platform
 import shlex
 import subprocess
 import sys
+from collections.abc import Iterable
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from trainer.errors import UsageError
 from trainer.run_files import write_whole
 
 RESULTS = Path(__file__).parent / "results"
@@ -43,6 +45,13 @@ def take_no_arguments(doc: str | None) -> None:
     module = getattr(sys.modules["__main__"], "__spec__", None)
     argparse.ArgumentParser(prog=f"python -m {module.name}" if module else None, description=doc,
                             formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+
+
+def require_known(flag: str, names: Iterable[str], known: Iterable[str]) -> None:
+    """Raises UsageError for the first name that is not known."""
+    for name in names:
+        if name not in known:
+            raise UsageError(f"{flag} {name}: one of {', '.join(known)}")
 
 
 def of_cards(part: str, directory: Path = RESULTS) -> list[Path]:

@@ -62,3 +62,11 @@ def require_modules(modules: Sequence[nn.Module], strategy: str) -> list[nn.Modu
         if strategy in applied_strategies(module):
             raise RuntimeError(f"{strategy} is applied to this {type(module).__name__} already; undo() it first")
     return modules
+
+
+def held_outside(model: nn.Module, blocks: Sequence[nn.Module], parameters: Sequence[nn.Parameter]) -> str | None:
+    """The name by which a module outside of the blocks holds one of the blocks' parameters, too; None: none does."""
+    inside = {id(module) for block in blocks for module in block.modules()}
+    wanted = {id(parameter) for parameter in parameters}
+    return next((f"{name}.{leaf}" for name, module in model.named_modules() if id(module) not in inside
+                 for leaf, parameter in module._parameters.items() if id(parameter) in wanted), None)

@@ -288,16 +288,6 @@ def apply_plan(
     return applied
 
 
-def _refuse_ties(model: nn.Module, blocks: Sequence[nn.Module], streamed: Sequence[nn.Parameter]) -> None:
-    inside = {id(module) for block in blocks for module in block.modules()}
-    away = {id(parameter) for parameter in streamed}
-    for name, module in model.named_modules():
-        for leaf, parameter in module._parameters.items():
-            if id(module) not in inside and id(parameter) in away:
-                raise PlanError(f"resident_blocks: {name}.{leaf} is a weight of a block as well, and would stay on the host where that streams; "
-                                "untie it, or leave resident_blocks out")
-
-
 def _apply(applied: AppliedPlan, model, blocks, device, boundary_names, feed_forwards) -> None:
     """The order. Each later step wraps the earlier ones."""
     import torch
@@ -308,6 +298,7 @@ def _apply(applied: AppliedPlan, model, blocks, device, boundary_names, feed_for
     from memory.compiling import compile_blocks
     from memory.lockstep import Lockstep
     from memory.offload import offload_blocks, place
+    from memory.patching import held_outside
     from memory.precision import cast_frozen
     from memory.sharding import shard_blocks
     from memory.streams import resolve_device
@@ -340,7 +331,9 @@ def _apply(applied: AppliedPlan, model, blocks, device, boundary_names, feed_for
         applied.offload = offload_blocks(blocks, device=device, num_resident=plan.resident_blocks, num_buffers=plan.offload_buffers)
         applied._undos.append(applied.offload.undo)
         streamed = [p for index in applied.offload.streamed for p in blocks[index].parameters() if not p.requires_grad]
-        _refuse_ties(model, blocks, streamed)
+        if tied := held_outside(model, blocks, streamed):
+            raise PlanError(f"resident_blocks: {tied} is a weight of a block as well, and would stay on the host where that streams; "
+                            "untie it, or leave resident_blocks out")
     applied._undos.append(place(model, device, skip=streamed))
 
     # 5. Checkpointing around the weights' streaming.

@@ -137,6 +137,6 @@ def diagnose_settings(config: TrainConfig) -> Bill:
 def prepare(config: TrainConfig) -> Subject:
     """The parts of a training step, as the training loop has them. Raises UsageError for what cannot be trained."""
     backbone, prompts, columns = open_training(config)
-    embeddings = embed_prompts(backbone, config.model, config.memory, [*prompts.prompts, *prompts.safe, *prompts.preserved, ""])
+    embeddings = embed_prompts(backbone, config.model, config.memory, prompts.texts)
     assembly = assemble(backbone, config.model, config.memory, rank=config.optim.rank, seed=config.optim.seed)
     return Subject.of(config, backbone, assembly, prompts, embeddings.to(assembly.device), columns)

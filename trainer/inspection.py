@@ -89,7 +89,7 @@ def non_finite_weight(subject: Subject) -> Finding | None:
 def non_finite_embedding(subject: Subject) -> Finding | None:
     """The first prompt whose embedding holds NaN or infinity."""
     teacher = subject.teacher
-    prompts = list(dict.fromkeys([*teacher.prompts.prompts, *teacher.prompts.safe, *teacher.prompts.preserved, ""]))
+    prompts = list(dict.fromkeys(teacher.prompts.texts))
     bad = [prompt for prompt in prompts if not torch.isfinite(teacher.embeddings.row(prompt)).all()]
     return finding("non-finite-embedding", "embeddings", prompt=repr(bad[0]), num_prompts=len(bad)) if bad else None
 

@@ -56,7 +56,7 @@ def train(config: TrainConfig, origins: Mapping[str, str], *, resume: Path | Non
     # Text first: the encoder is gone before the transformer comes.
     sampling = Sampling(backbone, config, prompts, meter)
     embeddings = meter.phase("encode prompts")(embed_prompts)(
-        backbone, config.model, config.memory, [*prompts.prompts, *prompts.safe, *prompts.preserved, *sampling.prompts, ""]).to(device)
+        backbone, config.model, config.memory, [*prompts.texts, *sampling.prompts]).to(device)
 
     # The frozen transformer, erasers in it, memory plan around it; the teacher, the optimizer.
     assembly = meter.phase("load")(assemble)(backbone, config.model, config.memory, rank=config.optim.rank,

@@ -102,8 +102,7 @@ def workload(config: TrainConfig, *, num_cards: int | None = None) -> Workload:
 
 def _embedded_bytes(backbone: CogVideoX, config: TrainConfig) -> int:
     """Of the host, what the embeddings of all prompts take."""
-    prompts = collect(config.data, bundled=config.model.model == "shapes")
-    distinct = {*prompts.prompts, *prompts.safe, *prompts.preserved, *config.output.sample_prompts, ""}
+    distinct = {*collect(config.data, bundled=config.model.model == "shapes").texts, *config.output.sample_prompts}
     itemsize = resolve_dtype(backbone, config.memory, insist=True).itemsize
     return pinned_bytes(len(distinct) * backbone.text_length * backbone.text_width * itemsize)
 

@@ -36,6 +36,11 @@ class PromptSet:
     file: Path | None = None
     """Where `prompts` were read, if they were."""
 
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """All that a step may read; the empty prompt is an anchor."""
+        return *self.prompts, *self.safe, *self.preserved, ""
+
 
 def collect(data: DataConfig, *, bundled: bool) -> PromptSet:
     """The prompts that the settings ask for; where they name none, made from the concept.

@@ -58,8 +58,8 @@ def rehearse(backbone: CogVideoX, config: TrainConfig, plan: MemoryPlan, num_blo
         applied = apply_plan(transformer, blocks, applicable, device=device, feed_forwards=[b.ff for b in blocks],
                              boundary_names=BOUNDARY_NAMES)
         predict = backbone.predictor(transformer, shape[1:])
-        names = [*_PROMPTS.prompts, *_PROMPTS.safe, *_PROMPTS.preserved, ""]
-        embeddings = Embeddings(torch.empty(len(names), backbone.text_length, backbone.text_width, dtype=dtype), names)
+        table = torch.empty(len(_PROMPTS.texts), backbone.text_length, backbone.text_width, dtype=dtype)
+        embeddings = Embeddings(table, _PROMPTS.texts)
         columns = {"concept": torch.zeros(1, dtype=torch.int64)} if config.loss.alpha > 0 else None
         # Whichever blocks make the mask: were it only some, blocks would not be alike. A map is (B, N), and its time is small.
         teacher = Teacher(predict, erasers, list(blocks), loss=config.loss, prompts=_PROMPTS, embeddings=embeddings,
