@@ -104,8 +104,10 @@ def _is_random(block: nn.Module) -> bool:
     """Whether recomputation must restore the random state. Reading it costs time, and a frozen block is in eval mode: then dropout
     is all that is looked for, and what else draws in eval mode draws anew."""
     def drops(module: nn.Module) -> bool:
+        if not module.training:
+            return False
         share = module.p if isinstance(module, _DropoutNd) else getattr(module, "dropout", 0)  # as nn.MultiheadAttention has it
-        return module.training and isinstance(share, float | int) and share > 0
+        return isinstance(share, float | int) and share > 0
 
     return block.training or any(map(drops, block.modules()))
 

@@ -410,6 +410,12 @@ API CUresult cuDeviceGetAttribute(int* value, CUdevice_attribute attribute, CUde
 API CUresult cuDevicePrimaryCtxGetState(CUdevice, unsigned* flags, int* active) { *flags = 0; *active = 1; return CUDA_SUCCESS; }
 API CUresult cuDevicePrimaryCtxRetain(CUcontext* found, CUdevice) { *found = (CUcontext)1; return CUDA_SUCCESS; }
 API CUresult cuCtxGetCurrent(CUcontext* found) { *found = (CUcontext)1; return CUDA_SUCCESS; }
+API CUresult cuFuncGetAttribute(int* value, CUfunction_attribute attribute, CUfunction) {
+    *value = attribute == CU_FUNC_ATTRIBUTE_MAX_THREADS_PER_BLOCK ? 1024 : 0;
+    return CUDA_SUCCESS;
+}
+API CUresult cuPointerGetAttribute(void* found, CUpointer_attribute, CUdeviceptr pointer) { *(CUdeviceptr*)found = pointer; return CUDA_SUCCESS; }
+API CUresult cuLaunchKernelEx(const CUlaunchConfig* config, CUfunction, void**, void**) { return (CUresult)launched(config->hStream); }
 API cudaError_t cudaGetDriverEntryPointByVersion(const char* symbol, void** function, unsigned, unsigned long long, cudaDriverEntryPointQueryResult* status) {
     *function = dlsym(RTLD_DEFAULT, symbol);
     if (!*function) *function = (void*)unsupported;

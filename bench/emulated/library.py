@@ -17,6 +17,7 @@ from trainer.prompts import cache_directory
 DEFAULT_CARD = "rtx-4090"
 _SOURCE = Path(__file__).with_name("card.cpp")
 _REPLACED = re.compile(r"_*(cuda|cu[A-Z]|cublas|cudnn)(?!File)")
+_CALLED = re.compile(r"\bcu[A-Z]\w+(?=\()")
 _PRODUCT = re.compile(r"cublas.*(gemm|Gemm|Matmul$)")
 _CAPABILITY = {"volta": 70, "turing": 75, "ampere": 80, "ada": 89, "hopper": 90, "blackwell-sxm": 100, "blackwell": 120}
 _FILES = ("libcuda.so.1", "libnvidia-ml.so.1")  # what is looked for by name, besides being preloaded
@@ -44,6 +45,7 @@ def built() -> Path:
     card, rest, stubs = folder / "card.o", folder / "rest.o", folder / "rest.cpp"
     _run(compiler, "-std=c++17", "-O2", "-fPIC", "-fvisibility=hidden", *_headers(), "-c", _SOURCE, "-o", card)
     wanted = {name for path in _libraries(Path(torch.__file__).parent) for name in _symbols(reader, "--undefined-only", "-D", path)}
+    wanted |= {name for path in _driver_of_triton() for name in _CALLED.findall(path.read_text())}
     missing = sorted(name for name in wanted - set(_symbols(reader, "--defined-only", card)) if _REPLACED.match(name))
     lines = [f'API int {name}() {{ {"emulated_card_product(); " * bool(_PRODUCT.match(name))}return 0; }}' for name in missing]
     declared = '#define API extern "C" __attribute__((visibility("default")))\nAPI void emulated_card_product();'
@@ -83,6 +85,11 @@ def _folders(package: str) -> list[Path]:
 
 def _libraries(torch_folder: Path) -> list[Path]:
     return [*(torch_folder / "lib").glob("lib*.so"), *(path for root in _folders("bitsandbytes") for path in root.glob("*cuda*.so"))]
+
+
+def _driver_of_triton() -> list[Path]:
+    """Sources, compiled when Triton first looks for a card; they ask for the driver's functions."""
+    return [path for root in _folders("triton") for path in (root / "backends/nvidia").glob("driver.*")]
 
 
 def _symbols(reader: str, *arguments: str | Path) -> list[str]:

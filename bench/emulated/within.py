@@ -1,11 +1,11 @@
 """Python on the emulated card: `python -m bench.emulated -- ARGUMENTS` runs it with the arguments of Python itself.
 
-Triton's kernels are not launched there, and would not be found right. What stands in for them takes the memory they take.
+Triton compiles its kernels and launches them there, as it would on that card. They compute nothing either, so they are not asked
+whether they compute what torch does.
 """
 
 import runpy
 import sys
-from types import SimpleNamespace
 
 from memory import environment
 
@@ -13,17 +13,11 @@ environment.prepare()  # before torch is imported: as a run does
 
 import torch
 
-from trainer.backbones import norm_rotate
-
-
-def stand_in() -> None:
-    """Have the operator allocate as with Triton's kernels, from now on."""
-    kernels = SimpleNamespace(norm_rotate=lambda x, *_: torch.empty_like(x), norm_rotate_backward=lambda grad, x, *_: torch.empty_like(x))
-    norm_rotate.working_kernels = lambda device: kernels
+from trainer.backbones import kernels, norm_rotate
 
 
 def main(arguments: list[str]) -> None:
-    stand_in()
+    norm_rotate.working_kernels = lambda device: kernels
     if arguments[0] == "-c":
         sys.argv = ["-c", *arguments[2:]]
         exec(compile(arguments[1], "<string>", "exec"), {"__name__": "__main__"})

@@ -76,3 +76,12 @@ def test_a_transformer_predicts_and_learns_as_diffusers_does(pipelines, kind):
         results.append((v, torch.autograd.grad(v.square().sum(), x)[0]))
     for ours, theirs in zip(*results):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+
+
+def test_arguments_that_no_processor_takes_are_ignored_as_by_diffusers(caplog):
+    block = _block(torch.float32)
+    lean.make_lean([block])
+    video, text = torch.randn(1, 24, 64), torch.randn(1, 5, 64)
+    expected = block.attn1(video, text)
+    assert all(map(torch.equal, expected, block.attn1(video, text, colour="red")))
+    assert "['colour'] are not expected by LeanProcessor" in caplog.text

@@ -63,6 +63,14 @@ def test_in_16_bits_they_are_no_further_from_the_truth(dtype):
         assert found.dtype == dtype and off[0] < 1.1 * off[1] < 0.02
 
 
+@pytest.mark.parametrize("rotated", [True, False])
+def test_without_gradient_it_is_the_same(rotated):
+    norm, x, positions, _ = _case(torch.float32)
+    with torch.no_grad():
+        found = norm(x, positions if rotated else None, L)
+    assert torch.equal(found, norm(x, positions if rotated else None, L)) and not found.requires_grad
+
+
 def test_gradients_may_lie_in_any_order():
     norm, x, positions, grad = _case(torch.float32)
     strewn = grad.transpose(-1, -2).contiguous().transpose(-1, -2)  # as the unfused attention's backward gives them

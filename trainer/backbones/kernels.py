@@ -64,20 +64,20 @@ def _backward(grad, x, weight, cos, sin, out, num_rows, num_heads, num_tokens, l
 
 def norm_rotate(x: Tensor, weight: Tensor, bias: Tensor, cos: Tensor | None, sin: Tensor | None, length: int, eps: float) -> Tensor:
     """x (B, S, A, d), contiguous, normed with weight and bias (d), and tokens after `length` rotated by cos and sin (N, d)."""
-    out = torch.empty_like(x)
+    out, sizes = torch.empty_like(x), _sizes(x)
     with torch.cuda.device_of(x):
-        _forward[_grid(x)](x, weight, bias, *_positions(cos, sin, weight), out, *_sizes(x), length, eps, ROTATED=cos is not None,
-                           WIDTH=x.shape[3], ROWS=ROWS, num_warps=NUM_WARPS)
+        _forward[_grid(sizes)](x, weight, bias, *_positions(cos, sin, weight), out, *sizes, length, eps, ROTATED=cos is not None,
+                               WIDTH=x.shape[3], ROWS=ROWS, num_warps=NUM_WARPS)
     return out
 
 
 def norm_rotate_backward(grad: Tensor, x: Tensor, weight: Tensor, cos: Tensor | None, sin: Tensor | None, length: int, eps: float) -> Tensor:
     """The gradient of x, from that of the result (B, S, A, d), however it lies."""
-    out = torch.empty_like(x)
+    out, sizes = torch.empty_like(x), _sizes(x)
     grad = grad if grad.stride(3) == 1 else grad.contiguous()
     with torch.cuda.device_of(x):
-        _backward[_grid(x)](grad, x, weight, *_positions(cos, sin, weight), out, *_sizes(x), length, eps, *grad.stride()[:3],
-                            ROTATED=cos is not None, WIDTH=x.shape[3], ROWS=ROWS, num_warps=NUM_WARPS)
+        _backward[_grid(sizes)](grad, x, weight, *_positions(cos, sin, weight), out, *sizes, length, eps, *grad.stride()[:3],
+                                ROTATED=cos is not None, WIDTH=x.shape[3], ROWS=ROWS, num_warps=NUM_WARPS)
     return out
 
 
@@ -87,8 +87,9 @@ def _positions(cos: Tensor | None, sin: Tensor | None, unused: Tensor) -> tuple[
 
 def _sizes(x: Tensor) -> tuple[int, int, int]:
     """Rows, heads and tokens."""
-    return x.numel() // x.shape[3], x.shape[2], x.shape[1]
+    num_samples, num_tokens, num_heads, _ = x.shape
+    return num_samples * num_tokens * num_heads, num_heads, num_tokens
 
 
-def _grid(x: Tensor) -> tuple[int]:
-    return (triton.cdiv(_sizes(x)[0], ROWS),)
+def _grid(sizes: tuple[int, int, int]) -> tuple[int]:
+    return (-(-sizes[0] // ROWS),)  # triton.cdiv takes the host as long as a fifth of the launch

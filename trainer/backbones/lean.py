@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from diffusers.models.attention_processor import Attention
 from diffusers.models.normalization import CogVideoXLayerNormZero
 from diffusers.models.transformers.cogvideox_transformer_3d import CogVideoXBlock
 from torch import Tensor, nn
@@ -30,14 +31,15 @@ class _ScaledNorm(nn.LayerNorm):
         """Of sequences (B, S, D), each normed, scaled and shifted by its part of `scale` and `shift` (B, sequences, D)."""
         bias = shift if self.bias is None else torch.addcmul(shift, self.bias, scale)
         weight = scale if self.weight is None else self.weight * scale
-        return tuple(self._normed(x, weight[:, i], bias[:, i]) for i, x in enumerate(sequences))
+        return tuple(map(self._normed, sequences, weight.unbind(1), bias.unbind(1)))
 
     def _normed(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         """x (B, S, D) with a weight and a bias (B, D) for each sample."""
+        if len(x) == 1:
+            return F.layer_norm(x, self.normalized_shape, weight[0], bias[0], self.eps)
         if len(x) > MANY_SAMPLES:
             return torch.addcmul(bias.unsqueeze(1), F.layer_norm(x, self.normalized_shape, eps=self.eps), weight.unsqueeze(1))
-        samples = [F.layer_norm(sample, self.normalized_shape, w, b, self.eps) for sample, w, b in zip(x.split(1), weight, bias)]
-        return samples[0] if len(samples) == 1 else torch.cat(samples)
+        return torch.cat([F.layer_norm(sample, self.normalized_shape, w, b, self.eps) for sample, w, b in zip(x.split(1), weight, bias)])
 
 
 class LeanNorm(CogVideoXLayerNormZero):
@@ -48,6 +50,17 @@ class LeanNorm(CogVideoXLayerNormZero):
         shift, scale, gate = self.linear(self.silu(temb)).unflatten(1, (2, 3, -1)).unbind(2)  # (B, 2, D): of video and text
         video, text = self.norm((hidden_states, encoder_hidden_states), 1 + scale, shift)
         return video, text, gate[:, :1], gate[:, 1:]
+
+
+class LeanAttention(Attention):
+    """Attention that does not look up for every call which arguments its processor takes."""
+
+    def forward(self, hidden_states: Tensor, encoder_hidden_states: Tensor, attention_mask: Tensor | None = None,
+                image_rotary_emb: tuple[Tensor, Tensor] | None = None, **more: Any) -> tuple[Tensor, Tensor]:
+        """What the processor makes of video (B, N, D) and text (B, L, D); of arguments of others, as diffusers has it."""
+        if more:
+            return super().forward(hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb=image_rotary_emb, **more)
+        return self.processor(self, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
 
 
 class LeanBlock(CogVideoXBlock):
@@ -70,7 +83,7 @@ class LeanBlock(CogVideoXBlock):
 def make_lean(blocks: Sequence[CogVideoXBlock]) -> None:
     """Have diffusers' blocks compute so from now on."""
     for block in blocks:
-        block.__class__, block.attn1.processor = LeanBlock, LeanProcessor()
+        block.__class__, block.attn1.__class__, block.attn1.processor = LeanBlock, LeanAttention, LeanProcessor()
         for norm in (block.norm1, block.norm2):
             norm.__class__, norm.norm.__class__ = LeanNorm, _ScaledNorm
     rotate_in_norms(blocks)

@@ -42,13 +42,16 @@ class RotatingNorm(nn.LayerNorm):
         Raises RuntimeError where the norm itself is to be trained, for which there is no backward; ValueError for positions of
         another number of tokens or another width.
         """
-        if torch.is_grad_enabled() and (self.weight.requires_grad or self.bias.requires_grad):
+        weight, bias, cos, sin = self.weight, self.bias, None, None
+        if torch.is_grad_enabled() and (weight.requires_grad or bias.requires_grad):
             raise RuntimeError("the norms of queries and keys are frozen; freeze them with requires_grad_(False)")
-        cos, sin = positions or (None, None)
-        wanted = (x.shape[1] - length, x.shape[-1])
-        if positions and not tuple(cos.shape) == tuple(sin.shape) == wanted:  # a kernel would read what lies beside them
-            raise ValueError(f"positions are {tuple(cos.shape)} and {tuple(sin.shape)}, for {wanted[0]} video tokens of width {wanted[1]}")
-        return _NormRotate.apply(x, self.weight, self.bias, *(p if p is None else p.to(x.device) for p in (cos, sin)), length, self.eps)
+        if positions:
+            cos, sin = (p.to(x.device) for p in positions)
+            wanted = (x.shape[1] - length, x.shape[-1])
+            if not tuple(cos.shape) == tuple(sin.shape) == wanted:  # a kernel would read what lies beside them
+                raise ValueError(f"positions are {tuple(cos.shape)} and {tuple(sin.shape)}, for {wanted[0]} video tokens of width {wanted[1]}")
+        normed = _NormRotate.apply if torch.is_grad_enabled() else _ops.norm_rotate  # the former takes the host longer
+        return normed(x, weight, bias, cos, sin, length, self.eps)
 
 
 class _NormRotate(torch.autograd.Function):
