@@ -71,6 +71,14 @@ class Assessment:
     """The step itself."""
 
 
+def compiled_fragmentation(plan: MemoryPlan) -> float:
+    """Bytes that a step reserves under `plan`, over those predicted for blocks as they are, at most: more than 1 with compiled blocks
+    (`bench.emulated`, part compiled), whose allocated bytes are no more."""
+    if not plan.compile:
+        return 1.0
+    return 1.1 if plan.feed_forward_chunks > 1 else 1.03
+
+
 class Limits:
     """What a card and a host have to give, and the margin kept free of it."""
 
@@ -122,7 +130,7 @@ def assess_trace(
         masters_bytes=prediction.host_bytes,
     )
     by_phase = prediction.by_phase | others.by_phase
-    reserved = max(prediction.reserved_bytes, others.reserved_bytes)
+    reserved = max(int(prediction.reserved_bytes * compiled_fragmentation(plan)), others.reserved_bytes)
     host = max(prediction.host_bytes, others.host_bytes) + workload.host_bytes
     device_short, host_short = limits.shortage(reserved, host)
     reason = ""

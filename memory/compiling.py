@@ -10,7 +10,7 @@ for the first. Left as they are, between pieces of compiled code:
 * what strategies put in the place of a submodule's forward.
 
 Results differ by rounding: what is fused is rounded once. No trace sees into compiled code, so memory and time are predicted for
-blocks that are not compiled.
+blocks that are not compiled; what the allocator may reserve beyond that is `memory.assess.compiled_fragmentation`.
 """
 
 import functools

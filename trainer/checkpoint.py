@@ -148,8 +148,8 @@ def compatible(saved_state: Mapping[str, Any], current_state: Mapping[str, Any])
         for key in current | saved:  # in the current order first
             if saved.get(key) != current.get(key):
                 raise CheckpointError(
-                    f"cannot resume: {_FLAGS.get(key, key)} is {saved.get(key, 'missing')!r} in the checkpoint and {current.get(key, 'missing')!r} now; "
-                    "give the checkpoint's value, or start in a new run directory"
+                    f"cannot resume: {_FLAGS.get(key, key)} was {saved.get(key, 'missing')!r} and is {current.get(key, 'missing')!r} now; "
+                    "give what it was, or start in a new run directory"
                 )
 
 

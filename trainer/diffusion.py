@@ -3,6 +3,7 @@
 Legend: B batch, F latent frames, C latent channels, H W latent size, L text tokens, D text width.
 """
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -35,11 +36,13 @@ class Sampler:
         self.memory: Tensor | None = None
         self._values = self.timesteps.tolist()  # read once: a step must not wait for the device
         self._two_step = kind == "CogVideoXDPMScheduler"
+        self._draws = "generator" in inspect.signature(scheduler.step).parameters
 
     def step(self, velocity: Tensor, index: int, latents: Tensor, generator: torch.Generator | list[torch.Generator] | None = None) -> Tensor:
         """x at the next timestep from x at `timesteps[index]` and its velocity, in the latents' dtype."""
         if not self._two_step:
-            return self.scheduler.step(velocity, self._values[index], latents, return_dict=False)[0].to(latents.dtype)
+            dice = {"generator": generator} if self._draws else {}
+            return self.scheduler.step(velocity, self._values[index], latents, **dice, return_dict=False)[0].to(latents.dtype)
         before = self._values[index - 1] if index else None
         new, self.memory = dpm_step(self.scheduler, velocity, self.memory if index else None, self._values[index], before, latents, generator)
         return new.to(latents.dtype)

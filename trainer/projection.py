@@ -226,6 +226,6 @@ def _restore(run: Run, run_dir: Path, identity: str, examples: str, config: Forg
     pairs |= {f"memory.{name}": (saved["memory"].get(name), ours["memory"][name]) for name in _KEPT}
     for name, (then, now) in pairs.items():
         if then != now:
-            raise CheckpointError(f"cannot resume: {name} is {then!r} in the checkpoint and {now!r} now; "
+            raise CheckpointError(f"cannot resume: {name} was {then!r} and is {now!r} now; "
                                   "a resumed run keeps what it trains on")
     run.restore(checkpoint, device)

@@ -141,7 +141,7 @@ class TrainState:
                 if files_by_content and name in ("prompts", "preserve_file") and then and now:  # wherever they are now
                     continue
                 if then != now:
-                    raise CheckpointError(f"cannot resume: --{name.replace('_', '-')} is {then!r} in the checkpoint and {now!r} now; "
+                    raise CheckpointError(f"cannot resume: --{name.replace('_', '-')} was {then!r} and is {now!r} now; "
                                           "a resumed run keeps what it trains on")
 
     def described(self) -> dict[str, Any]:

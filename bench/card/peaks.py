@@ -42,8 +42,9 @@ def prepare(session: Session) -> None:
         session.forecaster.ask(peaks_of, cell, session.workspace_bytes)
 
 
-def _compared(session: Session, cell: Cell) -> dict[str, Any]:
-    measured = session.measure(cell, num_steps=1)
+def compared(session: Session, cell: Cell, *, num_warm: int = 1) -> dict[str, Any]:
+    """The peaks of a step of `cell`, predicted and measured, after `num_warm` others."""
+    measured = session.measure(cell, num_steps=1, num_warm=num_warm)
     prediction, _ = session.forecaster.answer(peaks_of, cell, session.workspace_bytes)  # has been on its way meanwhile
     row = {"settings": cell.name(), "predicted": {
         "allocated_bytes": prediction.allocator.peak_allocated_bytes, "reserved_bytes": prediction.reserved_bytes,
@@ -131,7 +132,7 @@ def measure(session: Session, out: Path) -> dict[str, Any]:
     rows, skipped = [], []
     snapshots = _snapshots(session, out)
     for cell in session.within_budget(cells(session), skipped, name=Cell.name):
-        rows.append(_compared(session, cell))
+        rows.append(compared(session, cell))
     ran = [r for r in rows if "allocated_error" in r]
     caps = _caps(session, ran, skipped)
     worst = {kind: max((abs(r[f"{kind}_error"]) for r in ran), default=None) for kind in ("allocated", "reserved")}

@@ -25,15 +25,20 @@ from bench.card.__main__ import calibrate, goal_rows, print_table
 from bench.card.forecasts import Forecaster, card_here
 from bench.card.gauge import Gauge
 from bench.card.rig import Cell, rigged
-from bench.card.session import Session, register_toys
+from bench.card.session import Session, goal, register_toys
 from bench.emulated import schedule
 from bench.emulated.library import DEFAULT_CARD
 from bench.provenance import write_result
+from memory.assess import compiled_fragmentation
 
 _MEANINGLESS = ("loss", "table")  # nothing is computed, and tables are made of the rest
 _COUNTERS = ("num_kernels", "num_products", "num_copies", "num_pageable_copies", "bytes_to_card", "bytes_to_host", "num_waits")
 _HOST = dict(resident_blocks=0, boundaries="host")
 _STEPS = (("2b", 17, {}), ("2b", 17, _HOST), ("5b", 17, {}), ("5b", 17, dict(resident_blocks=0, passes="lockstep")), ("5b", 49, _HOST))
+_COMPILED = (("2b", 17, {}), ("2b", 17, _HOST | dict(feed_forward_chunks=8)), ("2b", 49, _HOST), ("2b", 9, dict(checkpoint="none")),
+             ("2b", 9, dict(resident_blocks=0, num_keep_everything=10, kept="host")), ("5b", 17, dict(num_keep_attention=21)),
+             ("5b", 17, dict(checkpoint="none")), ("5b", 17, _HOST | dict(passes="lockstep", feed_forward_chunks=8)), ("5b", 49, _HOST),
+             ("5b", 49, _HOST | dict(feed_forward_chunks=8, optimizer="adamw8bit")))
 
 
 def counters() -> dict[str, int]:
@@ -79,6 +84,19 @@ def steps(session: Session) -> list[dict[str, Any]]:
     return [asked_for(session, session.cell(kind, frames, **plan)) for kind, frames, plan in _STEPS]
 
 
+def compiled(session: Session) -> dict[str, Any]:
+    """Peaks of steps with compiled blocks, beside what is predicted for blocks as they are."""
+    cells = [session.cell(kind, frames, compile=True, **plan) for kind, frames, plan in _COMPILED]
+    cells = session.few(cells, 3)
+    rows = [peaks.compared(session, cell, num_warm=2) | {"fragmentation": compiled_fragmentation(cell.plan)} for cell in cells]
+    ran = [(r["measured"], r["predicted"], r["fragmentation"]) for r in rows if "allocated_error" in r]
+    allocated = max((m["allocated_bytes"] / p["allocated_bytes"] for m, p, _ in ran), default=None)
+    reserved = max((m["reserved_bytes"] / p["reserved_bytes"] / allowed for m, p, allowed in ran), default=None)
+    return {"cells": without(("second", *_MEANINGLESS), rows), "goals": [
+        goal("steps that failed", len(rows) - len(ran), 0), goal("allocated, over what is predicted for blocks as they are", allocated, 1.005),
+        goal("reserved, over what the planner allows compiled blocks", reserved, 1)]}
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.emulated")
     parser.add_argument("--card", default=DEFAULT_CARD)
@@ -113,7 +131,7 @@ def main() -> int:
 
 PARTS: dict[str, Callable[[Session], Any]] = {
     "peaks": partial(part_of_suite, peaks), "minimum": partial(part_of_suite, minimum), "feasibility": partial(part_of_suite, feasibility),
-    "steps": steps, "schedule": lambda session: without((*_MEANINGLESS, "peaks"), schedule.measure(session))}
+    "steps": steps, "compiled": compiled, "schedule": lambda session: without((*_MEANINGLESS, "peaks"), schedule.measure(session))}
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -12,8 +12,7 @@ from memory.cards import GIB
 
 def peaks() -> str:
     """Predicted peaks of whole steps, and what torch's CUDA build then allocated and reserved, with the kernels of two cards."""
-    names = ["emulated", *(path.stem for path in sorted(RESULTS.glob("emulated-*.json")))]
-    results = [load(name) for name in names]
+    results = _by_card()
     columns = [{cell["settings"]: [f"{cell['measured'][f'{kind}_bytes'] / GIB:.3f} GiB ({cell[f'{kind}_error']:+{digits}%})"
                                    for kind, digits in (("allocated", ".3"), ("reserved", ".1"))]
                 for cell in result["peaks"]["cells"] if "allocated_error" in cell} for result in results]
@@ -29,6 +28,10 @@ def peaks() -> str:
         f"\nReserved bytes are off by {max(off) / 2**20:.0f} MiB at most, the allocator takes 20 at a time, and in {off.count(0)} of {len(off)} cells by none; "
         f"no second step reserves more than {grown / 2**20:.0f} MiB more than the first. Expandable segments: of {requests:,} requests of "
         f"{len(replayed)} recorded runs, the simulator serves {alike:,} at the address that torch's allocator chose.\n" + _source(*results))
+
+
+def _by_card() -> list[dict[str, Any]]:
+    return [load(name) for name in ("emulated", *(path.stem for path in sorted(RESULTS.glob("emulated-*.json"))))]
 
 
 def caps() -> str:
@@ -62,6 +65,23 @@ def steps() -> str:
     header = ["a step of", "kernels", "of cuBLAS", f"the host needs for it ({result['provenance']['num_cores']} cores)", "to the card / to the host",
               "waits of the host", "copies of pageable memory", "driver allocations, steps 3 to 5"]
     return markdown(header, rows) + _source(result)
+
+
+def compiled() -> str:
+    """Peaks of steps with compiled blocks, beside those predicted for blocks as they are, with the kernels of two cards."""
+    results = [result for result in _by_card() if "compiled" in result]
+    columns = [{cell["settings"].replace(" compile=True", ""): _compiled_peaks(cell) for cell in result["compiled"]["cells"]} for result in results]
+    cards = [result["card"].removeprefix("Emulated ") for result in results]
+    rows = [[settings, *(column[settings] for column in columns)] for settings in columns[0]]
+    return markdown(["compiled, a step of", *(f"{card}: allocated / reserved (against the prediction)" for card in cards)], rows) + _source(*results)
+
+
+def _compiled_peaks(cell: dict[str, Any]) -> str:
+    measured, predicted = cell["measured"], cell["predicted"]
+    if "allocated_bytes" not in measured:
+        return "fails"
+    allocated, reserved = (f"{measured[key] / GIB:.2f} GiB ({measured[key] / predicted[key] - 1:+.1%})" for key in ("allocated_bytes", "reserved_bytes"))
+    return f"{allocated} / {reserved}"
 
 
 def schedule() -> str:
@@ -112,4 +132,4 @@ def _source(*results: dict[str, Any]) -> str:
             f"by {commands}, {max(result['provenance']['date'] for result in results)}.\n")
 
 
-TABLES: dict[str, Callable[[], str]] = {"emulated-peaks": peaks, "emulated-caps": caps, "emulated-steps": steps, "emulated-schedule": schedule}
+TABLES: dict[str, Callable[[], str]] = {"emulated-peaks": peaks, "emulated-caps": caps, "emulated-steps": steps, "emulated-compiled": compiled, "emulated-schedule": schedule}

@@ -226,11 +226,11 @@ def test_another_memory_plan_is_compatible():
 @pytest.mark.parametrize(
     ("field", "value", "named"),
     [
-        ("base_model", {**SAVED["base_model"], "config_hash": "cd34"}, "--model .its configuration's hash. is 'ab12' in the checkpoint and 'cd34' now"),
-        ("base_model", {**SAVED["base_model"], "name": "other"}, "base_model.name is 'a/model' in the checkpoint and 'other' now"),
-        ("adapter", {**SAVED["adapter"], "rank": 64}, "--rank is 128 in the checkpoint and 64 now"),
-        ("adapter", {**SAVED["adapter"], "type": "lora"}, "adapter.type is 'adapter' in the checkpoint and 'lora' now"),
-        ("optimizer", "adamw8bit", "--optimizer is 'adamw' in the checkpoint and 'adamw8bit' now"),
+        ("base_model", {**SAVED["base_model"], "config_hash": "cd34"}, "--model .its configuration's hash. was 'ab12' and is 'cd34' now"),
+        ("base_model", {**SAVED["base_model"], "name": "other"}, "base_model.name was 'a/model' and is 'other' now"),
+        ("adapter", {**SAVED["adapter"], "rank": 64}, "--rank was 128 and is 64 now"),
+        ("adapter", {**SAVED["adapter"], "type": "lora"}, "adapter.type was 'adapter' and is 'lora' now"),
+        ("optimizer", "adamw8bit", "--optimizer was 'adamw' and is 'adamw8bit' now"),
     ],
 )
 def test_incompatible_states_are_refused_naming_field_and_values(field, value, named):
@@ -238,7 +238,7 @@ def test_incompatible_states_are_refused_naming_field_and_values(field, value, n
         compatible(SAVED, {**SAVED, field: value})
     assert refused.value.exit_code == 5
     without = {key: old for key, old in SAVED.items() if key != field}
-    with pytest.raises(CheckpointError, match=f"{field}.* is 'missing' in the checkpoint"):
+    with pytest.raises(CheckpointError, match=f"{field}.* was 'missing'"):
         compatible(without, SAVED)
 
 

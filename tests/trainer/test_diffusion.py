@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from diffusers import CogVideoXDDIMScheduler, CogVideoXDPMScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import CogVideoXDDIMScheduler, CogVideoXDPMScheduler, DDPMScheduler, EulerAncestralDiscreteScheduler, FlowMatchEulerDiscreteScheduler
 
 from trainer.diffusion import Sampler, sample
 from trainer.errors import UsageError
@@ -57,6 +57,17 @@ def test_sampling_equals_a_hand_written_loop(kind, scale, mode, rows):
     latents, seen = _ours(kind, scale, mode)
     torch.testing.assert_close(latents, _expected(kind, scale), rtol=0, atol=1e-6)
     assert seen == rows
+
+
+@pytest.mark.parametrize("kind", [DDPMScheduler, EulerAncestralDiscreteScheduler])
+def test_a_scheduler_that_draws_draws_from_each_videos_own_generator(kind):
+    results = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        scheduler = kind.from_config(SCHEDULER | {"rescale_betas_zero_snr": False})
+        noise = torch.randn(SHAPE, generator=torch.Generator().manual_seed(1))
+        results.append(sample(Predict(), scheduler, noise, TEXT, None, num_steps=4, generator=_dice()))
+    assert torch.equal(*results) and results[0].isfinite().all()
 
 
 @pytest.mark.parametrize("kind", [CogVideoXDDIMScheduler, CogVideoXDPMScheduler])

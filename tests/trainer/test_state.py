@@ -192,11 +192,11 @@ def test_resumed_under_another_memory_plan_equals_straight_bitwise(straight, tin
     _same_run(straight(), train(tiny_config(**plan), {}, resume=first))
 
 
-@pytest.mark.parametrize("overrides, field", [({"optim__lr": 2e-2}, "--lr is 0.01 in the checkpoint and 0.02 now"),
-                                              ({"optim__rank": 5}, "--rank is 4"),
-                                              ({"loss__anchor": "empty"}, "--anchor is"),
-                                              ({"loss__eta": 2.0}, "--eta is"),
-                                              ({"memory__optimizer": "adamw8bit"}, "--optimizer is 'adamw'")])
+@pytest.mark.parametrize("overrides, field", [({"optim__lr": 2e-2}, "--lr was 0.01 and is 0.02 now"),
+                                              ({"optim__rank": 5}, "--rank was 4"),
+                                              ({"loss__anchor": "empty"}, "--anchor was"),
+                                              ({"loss__eta": 2.0}, "--eta was"),
+                                              ({"memory__optimizer": "adamw8bit"}, "--optimizer was 'adamw'")])
 @pytest.mark.parametrize("saved", [True, False], ids=["saved", "not saved yet"])
 def test_resume_with_other_settings_is_refused(straight, tiny_config, overrides, field, saved):
     run_dir = straight(optim__steps=1)
@@ -211,7 +211,7 @@ def test_resume_with_other_settings_is_refused(straight, tiny_config, overrides,
 
 def test_more_steps_with_a_cosine_are_another_run(straight, tiny_config):
     run_dir = straight(optim__schedule="cosine")
-    with pytest.raises(CheckpointError, match="--steps is 6"):
+    with pytest.raises(CheckpointError, match="--steps was 6"):
         train(tiny_config(output__out=run_dir, optim__schedule="cosine", optim__steps=9), {}, resume=run_dir)
 
 
