@@ -29,14 +29,14 @@ from bench.card.session import Session, goal, register_toys
 from bench.emulated import schedule
 from bench.emulated.library import DEFAULT_CARD
 from bench.provenance import write_result
-from memory.assess import compiled_fragmentation
+from memory.assess import MARGIN, compiled_fragmentation
 
 _MEANINGLESS = ("loss", "table")  # nothing is computed, and tables are made of the rest
 _COUNTERS = ("num_kernels", "num_products", "num_copies", "num_pageable_copies", "bytes_to_card", "bytes_to_host", "num_waits")
 _HOST = dict(resident_blocks=0, boundaries="host")
 _STEPS = (("2b", 17, {}), ("2b", 17, _HOST), ("5b", 17, {}), ("5b", 17, dict(resident_blocks=0, passes="lockstep")), ("5b", 49, _HOST))
 _COMPILED = (("2b", 17, {}), ("2b", 17, _HOST | dict(feed_forward_chunks=8)), ("2b", 49, _HOST), ("2b", 9, dict(checkpoint="none")),
-             ("2b", 9, dict(resident_blocks=0, num_keep_everything=10, kept="host")), ("5b", 17, dict(num_keep_attention=21)),
+             ("2b", 9, dict(checkpoint="every:2")), ("2b", 9, dict(resident_blocks=0, num_keep_everything=10, kept="host")), ("5b", 17, dict(num_keep_attention=21)),
              ("5b", 17, dict(checkpoint="none")), ("5b", 17, _HOST | dict(passes="lockstep", feed_forward_chunks=8)), ("5b", 49, _HOST),
              ("5b", 49, _HOST | dict(feed_forward_chunks=8, optimizer="adamw8bit")))
 
@@ -93,7 +93,7 @@ def compiled(session: Session) -> dict[str, Any]:
     reserved = max((m["reserved_bytes"] / p["reserved_bytes"] / compiled_fragmentation(cell.plan) for cell, m, p in ran), default=None)
     return {"cells": without(("second", *_MEANINGLESS), rows), "goals": [
         goal("steps that failed", len(rows) - len(ran), 0), goal("allocated, over what is predicted for blocks as they are", allocated, 1.01),
-        goal("reserved, over what the planner allows compiled blocks", reserved, 1)]}
+        goal("reserved, over what the planner reckons with", reserved, 1 + MARGIN)]}
 
 
 def main() -> int:
