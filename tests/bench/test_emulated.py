@@ -35,6 +35,7 @@ def test_toy_models_allocate_what_is_predicted(tmp_path):
     ran = [cell for cell in result["peaks"]["cells"] if "allocated_error" in cell]
     assert ran and max(abs(cell["allocated_error"]) for cell in ran) < 0.01
     assert all(s["num_placed_alike"] == s["num_requests"] > 0 for s in result["peaks"]["snapshots"].values())
+    assert all("allocated_error" in cell for cell in result["compiled"]["cells"])  # Triton and Inductor take the card for one
     for parts in result["schedule"]["cards"].values():  # whoever waits for each layer takes longer than whoever loads ahead
         seconds = {name: cell["step_seconds"] for name, cell in parts["offload"]["cells"].items()}
         assert seconds["2b-17f sequential, layer by layer"] > seconds["2b-17f ring"] >= 0.99 * seconds["2b-17f all resident"] > 0

@@ -62,5 +62,5 @@ def test_operators_are_about_the_kernels_that_the_emulated_card_counted(model):
     config = replaced(TrainConfig(), {"model.model": model, "model.weights": "random", "model.frames": 17})
     steps = json.loads((Path(__file__).parents[2] / "bench/results/emulated.json").read_text())["steps"]
     counted, = (step["num_kernels"] + step["num_products"] for step in steps if step["settings"] == f"{model} 17f")
-    # Those of Triton, a twentieth, are not launched there, and what fills with zeros is no kernel.
-    assert 1 < forecast_as_given(config, lookup("4090")).time.num_operators / counted < 1.15
+    # Copies on the card, and what fills with zeros, are no kernels.
+    assert 1 < forecast_as_given(config, lookup("4090")).time.num_operators / counted < 1.06

@@ -5,6 +5,7 @@ from unittest.mock import patch
 import pytest
 import torch
 from diffusers.models.transformers.cogvideox_transformer_3d import CogVideoXBlock
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from trainer.backbones import lean
 from trainer.backbones.cogvideox import CogVideoX
@@ -36,6 +37,29 @@ def test_outputs_and_gradients_are_those_of_diffusers_to_rounding(batch, more):
     lean.make_lean([block])
     for ours, theirs in zip(_passed(block, batch=batch), expected):
         torch.testing.assert_close(ours, theirs, rtol=2e-5, atol=2e-6)
+
+
+class _Copies(TorchDispatchMode):
+    """Operators that only copy: of one tensor joined with none, too."""
+
+    def __init__(self):
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket in (torch.ops.aten.clone, torch.ops.aten.copy_) or func is torch.ops.aten.cat.default and len(args[0]) == 1:
+            self.found.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def test_of_one_sample_nothing_is_copied_forth_or_back():
+    block = _block(torch.float32)
+    lean.make_lean([block])
+    video, text = torch.randn(1, 24, 64, requires_grad=True), torch.randn(1, 5, 64, requires_grad=True)
+    with _Copies() as copies:
+        out = block(video, text, torch.randn(1, 16))
+        torch.autograd.grad(out, (video, text), [torch.randn_like(o) for o in out])
+    assert not copies.found
 
 
 def test_every_module_is_called():
