@@ -9,7 +9,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from memory.assess import MARGIN, Assessment, Workload, assess
+from memory.assess import MARGIN, Assessment, Workload, assess, compiled_fragmentation
 from memory.cards import GIB, Card, card_names, lookup
 from memory.plan import MemoryPlan
 from memory.ranking import SEARCHED, SearchResult
@@ -282,7 +282,8 @@ def print_forecast(found: Forecast, origins: dict[str, str], *, explain: bool) -
     from rich.text import Text
 
     console, a = Console(), found.chosen
-    uncompiled = ", as if no block were compiled" if a.plan.compile else ""
+    uncompiled, more = ", as if no block were compiled" if a.plan.compile else "", compiled_fragmentation(a.plan) - 1
+    uncompiled += f", but for {more:.0%} that compiled feed-forwards in chunks reserve more" if more else ""
     console.print(Text(verdict(found), style="bold"))
     console.print(f"(all figures predicted{uncompiled}; {found.result.num_candidates} candidates; times that others "
                   f"measured differ from such predictions by {TYPICAL_ERROR:.0%} on average and {LARGEST_ERROR:.0%} at most)", highlight=False)
