@@ -126,7 +126,7 @@ def test_train_is_also_a_command_and_resume_takes_a_directory(trained, call):
     code, out, _ = call("train", "--resume", trained, "--steps", "2")
     assert code == 0 and out.splitlines()[-1] == f"run: {trained}"
     code, _, lines = call("--resume", trained, "--lr", "0.5")
-    assert code == 5 and "--lr is" in lines[-1]
+    assert code == 5 and "--lr was" in lines[-1]
     code, _, lines = call("--resume", trained)
     assert code == 0 and f"nothing was left to train: {trained} has its 2 steps; --steps asks for more" in lines
     for flags, name in ((["--frames", "17"], "--frames is"), (["--height", "32"], "--height is"), (["--rank", "5"], "--rank is 4"),
