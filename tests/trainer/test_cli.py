@@ -129,8 +129,8 @@ def test_train_is_also_a_command_and_resume_takes_a_directory(trained, call):
     assert code == 5 and "--lr was" in lines[-1]
     code, _, lines = call("--resume", trained)
     assert code == 0 and f"nothing was left to train: {trained} has its 2 steps; --steps asks for more" in lines
-    for flags, name in ((["--frames", "17"], "--frames is"), (["--height", "32"], "--height is"), (["--rank", "5"], "--rank is 4"),
-                        (["--dtype", "bfloat16"], "--dtype is")):
+    for flags, name in ((["--frames", "17"], "--frames was"), (["--height", "32"], "--height was"), (["--rank", "5"], "--rank was 4"),
+                        (["--dtype", "bfloat16"], "--dtype was")):
         code, _, lines = call("--resume", trained, "--steps", "3", *flags)
         assert code == 5 and name in lines[-1]
     code, _, lines = call("--resume", trained, "--out", "elsewhere")
