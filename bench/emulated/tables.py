@@ -72,7 +72,7 @@ def compiled() -> str:
     results = [result for result in _by_card() if "compiled" in result]
     columns = [{cell["settings"].replace(" compile=True", ""): _compiled_peaks(cell) for cell in result["compiled"]["cells"]} for result in results]
     cards = [result["card"].removeprefix("Emulated ") for result in results]
-    rows = [[settings, *(column[settings] for column in columns)] for settings in columns[0]]
+    rows = [[settings, *(column.get(settings, "") for column in columns)] for settings in columns[0]]
     return markdown(["compiled, a step of", *(f"{card}: allocated / reserved (against the prediction)" for card in cards)], rows) + _source(*results)
 
 
