@@ -162,6 +162,7 @@ class Preflight:
             self.scale = self.subject.scaler.get_scale() if self.subject.scaler.is_enabled() else 1.0
             watch.phase = "student"
             while True:
+                self.gradients = {}  # those of a larger scale go first
                 self.gradients = self._backward(self.scale)
                 lost = not math.isfinite(self.terms.get("loss", math.nan))
                 if not self.subject.scaler.is_enabled() or lost or self.scale < 1 or _finite(self.gradients.values()):
@@ -186,7 +187,10 @@ class Preflight:
             raise
         except RuntimeError as e:
             self.failure = e
-        return {n: None if p.grad is None else p.grad / scale for n, p in self.erasers.named_parameters()}
+        gradients = {}
+        for name, parameter in self.erasers.named_parameters():  # held once, as in a step
+            gradients[name], parameter.grad = None if parameter.grad is None else parameter.grad.div_(scale), None
+        return gradients
 
     @torch.no_grad()
     def _prediction(self, on: bool) -> Tensor:

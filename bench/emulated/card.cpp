@@ -117,7 +117,8 @@ cudaMemoryType type_of(const void* p) {
     return (uintptr_t)p < it->first + it->second.size ? it->second.type : cudaMemoryTypeUnregistered;
 }
 
-// Small copies carry their bytes: counters and indices arrive. Large ones are weights and activations, which mean nothing here.
+// Small copies carry their bytes: counters and indices arrive. Large ones are weights and activations, which mean nothing here; who brings
+// them to pageable memory wants to look at them, and finds zeros.
 void copy(void* to, const void* from, size_t size, cudaStream_t stream, bool host_waits = false) {
     cudaMemoryType target = type_of(to), source = type_of(from);
     bool to_card = target == cudaMemoryTypeDevice && source != cudaMemoryTypeDevice;
@@ -131,6 +132,7 @@ void copy(void* to, const void* from, size_t size, cudaStream_t stream, bool hos
         occupy(to_card ? TO_CARD : TO_HOST, stream, size / (clock_.link * (pageable ? PAGEABLE : 1)), host_waits || pageable);
     host_works(clock_.launch);
     if (size <= CARRIED) memmove(to, from, size);
+    else if (to_host && target == cudaMemoryTypeUnregistered) memset(to, 0, size);
 }
 
 cudaError_t allocate(void** p, size_t size, size_t page, cudaMemoryType type) {

@@ -56,6 +56,26 @@ def _outcome(cell: dict[str, Any]) -> list[str]:
     return ["runs", f"{cell['allocated_bytes'] / GIB:.2f} / {cell['reserved_bytes'] / GIB:.2f} GiB"]
 
 
+def runs() -> str:
+    """Whole runs under the caps their plans were made for: what each phase allocated, beside what was predicted."""
+    result, phases = load("emulated"), ("encode prompts", "pre-flight", "sample", "decode")
+    rows = []
+    for run_of, run in result["runs"]["runs"].items():
+        cells = [""] * (len(phases) + 2)
+        if "phases" in run:
+            step = max((peak for name, peak in run["phases"].items() if name not in (*phases, "load")), key=lambda peak: peak["allocated_bytes"])
+            cells = [*(_beside(peak["allocated_bytes"], peak["predicted_bytes"], 2) for peak in (*map(run["phases"].get, phases), step)),
+                     _beside(run["reserved_bytes"], run["predicted_reserved_bytes"], 1)]
+        model, frames, size = run_of.split()
+        rows.append([f"{model} {frames} for {size}", f"{run['cap_bytes'] / GIB:.2f} GiB", *cells, f"ends, {run['num_retries']} retries" if "phases" in run else _outcome(run)[0]])
+    header = ["a run of", "reservable", *phases, "steps", "reserved in all", ""]
+    return markdown(header, rows) + "\nAllocated at peak, in brackets by how much the prediction is off.\n" + _source(result)
+
+
+def _beside(seen: int, predicted: int, digits: int) -> str:
+    return f"{seen / GIB:.2f} GiB ({predicted / seen - 1:+.{digits}%})"
+
+
 def steps() -> str:
     """What the host gives the card to do in a step."""
     result = load("emulated")
@@ -132,4 +152,4 @@ def _source(*results: dict[str, Any]) -> str:
             f"by {commands}, {max(result['provenance']['date'] for result in results)}.\n")
 
 
-TABLES: dict[str, Callable[[], str]] = {"emulated-peaks": peaks, "emulated-caps": caps, "emulated-steps": steps, "emulated-compiled": compiled, "emulated-schedule": schedule}
+TABLES: dict[str, Callable[[], str]] = {"emulated-peaks": peaks, "emulated-caps": caps, "emulated-runs": runs, "emulated-steps": steps, "emulated-compiled": compiled, "emulated-schedule": schedule}

@@ -171,6 +171,19 @@ def test_the_text_encoder_is_streamed_where_that_is_asked_for(sincos, monkeypatc
     assert streaming.call_count == times  # on the CPU not by itself
 
 
+def test_the_text_encoders_bias_has_its_rows_together(sincos, monkeypatch):
+    """torch's fused attention on a card takes no other, and what it falls back to holds attention matrices in float32."""
+    biases, attend = [], torch.nn.functional.scaled_dot_product_attention
+
+    def noted(*args, attn_mask, **more):
+        biases.append(attn_mask)
+        return attend(*args, attn_mask=attn_mask, **more)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", noted)
+    sincos.encode_prompts(["a red circle"], dtype=torch.float32)
+    assert biases and all(bias.is_contiguous() and bias.any() for bias in biases)
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_the_text_encoder_is_gone_when_its_prompts_are_encoded(sincos, monkeypatch, stream):
     loaded = []
@@ -188,6 +201,20 @@ def test_the_text_encoder_is_gone_when_its_prompts_are_encoded(sincos, monkeypat
         assert loaded and not any(module() is not None for module in loaded)
     finally:
         gc.enable()
+
+
+@pytest.mark.gpu
+def test_the_text_encoder_leaves_no_gaps_on_the_card(sincos):
+    """What stays there for all of training comes next, and is to lie side by side."""
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA card")
+    torch.cuda.empty_cache()
+    reserved = []
+    for _ in range(2):  # the workspaces of matrix products stay from the first
+        sincos.encode_prompts(["a red circle"], dtype=torch.float32, device="cuda")
+        reserved.append(torch.cuda.memory_reserved())
+    torch.cuda.empty_cache()
+    assert reserved == [torch.cuda.memory_reserved()] * 2
 
 
 def test_tokenizer_of_a_sentencepiece_model_alone(copied):

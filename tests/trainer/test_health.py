@@ -199,6 +199,22 @@ def test_a_collapsing_loss_scale_is_a_finding(growth: float, limit: int, tiny_co
     assert raised.value.findings[0].evidence["num_skipped_steps"] == limit
 
 
+def test_the_preflight_holds_no_gradients_while_it_tries_a_smaller_loss_scale(tiny_config: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    subject, held = _half(tiny_config), []
+    preflight = Preflight(subject)
+    backward = preflight._backward
+
+    def overflowing(scale: float) -> dict[str, torch.Tensor | None]:
+        held.append(len(preflight.gradients))
+        found = backward(scale)
+        held.append(sum(p.grad is not None for p in subject.assembly.erasers.parameters()))  # the same ones, not two of each
+        return {name: gradient * (float("inf") if scale > 1000 else 1) for name, gradient in found.items()}
+
+    monkeypatch.setattr(preflight, "_backward", overflowing)
+    assert not preflight.run().fatal
+    assert len(held) == 16 and not any(held)  # from 65536 to 512
+
+
 def test_no_step_waits(tiny_config: Make) -> None:
     """Neither the watcher nor the step around it; without the watcher the numbers would be read at once."""
     subject = prepare(tiny_config())

@@ -239,6 +239,8 @@ class CogVideoX:
         self._encode(prompts, out, device, batch_size, stream)
         if stream:
             gc.collect()  # blocks and what streams them refer to each other: gigabytes that nothing else would free
+        if device.type == "cuda":
+            torch.cuda.empty_cache()  # what stays on the card comes next, and would lie in the gaps: steps would reserve more
         return out
 
     def _encode(self, prompts: list[str], out: Tensor, device: torch.device, batch_size: int, stream: bool) -> None:
@@ -292,7 +294,9 @@ class CogVideoX:
         config = self._text_config()
         config.num_layers = num_blocks or config.num_layers
         with torch.device("meta"), reading(Path(self.directory or "") / "text_encoder"):
-            return T5EncoderModel(config)
+            encoder = T5EncoderModel(config)
+        encoder.encoder.block[0].layer[0].SelfAttention.relative_attention_bias.register_forward_hook(_rows_together)
+        return encoder
 
     def load_vae(self, *, dtype: torch.dtype, device: torch.device | str = "cpu") -> nn.Module:
         """The frozen autoencoder."""
@@ -328,6 +332,14 @@ class CogVideoX:
             return (frames.cpu().float() / 2 + 0.5).clamp(0, 1)  # three float32 copies of a video: on the host
 
         return decode
+
+
+def _rows_together(module: nn.Module, args: tuple[Tensor], bias: Tensor) -> Tensor:
+    """T5's bias (L, L, heads), so laid out that the attention, which takes it as (heads, L, L), finds its rows contiguous.
+
+    Of others torch's fused kernels on a card take none: it would make two attention matrices in float32.
+    """
+    return bias.permute(2, 0, 1).contiguous().permute(1, 2, 0)
 
 
 def enable_tiles(vae: nn.Module) -> None:
