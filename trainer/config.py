@@ -232,7 +232,7 @@ class EvaluateConfig:
     concept: str | None = None
     """What was erased; a run knows."""
     num_videos: int = 64
-    """Videos a row of the table, at least."""
+    """Videos of the target, of its synonyms and of what shares its kind, at least; a row of anything else may have fewer."""
     num_steps: int = 16
     """Denoising steps."""
     guidance_scale: float = 1.0

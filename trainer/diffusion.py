@@ -32,17 +32,18 @@ class Sampler:
             raise UsageError(f"{num_steps} denoising steps: the model's scheduler has {scheduler.config.num_train_timesteps} at most; lower "
                              "--num-steps, in training --sample-steps or --trajectory-steps")
         scheduler.set_timesteps(num_steps, device=device)
-        self.scheduler, self.timesteps = scheduler, scheduler.timesteps[:num_steps]  # for some counts diffusers adds one of -1
+        # For some counts diffusers adds a step of -1. There are more than were asked for where a scheduler looks at a step twice.
+        self.scheduler, self.timesteps = scheduler, scheduler.timesteps[scheduler.timesteps >= 0]
         self.memory: Tensor | None = None
         self._values = self.timesteps.tolist()  # read once: a step must not wait for the device
         self._two_step = kind == "CogVideoXDPMScheduler"
-        self._draws = "generator" in inspect.signature(scheduler.step).parameters
+        self._takes = inspect.signature(scheduler.step).parameters
 
     def step(self, velocity: Tensor, index: int, latents: Tensor, generator: torch.Generator | list[torch.Generator] | None = None) -> Tensor:
         """x at the next timestep from x at `timesteps[index]` and its velocity, in the latents' dtype."""
         if not self._two_step:
-            dice = {"generator": generator} if self._draws else {}
-            return self.scheduler.step(velocity, self._values[index], latents, **dice, return_dict=False)[0].to(latents.dtype)
+            more = {name: value for name, value in (("generator", generator), ("eta", 0.0)) if name in self._takes}  # as the pipeline does
+            return self.scheduler.step(velocity, self._values[index], latents, **more, return_dict=False)[0].to(latents.dtype)
         before = self._values[index - 1] if index else None
         new, self.memory = dpm_step(self.scheduler, velocity, self.memory if index else None, self._values[index], before, latents, generator)
         return new.to(latents.dtype)

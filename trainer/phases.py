@@ -8,6 +8,7 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 from memory.assess import PhaseNeed
+from memory.chunking import chunk_feed_forwards
 from memory.fake import FakeMode
 from memory.offload import offload_blocks
 from memory.plan import MemoryPlan
@@ -30,7 +31,8 @@ def phases_around(backbone: CogVideoX, config: TrainConfig, plan: MemoryPlan) ->
     adapter_bytes = 4 * backbone.num_blocks * 2 * backbone.width * config.optim.rank
     return (
         PhaseNeed(name="encode prompts", with_backbone=False, **_encoding_bytes(backbone, dtype)),
-        PhaseNeed(name="sample", device_bytes=_sampling_bytes(backbone, dtype, shape, 1 + guided), with_backbone=True),
+        PhaseNeed(name="sample", with_backbone=True,
+                  device_bytes=_sampling_bytes(backbone, dtype, shape, 1 + guided, plan.feed_forward_chunks)),
         PhaseNeed(name="decode", device_bytes=_decoding_bytes(backbone, dtype, frames, shape), with_backbone=True),
         PhaseNeed(name="save", device_bytes=0, with_backbone=True, host_bytes=3 * adapter_bytes),  # with both moments
         # Every process reads the whole model before it gives away all but its part.
@@ -65,9 +67,11 @@ def _encoding_bytes(backbone: CogVideoX, dtype: torch.dtype) -> dict[str, int]:
 
 
 @lru_cache(maxsize=8)
-def _sampling_bytes(backbone: CogVideoX, dtype: torch.dtype, shape: tuple[int, ...], batch: int) -> int:
+def _sampling_bytes(backbone: CogVideoX, dtype: torch.dtype, shape: tuple[int, ...], batch: int, num_chunks: int) -> int:
     with FakeMode(allow_non_fake_inputs=True), torch.no_grad():
         transformer = backbone.fake_transformer(dtype=dtype, num_blocks=3)
+        if num_chunks > 1:
+            chunk_feed_forwards([block.ff for block in backbone.blocks(transformer)], num_chunks)
         predict = backbone.predictor(transformer, shape)
         text = torch.empty(batch, backbone.text_length, backbone.text_width, dtype=dtype)
         return peak_beyond([transformer], lambda: predict(torch.empty(batch, *shape), torch.zeros(batch), text))

@@ -90,7 +90,8 @@ def workload(config: TrainConfig, *, num_cards: int | None = None) -> Workload:
         return rehearse, backbone, run, plan, num_blocks, num_cards or num_ranks()
 
     def phases(plan: MemoryPlan) -> tuple:  # of the plan's fields, these matter
-        return phases_around, backbone, run, MemoryPlan(dtype=plan.dtype, guidance=plan.guidance, num_shards=plan.num_shards)
+        return phases_around, backbone, run, MemoryPlan(dtype=plan.dtype, guidance=plan.guidance, num_shards=plan.num_shards,
+                                                        feed_forward_chunks=plan.feed_forward_chunks)
 
     return Workload(
         num_blocks=backbone.num_blocks, repeats=config.optim.accumulation / num_rehearsed(config),

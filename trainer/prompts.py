@@ -71,8 +71,20 @@ def warn_of_contradiction(prompts: PromptSet) -> None:
 
 
 def word(text: str) -> re.Pattern[str]:
-    """Finds `text` as a word, or words, in the plural too: group 1 is its s or es."""
-    return re.compile(rf"(?<!\w){re.escape(text)}(e?s)?(?!\w)", re.IGNORECASE)
+    """Finds `text` as a word, or words with any space between them, in the plural too, of which group 1 is the ending."""
+    words = r"\s+".join(map(re.escape, text.split()))
+    if re.search("[^aeiou]y$", text, re.IGNORECASE):
+        words = words[:-1] + "(?:y|(ies))"
+    else:
+        words += "((?:(?<=[sxzo])|(?<=[cs]h))es|s)?"
+    return re.compile(rf"(?<!\w){words}(?!\w)", re.IGNORECASE)
+
+
+def _plural(text: str) -> str:
+    """What ends in an s is taken to be one, as clothes are, but for a bus and a glass."""
+    if re.search("[^aeiou]y$", text):
+        return text[:-1] + "ies"
+    return text + ("es" if text.endswith(("x", "z", "ch", "sh", "ss", "us")) else "" if text.endswith("s") else "s")
 
 
 def _instead(pairs: list[tuple[str, str]], concept: str, instead: str) -> list[tuple[str, str]]:
@@ -84,8 +96,7 @@ def _instead(pairs: list[tuple[str, str]], concept: str, instead: str) -> list[t
         if not safe and not words.search(prompt):
             raise UsageError(f"--instead {instead}: the prompt {prompt!r} does not hold {concept!r}; give it a safe prompt of its own, "
                              "in the column `safe` of a CSV")
-    several = instead if instead.endswith("s") else instead + ("es" if instead.endswith(("x", "z", "ch", "sh")) else "s")
-    return [(prompt, safe or words.sub(lambda match: several if match[1] else instead, prompt)) for prompt, safe in pairs]
+    return [(prompt, safe or words.sub(lambda match: _plural(instead) if match[1] else instead, prompt)) for prompt, safe in pairs]
 
 
 def _world(data: DataConfig, pairs: list[tuple[str, str]] | None, concepts: list[str]

@@ -3,6 +3,8 @@
 import logging
 from pathlib import Path
 
+import torch
+
 from memory.exhaustion import exhausted
 from memory.meter import Meter
 from trainer.assemble import Assembly, video_size
@@ -42,6 +44,13 @@ class Sampling:
 
         Of several processes the first does it, the others wait; unless each has but a part of the weights.
         """
+        torch.cuda.empty_cache()  # what a sample allocates is not what a step does: neither is to find the gaps of the other
+        try:
+            self._run(run_dir, step, assembly, embeddings, stop)
+        finally:
+            torch.cuda.empty_cache()
+
+    def _run(self, run_dir: Path, step: int, assembly: Assembly, embeddings: Embeddings, stop: StopFlag) -> None:
         together = assembly.applied.plan.num_shards > 1  # each has but a part of the weights
         if rank() and not together:
             return

@@ -33,7 +33,7 @@ from trainer.memory_file import Forecast
 from trainer.planning import planned
 from trainer.preflight import Preflight
 
-_RUNS = ((4, "cogvideox-2b", 17), (8, "cogvideox-5b", 49), (12, "cogvideox1.5-5b", 17), (24, "cogvideox-5b", 49))  # (GiB, model, frames)
+_RUNS = ((4, "cogvideox-2b", 17), (4, "cogvideox-5b", 49), (8, "cogvideox-5b", 49), (12, "cogvideox1.5-5b", 17), (24, "cogvideox-5b", 49))  # (GiB, model, frames)
 _STEP = ("teacher", "student", "backward", "optimizer")
 
 

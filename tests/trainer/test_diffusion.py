@@ -1,8 +1,20 @@
 """Sampling is diffusers' own loop, whatever the guidance mode."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
-from diffusers import CogVideoXDDIMScheduler, CogVideoXDPMScheduler, DDPMScheduler, EulerAncestralDiscreteScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import (
+    CogVideoXDDIMScheduler,
+    CogVideoXDPMScheduler,
+    CogVideoXPipeline,
+    DDPMScheduler,
+    EulerAncestralDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    HeunDiscreteScheduler,
+    KDPM2DiscreteScheduler,
+    TCDScheduler,
+)
 
 from trainer.diffusion import Sampler, sample
 from trainer.errors import UsageError
@@ -57,6 +69,24 @@ def test_sampling_equals_a_hand_written_loop(kind, scale, mode, rows):
     latents, seen = _ours(kind, scale, mode)
     torch.testing.assert_close(latents, _expected(kind, scale), rtol=0, atol=1e-6)
     assert seen == rows
+
+
+@pytest.mark.parametrize("kind", [HeunDiscreteScheduler, KDPM2DiscreteScheduler, TCDScheduler])
+def test_a_scheduler_that_looks_at_a_step_twice_and_one_with_a_randomness_of_its_own_go_as_in_the_pipeline(kind):
+    def made():
+        scheduler = kind.from_config(SCHEDULER | {"rescale_betas_zero_snr": False, "timestep_spacing": "linspace"})
+        return scheduler, torch.randn(SHAPE, generator=torch.Generator().manual_seed(1))
+
+    scheduler, latents = made()
+    scheduler.set_timesteps(4)
+    latents, predict = latents * scheduler.init_noise_sigma, Predict()
+    more = CogVideoXPipeline.prepare_extra_step_kwargs(SimpleNamespace(scheduler=scheduler), _dice(), 0.0)
+    for t in scheduler.timesteps:
+        v = predict(scheduler.scale_model_input(latents, t), t.expand(len(latents)), TEXT).float()
+        latents = scheduler.step(v, t, latents, **more, return_dict=False)[0]
+    scheduler, noise = made()
+    ours = sample(Predict(), scheduler, noise, TEXT, None, num_steps=4, generator=_dice())
+    torch.testing.assert_close(ours, latents, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", [DDPMScheduler, EulerAncestralDiscreteScheduler])

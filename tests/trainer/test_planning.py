@@ -185,6 +185,15 @@ def test_a_text_encoder_in_its_files_dtype_takes_nothing_of_the_host(pipelines):
     assert converted > block_bytes[torch.bfloat16]
 
 
+def test_samples_are_planned_with_the_feed_forwards_in_the_chunks_of_the_plan():
+    """A sample is what the teacher does, but for the little that it keeps."""
+    data = replace(TrainConfig().data, batch_size=1)
+    whole, chunks = (planning.forecast_as_given(TrainConfig(data=data, memory=plan), lookup("h200")).by_phase
+                     for plan in (MemoryPlan(), MemoryPlan(feed_forward_chunks=8)))
+    assert chunks["teacher"] < whole["teacher"]
+    assert 0 < whole["teacher"] - whole["sample"] == chunks["teacher"] - chunks["sample"] < 2**16
+
+
 @pytest.mark.parametrize("blocks", [(0,), (2, 3), (5,)])
 def test_some_blocks_that_make_the_mask_are_planned_as_if_all_did(blocks):
     plan = MemoryPlan(resident_blocks=2, num_keep_attention=2, boundaries="host")

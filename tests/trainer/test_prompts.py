@@ -7,7 +7,7 @@ import torch
 
 from trainer.config import DataConfig
 from trainer.errors import UsageError
-from trainer.prompts import Embeddings, collect, embed, warn_of_contradiction
+from trainer.prompts import Embeddings, collect, embed, warn_of_contradiction, word
 from trainer.shapes import world
 
 
@@ -154,7 +154,23 @@ def test_safe_prompts_may_name_something_instead(tmp_path):
         assert found.safe == tuple(p.replace("circle", "square") for p in found.prompts)
 
 
-@pytest.mark.parametrize("instead, several", [("football", "footballs"), ("box", "boxes"), ("clothes", "clothes")])
+@pytest.mark.parametrize("text, found, others", [
+    ("plan", ["plan", "plans", "Plan"], ["planes", "plane", "planned"]), ("cap", ["caps"], ["capes"]), ("bus", ["bus", "buses"], ["busy"]),
+    ("church", ["churches"], ["churchyard"]), ("tomato", ["tomatoes", "tomatos"], []), ("city", ["city", "cities"], ["citys", "cit"]),
+    ("toy", ["toys"], ["toies"]), ("red circle", ["red circle", "red  circles", "Red\tcircle"], ["redcircle", "red-circle"])])
+def test_a_word_is_found_with_its_plural_and_nothing_else(text, found, others):
+    assert all(word(text).fullmatch(f) and word(text).search(f"a {f}, seen") for f in found)
+    assert not any(word(text).search(f"a {other}, seen") for other in others)
+
+
+def test_words_are_the_concept_whatever_space_is_between_them(tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_text("red circle and red  circle\n")
+    assert collect(DataConfig(concept="red circle", prompts=path, instead="blue square"), bundled=False).safe == ("blue square and blue square",)
+
+
+@pytest.mark.parametrize("instead, several", [("football", "footballs"), ("box", "boxes"), ("clothes", "clothes"), ("bus", "buses"),
+                                              ("glass", "glasses"), ("lorry", "lorries"), ("toy", "toys")])
 def test_the_plural_is_the_concept_too(tmp_path, instead, several, caplog):
     path = tmp_path / "prompts.txt"
     path.write_text("a golf ball beside golf balls\n")

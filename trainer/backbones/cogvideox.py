@@ -239,8 +239,7 @@ class CogVideoX:
         self._encode(prompts, out, device, batch_size, stream)
         if stream:
             gc.collect()  # blocks and what streams them refer to each other: gigabytes that nothing else would free
-        if device.type == "cuda":
-            torch.cuda.empty_cache()  # what stays on the card comes next, and would lie in the gaps: steps would reserve more
+        torch.cuda.empty_cache()  # what stays on the card comes next, and would lie in the gaps: steps would reserve more
         return out
 
     def _encode(self, prompts: list[str], out: Tensor, device: torch.device, batch_size: int, stream: bool) -> None:
