@@ -147,6 +147,13 @@ def _geometry(state: Mapping[str, Tensor], file: Path) -> tuple[int, int, int]:
     return num_blocks, rank, width
 
 
+def _streamed_by_diffusers(block: nn.Module) -> bool:
+    """Whether diffusers' group offload, block by block, holds copies of the block's weights, and of none that come later."""
+    registry = getattr(block, "_diffusers_hook", None)
+    hook = registry.get_hook("group_offloading") if registry else None
+    return hook is not None and hook.group.stream is not None and not hook.group.offload_to_disk_path
+
+
 def apply_eraser(transformer: nn.Module, path: Path | str, *, base_model: Mapping[str, str] | None = None) -> Erasers:
     """Put a saved eraser into a CogVideoX transformer, e.g. a stock pipeline's; `.undo()` takes it out again.
 
@@ -158,6 +165,9 @@ def apply_eraser(transformer: nn.Module, path: Path | str, *, base_model: Mappin
     if not len(blocks) or not hasattr(blocks[0], "attn1"):
         raise UsageError(f"a {type(transformer).__name__} is no CogVideoX transformer; with a pipeline say "
                          f"apply_eraser(pipe.transformer, {str(path)!r})")
+    if any(map(_streamed_by_diffusers, blocks)):
+        raise UsageError("this transformer's blocks are offloaded with a stream, which knows their weights by now; apply the eraser first, "
+                         "then enable_group_offload()")
     width = width_of(blocks[0].attn1)
     if (file.num_blocks, file.width) != (len(blocks), width):
         raise CheckpointError(f"{file.path}: made for {file.num_blocks} blocks of width {file.width}, "

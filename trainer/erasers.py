@@ -23,12 +23,18 @@ LEAVES = ("down.weight", "down.bias", "up.weight", "up.bias")
 """The parameters of one eraser, in order."""
 
 
-class _CastingLinear(nn.Linear):
+class _CastingLinear(nn.Module):
     """Weights stay in fp32; they are cast to the activations' dtype for the product, so that a 16-bit backbone keeps
     16-bit activations (the weights are far smaller than the activations, so this is the cheaper side to cast).
 
-    They follow the activations to their device, too: what offloads a model's layers may not know of erasers put in later.
+    They follow the activations to their device, too: what offloads a model's layers may not know of erasers put in later. It is no
+    `nn.Linear`, or what casts or quantizes the linear layers of a model would take away most of an eraser's small weights.
     """
+
+    def __init__(self, in_features: int, out_features: int):
+        super().__init__()
+        drawn = nn.Linear(in_features, out_features)
+        self.weight, self.bias = drawn.weight, drawn.bias
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight.to(x), self.bias.to(x))
@@ -153,17 +159,18 @@ class Erasers:
         device = self.attentions[0].to_v.weight.device
         if device.type == "meta":  # accelerate's offloading keeps the weights elsewhere between passes
             device = torch.device("cpu")
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), torch.inference_mode(False):
             torch.default_generator.manual_seed(seed)  # the host's; torch.manual_seed would seed every card's, too, for good
             for attention in self.attentions:
                 self.adapters.append(AdapterEraser(width_of(attention), rank))
+            for adapter in self.adapters:  # all, before one is attached: there may be no room
+                place(adapter, device)
         self._handles = []
         # torch.compile looks at a module's class before it uses a graph again, and not at its hooks: without a class of their own,
         # attentions that were compiled without erasers would go on without them.
         self._classes = [type(attention) for attention in self.attentions]
         marked = {kind: type(kind.__name__, (kind,), {}) for kind in self._classes}
         for index, (attention, adapter) in enumerate(zip(self.attentions, self.adapters)):
-            place(adapter, device)
             attention.adapter, attention.__class__ = adapter, marked[type(attention)]
             self._handles.append(attention.register_forward_hook(self._hook(index)))
 
@@ -174,11 +181,14 @@ class Erasers:
 
     def _hook(self, index: int):
         def add_eraser(attention: nn.Module, args: tuple, output: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-            mode = self._mode_of(index) if torch.is_grad_enabled() else self._mode
+            if attention.adapter is not self.adapters[index]:  # in a deep copy of the model, which has its own, always on
+                mode = _Mode()
+            else:
+                mode = self._mode_of(index) if torch.is_grad_enabled() else self._mode
             if not mode.enabled:
                 return output
             h, e = output
-            o = attention.adapter(h)  # its own: in a deep copy of the model, the copy's
+            o = attention.adapter(h)
             if (loc := mode.localisation) is not None and torch.is_grad_enabled():
                 share = torch.ones((), device=o.device) * (loc.weight / len(self.adapters))
                 o = _Localised.apply(o, share, loc.outside, partial(loc.terms.__setitem__, index))

@@ -308,3 +308,13 @@ def test_loaded_eraser_can_train_on(saved, sincos):
     assert isinstance(erasers, Erasers)
     model.predict(*model.inputs).square().mean().backward()
     assert all(p.grad is not None for p in erasers.parameters())
+
+
+def test_blocks_that_diffusers_streams_already_are_refused(sincos, saved):
+    """Group offload with a stream copies a block's weights when it is asked for; no stream is to be had here."""
+    transformer = sincos.load_transformer(dtype=torch.float32)
+    transformer.enable_group_offload(onload_device=torch.device("cpu"), offload_type="block_level", num_blocks_per_group=1)
+    apply_eraser(transformer, saved[0]).undo()
+    transformer.transformer_blocks[0]._diffusers_hook.get_hook("group_offloading").group.stream = object()
+    with pytest.raises(UsageError, match=r"offloaded with a stream.*apply the eraser first, then enable_group_offload\(\)"):
+        apply_eraser(transformer, saved[0])

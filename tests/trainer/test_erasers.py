@@ -130,13 +130,49 @@ def test_a_model_that_was_compiled_before_is_erased_too(sincos):
         torch.compiler.reset()
 
 
+def test_a_model_whose_erasers_find_no_room_is_as_it_was(sincos, monkeypatch):
+    model, placed = Model(sincos), []
+
+    def full(adapter, device):
+        placed.append(adapter)
+        if len(placed) == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with monkeypatch.context() as patches:
+        patches.setattr("trainer.erasers.place", full)
+        with pytest.raises(torch.OutOfMemoryError):
+            Erasers(model.blocks, RANK)
+    assert list(model.transformer.state_dict()) == model.names and torch.equal(model.run(), model.before)
+    Erasers(model.blocks, RANK)
+
+
+def test_what_stores_linear_layers_in_eight_bits_leaves_erasers_in_float32(sincos):
+    model = Model(sincos)
+    erasers = model.inject()
+    weights, erased = erasers.state_dict(), model.run()
+    model.transformer.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
+    assert model.blocks[0].ff.net[2].weight.dtype == torch.float8_e4m3fn
+    assert all(p.dtype == torch.float32 for p in erasers.parameters())
+    assert all(torch.equal(weights[name], p) for name, p in erasers.named_parameters()) and not torch.equal(model.run(), erased)
+
+
+def test_erasers_made_in_inference_mode_can_be_trained(sincos):
+    model = Model(sincos)
+    with torch.inference_mode():
+        erasers = model.inject()
+    model.predict(*model.inputs).sum().backward()
+    assert all(p.grad is not None for p in erasers.parameters())
+
+
 def test_a_deep_copy_of_the_model_has_erasers_of_its_own(sincos):
     model = Model(sincos)
-    model.inject()
+    erasers = model.inject()
     copied = copy.deepcopy(model.transformer)
     erased, predict = model.run(), sincos.predictor(copied, model.shape)
     with torch.no_grad():
         assert torch.equal(predict(*model.inputs), erased)
+        with erasers.switched(False):
+            assert torch.equal(predict(*model.inputs), erased)
         for block in copied.transformer_blocks:
             block.attn1.adapter.up.weight.zero_(), block.attn1.adapter.up.bias.zero_()
         assert torch.equal(predict(*model.inputs), model.before)
