@@ -37,7 +37,7 @@ class Sampler:
         self.memory: Tensor | None = None
         self._values = self.timesteps.tolist()  # read once: a step must not wait for the device
         self._two_step = kind == "CogVideoXDPMScheduler"
-        self._takes = inspect.signature(scheduler.step).parameters
+        self._takes = frozenset(inspect.signature(scheduler.step).parameters)
 
     def step(self, velocity: Tensor, index: int, latents: Tensor, generator: torch.Generator | list[torch.Generator] | None = None) -> Tensor:
         """x at the next timestep from x at `timesteps[index]` and its velocity, in the latents' dtype."""
