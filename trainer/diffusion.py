@@ -32,10 +32,11 @@ class Sampler:
             raise UsageError(f"{num_steps} denoising steps: the model's scheduler has {scheduler.config.num_train_timesteps} at most; lower "
                              "--num-steps, in training --sample-steps or --trajectory-steps")
         scheduler.set_timesteps(num_steps, device=device)
-        # For some counts diffusers adds a step of -1. There are more than were asked for where a scheduler looks at a step twice.
-        self.scheduler, self.timesteps = scheduler, scheduler.timesteps[scheduler.timesteps >= 0]
+        # Read once: a step must not wait for the device. For some counts diffusers adds a last one of -1; there are more than were asked
+        # for where a scheduler looks at a step twice.
+        self._values = [value for value in scheduler.timesteps.tolist() if value >= 0]
+        self.scheduler, self.timesteps = scheduler, scheduler.timesteps[:len(self._values)]
         self.memory: Tensor | None = None
-        self._values = self.timesteps.tolist()  # read once: a step must not wait for the device
         self._two_step = kind == "CogVideoXDPMScheduler"
         self._takes = frozenset(inspect.signature(scheduler.step).parameters)
 
