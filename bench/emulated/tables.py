@@ -67,7 +67,7 @@ def runs() -> str:
             cells = [*(_beside(peak["allocated_bytes"], peak["predicted_bytes"], 2) for peak in (*map(run["phases"].get, phases), step)),
                      _beside(run["reserved_bytes"], run["predicted_reserved_bytes"], 1)]
         model, frames, size = run_of.split()
-        rows.append([f"{model} {frames} for {size}", f"{run['cap_bytes'] / GIB:.2f} GiB", *cells, f"ends, {run['num_retries']} retries" if "phases" in run else _outcome(run)[0]])
+        rows.append([f"{model} {frames} for {size}", f"{run['cap_bytes'] / GIB:.2f} GiB", *cells, f"ends, retries: {run['num_retries']}" if "phases" in run else _outcome(run)[0]])
     header = ["a run of", "reservable", *phases, "steps", "reserved in all", ""]
     return markdown(header, rows) + "\nAllocated at peak, in brackets by how much the prediction is off.\n" + _source(result)
 
