@@ -38,9 +38,9 @@ class Case:
 
 
 def cases(concept: str, num_videos: int, seed: int) -> list[Case]:
-    """`num_videos` prompts for the target, for its synonyms and for each sibling. Target: the eraser's training wordings. Synonyms: other words for the concept, in
-    every wording. Preserved: the concept's siblings in wordings and words of all kinds. All are balanced over what
-    else they show, and none was seen in pretraining where enough such captions exist."""
+    """`num_videos` prompts for the target, for its synonyms and for each sibling. Target: the eraser's training wordings. Synonyms: other
+    words for the concept, in every wording. Preserved: the concept's siblings in wordings and words of all kinds. All are balanced over
+    what else they show, and none was seen in pretraining where enough such captions exist."""
     attribute, name = world.kind_of(concept)
     rng = random.Random(f"{seed}/{concept}")
     scenes = world.scenes()
