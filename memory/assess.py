@@ -103,9 +103,10 @@ class OtherPhases:
 def other_phases(
     needs: Sequence[PhaseNeed], *, standing_bytes: int, workspace_bytes: int, masters_bytes: int
 ) -> OtherPhases:
-    """The needs of all phases but the step. `standing_bytes`: what the plan leaves on the device between steps."""
+    """The needs of all phases but the step. `standing_bytes`: what the plan leaves on the device between steps; `workspace_bytes`:
+    both workspaces of matrix products, of which the one of backward is not there before the transformer is."""
     by_phase = {
-        need.name: need.device_bytes + (standing_bytes if need.with_backbone else workspace_bytes) for need in needs
+        need.name: need.device_bytes + (standing_bytes if need.with_backbone else workspace_bytes // 2) for need in needs
     }
     hosts = [need.host_bytes + (masters_bytes if need.with_backbone else 0) for need in needs]
     return OtherPhases(

@@ -110,7 +110,7 @@ def resolve_dtype(backbone: CogVideoX, plan: MemoryPlan, *, insist: bool) -> tor
 
 def embed_prompts(backbone: CogVideoX, model: ModelConfig, plan: MemoryPlan, prompts: Sequence[str]) -> Embeddings:
     """Embeddings on the host; the text encoder is gone when this returns."""
-    return embed(backbone, prompts, dtype=resolve_dtype(backbone, plan, insist=model.force_dtype),
+    return embed(backbone.text_encoder, prompts, dtype=resolve_dtype(backbone, plan, insist=model.force_dtype),
                  device=resolve_device(model.device))
 
 

@@ -119,7 +119,7 @@ def prompt_columns(backbone: CogVideoX, prompts: PromptSet, *, localised: bool =
     Raises UsageError for a prompt that holds them beyond what the model reads; where training is `localised`, also for one that does not hold
     them.
     """
-    tokenizer = backbone.tokenizer()
+    tokenizer = backbone.text_encoder.tokenizer()
     if tokenizer is None:  # random weights have no words: any column costs and behaves the same
         return dict.fromkeys(prompts.prompts, torch.zeros(1, dtype=torch.int64))
     tokens = tokenizer(list(prompts.prompts), truncation=True, max_length=backbone.text_length, return_offsets_mapping=True)

@@ -54,16 +54,16 @@ def _encoding_bytes(backbone: CogVideoX, dtype: torch.dtype) -> dict[str, int]:
     Weights are mapped from their file, which the host can do without; those that are converted are in its memory.
     """
     with FakeMode(), torch.no_grad():
-        encoder = backbone.fake_text_encoder(dtype=dtype, num_blocks=3)  # the others are like the last of them
+        encoder = backbone.text_encoder.fake(dtype=dtype, num_blocks=3)  # the others are like the last of them
         offload = offload_blocks(encoder.encoder.block, device="cpu", gathered=False)
         ids = torch.zeros(_PROMPT_BATCH, backbone.text_length, dtype=torch.int64)
         beyond = peak_beyond([encoder], lambda: encoder(ids))
         streamed = {id(p) for p in encoder.encoder.block.parameters()}
         standing = sum(p.nbytes for p in encoder.parameters() if id(p) not in streamed)
-        stored = backbone.stored_text_dtype()
+        stored = backbone.text_encoder.stored_dtype
         converted = [sum(p.nbytes for p in block.parameters() if p.dtype != stored) for block in encoder.encoder.block]
         return {"device_bytes": beyond + standing + sum(b.nbytes for b in offload.device_buffers),
-                "host_bytes": standing + sum(converted) + (backbone.num_text_blocks() - 3) * converted[-1]}
+                "host_bytes": standing + sum(converted) + (backbone.text_encoder.num_blocks - 3) * converted[-1]}
 
 
 @lru_cache(maxsize=8)

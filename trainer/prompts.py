@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from memory.streams import pinning
+from trainer.backbones.text_encoder import TextEncoder
 from trainer.config import DataConfig
 from trainer.config_file import read_lines
 from trainer.errors import UsageError
@@ -23,6 +24,7 @@ from trainer.errors import UsageError
 logger = logging.getLogger(__name__)
 
 _TEMPLATES = ("{}", "a video of {}", "a scene with {}", "{} in motion", "a close shot of {}")
+_CONSONANT_Y = re.compile("[^aeiou]y$", re.IGNORECASE)  # of which the plural ends in ies
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,7 @@ def warn_of_contradiction(prompts: PromptSet) -> None:
 def word(text: str) -> re.Pattern[str]:
     """Finds `text` as a word, or words with any space between them, in the plural too, of which group 1 is the ending."""
     words = r"\s+".join(map(re.escape, text.split()))
-    if re.search("[^aeiou]y$", text, re.IGNORECASE):
+    if _CONSONANT_Y.search(text):
         words = words[:-1] + "(?:y|(ies))"
     else:
         words += "((?:(?<=[sxzo])|(?<=[cs]h))es|s)?"
@@ -82,7 +84,7 @@ def word(text: str) -> re.Pattern[str]:
 
 def _plural(text: str) -> str:
     """What ends in an s is taken to be one, as clothes are, but for a bus and a glass."""
-    if re.search("[^aeiou]y$", text):
+    if _CONSONANT_Y.search(text):
         return text[:-1] + "ies"
     return text + ("es" if text.endswith(("x", "z", "ch", "sh", "ss", "us")) else "" if text.endswith("s") else "s")
 
@@ -202,7 +204,7 @@ def cache_directory() -> Path:
         raise UsageError("there is no home directory to cache embeddings in; XDG_CACHE_HOME names another place") from e
 
 
-def embed(backbone, prompts: Sequence[str], *, dtype: torch.dtype, device: torch.device | str,
+def embed(encoder: TextEncoder, prompts: Sequence[str], *, dtype: torch.dtype, device: torch.device | str,
           cache: Path | None = None) -> Embeddings:
     """Embeddings of the distinct prompts; those that any earlier run computed come from the cache. No row is held twice.
 
@@ -210,28 +212,28 @@ def embed(backbone, prompts: Sequence[str], *, dtype: torch.dtype, device: torch
     """
     prompts = sorted(set(prompts))
     cache = cache or cache_directory()
-    encoder = backbone.text_encoder_fingerprint()
-    files = {p: cache / f"{_key(encoder, backbone.text_length, dtype, p)}.safetensors" for p in prompts}
+    fingerprint = encoder.fingerprint()
+    files = {p: cache / f"{_key(fingerprint, encoder.length, dtype, p)}.safetensors" for p in prompts}
     with pinning():
-        table = torch.empty(len(prompts), backbone.text_length, backbone.text_width, dtype=dtype,
+        table = torch.empty(len(prompts), encoder.length, encoder.width, dtype=dtype,
                             pin_memory=torch.device(device).type == "cuda")  # (n, L, D)
     missing, known = [], []
     for prompt in prompts:
-        row = None if encoder is None else _cached(files[prompt])
+        row = None if fingerprint is None else _cached(files[prompt])
         if row is None:
             missing.append(prompt)
         else:
             known.append(prompt)
             table[-len(known)] = row  # the missing ones come first
     if missing:
-        rows = backbone.encode_prompts(missing, dtype=dtype, device=device, out=table[:len(missing)])
-        if encoder is not None:
+        rows = encoder.encode(missing, dtype=dtype, device=device, out=table[:len(missing)])
+        if fingerprint is not None:
             store({files[prompt]: {"embedding": row} for prompt, row in zip(missing, rows)}, "text embeddings")
     return Embeddings(table, [*missing, *reversed(known)])
 
 
-def _key(encoder: str | None, length: int, dtype: torch.dtype, prompt: str) -> str:
-    return hashlib.sha256(f"{_EMBEDDING}\0{encoder}\0{length}\0{dtype}\0{prompt}".encode()).hexdigest()[:32]
+def _key(fingerprint: str | None, length: int, dtype: torch.dtype, prompt: str) -> str:
+    return hashlib.sha256(f"{_EMBEDDING}\0{fingerprint}\0{length}\0{dtype}\0{prompt}".encode()).hexdigest()[:32]
 
 
 def store(files: Mapping[Path, Mapping[str, Tensor]], what: str) -> None:

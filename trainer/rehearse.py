@@ -67,7 +67,7 @@ def rehearse(backbone: CogVideoX, config: TrainConfig, plan: MemoryPlan, num_blo
                           guidance=plan.guidance, trajectory_guidance=config.data.trajectory_guidance)
         optimizer = make_optimizer(erasers.parameters(), kind="adamw", lr=config.optim.lr)
         extra = [backbone.fake_transformer(dtype=dtype) for _ in range(plan.backbone_copies - 1)]
-        extra += [backbone.fake_text_encoder(dtype=dtype) for _ in range(plan.text_encoder_resident)]
+        extra += [backbone.text_encoder.fake(dtype=dtype) for _ in range(plan.text_encoder_resident)]
         with recording() as recorder, ExitStack() as stack:
             recorder.adopt_model(transformer, blocks, applied)
             recorder.adopt([embeddings.table], "other", place="pinned")

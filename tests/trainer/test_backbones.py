@@ -17,9 +17,9 @@ from tiny_pipelines import FRAMES, SIDE
 
 from memory.plan import MemoryPlan
 from trainer.assemble import named_scheduler, resolve_dtype
-from trainer.backbones import cogvideox as module
-from trainer.backbones import published
+from trainer.backbones import published, text_encoder
 from trainer.backbones.cogvideox import CogVideoX
+from trainer.backbones.text_encoder import TextEncoder
 from trainer.errors import CheckpointError, UsageError
 
 
@@ -152,22 +152,22 @@ def test_encoded_prompts_equal_the_pipelines_bitwise(backbone, dtype, stream):
     pipeline = CogVideoXPipeline.from_pretrained(backbone.directory, torch_dtype=dtype)
     with torch.no_grad():
         stock = pipeline._get_t5_prompt_embeds(prompts, max_sequence_length=backbone.text_length)
-    assert torch.equal(backbone.encode_prompts(prompts, dtype=dtype, stream=stream), stock)
+    assert torch.equal(backbone.text_encoder.encode(prompts, dtype=dtype, stream=stream), stock)
 
 
 def test_prompts_that_the_model_does_not_read_to_their_end_are_told(sincos, caplog):
-    sincos.encode_prompts(["red"], dtype=torch.float32)
+    sincos.text_encoder.encode(["red"], dtype=torch.float32)
     assert not caplog.messages
-    sincos.encode_prompts(["red", 40 * "red "], dtype=torch.float32)
+    sincos.text_encoder.encode(["red", 40 * "red "], dtype=torch.float32)
     assert caplog.messages == ["1 of 2 prompts are longer than what the model reads, "
                                f"{sincos.text_length} tokens, and end there, as {15 * 'red '!r}"]
 
 
 @pytest.mark.parametrize("stream, times", [(True, 1), (False, 0), (None, 0)])
 def test_the_text_encoder_is_streamed_where_that_is_asked_for(sincos, monkeypatch, stream, times):
-    streaming = Mock(wraps=module.offload_blocks)
-    monkeypatch.setattr(module, "offload_blocks", streaming)
-    sincos.encode_prompts(["a red circle"], dtype=torch.float32, stream=stream)
+    streaming = Mock(wraps=text_encoder.offload_blocks)
+    monkeypatch.setattr(text_encoder, "offload_blocks", streaming)
+    sincos.text_encoder.encode(["a red circle"], dtype=torch.float32, stream=stream)
     assert streaming.call_count == times  # on the CPU not by itself
 
 
@@ -180,7 +180,7 @@ def test_the_text_encoders_bias_has_its_rows_together(sincos, monkeypatch):
         return attend(*args, attn_mask=attn_mask, **more)
 
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", noted)
-    sincos.encode_prompts(["a red circle"], dtype=torch.float32)
+    sincos.text_encoder.encode(["a red circle"], dtype=torch.float32)
     assert biases and all(bias.is_contiguous() and bias.any() for bias in biases)
 
 
@@ -188,16 +188,16 @@ def test_the_text_encoders_bias_has_its_rows_together(sincos, monkeypatch):
 def test_the_text_encoder_is_gone_when_its_prompts_are_encoded(sincos, monkeypatch, stream):
     loaded = []
 
-    def load(self, **where):
-        encoder = load_text_encoder(self, **where)
+    def noted(self, **where):
+        encoder = load(self, **where)
         loaded.extend(map(weakref.ref, encoder.modules()))
         return encoder
 
-    load_text_encoder = CogVideoX.load_text_encoder
-    monkeypatch.setattr(CogVideoX, "load_text_encoder", load)
+    load = TextEncoder.load
+    monkeypatch.setattr(TextEncoder, "load", noted)
     gc.disable()  # nothing may depend on when the collector happens to come by
     try:
-        sincos.encode_prompts(["a red circle"], dtype=torch.float32, stream=stream)
+        sincos.text_encoder.encode(["a red circle"], dtype=torch.float32, stream=stream)
         assert loaded and not any(module() is not None for module in loaded)
     finally:
         gc.enable()
@@ -211,7 +211,7 @@ def test_the_text_encoder_leaves_no_gaps_on_the_card(sincos):
     torch.cuda.empty_cache()
     reserved = []
     for _ in range(2):  # the workspaces of matrix products stay from the first
-        sincos.encode_prompts(["a red circle"], dtype=torch.float32, device="cuda")
+        sincos.text_encoder.encode(["a red circle"], dtype=torch.float32, device="cuda")
         reserved.append(torch.cuda.memory_reserved())
     torch.cuda.empty_cache()
     assert reserved == [torch.cuda.memory_reserved()] * 2
@@ -231,7 +231,7 @@ def test_tokenizer_of_a_sentencepiece_model_alone(copied):
     prompt = "a red ball"
     pieces = sentencepiece.SentencePieceProcessor(model_file=str(directory / "spiece.model")).encode(prompt)
     backbone = CogVideoX(str(model))
-    assert backbone.token_ids(backbone.tokenizer(), [prompt])[0, :len(pieces) + 2].tolist() == [*pieces, 1, 0]
+    assert backbone.text_encoder.token_ids(backbone.text_encoder.tokenizer(), [prompt])[0, :len(pieces) + 2].tolist() == [*pieces, 1, 0]
 
 
 @pytest.mark.parametrize("name, hub_id", published.HUB_IDS.items())
@@ -243,8 +243,8 @@ def test_a_published_name_is_its_hub_id(name, hub_id, monkeypatch, pipelines):
 
 def test_encoding_in_batches_of_two_changes_nothing_but_rounding(sincos):
     prompts = ["a red circle", "a blue square", "", "a green triangle", "the ball"]
-    torch.testing.assert_close(sincos.encode_prompts(prompts, dtype=torch.float32, batch_size=2),
-                               sincos.encode_prompts(prompts, dtype=torch.float32), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(sincos.text_encoder.encode(prompts, dtype=torch.float32, batch_size=2),
+                               sincos.text_encoder.encode(prompts, dtype=torch.float32), rtol=1e-5, atol=1e-6)
 
 
 def test_native_dtype_is_read_from_the_stored_weights(pipelines, sincos):
@@ -448,7 +448,7 @@ def test_random_transformer_runs_and_is_a_function_of_the_seed(monkeypatch):
     monkeypatch.setitem(published.TRANSFORMERS, "cogvideox-2b", small)
     opened = CogVideoX("cogvideox-2b", weights="random")
     shape = (3, 4, 4, 4)
-    text = opened.encode_prompts(["a", "b"], dtype=torch.float32)
+    text = opened.text_encoder.encode(["a", "b"], dtype=torch.float32)
     outputs = []
     for _ in range(2):
         predict = opened.predictor(opened.load_transformer(dtype=torch.float32), shape)
@@ -456,7 +456,7 @@ def test_random_transformer_runs_and_is_a_function_of_the_seed(monkeypatch):
             outputs.append(predict(torch.ones(2, *shape), torch.tensor([5, 5]), text))
     assert torch.equal(*outputs) and outputs[0].std() > 0
     assert not torch.equal(outputs[0][0], outputs[0][1])  # another prompt, another prediction
-    assert opened.tokenizer() is None and opened.text_encoder_fingerprint() is None
+    assert opened.text_encoder.tokenizer() is None and opened.text_encoder.fingerprint() is None
 
 
 @pytest.mark.parametrize("damage, part", [
@@ -479,17 +479,17 @@ def test_a_damaged_part_is_named(copied, damage, part):
     damage(directory)
     with pytest.raises((UsageError, CheckpointError), match=part):
         opened = CogVideoX(str(directory))
-        opened.scheduler(), opened.tokenizer(), opened.encode_prompts(["a red circle"], dtype=torch.float32)
+        opened.scheduler(), opened.text_encoder.tokenizer(), opened.text_encoder.encode(["a red circle"], dtype=torch.float32)
 
 
 def test_fingerprint_sees_a_change_anywhere_in_the_text_encoder(copied):
     directory = copied("2b")
     weights = directory / "text_encoder" / "model.safetensors"
     weights.write_bytes(weights.read_bytes() + bytes(300_000))  # past one sample, below 64 of them
-    before = CogVideoX(str(directory)).text_encoder_fingerprint()
+    before = CogVideoX(str(directory)).text_encoder.fingerprint()
     content = bytearray(weights.read_bytes())
     for place in (len(content) - 1, len(content) // 2, 0):
         changed = bytearray(content)
         changed[place] ^= 1
         weights.write_bytes(changed)
-        assert CogVideoX(str(directory)).text_encoder_fingerprint() != before, place
+        assert CogVideoX(str(directory)).text_encoder.fingerprint() != before, place

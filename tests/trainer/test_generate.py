@@ -171,7 +171,7 @@ def test_latents_do_not_depend_on_the_batch_size(backbone):
     from trainer.prompts import Embeddings
 
     texts = ["", "a red circle", "a blue square", "a green ball"]
-    embeddings = Embeddings(backbone.encode_prompts(texts, dtype=torch.float32), texts)
+    embeddings = Embeddings(backbone.text_encoder.encode(texts, dtype=torch.float32), texts)
     made = [module.generate_latents(predict, backbone.scheduler(), embeddings, texts[1:], [1, 2, 3], shape, num_steps=3,
                                     guidance_scale=4.0, batch_size=size) for size in (1, 2, 3)]
     torch.testing.assert_close(made[1], made[0], rtol=0, atol=1e-4)

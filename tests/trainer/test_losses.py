@@ -38,7 +38,7 @@ class Setup:
         self.erasers = Erasers(backbone.blocks(transformer), 4)
         shake(self.erasers)
         texts = sorted({*PROMPTS.prompts, *PROMPTS.safe, *PROMPTS.preserved, ""})
-        self.embeddings = Embeddings(backbone.encode_prompts(texts, dtype=torch.float32), texts)
+        self.embeddings = Embeddings(backbone.text_encoder.encode(texts, dtype=torch.float32), texts)
 
         def make(stream):
             common = dict(scheduler=CogVideoXDDIMScheduler(**SCHEDULER), shape=shape, seed=seed, stream=stream, device=CPU)

@@ -232,8 +232,8 @@ def test_unknown_concept_word_names_the_prompt(sincos, concept):
 @pytest.mark.parametrize("prompt, words", [
     ('a "red" circle', "red"), ("a red, circle", "red"), ("redwood, reds", "reds"), ("the circled red's circle", "red")])
 def test_columns_are_those_of_words_in_the_plural_too_and_beside_any_sign(sincos, prompt, words):
-    columns, tokenizer = prompt_columns(sincos, _prompts("red", prompt))[prompt], sincos.tokenizer()
-    spelled = tokenizer.decode(sincos.token_ids(tokenizer, [prompt])[0, columns], clean_up_tokenization_spaces=False)
+    columns, tokenizer = prompt_columns(sincos, _prompts("red", prompt))[prompt], sincos.text_encoder.tokenizer()
+    spelled = tokenizer.decode(sincos.text_encoder.token_ids(tokenizer, [prompt])[0, columns], clean_up_tokenization_spaces=False)
     assert spelled.replace(" ", "").startswith(words.replace(" ", "")) and "wood" not in spelled and "circle" not in spelled
 
 

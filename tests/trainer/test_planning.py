@@ -177,11 +177,11 @@ def test_the_embeddings_of_many_prompts_are_in_the_hosts_memory(tmp_path):
 
 def test_a_text_encoder_in_its_files_dtype_takes_nothing_of_the_host(pipelines):
     backbone = CogVideoX(str(pipelines["2b"]))
-    config = backbone._text_config()
-    block_bytes = {dtype: sum(p.nbytes for p in backbone.fake_text_encoder(dtype=dtype).encoder.block.parameters())
+    config = backbone.text_encoder.config()
+    block_bytes = {dtype: sum(p.nbytes for p in backbone.text_encoder.fake(dtype=dtype).encoder.block.parameters())
                    for dtype in (torch.float32, torch.bfloat16)}
     mapped, converted = (phases._encoding_bytes(backbone, dtype)["host_bytes"] for dtype in (torch.float32, torch.bfloat16))
-    assert backbone.stored_text_dtype() == torch.float32 and mapped < 2 * 4 * config.vocab_size * config.d_model
+    assert backbone.text_encoder.stored_dtype == torch.float32 and mapped < 2 * 4 * config.vocab_size * config.d_model
     assert converted > block_bytes[torch.bfloat16]
 
 

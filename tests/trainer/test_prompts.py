@@ -197,29 +197,26 @@ def test_what_cannot_be_named_instead(tmp_path):
 
 
 class _Counting:
-    """A backbone that counts how many prompts it encodes."""
+    """A text encoder that counts how many prompts it encodes."""
 
-    text_length, text_width = 5, 3
+    length, width = 5, 3
 
     def __init__(self, fingerprint="weights"):
-        self.encoded, self.fingerprint = [], fingerprint
+        self.encoded, self.fingerprint = [], lambda: fingerprint
 
-    def text_encoder_fingerprint(self):
-        return self.fingerprint
-
-    def encode_prompts(self, prompts, *, dtype, device, out):
+    def encode(self, prompts, *, dtype, device, out):
         self.encoded += prompts
         return out.copy_(torch.tensor([len(p) for p in prompts])[:, None, None])
 
 
-def _embed(backbone, prompts, cache, dtype=torch.float32) -> Embeddings:
-    return embed(backbone, prompts, dtype=dtype, device="cpu", cache=cache)
+def _embed(encoder, prompts, cache, dtype=torch.float32) -> Embeddings:
+    return embed(encoder, prompts, dtype=dtype, device="cpu", cache=cache)
 
 
 def test_embeddings_are_looked_up_by_prompt_and_computed_once(tmp_path):
-    backbone = _Counting()
-    found = _embed(backbone, ["b", "", "aaa", "b"], tmp_path)
-    assert sorted(backbone.encoded) == ["", "aaa", "b"]
+    encoder = _Counting()
+    found = _embed(encoder, ["b", "", "aaa", "b"], tmp_path)
+    assert sorted(encoder.encoded) == ["", "aaa", "b"]
     assert found(["aaa", "b", "aaa"])[:, 0, 0].tolist() == [3, 1, 3] and found.table.shape == (3, 5, 3)
     again = _Counting()
     assert _embed(again, ["b", "cc"], tmp_path)(["b", "cc"])[:, 0, 0].tolist() == [1, 2]
@@ -228,9 +225,9 @@ def test_embeddings_are_looked_up_by_prompt_and_computed_once(tmp_path):
 
 def test_cache_is_keyed_by_encoder_and_dtype(tmp_path):
     _embed(_Counting(), ["a"], tmp_path)
-    for backbone, dtype in ((_Counting("other weights"), torch.float32), (_Counting(), torch.bfloat16)):
-        assert _embed(backbone, ["a"], tmp_path, dtype).table.dtype == dtype
-        assert backbone.encoded == ["a"]
+    for encoder, dtype in ((_Counting("other weights"), torch.float32), (_Counting(), torch.bfloat16)):
+        assert _embed(encoder, ["a"], tmp_path, dtype).table.dtype == dtype
+        assert encoder.encoded == ["a"]
 
 
 def test_random_weights_are_not_cached(tmp_path):
@@ -244,8 +241,8 @@ def test_damaged_cache_files_are_written_anew(tmp_path, damage):
     _embed(_Counting(), ["a"], tmp_path)
     [file] = tmp_path.iterdir()
     damage(file)
-    backbone = _Counting()
-    assert _embed(backbone, ["a"], tmp_path)(["a"]).sum() == 15 and backbone.encoded == ["a"]
+    encoder = _Counting()
+    assert _embed(encoder, ["a"], tmp_path)(["a"]).sum() == 15 and encoder.encoded == ["a"]
     again = _Counting()
     _embed(again, ["a"], tmp_path)
     assert again.encoded == []
@@ -270,9 +267,9 @@ def test_cache_that_cannot_be_written_is_a_warning(tmp_path, caplog):
 
 def test_real_embeddings_from_the_cache_equal_fresh_ones_bitwise(sincos, tmp_path):
     prompts = ["a red circle", "", "the ball is crimson"]
-    fresh = embed(sincos, prompts, dtype=torch.float32, device="cpu", cache=tmp_path)
-    cached = embed(sincos, prompts, dtype=torch.float32, device="cpu", cache=tmp_path)
+    fresh = embed(sincos.text_encoder, prompts, dtype=torch.float32, device="cpu", cache=tmp_path)
+    cached = embed(sincos.text_encoder, prompts, dtype=torch.float32, device="cpu", cache=tmp_path)
     assert torch.equal(fresh(prompts), cached(prompts)) and len(os.listdir(tmp_path)) == 3
-    more = embed(sincos, [*prompts, "a video", "the end"], dtype=torch.float32, device="cpu", cache=tmp_path)
+    more = embed(sincos.text_encoder, [*prompts, "a video", "the end"], dtype=torch.float32, device="cpu", cache=tmp_path)
     assert torch.equal(more(prompts), fresh(prompts))
-    assert torch.equal(more(["the end"])[0], sincos.encode_prompts(["the end"], dtype=torch.float32)[0])
+    assert torch.equal(more(["the end"])[0], sincos.text_encoder.encode(["the end"], dtype=torch.float32)[0])

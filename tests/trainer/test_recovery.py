@@ -19,6 +19,7 @@ from memory.plan import MemoryPlan
 from trainer import checkpoint, loop, losses, recovery, samples, tracing
 from trainer.assemble import Assembly
 from trainer.backbones.cogvideox import CogVideoX
+from trainer.backbones.text_encoder import TextEncoder
 from trainer.checkpoint import latest_checkpoint
 from trainer.eraser_files import load_eraser
 from trainer.errors import DoesNotFit, InputOutputError, OutOfMemory
@@ -179,7 +180,7 @@ def test_stop_says_where_and_what_to_paste(phase, config, monkeypatch):
 def test_where_no_plan_helps_it_says_what_would(config, monkeypatch, tmp_path):
     """The text encoder needs what it needs, whatever the plan."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))  # no embeddings of earlier runs
-    monkeypatch.setattr(*_failing(CogVideoX, "encode_prompts", call=1))
+    monkeypatch.setattr(*_failing(TextEncoder, "encode", call=1))
     with pytest.raises(DoesNotFit, match="in encode prompts, after 0 steps(.|\n)*no memory plan needs less there: the text encoder"):
         _in_memory(config(), step_down=True)
 

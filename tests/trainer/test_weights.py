@@ -61,10 +61,10 @@ def test_transformer_equals_from_pretrained_bitwise(copied, kind, dtype, sharded
 def test_text_encoder_equals_from_pretrained_bitwise_with_its_tied_weight(sincos, dtype):
     from transformers import T5EncoderModel
 
-    ours = sincos.load_text_encoder(dtype=dtype)
+    ours = sincos.text_encoder.load(dtype=dtype)
     _same(ours, T5EncoderModel.from_pretrained(sincos.directory / "text_encoder", torch_dtype=dtype))
     assert ours.encoder.embed_tokens.weight is ours.shared.weight
-    planned = sincos.fake_text_encoder(dtype=dtype)
+    planned = sincos.text_encoder.fake(dtype=dtype)
     assert {n: p.dtype for n, p in planned.named_parameters()} == {n: p.dtype for n, p in ours.named_parameters()}
 
 

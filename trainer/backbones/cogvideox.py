@@ -3,10 +3,7 @@
 Legend: B batch, F latent frames, C latent channels, H W latent size, L text tokens, D text width, T video frames.
 """
 
-import gc
-import hashlib
 import json
-import logging
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,13 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from memory.offload import offload_blocks, place
 from trainer.backbones import Decode, Predict, published
-from trainer.backbones.location import complete, config_hash, fingerprint, locate, read_config, reading, stored_dtype
+from trainer.backbones.location import complete, config_hash, locate, read_config, reading, stored_dtype
+from trainer.backbones.text_encoder import TextEncoder
 from trainer.backbones.weights import allocate, assign, randomise
-from trainer.errors import CheckpointError, UsageError
-
-logger = logging.getLogger(__name__)
+from trainer.errors import UsageError
 
 BOUNDARY_NAMES = ("hidden_states", "encoder_hidden_states")
 """The arguments of a block's forward that the block before it returns."""
@@ -30,7 +25,7 @@ class CogVideoX:
     """A frozen transformer and what belongs to it. Opening one reads configuration only; weights are loaded by the methods.
 
     `name`: where it comes from. `native_dtype`: what its weights were published in. `num_blocks`, `width` of the transformer;
-    `text_length`, `text_width` of its text embeddings; `spatial_ratio`, `temporal_ratio` of the autoencoder.
+    `text_length`, `text_width` of its text embeddings, which `text_encoder` makes; `spatial_ratio`, `temporal_ratio` of the autoencoder.
     """
 
     def __init__(self, model: str, *, weights: str = "stored"):
@@ -53,6 +48,7 @@ class CogVideoX:
         if self.directory:
             complete(model, self.directory)
             self.native_dtype = stored_dtype(self.directory / "transformer")
+        self.text_encoder = TextEncoder(self.directory, self.native_dtype, self.text_length, self.text_width)
 
     def _read_configuration(self) -> None:
         with torch.device("meta"):  # for its configuration with all defaults; one block is built in a moment
@@ -206,97 +202,6 @@ class CogVideoX:
         with reading(self.directory / "scheduler"):
             return kind.from_pretrained(self.directory / "scheduler")
 
-    def tokenizer(self) -> Any:
-        """The tokenizer, or None for random weights."""
-        from transformers import T5TokenizerFast
-
-        if self.directory is None:
-            return None
-        place = self.directory / "tokenizer"
-        if not any((place / name).is_file() for name in ("tokenizer.json", "spiece.model")):  # transformers would make one without words
-            raise CheckpointError(f"{place} has neither tokenizer.json nor spiece.model; copy the model again")
-        with reading(place):
-            return T5TokenizerFast.from_pretrained(place)
-
-    def token_ids(self, tokenizer: Any, prompts: list[str]) -> Tensor:
-        """Padded token ids (B, L), as CogVideoXPipeline makes them."""
-        return tokenizer(prompts, padding="max_length", max_length=self.text_length, truncation=True,
-                         return_tensors="pt").input_ids
-
-    def encode_prompts(self, prompts: list[str], *, dtype: torch.dtype, device: torch.device | str = "cpu",
-                       batch_size: int = 16, stream: bool | None = None, out: Tensor | None = None) -> Tensor:
-        """Text embeddings (B, L, D) on the host, in `out` if that is given; the text encoder is loaded for this call and gone after it.
-
-        `stream`: the encoder's blocks pass through two buffers on the device instead of living there, so that T5-XXL
-        needs no room for its 8.9 GiB (10.7 in float16); None: on every device but the CPU."""
-        out = torch.empty(len(prompts), self.text_length, self.text_width, dtype=dtype) if out is None else out
-        if self.directory is None:
-            for row, prompt in zip(out, prompts):
-                row.copy_(_random_text(prompt, self.text_length, self.text_width, dtype))
-            return out
-        device = torch.device(device)
-        stream = device.type != "cpu" if stream is None else stream
-        self._encode(prompts, out, device, batch_size, stream)
-        if stream:
-            gc.collect()  # blocks and what streams them refer to each other: gigabytes that nothing else would free
-        torch.cuda.empty_cache()  # what stays on the card comes next, and would lie in the gaps: steps would reserve more
-        return out
-
-    def _encode(self, prompts: list[str], out: Tensor, device: torch.device, batch_size: int, stream: bool) -> None:
-        tokenizer = self.tokenizer()
-        if longer := [p for p, ids in zip(prompts, tokenizer(prompts, verbose=False).input_ids) if len(ids) > self.text_length]:
-            logger.warning("%d of %d prompts are longer than what the model reads, %d tokens, and end there, as %r", len(longer),
-                           len(prompts), self.text_length, longer[0][:60])
-        encoder = self.load_text_encoder(dtype=out.dtype)
-        streamed = []
-        if stream:
-            offload_blocks(encoder.encoder.block, device=device, gathered=False)  # the file stays mapped: gigabytes that need not be pinned
-            streamed = list(encoder.encoder.block.parameters())
-        place(encoder, device, skip=streamed)
-        with torch.no_grad():
-            for start in range(0, len(prompts), batch_size):
-                ids = self.token_ids(tokenizer, prompts[start:start + batch_size])
-                out[start:start + batch_size] = encoder(ids.to(device))[0]  # (B, L, D)
-
-    def text_encoder_fingerprint(self) -> str | None:
-        """Identifies the stored text encoder and tokenizer by content, as a key for cached embeddings; None for random weights: do not cache."""
-        if self.directory is None:
-            return None
-        return fingerprint(f for part in ("text_encoder", "tokenizer") for f in sorted((self.directory / part).iterdir()) if f.is_file())
-
-    def load_text_encoder(self, *, dtype: torch.dtype) -> nn.Module:
-        """The frozen T5 encoder, on the host."""
-        return self._weighted(self._build_text_encoder(), "text_encoder", dtype, "cpu")
-
-    def fake_text_encoder(self, *, dtype: torch.dtype, num_blocks: int | None = None) -> nn.Module:
-        """The T5 encoder without data, for use under FakeTensorMode; `num_blocks`: a shorter one."""
-        return allocate(self._build_text_encoder(num_blocks), dtype=dtype)
-
-    def num_text_blocks(self) -> int:
-        return self._text_config().num_layers
-
-    def stored_text_dtype(self) -> torch.dtype:
-        """What the text encoder's file holds: in any other dtype its weights are in memory, and not only mapped from there."""
-        return self.native_dtype if self.directory is None else stored_dtype(self.directory / "text_encoder")
-
-    def _text_config(self) -> Any:
-        from transformers import T5Config
-
-        if self.directory is None:
-            return T5Config(**published.T5_XXL)
-        with reading(self.directory / "text_encoder"):
-            return T5Config.from_dict(read_config(self.directory, "text_encoder"))
-
-    def _build_text_encoder(self, num_blocks: int | None = None) -> nn.Module:
-        from transformers import T5EncoderModel
-
-        config = self._text_config()
-        config.num_layers = num_blocks or config.num_layers
-        with torch.device("meta"), reading(Path(self.directory or "") / "text_encoder"):
-            encoder = T5EncoderModel(config)
-        encoder.encoder.block[0].layer[0].SelfAttention.relative_attention_bias.register_forward_hook(_rows_together)
-        return encoder
-
     def load_vae(self, *, dtype: torch.dtype, device: torch.device | str = "cpu") -> nn.Module:
         """The frozen autoencoder."""
         return self._weighted(self._build_vae(), "vae", dtype, device)
@@ -333,14 +238,6 @@ class CogVideoX:
         return decode
 
 
-def _rows_together(module: nn.Module, args: tuple[Tensor], bias: Tensor) -> Tensor:
-    """T5's bias (L, L, heads), so laid out that the attention, which takes it as (heads, L, L), finds its rows contiguous.
-
-    Of others torch's fused kernels on a card take none: it would make two attention matrices in float32.
-    """
-    return bias.permute(2, 0, 1).contiguous().permute(1, 2, 0)
-
-
 def enable_tiles(vae: nn.Module) -> None:
     """Decode in tiles of about a quarter of the published height and width, and one video at a time.
 
@@ -350,9 +247,3 @@ def enable_tiles(vae: nn.Module) -> None:
     vae.enable_tiling(tile_sample_min_height=128, tile_sample_min_width=192,
                       tile_overlap_factor_height=0.25, tile_overlap_factor_width=0.25)
     vae.enable_slicing()
-
-
-def _random_text(prompt: str, length: int, width: int, dtype: torch.dtype) -> Tensor:
-    """A stand-in embedding that depends on the prompt alone."""
-    seed = int.from_bytes(hashlib.sha256(prompt.encode()).digest()[:7], "big")
-    return torch.randn(length, width, generator=torch.Generator().manual_seed(seed)).to(dtype)
