@@ -35,12 +35,14 @@ class Forecast:
             from trainer.planning import forecast_as_given
 
             found = forecast_as_given(config, self.card)
+        peaks = {_NAMES.get(name, name): value for name, value in found.by_phase.items()}
+        peaks["load"] -= found.trace.standing_bytes("optimizer") + self.card.cublas_workspace_bytes // 2  # made for the first step
         return {
             "card": self.card.name, "budget_bytes": self.card.usable_bytes, "plan": asdict(found.plan),
             "guidance_scale": config.output.guidance_scale,  # of samples, which a run may go on with another of
             "predicted": {
                 "needed_bytes": found.needed_bytes, "peak_bytes": max(found.by_phase.values()),
-                "peak_bytes_by_phase": {_NAMES.get(name, name): value for name, value in found.by_phase.items()},
+                "peak_bytes_by_phase": peaks,
                 "categories": list(CATEGORIES), "timeline": thinned(found.trace)}}
 
 

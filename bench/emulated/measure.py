@@ -108,6 +108,7 @@ def main() -> int:
         register_toys()
     session = Session(Gauge(torch.device("cuda", 0)), card_here(dry=options.toy), Forecaster(0), dry=options.toy)
     calibrate(session)
+    session.gauge.release()  # its workspaces; whole runs make theirs when they need them
     other = "" if options.card == DEFAULT_CARD else options.card
     name, command = f"emulated-{other}" if other else "emulated", "python -m bench.emulated" + f" --card {other}" * bool(other)
     path = options.out / f"{name}.json"

@@ -75,7 +75,6 @@ def _run(session: Session, gib: float, model: str, frames: int, scratch: Path) -
             raise RuntimeError("not all samples were written")
         predicted = json.loads((out / "memory.json").read_text())["predicted"]["peak_bytes_by_phase"]
         predicted["pre-flight"] = max(predicted[phase] for phase in _STEP)
-        predicted.pop("load")  # of the step, whose optimizer has its state by then
         peaks = {name: {"allocated_bytes": peak.allocated_bytes, "reserved_bytes": peak.reserved_bytes}
                  | ({"predicted_bytes": predicted[name]} if name in predicted else {}) for name, peak in meters[0].peaks.items()}
         return {"phases": peaks, "reserved_bytes": max(peak["reserved_bytes"] for peak in peaks.values()),
