@@ -36,7 +36,7 @@ class Forecast:
 
             found = forecast_as_given(config, self.card)
         peaks = {_NAMES.get(name, name): value for name, value in found.by_phase.items()}
-        peaks["load"] -= found.trace.standing_bytes("optimizer") + self.card.cublas_workspace_bytes // 2  # made for the first step
+        peaks.pop("load")  # of the steps, whose optimizer has its state; reading the model is below them, and not predicted
         return {
             "card": self.card.name, "budget_bytes": self.card.usable_bytes, "plan": asdict(found.plan),
             "guidance_scale": config.output.guidance_scale,  # of samples, which a run may go on with another of

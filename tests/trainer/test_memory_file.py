@@ -92,9 +92,7 @@ def test_a_run_keeps_prediction_peaks_and_waiting_time(streamed, monkeypatch):
     measured = files.measured_peaks()
     assert {"encode prompts", "load", "pre-flight", "teacher", "student", "backward"} <= measured.keys()
     assert {"teacher", "student", "backward", "optimizer", "sample", "decode"} <= predicted["peak_bytes_by_phase"].keys()
-    first, state = predicted["timeline"][0][1], predicted["categories"].index("optimizer")
-    there = sum(first) + CARD.cublas_workspace_bytes // 2 - first[state]  # the optimizer has none yet, and nothing ran backward
-    assert there <= predicted["peak_bytes_by_phase"]["load"] < there + first[state]  # to the allocator's rounding
+    assert "load" not in predicted["peak_bytes_by_phase"]  # of the steps it is, whose optimizer has its state: not of reading the model
     assert min(measured.values()) > 2**24 and records[-1]["memory"]["process_bytes"] > 2**24
     page = write_report(run_dir).read_text()
     for wanted in ("One step by category, predicted", "measured (process)", "Without a card the whole process", "rtx-4090",
