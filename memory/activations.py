@@ -115,13 +115,15 @@ class _Parked:
         """Send for the tensor. Its memory is the compute stream's, which has waited for the copy out before."""
         if self.tensor is None and self.num_uses > 0:
             self.tensor = torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device=self.parking.device)
+            self.is_loading = True
             self.parking.load_lane.copy([(self.tensor, self._host())], self.buffer.loaded)
             self._version = self.tensor._version
-            self.is_loading = True
             self.parking.bytes_loaded += self.tensor.nbytes
 
     def unpack(self) -> torch.Tensor:
         self.num_uses = max(self.num_uses, 1)  # a retained graph may ask once more
+        if self.tensor is not None:
+            _require_unchanged(self.tensor, self._version)
         self.load()
         self._arrive()
         self.group.send_for_previous()

@@ -87,15 +87,18 @@ class _Master:
     @contextmanager
     def seated(self, guests: Sequence[nn.Parameter]) -> Iterator[None]:
         """Inside, the block's modules hold `guests` in place of the parameters."""
-        for held, name, position in self.seats:
-            held[name] = guests[position]
         try:
+            self._seat(guests)
             yield
         finally:
-            for held, name, position in self.seats:
-                held[name] = self.parameters[position]
+            self._seat(self.parameters)
+
+    def _seat(self, parameters: Sequence[nn.Parameter]) -> None:
+        for held, name, position in self.seats:
+            held[name] = parameters[position]
 
     def release(self) -> None:
+        self._seat(self.parameters)  # an interrupt may have left guests
         if self.flat is None:
             return
         for parameter in self.parameters:

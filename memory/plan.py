@@ -269,6 +269,8 @@ def apply_plan(
     After an exception here the model is as it was; one that was to be divided among processes is of no use any more, since
     its weights come together only if all of them gather them, and one that fails may be alone.
     """
+    import torch
+
     from memory.patching import applied_strategies, require_modules
 
     blocks = require_modules(blocks, "the memory plan")
@@ -280,7 +282,8 @@ def apply_plan(
                             "Call disable_gradient_checkpointing() first")
     applied = AppliedPlan(plan, resolve_keeps(plan, len(blocks)))
     try:
-        _apply(applied, model, blocks, device, boundary_names, feed_forwards)
+        with torch.inference_mode(False):  # what is made here serves passes that record a graph
+            _apply(applied, model, blocks, device, boundary_names, feed_forwards)
     except BaseException:
         if plan.num_shards == 1:
             applied.undo()

@@ -38,8 +38,8 @@ def packing(packer: Callable[[torch.Tensor], Packed | None]) -> Iterator[None]:
     A stand-in holds `values_of` the tensor, never the tensor.
     """
     outer = _state.packers
-    _state.packers = (packer, *outer)
     try:
+        _state.packers = (packer, *outer)
         with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
             yield
     finally:
@@ -73,8 +73,8 @@ def unpack(packed: Any) -> torch.Tensor:
 def checkpoint_region(name: str, notes: dict) -> Iterator[None]:
     """Mark this thread as inside a checkpointed block: `name` is "forward" or "recompute"; `notes` are those of the call."""
     outer = _state.region, _state.notes
-    _state.region, _state.notes = name, notes
     try:
+        _state.region, _state.notes = name, notes
         yield
     finally:
         _state.region, _state.notes = outer
@@ -93,8 +93,9 @@ def current_notes() -> dict | None:
 @contextmanager
 def returning(returns: bool) -> Iterator[None]:
     """Within: whether a backward over the blocks follows, even if what runs now records nothing for it."""
-    outer, _state.returns = _state.returns, returns
+    outer = _state.returns
     try:
+        _state.returns = returns
         yield
     finally:
         _state.returns = outer

@@ -4,6 +4,7 @@ The host never waits. The compute stream and a lane wait for each other by event
 `record_stream`, which would make the time of a free, and with it the peak, depend on timing.
 """
 
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
@@ -15,7 +16,7 @@ def resolve_device(device: torch.device | str) -> torch.device:
     device = torch.device(device)
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())
-    return device
+    return torch.device("cpu") if device.type == "cpu" else device
 
 
 @contextmanager
@@ -36,6 +37,15 @@ def release_pinned() -> None:
     if torch.cuda.is_initialized():
         torch.cuda.synchronize()  # a load ahead of use may still read it
         torch._C._host_emptyCache()
+
+
+class _Copying(threading.local):
+    """While a lane copies: what computes. The current stream is the lane's then, and a collection of garbage that happens to come by joins."""
+
+    compute: torch.cuda.Stream | None = None
+
+
+_copying = _Copying()
 
 
 class Lane:
@@ -64,15 +74,19 @@ class Lane:
                 for destination, source in pairs:
                     destination.copy_(source)
             return
-        self._so_far.record(torch.cuda.current_stream(self.device))
+        _copying.compute = torch.cuda.current_stream(self.device)
+        self._so_far.record(_copying.compute)
         self._stream.wait_event(self._so_far)
-        with torch.cuda.stream(self._stream):
-            for destination, source in pairs:
-                destination.copy_(source, non_blocking=True)
-        done.record(self._stream)
+        try:
+            with torch.cuda.stream(self._stream):
+                for destination, source in pairs:
+                    destination.copy_(source, non_blocking=True)
+        finally:
+            done.record(self._stream)  # of what an interrupt cut short as well
+            _copying.compute = None
 
     def join(self, done: torch.cuda.Event | None) -> None:
         """Let the compute stream, not the host, wait for `done`."""
         if done is not None:
             with self.waiting():
-                torch.cuda.current_stream(self.device).wait_event(done)
+                (_copying.compute or torch.cuda.current_stream(self.device)).wait_event(done)

@@ -190,8 +190,10 @@ def test_a_tensor_changed_in_place_between_two_saves_is_two_tensors():
     blocks = [Twice(), nn.Identity()]
     handle = offload_activations(blocks, device="cpu", boundaries=False, kept=True, min_bytes=0)
     weight = torch.ones(4, requires_grad=True)
-    blocks[0](torch.ones(4), weight).sum().backward()
+    loss = blocks[0](torch.ones(4), weight).sum()
     assert handle.bytes_stored == 2 * 16
+    with pytest.raises(RuntimeError, match="changed in place"):  # as without us
+        loss.backward()
 
 
 def test_tensors_of_another_device_stay():
@@ -308,11 +310,12 @@ def test_what_two_operators_saved_is_loaded_once():
     assert handle.bytes_loaded == handle.bytes_stored == 3 * 32  # its input, the sine and the cosine; the last block's stay
 
 
-@pytest.mark.parametrize("block", [1, 4])
+@pytest.mark.parametrize("keeps, block", [(["attention"] * 5, 1), (["attention"] * 5, 4),
+                                          (["inputs", "everything"] * 2 + ["inputs"], 3)])  # what block 3 keeps has not left yet
 @pytest.mark.parametrize("kept", ["device", "host"])
-def test_what_is_kept_and_then_changed_in_place_is_told(kept, block, monkeypatch):
+def test_what_is_kept_and_then_changed_in_place_is_told(kept, keeps, block, monkeypatch):
     tiny, sdpa, calls = make_tiny("sincos"), F.scaled_dot_product_attention, iter(range(100))
-    checkpoint_blocks(tiny.blocks, ["attention"] * 5)
+    checkpoint_blocks(tiny.blocks, keeps)
     if kept == "host":
         offload_activations(tiny.blocks, device="cpu", boundaries=False, kept=True, min_bytes=0)
 
@@ -324,5 +327,5 @@ def test_what_is_kept_and_then_changed_in_place_is_told(kept, block, monkeypatch
         return out
 
     monkeypatch.setattr(F, "scaled_dot_product_attention", careless)
-    with pytest.raises(RuntimeError, match="changed in place"):
+    with pytest.raises(RuntimeError, match="changed in place|modified by an inplace operation"):
         tiny.predict(tiny.embeds[:1]).square().mean().backward()

@@ -1,4 +1,5 @@
 import functools
+import operator
 
 import pytest
 import torch
@@ -349,3 +350,26 @@ def test_an_interrupted_load_is_done_again(monkeypatch):
         with pytest.raises(KeyboardInterrupt):
             blocks(hidden)
         assert torch.equal(blocks(hidden), expected)
+
+
+def test_an_interrupt_between_two_parameters_leaves_none_behind():
+    interrupts = [KeyboardInterrupt]
+
+    class Interrupting(list):
+        def __iter__(self):
+            for seat in super().__iter__():
+                yield seat
+                if interrupts:
+                    raise interrupts.pop()
+
+    blocks = make_blocks()
+    parameters = list(blocks.parameters())
+    handle = offload_blocks(blocks, device="cpu")
+    for master in handle._ring.masters.values():
+        master.seats = Interrupting(master.seats)
+    with torch.no_grad(), pytest.raises(KeyboardInterrupt):
+        blocks(torch.randn(2, 8))
+    assert all(map(operator.is_, blocks.parameters(), parameters))
+    master.seats[0][0]["weight"] = torch.nn.Parameter(torch.zeros(8, 8))  # an interrupt while they take their seats again
+    handle.undo()
+    assert all(map(operator.is_, blocks.parameters(), parameters))

@@ -1,5 +1,9 @@
 """The engine's order of copies and computation, proven by vector clocks: nothing is right by luck."""
 
+import gc
+import sys
+from contextlib import contextmanager
+
 import pytest
 import torch
 from race_detector import Event, RaceDetector, Stream, emulate
@@ -74,6 +78,67 @@ def clearing_at_once(monkeypatch):
         ring.masters, ring.slots = {}, []
 
     monkeypatch.setattr(_Ring, "clear", clear)
+
+
+def parked_on_their_way_back(tiny):
+    """A graph whose backward failed while what block 1 parked was under way, in a cycle that only the collector takes apart."""
+    def fail(module, args, kwargs):
+        kwargs["hidden_states"].register_hook(lambda gradient: 1 / 0)
+
+    hook, cycle = tiny.blocks[3].register_forward_pre_hook(fail, with_kwargs=True), []
+    cycle += [cycle, tiny.predict(tiny.embeds[:1])]
+    hook.remove()
+    with pytest.raises(ZeroDivisionError):
+        cycle[1].sum().backward()
+    tiny.gradients()
+
+
+def test_garbage_collected_in_the_middle_of_a_copy_waits_on_the_stream_that_computes(monkeypatch):
+    tiny, detector, collections = make_tiny("rope"), RaceDetector(), iter([gc.collect])
+    emulate(monkeypatch, detector)
+    on = detector.on
+
+    @contextmanager
+    def collecting(stream):
+        with on(stream):
+            yield
+            next(collections, int)()
+
+    gc.disable()
+    try:
+        with detector:
+            applied = apply(tiny, MemoryPlan(resident_blocks=0, kept="host", checkpoint="none"), "cpu")
+            tiny.step()
+            parked_on_their_way_back(tiny)
+            monkeypatch.setattr(torch.cuda, "stream", collecting)
+            tiny.step()
+            detector.declare_host(applied.host_buffers)
+    finally:
+        gc.enable()
+    assert next(collections, None) is None and detector.races == []
+
+
+def test_a_load_that_is_interrupted_is_waited_for(monkeypatch):
+    tiny, detector, on = make_tiny("rope"), RaceDetector(), None
+    emulate(monkeypatch, detector)
+    on = detector.on
+
+    @contextmanager
+    def interrupted(stream):
+        with on(stream):
+            yield
+            if sys._getframe(2).f_locals["self"] is applied.activations.load_lane:
+                raise KeyboardInterrupt
+
+    with detector:
+        applied = apply(tiny, MemoryPlan(kept="host", checkpoint="none"), "cpu")
+        tiny.step()
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(torch.cuda, "stream", interrupted)
+            tiny.step()
+        tiny.step()
+        detector.declare_host(applied.host_buffers)
+    assert detector.races == []
 
 
 @pytest.mark.parametrize("sabotage, plan", [
