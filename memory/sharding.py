@@ -30,6 +30,11 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+def can_shard() -> bool:
+    """Whether torch's FSDP2 recovers from an exception in the middle of a pass, which it does from 2.13 on."""
+    return hasattr(FSDPModule, "reset_iter_state")
+
+
 def shard_blocks(model: nn.Module, blocks: Sequence[nn.Module], *, num_shards: int, device: torch.device | str) -> Handle:
     """Divide the frozen parameters of `blocks`, all part of `model`, among all `num_shards` processes; one part is on `device`.
 
@@ -42,7 +47,7 @@ def shard_blocks(model: nn.Module, blocks: Sequence[nn.Module], *, num_shards: i
     if num_processes != num_shards:
         raise PlanError(f"num_shards is {num_shards}, but the number of processes {num_processes}: start with "
                         f"torchrun --nproc-per-node={num_shards}, or use resident_blocks to stream blocks from the host")
-    if not hasattr(FSDPModule, "reset_iter_state"):
+    if not can_shard():
         raise PlanError(f"num_shards is {num_shards}, which torch {torch.__version__} cannot: FSDP2 there does not recover from an "
                         "exception; install torch 2.13, or use resident_blocks to stream blocks from the host")
     if any(isinstance(module, FSDPModule) for module in (model, *blocks)):

@@ -12,12 +12,12 @@ from tiny_transformer import BOUNDARY_NAMES, assert_equal, make_tiny, plain_run
 from torch.distributed.tensor import DTensor
 
 from memory.plan import MemoryPlan, PlanError, apply_plan
-from memory.sharding import shard_blocks, whole
+from memory.sharding import can_shard, shard_blocks, whole
 
 HERE = Path(__file__).parent
 LAUNCHED = dist.is_torchelastic_launched()
 together = pytest.mark.skipif(not LAUNCHED, reason="runs in the processes that test_in_two_processes starts")
-alone = pytest.mark.skipif(LAUNCHED, reason="starts the processes")
+alone = pytest.mark.skipif(LAUNCHED or not can_shard(), reason="starts the processes")
 
 
 def in_two_processes(*selection: str) -> None:

@@ -15,6 +15,7 @@ import torch
 from processes import in_processes
 from safetensors.torch import load_file
 
+from memory.sharding import can_shard
 from trainer import distributed, loop
 from trainer.checkpoint import latest_checkpoint
 from trainer.distributed import average, everyones, on_main, rows_of, shared
@@ -138,6 +139,10 @@ def test_each_process_adds_its_share_of_a_gradient(two, tmp_path):
         assert torch.equal(total, other)
 
 
+shards = pytest.mark.skipif(not can_shard(), reason="of torch 2.13")
+
+
+@shards
 def test_sharded_weights_train_to_the_same_bits(two):
     whole = two("whole", output__sample_every=2)
     sharded = two("sharded", output__sample_every=2, memory__num_shards=2)
@@ -229,7 +234,7 @@ def test_a_nan_in_one_stops_all_before_any_weight_is_touched(two, tmp_path):
     assert "non-finite-gradient" in codes and not (run_dir / "eraser.safetensors").exists()
 
 
-@pytest.mark.parametrize("num_shards", [1, 2])
+@pytest.mark.parametrize("num_shards", [1, pytest.param(2, marks=shards)])
 def test_the_cause_is_named_by_whoever_sees_it(two, num_shards):
     """Process 1 has a block that fails from the second step on; process 0, which writes, names that block."""
     def before(rank: int) -> None:

@@ -1,5 +1,6 @@
 """The trainer's blocks against diffusers' own."""
 
+import logging
 from unittest.mock import patch
 
 import pytest
@@ -102,7 +103,8 @@ def test_a_transformer_predicts_and_learns_as_diffusers_does(pipelines, kind):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
 
 
-def test_arguments_that_no_processor_takes_are_ignored_as_by_diffusers(caplog):
+def test_arguments_that_no_processor_takes_are_ignored_as_by_diffusers(caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("diffusers"), "propagate", True)  # for those who read the log: it says so on stderr itself
     block = _block(torch.float32)
     lean.make_lean([block])
     video, text = torch.randn(1, 24, 64), torch.randn(1, 5, 64)
