@@ -1,6 +1,7 @@
 """Parse, dispatch, and turn exceptions into exit codes: 0 done, 1 bug, 2 usage, 3 does not fit or out of memory,
 4 non-finite, 5 checkpoint, 6 input/output, 129/130/143 interrupted after saving."""
 
+import ast
 import contextlib
 import errno
 import io
@@ -40,15 +41,19 @@ def main() -> int:
 
 def _bench() -> int:
     """Run a benchmark by name: nothing imports them. `peaks` is a suite of pytest-benchmark."""
-    words, here = sys.argv[2:], Path(__file__).parent
-    known = sorted({"peaks", "card", "emulated"} | {f.stem for f in (here / "bench").glob("*.py")
-                                                    if "\nif __name__" in f.read_text(encoding="utf-8")})
-    if not words or words[0] not in known:
-        return _say(2, f"error: bench {' '.join(words[:1])}: one of {', '.join(known)}")
+    words, here = sys.argv[2:], Path(__file__).parent / "bench"
+    known = {"peaks": here / "test_peaks.py"} | {name: here / name / "__main__.py" for name in ("card", "emulated")}
+    known |= {f.stem: f for f in here.glob("*.py") if "\nif __name__" in f.read_text(encoding="utf-8")}
+    if not words or words[0] in ("-h", "--help"):
+        for name in sorted(known):
+            print(f"run.py bench {name:12}", ast.get_docstring(ast.parse(known[name].read_text(encoding="utf-8"))).splitlines()[0])
+        return 0
+    if words[0] not in known:
+        return _say(2, f"error: bench {words[0]}: one of {', '.join(sorted(known))}")
     if words[0] == "peaks":
         import pytest
 
-        return pytest.main([str(here / "bench" / "test_peaks.py"), "--benchmark-enable", *words[1:]])
+        return pytest.main([str(known["peaks"]), "--benchmark-enable", *words[1:]])
     sys.argv[1:3] = []
     runpy.run_module(f"bench.{words[0]}", run_name="__main__", alter_sys=True)
     return 0

@@ -134,6 +134,8 @@ def lookup(profile: str) -> Card:
     family = [name for key, name in keys.items() if wanted and re.fullmatch(re.escape(wanted) + r"\d+gb", key)]
     if family:
         return _named(min(family, key=lambda name: _table()["cards"][name]["mib"]))
+    if re.fullmatch(r"\d{1,3}", text):
+        raise UnknownCard(f"unknown card {profile!r}; did you mean {text}gb, a size?")
     near = [keys[key] for key in difflib.get_close_matches(wanted, keys, n=3, cutoff=0.4)]
     hint = f"did you mean {', '.join(near)}?" if near else f"known: {', '.join(card_names())}."
     raise UnknownCard(f"unknown card {profile!r}; {hint} A size (24gb) or auto works too.")

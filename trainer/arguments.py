@@ -167,7 +167,8 @@ def chosen_card(profile: str, device: str = "auto") -> Card:
     except (UnknownCard, CardUnreadable) as e:
         raise UsageError(f"--profile {profile}: {e}") from e
     if (profile, kind[1]) == ("auto", "cuda") and card.is_cpu:
-        raise UsageError(f"--device {device}: there is no CUDA card here; use --device cpu, or --profile to plan for a card")
+        raise UsageError(f"--device {device}: there is no CUDA card here (run.py doctor says what is missing); use --device cpu, or plan "
+                         "for another machine's: run.py plan --profile 4090")
     return card
 
 

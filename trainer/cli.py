@@ -93,14 +93,14 @@ def _train(argv: Sequence[str]) -> None:
             raise UsageError(f"--num-shards {config.memory.num_shards}: all processes of a run share its blocks, here {num_ranks()}; start "
                              f"with torchrun --nproc-per-node={config.memory.num_shards} -- run.py …, or say --num-shards 1")
         config, assessment = _planned(command, origins, card, argv)
-        if card.is_cpu and assessment is None and not command.resume:  # where memory runs out, the system ends the process without a word
-            from trainer.planning import require_room
-
-            assessment = require_room(config, card)
         if not command.resume:
-            from trainer.planning import require_sense
+            from trainer.planning import forecast_as_given, require_room, require_sense
 
+            if card.is_cpu:
+                assessment = assessment or forecast_as_given(config, card)
             require_sense(config, assessment if card.is_cpu else None)
+            if card.is_cpu:  # where memory runs out, the system ends the process without a word
+                require_room(config, card, assessment)
         measures = not rank and _will_measure(config)
         if config.optim.warmup > config.optim.steps and origins["optim.warmup"] != "default":
             logger.warning("--warmup %d: the run ends after %d --steps, at %.2g of --lr", config.optim.warmup, config.optim.steps,
@@ -150,6 +150,7 @@ def _forecast(command: PlanCommand, origins: dict[str, str]) -> None:
 def _measure(config: EvaluateConfig) -> None:
     from trainer.evaluate import EVALUATION, PICTURES, evaluate, print_table
 
+    print(f"measuring {config.num_videos} videos a row, without the eraser and with it: a minute or more", file=sys.stderr, flush=True)
     print_table(evaluate(config))
     directory = config.run if config.run.is_dir() else config.run.parent
     print(f"evaluation: {directory / EVALUATION}\npictures: {directory / PICTURES}")

@@ -19,7 +19,8 @@ class TrainCommand:
     """
 
     profile: str = "auto"
-    """The card to fit: a name (4090), a size (24gb), or auto for the card that is present, or the CPU."""
+    """The card to fit: a name (4090), a size (24gb), or auto for the card that is present. Without a card nothing is planned, unless auto
+    is said: for this machine's memory, then."""
     config: Path | None = None
     """A TOML file with settings: sections model, data, loss, optim, output, memory."""
     resume: Path | None = None
@@ -85,7 +86,8 @@ class PlanCommand:
     json: bool = False
     """Print JSON in place of tables."""
     host: str | None = None
-    """The host's memory that is free, such as 64gb: what blocks keep may go there. --profile auto knows this machine's."""
+    """The host's memory that is free, such as 64gb: what blocks keep may go there. --profile auto knows this machine's; of other cards'
+    hosts nothing is assumed."""
     cards: int = 1
     """Cards of this kind in one machine, as torchrun would use them; the batch is divided among them."""
     explain: bool = False

@@ -48,7 +48,7 @@ class DataConfig:
     `safe` column (the same prompt without the concept). Without it, prompts are made from the concept."""
     instead: str = ""
     """What safe prompts name in the concept's place (--concept circle --instead square), where the file has none.
-    Empty: they leave the concept unsaid."""
+    Empty: the bundled model's leave the concept unsaid; with others the empty prompt is the safe one."""
     preserve: tuple[str, ...] = ()
     """Related concepts to keep, as prompts or words."""
     preserve_file: Path | None = None

@@ -21,7 +21,7 @@ PHASES = {"teacher": "cyan", "student": "blue", "backward": "magenta", "optimize
 DEAD, EXPLODING = 1e-4, 1e2
 _LABEL = 9  # columns of the labels
 _WIDE = 130  # columns from which two panes fit beside each other
-_TREND = 20  # steps: about one trajectory, whose losses differ by timestep
+_TREND = 20  # steps, or as many as a trajectory has
 
 Row = tuple[str, Text]
 
@@ -30,7 +30,7 @@ def view(state: Mapping[str, Any], width: int) -> RenderableType:
     """The whole view, `width` columns wide. `state`: what `Monitor.state` returns."""
     inner = (width - 3) // 2 if width >= _WIDE else width
     room = inner - _LABEL - 1
-    numbers = [*_losses(state["records"], room), *_strips(state["records"], room)]
+    numbers = [*_losses(state, room), *_strips(state["records"], room)]
     machine = [*_step_time(state["records"], room), *_memory(state, room), *_peaks(state["records"], room),
                *_host(state)]
     across = width - _LABEL - 1
@@ -117,9 +117,10 @@ def sparkline(values: Sequence[float], width: int) -> str:
     return "".join(" " if m is None else LEVELS[round((m - low) / step)] for m in means)
 
 
-def trend(values: Sequence[float]) -> tuple[str, str]:
-    """(text, style): the mean of the last steps against that of as many before."""
-    span = min(_TREND, len(values) // 2)
+def trend(values: Sequence[float], period: int = 1) -> tuple[str, str]:
+    """(text, style): the mean of the last steps against that of as many before. `period`: in steps, of a trajectory, whose losses differ by
+    timestep: only whole ones are compared."""
+    span = min(max(_TREND, period), len(values) // 2) // period * period
     if span < 3:
         return "", ""
     before, now = sum(values[-2 * span:-span]), sum(values[-span:])
@@ -132,12 +133,12 @@ def trend(values: Sequence[float]) -> tuple[str, str]:
     return (f"{arrow} x{now / before:.3g}" if change > 9 else f"{arrow} {change:+.0%}"), style
 
 
-def _losses(records: Sequence[Mapping[str, Any]], room: int) -> list[Row]:
-    rows = []
+def _losses(state: Mapping[str, Any], room: int) -> list[Row]:
+    rows, records = [], state["records"]
     for name, label in (*zip(TERMS, TERMS), ("gradient_norm", "gradient")):
         values = [float(r[name]) for r in records if isinstance(r.get(name), int | float)]
         if values:
-            text, style = trend(values)
+            text, style = trend(values, state["facts"].get("trajectory_steps", 1))
             value = (f"{values[-1]:10.3e} ", "" if math.isfinite(values[-1]) else "bold red")
             line = sparkline(values, max(8, min(60, room - 23)))
             rows.append((label, Text.assemble(value, (line, "cyan"), "  ", (text, style))))

@@ -91,7 +91,7 @@ def train(config: TrainConfig, origins: Mapping[str, str], *, resume: Path | Non
         saver = Saver(run_dir, last_step=state.step if resume else None)
         log = on_main(MetricsLog, run_dir, first_step=state.step, tensorboard=config.output.tensorboard, events=events)
         files.callback(log.close if log else bool)
-        monitor.facts = shared(keep_forecast, run_dir, config, forecast)
+        monitor.facts |= shared(keep_forecast, run_dir, config, forecast)
         monitor.done, monitor.findings, health.sinks = state.step, health.findings, (log.write, monitor.step) if log else ()
         if state.step == 0 and config.output.sample_every:
             sampling.run(run_dir, 0, assembly, embeddings, stop)

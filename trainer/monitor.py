@@ -5,6 +5,7 @@ monitor's own, so neither a slow terminal nor a bug in here can hold up or stop 
 """
 
 import logging
+import math
 import os
 import sys
 import threading
@@ -34,7 +35,7 @@ class Monitor:
                  facts: Mapping[str, float | None] | None = None, stopping: Callable[[], bool] = bool,
                  read_memory: Callable[[], Mapping[str, Any]] | None = None, stream: TextIO | None = None,
                  interval: float = 10.0, refresh: float = 1.0):
-        """`facts`: `budget_bytes` and `predicted_peak_bytes`, where known. `stopping`: whether a signal came.
+        """`facts`: `budget_bytes`, `predicted_peak_bytes` and `trajectory_steps`, where known. `stopping`: whether a signal came.
         `read_memory`: measured values of now, see `read_process`. `interval`: seconds between plain lines, at least;
         `refresh`: between pictures of the live view."""
         self.num_steps, self.title, self.facts, self.stopping = num_steps, title, dict(facts or {}), stopping
@@ -136,7 +137,9 @@ class Monitor:
 
 def watch(config: TrainConfig, stop: StopFlag, meter: Meter) -> Monitor:
     """The monitor of a training run. Sensors are asked by the monitor's own thread."""
-    return Monitor(config.optim.steps, mode="off" if rank() else config.output.monitor, title=config.data.concept,
+    data, passes = config.data, config.optim.accumulation
+    facts = {"trajectory_steps": data.trajectory_steps // math.gcd(data.trajectory_steps, passes)} if data.latents == "trajectory" else {}
+    return Monitor(config.optim.steps, mode="off" if rank() else config.output.monitor, title=data.concept, facts=facts,
                    stopping=stop.__bool__, read_memory=lambda: read_memory(meter) | sensors(meter.device))
 
 

@@ -179,13 +179,11 @@ def planned(config: TrainConfig, card: Card, fixed: Collection[str]) -> tuple[Tr
     return replace(config, memory=found.result.best.plan), chosen, found.result.best
 
 
-def require_room(config: TrainConfig, card: Card) -> Assessment:
-    """What the configured plan needs, where there is no search for another. Raises DoesNotFit."""
-    found = forecast_as_given(config, card)
+def require_room(config: TrainConfig, card: Card, found: Assessment) -> None:
+    """Raises DoesNotFit where the configured plan, which is `found` to need that, does not fit, and no other is looked for."""
     if not found.fits:
         raise DoesNotFit(f"{config.model.model} does not fit {card.label}: this plan {found.reason}; {_room(found, card)}, and "
                          f"--profile auto looks for a smaller plan")
-    return found
 
 
 def require_sense(config: TrainConfig, on_cpu: Assessment | None = None, *, what: str = "trains") -> None:
@@ -231,12 +229,17 @@ def smallest_card(found: Forecast) -> str:
 
 
 def command(config: TrainConfig, plan: MemoryPlan, origins: dict[str, str], num_cards: int = 1) -> str:
-    """A command line that runs with exactly this plan."""
+    """A command line that runs with exactly this plan. WORD stands for what has to be said of published models, and was not."""
     words = ["python", "run.py"] if num_cards == 1 else ["torchrun", f"--nproc-per-node={num_cards}", "--", "run.py"]
     given = [path.split(".") for path, origin in origins.items() if origin == "flag" or origin.startswith("file ")]
     for section, name in given:
         if section != "memory":
             words += _flag(name, getattr(getattr(config, section), name))
+    if config.model.model != "shapes":
+        if not {("data", "concept"), ("data", "prompts")} & {*map(tuple, given)}:
+            words += ["--concept", "WORD"]
+        if config.loss.beta and not (config.data.preserve or config.data.preserve_file):
+            words += ["--preserve", "WORD"]
     default = MemoryPlan()
     for f in fields(MemoryPlan):  # what was given is not to be planned anew, whatever it is
         if getattr(plan, f.name) != getattr(default, f.name) or ["memory", f.name] in given:
@@ -287,7 +290,8 @@ def print_forecast(found: Forecast, origins: dict[str, str], *, explain: bool) -
     uncompiled += f", but for {more:.0%} that compiled feed-forwards in chunks reserve more" if more else ""
     console.print(Text(verdict(found), style="bold"))
     console.print(f"(all figures predicted{uncompiled}; {found.result.num_candidates} candidates; times that others "
-                  f"measured differ from such predictions by {TYPICAL_ERROR:.0%} on average and {LARGEST_ERROR:.0%} at most)", highlight=False)
+                  f"measured differ from such predictions by {TYPICAL_ERROR:.0%} (root mean square), {LARGEST_ERROR:.0%} at most, and short steps by more "
+                  "where the host is slow)", highlight=False)
     searched = (*SEARCHED, "num_shards") if found.num_cards > 1 else SEARCHED
     settings = Table("setting", "value", "origin", title="settings", title_justify="left")
     for f in fields(MemoryPlan):
@@ -295,7 +299,7 @@ def print_forecast(found: Forecast, origins: dict[str, str], *, explain: bool) -
         planned = f.name in searched and origins.get(path) in ("default", None)
         settings.add_row(f.name, str(value), "planned" if planned else Text(origins.get(path, "default")))
     console.print(settings)
-    for title, rows in (("GiB by category at the step's peak", a.prediction.by_category), ("GiB by phase", a.by_phase)):
+    for title, rows in (("GiB at the step's peak", a.prediction.by_category), ("GiB by phase", a.by_phase)):
         table = Table("", "GiB", title=title, title_justify="left")
         for name, num_bytes in rows.items():
             table.add_row(name, f"{num_bytes / GIB:.3f}")
@@ -321,7 +325,8 @@ def print_forecast(found: Forecast, origins: dict[str, str], *, explain: bool) -
                           f"than {1e6 * a.time.seconds / a.time.num_operators:,.0f} µs for each", highlight=False)
         console.print(f"assumed of {found.card.label}, not measured: {', '.join(found.card.assumed)}\n"
                       f"rates: {found.card.source}", highlight=False)
-    print(command(found.config, a.plan, origins, found.num_cards))
+    if found.result.best:
+        print(command(found.config, a.plan, origins, found.num_cards))
 
 
 def _difference(plan: MemoryPlan, other: MemoryPlan) -> str:

@@ -13,6 +13,9 @@ from trainer.errors import CheckpointError, UsageError
 from trainer.run_directory import CONFIG, read_content
 
 
+_OBEYED = ("dtype", "resident_blocks", "offload_buffers", "compile", "optimizer")  # of the memory plan
+
+
 @dataclass(frozen=True, kw_only=True)
 class ForgetConfig:
     """Forget a class in the linear layer that follows a frozen encoder: CLIP's text_projection, Qwen3-VL's merger."""
@@ -95,8 +98,10 @@ class ForgetConfig:
             raise UsageError(f"--acceptance {self.acceptance}: from 0 to below 1")
         if self.forget is not None and not self.forget.strip():
             raise UsageError("--forget is empty; name the class to forget, e.g. --forget 'red circle'")
-        if self.memory.feed_forward_chunks > 1 or self.memory.boundaries == "host":
-            raise UsageError("--feed-forward-chunks and --boundaries host are for training erasers; nothing is kept for a backward pass here")
+        for f in fields(MemoryPlan):
+            if f.name not in _OBEYED and getattr(self.memory, f.name) != f.default:
+                raise UsageError(f"--{f.name.replace('_', '-')} is for training erasers; the encoder runs forward only, and obeys "
+                                 f"{', '.join('--' + name.replace('_', '-') for name in _OBEYED)}")
         check_seed(self.seed)
         self._check_side()
 

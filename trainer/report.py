@@ -233,7 +233,7 @@ def _norms(files: RunFiles) -> str:
         return ""
     maps = []
     for key, label in _NORMS.items():
-        measured = [(r["step"], r["blocks"][key]) for r in files.records if r.get("blocks", {}).get(key)]
+        measured = [(r["step"] + 1, r["blocks"][key]) for r in files.records if r.get("blocks", {}).get(key)]
         if measured:
             maps.append(heat_map(label, [step for step, _ in measured], [norms for _, norms in measured]))
     return _section("Norms by block over time", *maps or [_note("No norms by block in the records.")],

@@ -62,9 +62,9 @@ class RunFiles:
         return self.records[-1].get("step", -1) + 1 if self.records else 0
 
     def series(self, *keys: str) -> list[tuple[float, float]]:
-        """(step, value) of a number that records hold, possibly inside of dicts."""
+        """(step, value) of a number that records hold, possibly inside of dicts; steps are counted from 1, as progress is."""
         found = ((record.get("step"), lookup(record, *keys)) for record in self.records)
-        return [(step, float(value)) for step, value in found if step is not None and isinstance(value, int | float)]
+        return [(step + 1, float(value)) for step, value in found if step is not None and isinstance(value, int | float)]
 
     def measured_peaks(self) -> dict[str, float]:
         """Bytes by phase, the highest of all steps."""

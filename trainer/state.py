@@ -140,6 +140,9 @@ class TrainState:
                 then, now = saved[section].get(name), ours[section][name]
                 if files_by_content and name in ("prompts", "preserve_file") and then and now:  # wherever they are now
                     continue
+                if name == "steps" and then != now:
+                    raise CheckpointError(f"cannot resume: --steps was {then} and is {now} now; its {self.config.optim.schedule} schedule ends at step "
+                                          f"{then}, and only a run with --schedule constant goes further")
                 if then != now:
                     raise CheckpointError(f"cannot resume: --{name.replace('_', '-')} was {then!r} and is {now!r} now; "
                                           "a resumed run keeps what it trains on")

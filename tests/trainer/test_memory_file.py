@@ -85,7 +85,8 @@ def test_a_run_keeps_prediction_peaks_and_waiting_time(streamed, monkeypatch):
     files, records = RunFiles.read(run_dir), read_metrics(run_dir)
     predicted = files.memory["predicted"]
     assert files.memory["card"] == "rtx-4090" and files.memory["budget_bytes"] == CARD.usable_bytes
-    assert monitors[0].facts == {"budget_bytes": CARD.usable_bytes, "predicted_peak_bytes": predicted["needed_bytes"]}
+    assert monitors[0].facts == {"budget_bytes": CARD.usable_bytes, "predicted_peak_bytes": predicted["needed_bytes"],
+                                 "trajectory_steps": streamed.data.trajectory_steps}
     assert predicted["peak_bytes"] == max(predicted["peak_bytes_by_phase"].values()) <= predicted["needed_bytes"]
     # Weights of both blocks stream, so copies take time; on the CPU nothing hides it.
     assert all(0 < r["phase_seconds"][WAITING] < sum(r["phase_seconds"].values()) for r in records[1:])

@@ -121,6 +121,9 @@ def test_sparkline_and_trend():
     assert sparkline([0, 6, 1, 5, 7, 3, 11, 3], 4) == "▁▁▅█"  # means 3, 3, 5, 7
     assert trend([2.0] * 20 + [1.0] * 20) == ("↘ -50%", "green")
     assert trend([1.0] * 20 + [30.0] * 20)[0] == "↗ x30"
+    swinging = [4.0, 1.0, 0.0, 0.0, 2.0, 3.0, 1.0, 0.0] * 9  # as the timesteps of a trajectory do
+    assert trend(swinging[:44])[0] != "→ +0%" and {trend(swinging[:n], 8)[0] for n in range(16, 72)} == {"→ +0%"} and trend(swinging[:15], 8)[0] == ""
+    assert trend([1.0] * 50 + [2.0] * 50, 50)[0] == "↗ +100%"
     assert trend([1.0] * 39 + [math.inf])[0] == "not finite" and trend([1.0]) == ("", "")
     assert duration(42) == "0:42" and duration(4000) == "1:06:40"
 
