@@ -150,7 +150,6 @@ def _forecast(command: PlanCommand, origins: dict[str, str]) -> None:
 def _measure(config: EvaluateConfig) -> None:
     from trainer.evaluate import EVALUATION, PICTURES, evaluate, print_table
 
-    print(f"measuring {config.num_videos} videos a row, without the eraser and with it: a minute or more", file=sys.stderr, flush=True)
     print_table(evaluate(config))
     directory = config.run if config.run.is_dir() else config.run.parent
     print(f"evaluation: {directory / EVALUATION}\npictures: {directory / PICTURES}")

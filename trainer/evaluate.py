@@ -6,6 +6,7 @@ Legend: B videos, T frames, H W pixels.
 
 import math
 import random
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -99,6 +100,7 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         raise UsageError(f"{config.run} does not say which concept it erases; name it with --concept")
     require_measurable(concept, config.model)
     chosen = cases(concept, config.num_videos, config.seed)
+    print(f"measuring {len(chosen)} videos, without the eraser and with it: a minute or more", file=sys.stderr, flush=True)
     embeddings = embed_prompts(backbone, config.model, config.memory, [*(c.prompt for c in chosen), ""])
     with assemble(backbone, config.model, config.memory, eraser=config.run) as assembly:
         result, sheet = measure(assembly, backbone, embeddings.to(resolve_device(config.model.device)), concept, chosen,

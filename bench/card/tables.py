@@ -67,7 +67,7 @@ def headline() -> str:
         notes.append(f"Peaks of {len(planned)} plans were predicted within {off[0]:.2%} (allocated) and {off[1]:.1%} (reserved).")
     text = markdown(["a step of all three losses", "allocated at peak", "seconds"], rows) + (f"\n{' '.join(notes)}\n" if notes else "")
     if 0 < len(older) < len(found):
-        text += "\n\\* since queries and keys are normed and rotated by one operator, the others of ours before (MEMORY.md).\n"
+        text += "\n\\* since queries and keys are normed and rotated by one operator, which made our steps faster (MEMORY.md); the others of ours are from before.\n"
     if first:
         text += f"\n\\*\\* before the optimizer had its state: {first / GIB:.2f} GiB after that (predicted).\n"
     return text + _source(found)

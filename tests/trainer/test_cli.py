@@ -4,6 +4,7 @@ import re
 import resource
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import Mock
@@ -233,7 +234,7 @@ def test_damaged_eraser_files(sincos, call, pipelines, tmp_path, damage, message
     (["plan", "--explain", "yes"], "--explain yes: it takes no value; say --explain or --no-explain"),
     (["--resume", ""], "--resume: an empty value; name one, or leave the flag out"),
     (["--config=", "--steps", "3"], "--config: an empty value"),
-    (["plan", "--device", "cuda"], "--device cuda: there is no CUDA card here; use --device cpu, or --profile to plan for a card"),
+    (["plan", "--device", "cuda"], "--device cuda: there is no CUDA card here (run.py doctor says what is missing); use --device cpu, or plan for"),
     (["plan", "--device", "cuda:x"], "--device cuda:x: auto, cpu or cuda would work"),
     (["generate", "--prompt", "x", "--no-eraser", "--fpss", "3"], "there is no option --fpss; did you mean --fps?"),
 ])
@@ -355,6 +356,21 @@ def test_the_hosts_memory_is_a_size_and_reaches_the_planner(monkeypatch):
     for wrong in ("foo", "0gb", "64"):
         with pytest.raises(UsageError, match=f"--host {wrong}: a size such as 64gb"):
             cli.main(["plan", "--profile", "4090", "--host", wrong])
+
+
+def test_a_plan_that_does_not_fit_is_no_command(capsys):
+    said = {}
+    for size in ("2gb", "24gb"):
+        with nullcontext() if size == "24gb" else pytest.raises(DoesNotFit):
+            cli.main(["plan", "--profile", size, "--model", "cogvideox-2b", "--weights", "random", "--frames", "9"])
+        said[size] = capsys.readouterr().out
+    assert "python run.py" in said["24gb"] and "python run.py" not in said["2gb"]
+
+
+def test_the_benchmarks_are_listed():
+    done = _python("run.py", "bench")
+    lines = {line.split()[2]: line for line in done.stdout.splitlines()}
+    assert done.returncode == 0 and {"card", "peaks", "emulated", "main_run"} <= lines.keys() and "The suite for one card" in lines["card"]
 
 
 def test_what_does_not_fit_the_hosts_memory_is_told_before_anything_is_loaded(tmp_path, monkeypatch):

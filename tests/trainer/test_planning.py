@@ -108,6 +108,11 @@ def test_the_command_gives_all_that_was_given_and_leaves_the_planner_what_it_cho
     plan = MemoryPlan(resident_blocks=3)
     origins = {"loss.eta": "file a.toml", "optim.rank": "bundled model", "memory.checkpoint": "flag", "memory.passes": "default"}
     assert planning.command(config, plan, origins) == "python run.py --eta 2.0 --resident-blocks 3 --checkpoint all"
+    published = replace(config, model=ModelConfig(model="cogvideox-2b"), data=DataConfig(concept="golf", preserve=("tennis",)))
+    given = {"model.model": "flag", "data.concept": "flag", "data.preserve": "flag"}
+    assert planning.command(published, MemoryPlan(), given) == "python run.py --model cogvideox-2b --concept golf --preserve tennis"
+    unsaid = replace(published, data=DataConfig())
+    assert planning.command(unsaid, MemoryPlan(), {"model.model": "flag"}) == "python run.py --model cogvideox-2b --concept WORD --preserve WORD"
 
 
 def test_a_published_name_without_weights_is_planned_from_its_configuration():

@@ -196,7 +196,7 @@ def test_a_run_that_became_non_finite(run):
         file.write(json.dumps(record(60, loss=math.nan, gradient_norm=math.inf,
                                      blocks={"gradient": [math.nan, 1e-3, 0.0]})) + "\n")
     _, text = read(write_report(run))
-    assert "step 60: not finite" in text and "Cannot be shown" not in text
+    assert "step 61: not finite" in text and "Cannot be shown" not in text
 
 
 @pytest.mark.parametrize("losses, shown", [([1e308, -1e308], True), ([10**400], False)])
@@ -303,7 +303,7 @@ def test_in_a_real_browser(run, tmp_path, width):
          "--disable-component-update", "--disable-sync", f"--user-data-dir={tmp_path / 'profile'}", f"--window-size={width},900",
          "--dump-dom", path.as_uri()], capture_output=True, text=True, timeout=120, check=True)
     title = re.search(r"<title>(.*?)</title>", done.stdout)[1]
-    assert title.startswith("tip step 59: 0.01667")
+    assert title.startswith("tip step 60: 0.01667")
     assert int(re.search(r"width (\d+)", title)[1]) <= width  # no sideways scrolling
     assert float(title.split()[-1]) <= 0
 

@@ -211,7 +211,7 @@ def test_resume_with_other_settings_is_refused(straight, tiny_config, overrides,
 
 def test_more_steps_with_a_cosine_are_another_run(straight, tiny_config):
     run_dir = straight(optim__schedule="cosine")
-    with pytest.raises(CheckpointError, match="--steps was 6"):
+    with pytest.raises(CheckpointError, match="--steps was 6 and is 9 now; its cosine schedule ends at step 6"):
         train(tiny_config(output__out=run_dir, optim__schedule="cosine", optim__steps=9), {}, resume=run_dir)
 
 
