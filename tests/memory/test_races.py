@@ -1,7 +1,6 @@
 """The engine's order of copies and computation, proven by vector clocks: nothing is right by luck."""
 
 import gc
-import sys
 from contextlib import contextmanager
 
 import pytest
@@ -93,24 +92,27 @@ def parked_on_their_way_back(tiny):
     tiny.gradients()
 
 
+def before_a_copy_ends(patch, detector, do):
+    """From here on `do(stream)` is called in the middle of every copy, once what it copies has been asked for."""
+    @contextmanager
+    def stream(stream):
+        with detector.on(stream):
+            yield
+            do(stream)
+
+    patch.setattr(torch.cuda, "stream", stream)
+
+
 def test_garbage_collected_in_the_middle_of_a_copy_waits_on_the_stream_that_computes(monkeypatch):
     tiny, detector, collections = make_tiny("rope"), RaceDetector(), iter([gc.collect])
     emulate(monkeypatch, detector)
-    on = detector.on
-
-    @contextmanager
-    def collecting(stream):
-        with on(stream):
-            yield
-            next(collections, int)()
-
     gc.disable()
     try:
         with detector:
             applied = apply(tiny, MemoryPlan(resident_blocks=0, kept="host", checkpoint="none"), "cpu")
             tiny.step()
             parked_on_their_way_back(tiny)
-            monkeypatch.setattr(torch.cuda, "stream", collecting)
+            before_a_copy_ends(monkeypatch, detector, lambda stream: next(collections, int)())
             tiny.step()
             detector.declare_host(applied.host_buffers)
             applied.undo()  # nothing is to be waited for when the emulation is over
@@ -120,22 +122,18 @@ def test_garbage_collected_in_the_middle_of_a_copy_waits_on_the_stream_that_comp
 
 
 def test_a_load_that_is_interrupted_is_waited_for(monkeypatch):
-    tiny, detector, on = make_tiny("rope"), RaceDetector(), None
+    tiny, detector = make_tiny("rope"), RaceDetector()
     emulate(monkeypatch, detector)
-    on = detector.on
 
-    @contextmanager
-    def interrupted(stream):
-        with on(stream):
-            yield
-            if sys._getframe(2).f_locals["self"] is applied.activations.load_lane:
-                raise KeyboardInterrupt
+    def interrupt(stream):
+        if stream is applied.activations.load_lane._stream:
+            raise KeyboardInterrupt
 
     with detector:
         applied = apply(tiny, MemoryPlan(kept="host", checkpoint="none"), "cpu")
         tiny.step()
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(torch.cuda, "stream", interrupted)
+            before_a_copy_ends(patch, detector, interrupt)
             tiny.step()
         gc.collect()
         tiny.step()
