@@ -15,8 +15,9 @@ from torch._inductor.utils import fresh_cache
 
 from bench.card.gauge import profiled_peak
 from bench.provenance import take_no_arguments, write_result
+from memory.applied import AppliedPlan
 from memory.fake import FakeMode
-from memory.plan import AppliedPlan, MemoryPlan, apply_plan
+from memory.plan import MemoryPlan, apply_plan
 from memory.simulate import recording
 from trainer.backbones.cogvideox import BOUNDARY_NAMES
 from trainer.backbones.lean import make_lean

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from memory.plan import AppliedPlan, MemoryPlan, apply_plan
+from memory.applied import AppliedPlan
+from memory.plan import MemoryPlan, apply_plan
 from trainer.backbones import Predict
 from trainer.backbones.cogvideox import BOUNDARY_NAMES, CogVideoX
 from trainer.config import LossConfig, ModelConfig, TrainConfig

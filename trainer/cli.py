@@ -96,11 +96,11 @@ def _train(argv: Sequence[str]) -> None:
         if not command.resume:
             from trainer.planning import forecast_as_given, require_room, require_sense
 
-            if card.is_cpu:
-                assessment = assessment or forecast_as_given(config, card)
-            require_sense(config, assessment if card.is_cpu else None)
-            if card.is_cpu:  # where memory runs out, the system ends the process without a word
-                require_room(config, card, assessment)
+            on_cpu = (assessment or forecast_as_given(config, card)) if card.is_cpu else None
+            require_sense(config, on_cpu)
+            if on_cpu:  # where memory runs out, the system ends the process without a word
+                require_room(config, card, on_cpu)
+            assessment = assessment or on_cpu
         measures = not rank and _will_measure(config)
         if config.optim.warmup > config.optim.steps and origins["optim.warmup"] != "default":
             logger.warning("--warmup %d: the run ends after %d --steps, at %.2g of --lr", config.optim.warmup, config.optim.steps,

@@ -140,12 +140,11 @@ class TrainState:
                 then, now = saved[section].get(name), ours[section][name]
                 if files_by_content and name in ("prompts", "preserve_file") and then and now:  # wherever they are now
                     continue
-                if name == "steps" and then != now:
-                    raise CheckpointError(f"cannot resume: --steps was {then} and is {now} now; its {self.config.optim.schedule} schedule ends at step "
-                                          f"{then}, and only a run with --schedule constant goes further")
                 if then != now:
-                    raise CheckpointError(f"cannot resume: --{name.replace('_', '-')} was {then!r} and is {now!r} now; "
-                                          "a resumed run keeps what it trains on")
+                    why = "a resumed run keeps what it trains on"
+                    if name == "steps" and saved[section].get("schedule") == "cosine":
+                        why = f"its cosine schedule ends at step {then}, and only a run with --schedule constant goes further"
+                    raise CheckpointError(f"cannot resume: --{name.replace('_', '-')} was {then!r} and is {now!r} now; {why}")
 
     def described(self) -> dict[str, Any]:
         """What must be the same for a run to go on, besides its settings."""

@@ -15,8 +15,9 @@ import torch
 from torch import nn
 
 from bench.card.gauge import Gauge
+from memory.applied import AppliedPlan
 from memory.optimizers import make_optimizer, update_norms
-from memory.plan import AppliedPlan, MemoryPlan, apply_plan
+from memory.plan import MemoryPlan, apply_plan
 from memory.precision import make_scaler
 from memory.standing import allocate_standing
 from memory.timeline import BACKWARD, FORWARD, OPTIMIZER, TEACHER
