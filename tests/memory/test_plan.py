@@ -2,9 +2,10 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny_transformer import BOUNDARY_NAMES, make_tiny
+from tiny_transformer import BOUNDARY_NAMES, assert_equal, make_tiny
 from torch import nn
 
 from memory.plan import MemoryPlan, PlanError, apply_plan, parse_checkpoint, resolve_keeps, varied
@@ -149,6 +150,24 @@ def test_a_weight_that_streams_is_not_used_outside_of_the_blocks():
     with pytest.raises(PlanError, match="resident_blocks: head.weight is a weight of a block as well"):
         apply_plan(tiny.model, tiny.blocks, MemoryPlan(resident_blocks=0), device="cpu", boundary_names=BOUNDARY_NAMES)
     apply_plan(tiny.model, tiny.blocks, MemoryPlan(), device="cpu", boundary_names=BOUNDARY_NAMES).undo()
+
+
+@pytest.mark.parametrize("settings", [{"resident_blocks": 0}, {"dtype": "bfloat16"}, {"boundaries": "host"}])
+def test_a_plan_applied_in_inference_mode_trains_as_any(settings):
+    plain, tiny = make_tiny(), make_tiny()
+    apply(plain, **settings)
+    with torch.inference_mode():
+        apply(tiny, **settings)
+    assert torch.equal(tiny.step(), plain.step())
+    assert_equal(tiny.gradients(), plain.gradients())
+
+
+def test_the_cpu_may_have_an_index():
+    tiny = make_tiny()
+    applied = apply_plan(tiny.model, tiny.blocks, MemoryPlan(resident_blocks=0, boundaries="host"), device="cpu:0",
+                         boundary_names=BOUNDARY_NAMES)
+    tiny.step()
+    assert applied.num_loads and applied.bytes_parked
 
 
 def test_refuses_a_second_checkpointing():

@@ -68,6 +68,20 @@ def test_text_encoder_equals_from_pretrained_bitwise_with_its_tied_weight(sincos
     assert {n: p.dtype for n, p in planned.named_parameters()} == {n: p.dtype for n, p in ours.named_parameters()}
 
 
+@pytest.mark.parametrize("names", [["encoder.embed_tokens.weight"], ["shared.weight", "encoder.embed_tokens.weight"]], ids=len)
+def test_a_tied_weight_may_be_stored_by_its_other_name_or_by_both(copied, names):
+    from transformers import T5EncoderModel
+
+    model = CogVideoX(str(copied("2b")))
+    place = model.directory / "text_encoder"
+    tensors = load_file(place / "model.safetensors")
+    words = tensors.pop("shared.weight")
+    save_file({**tensors, **{name: words.clone() for name in names}}, place / "model.safetensors", metadata={"format": "pt"})
+    ours = model.text_encoder.load(dtype=torch.float32)
+    _same(ours, T5EncoderModel.from_pretrained(place))
+    assert ours.encoder.embed_tokens.weight is ours.shared.weight and torch.equal(ours.shared.weight, words)
+
+
 def test_vae_equals_from_pretrained_bitwise(sincos):
     from diffusers import AutoencoderKLCogVideoX
 

@@ -79,7 +79,7 @@ def assign(model: nn.Module, directory: Path, *, dtype: torch.dtype, device: tor
             for name in names:
                 _place(model, name, f.get_tensor(name), expected[name], dtype_of(model, name, dtype), device)
     if hasattr(model, "tie_weights"):
-        model.tie_weights()
+        model.tie_weights(missing_keys=expected.keys() - where.keys())  # to whichever of them the file has
     unset = [n for n, t in {**dict(model.named_parameters()), **_persistent_buffers(model)}.items() if t.is_meta]
     if unset:
         raise CheckpointError(f"{directory} lacks {unset[0]} of {type(model).__name__}")
