@@ -17,7 +17,8 @@ import tyro
 from rich.console import Console
 from rich.table import Column, Table
 
-from bench.faults import FAULTS, PIPELINES, Outcome, healthy_settings, run_fault, settings, tiny_pipeline, watch
+from bench.faults import FAULTS, run_fault
+from bench.watched import PIPELINES, Outcome, healthy_settings, settings, tiny_pipeline, watch
 from bench.provenance import RESULTS, write_result
 
 

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from bench.faults import FAULTS, PIPELINES, Fault, healthy_settings, run_fault, settings, tiny_pipeline, watch
+from bench.faults import FAULTS, Fault, run_fault
+from bench.watched import PIPELINES, healthy_settings, settings, tiny_pipeline, watch
 from memory.compiling import compile_blocks
 from trainer.findings import CODES
 
