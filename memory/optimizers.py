@@ -82,10 +82,10 @@ def reset_state(optimizer: torch.optim.Optimizer) -> None:
 @torch.no_grad()
 def update_norms(parameters: Sequence[torch.Tensor], update: Callable[[], object]) -> tuple[Sequence[torch.Tensor], Sequence[torch.Tensor]]:
     """Norms of what `update()` changes in each parameter, and of the parameters after it. Holds a copy of all of them meanwhile."""
-    before = torch._foreach_mul([p.detach() for p in parameters], 1)  # a copy; torch 2.11 has no _foreach_clone
+    before = torch._foreach_mul(parameters, 1)  # a copy; torch 2.11 has no _foreach_clone
     update()
-    torch._foreach_sub_(before, [p.detach() for p in parameters])
-    return torch._foreach_norm(before), torch._foreach_norm([p.detach() for p in parameters])
+    torch._foreach_sub_(before, parameters)
+    return torch._foreach_norm(before), torch._foreach_norm(parameters)
 
 
 def predict_state_bytes(numels: Iterable[int], kind: OptimizerKind) -> int:

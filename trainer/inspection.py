@@ -151,10 +151,11 @@ def adapter_findings(subject: Subject) -> Iterator[Finding]:
     """Dtype, trainability and ownership of the erasers' parameters."""
     parameters = subject.assembly.erasers.named_parameters()
     owned = held(subject)
+    strangers = [n for n, p in parameters if id(p) not in owned]
     checks = (
         ("half-precision-adapters", "adapters", [n for n, p in parameters if p.dtype != torch.float32]),
         ("frozen-eraser", "adapters", [n for n, p in parameters if not p.requires_grad]),
-        (_ownership(subject), "optimizer", [n for n, p in parameters if id(p) not in owned]),
+        (strangers and _ownership(subject), "optimizer", strangers),
     )
     for code, phase, names in checks:
         if names:
