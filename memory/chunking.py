@@ -1,24 +1,27 @@
 """Run a feed-forward over chunks of tokens: the same result from a smaller working set.
 
 A feed-forward of width 4 D makes the largest tensors of a block, and backward three of them at once. Its tokens do not see
-each other, so both passes go chunk by chunk. Forward keeps the input only, and backward recomputes each chunk's hidden
-layer: one more forward of the feed-forward a backward pass, 6 to 10 % of a student pass at 49 frames, for a quarter to a third of
-the block's peak (predicted).
+each other, so both passes go chunk by chunk. Forward keeps the input only, and backward computes each chunk's hidden layer anew, which a
+checkpointed block would do anyway: there it costs no operation. A block that keeps all else computes half a feed-forward more.
+It takes a quarter to a third of the block's peak (predicted).
 
 Shapes: B batch, N tokens, D width.
 """
 
 import copy
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.nn.modules.dropout import _DropoutNd
+from torch.overrides import TorchFunctionMode
 
 from memory.handle import Handle
 from memory.patching import replace_forward, require_modules
+from memory.saving import keep
 
 TOKENS = 1  # the dimension of N
 
@@ -49,23 +52,26 @@ def _chunked_forward(module: nn.Module, num_chunks: int, inner):
     for name, hooks in vars(module).items():
         if "_hooks" in name and isinstance(hooks, dict):  # they are called around all chunks, not around each as well
             setattr(original, name, type(hooks)())
-    names = [name for name, _ in module.named_parameters()]
 
     def forward(hidden):
         if any(m.training and m.p > 0 for m in module.modules() if isinstance(m, _DropoutNd)):
             raise RuntimeError("a feed-forward in chunks cannot replay dropout; call eval() on the frozen model")
         original.training = module.training
-        if not torch.is_grad_enabled():
+        if not (torch.is_grad_enabled() and hidden.requires_grad):
             return _run_chunks(original, hidden, num_chunks)
-        return _ChunkedFeedForward.apply(hidden, original, num_chunks, names, *module.parameters())
+        parameters = dict(module.named_parameters())
+        # Weights are saved tensors, too: under block offload, backward must find them again through autograd, because the
+        # parameters point to the host by then.
+        hidden, kept = keep(hidden, hidden, *parameters.values())
+        return _Chunked.apply(hidden, kept, original, num_chunks, parameters)
 
     return forward
 
 
-def _run_chunks(module: nn.Module, hidden: torch.Tensor, num_chunks: int) -> torch.Tensor:
+def _run_chunks(run: Callable[[torch.Tensor], torch.Tensor], hidden: torch.Tensor, num_chunks: int) -> torch.Tensor:
     output, start = None, 0
     for chunk in hidden.chunk(num_chunks, TOKENS):
-        result = module(chunk)
+        result = run(chunk)
         if output is None:
             output = result.new_empty(hidden.shape[0], hidden.shape[TOKENS], result.shape[-1])  # (B, N, D')
         output.narrow(TOKENS, start, chunk.shape[TOKENS]).copy_(result)
@@ -73,26 +79,63 @@ def _run_chunks(module: nn.Module, hidden: torch.Tensor, num_chunks: int) -> tor
     return output
 
 
-class _ChunkedFeedForward(torch.autograd.Function):
-    """The weights are saved tensors like the input: under block offload, backward must find them again through autograd,
-    because the parameters point to the host by then."""
-
+class _Chunked(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, module, num_chunks, names, *weights):
-        ctx.save_for_backward(hidden, *weights)
-        ctx.module, ctx.num_chunks, ctx.names = module, num_chunks, names
-        return _run_chunks(module, hidden, num_chunks)
+    def forward(ctx, hidden, kept, module, num_chunks, parameters):
+        ctx.kept, ctx.module, ctx.num_chunks, ctx.names = kept, module, num_chunks, list(parameters)
+
+        def run(chunk):
+            with _Linears() as linears:
+                result = module(chunk)
+            ctx.last = next((name for name, parameter in parameters.items() if linears.end_in(parameter, result)), None)
+            return result
+
+        return _run_chunks(run, hidden, num_chunks)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_output):
-        hidden, *weights = ctx.saved_tensors
+        hidden, *weights = ctx.kept.saved_tensors
         weights = dict(zip(ctx.names, weights, strict=True))
         grad_hidden = torch.empty_like(hidden)
         chunks = (tensor.chunk(ctx.num_chunks, TOKENS) for tensor in (hidden, grad_output, grad_hidden))
         for chunk, grad_result, grad_chunk in zip(*chunks, strict=True):
-            with torch.enable_grad():
+            with torch.enable_grad(), _Linears(skipped=weights.get(ctx.last)):
                 chunk = chunk.detach().requires_grad_()
                 result = torch.func.functional_call(ctx.module, weights, (chunk,))
             grad_chunk.copy_(torch.autograd.grad(result, chunk, grad_result)[0])
-        return grad_hidden, *[None] * (3 + len(weights))
+        return grad_hidden, *[None] * 4
+
+
+class _Linears(TorchFunctionMode):
+    """Sees the linear layers that run inside. Of the one with the weight `skipped` no more is computed than its gradient needs."""
+
+    def __init__(self, *, skipped: torch.Tensor | None = None):
+        super().__init__()
+        self._skipped, self._weights, self._result = skipped, [], None
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is not F.linear:
+            return func(*args, **(kwargs or {}))
+        if args[1] is self._skipped:
+            return _Uncomputed.apply(*args[:2])
+        self._weights.append(args[1])
+        self._result = func(*args, **(kwargs or {}))
+        return self._result
+
+    def end_in(self, weight: torch.Tensor, result: torch.Tensor) -> bool:
+        """Whether `result` is what the layer with this weight gave, which ran once."""
+        return result is self._result and [w is weight for w in self._weights] == [False] * (len(self._weights) - 1) + [True]
+
+
+class _Uncomputed(torch.autograd.Function):
+    """A linear layer's result (..., D') with zeros for values, where nothing but backward follows."""
+
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.weight = weight
+        return x.new_zeros(()).expand(*x.shape[:-1], len(weight))
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient @ ctx.weight, None

@@ -69,6 +69,27 @@ def unpack(packed: Any) -> torch.Tensor:
     return packed if isinstance(packed, torch.Tensor) else packed.unpack()
 
 
+class _Keep(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, *tensors):
+        ctx.save_for_backward(*tensors)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient, *[None] * (len(ctx.needs_input_grad) - 1)
+
+
+def keep(x: torch.Tensor, *tensors: torch.Tensor) -> tuple[torch.Tensor, Any]:
+    """`x`, which requires a gradient, and what has `tensors` as its `saved_tensors` in backward: for a custom function that follows.
+
+    A checkpointed block is recomputed until all is saved again. What an operator saves it may save after it has computed; kept
+    by this, before: what needs nothing else in backward is not computed again.
+    """
+    x = _Keep.apply(x, *tensors)
+    return x, x.grad_fn
+
+
 @contextmanager
 def checkpoint_region(name: str, notes: dict) -> Iterator[None]:
     """Mark this thread as inside a checkpointed block: `name` is "forward" or "recompute"; `notes` are those of the call."""

@@ -4,6 +4,7 @@ from tiny_transformer import assert_equal, make_tiny, plain_run
 from torch import nn
 from torch.nn import functional as F
 
+from memory.checkpointing import checkpoint_blocks
 from memory.chunking import chunk_feed_forwards
 from memory.plan import MemoryPlan, apply_plan
 
@@ -73,6 +74,51 @@ def test_backward_keeps_the_input_and_no_hidden_layer():
     with torch.autograd.graph.saved_tensors_hooks(lambda t: shapes.append(tuple(t.shape)) or t, lambda t: t):
         module(torch.randn(1, 100, 16, requires_grad=True))
     assert sorted(shapes) == sorted([(1, 100, 16), *(tuple(p.shape) for p in module.parameters())])
+
+
+class Products(torch.utils._python_dispatch.TorchDispatchMode):
+    """Counts linear layers by the width that they go to; their backward multiplies without a bias."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.addmm.default:
+            self.counts[args[2].shape[1]] = self.counts.get(args[2].shape[1], 0) + 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("checkpointed", [True, False])
+def test_backward_computes_each_hidden_layer_once_and_nothing_else(checkpointed):
+    module, hidden = make(), torch.randn(1, 100, 16, requires_grad=True)
+    chunk_feed_forwards([module], 4)
+    if checkpointed:
+        checkpoint_blocks([module], ["inputs"])
+    with Products() as forward:
+        output = module(hidden)
+    with Products() as backward:
+        output.sum().backward()
+    assert forward.counts == {64: 4, 16: 4} and backward.counts == {64: 4}
+
+
+class Scaled(FeedForward):
+    def forward(self, hidden):
+        return super().forward(hidden).tanh()
+
+
+class Tied(FeedForward):
+    def forward(self, hidden):
+        return self.net(self.net(hidden))
+
+
+@pytest.mark.parametrize("kind", [Scaled, Tied])
+def test_a_last_layer_is_computed_where_its_values_are_needed(kind):
+    torch.manual_seed(0)
+    module, hidden = kind().requires_grad_(False).eval(), torch.randn(2, 30, 16)
+    expected = run(module, hidden)
+    chunk_feed_forwards([module], 3)
+    assert_equal(run(module, hidden), expected, 1e-6)
 
 
 @pytest.mark.parametrize("checkpoint", ["all", "none"])

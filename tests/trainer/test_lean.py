@@ -8,6 +8,7 @@ import torch
 from diffusers.models.transformers.cogvideox_transformer_3d import CogVideoXBlock
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from memory.checkpointing import checkpoint_blocks
 from trainer.backbones import lean
 from trainer.backbones.cogvideox import CogVideoX
 
@@ -61,6 +62,44 @@ def test_of_one_sample_nothing_is_copied_forth_or_back():
         out = block(video, text, torch.randn(1, 16))
         torch.autograd.grad(out, (video, text), [torch.randn_like(o) for o in out])
     assert not copies.found
+
+
+class _Products(TorchDispatchMode):
+    """Shapes of the weights that linear layers multiply with; their backward multiplies without a bias."""
+
+    def __init__(self):
+        super().__init__()
+        self.found: list[tuple[int, ...]] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.addmm.default:
+            self.found.append(tuple(args[2].shape))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("keep", ["inputs", "attention"])
+def test_recomputation_of_a_block_ends_before_its_last_product(keep):
+    block = _block(torch.float32)
+    lean.make_lean([block])
+    video, text, timestep = torch.randn(2, 24, 64, requires_grad=True), torch.randn(2, 5, 64, requires_grad=True), torch.randn(2, 16)
+    checkpointing = checkpoint_blocks([block], [keep])
+    with _Products() as forward:
+        out = block(video, text, timestep)
+    with _Products() as backward:
+        sum(o.square().sum() for o in out).backward()
+    assert checkpointing.num_recomputes == [1]
+    assert forward.found == [*backward.found, (256, 64)] and (64, 256) in backward.found
+
+
+def test_a_gate_may_be_trained_too():
+    gradients = []
+    for make in (lambda blocks: None, lean.make_lean):
+        block = _block(torch.float32)
+        make([block])
+        block.norm2.linear.requires_grad_(True)
+        out = block(torch.ones(1, 24, 64).cumsum(1), torch.ones(1, 5, 64).cumsum(1), torch.ones(1, 16))
+        gradients.append(torch.autograd.grad(sum(o.square().mean() for o in out), block.norm2.linear.weight)[0])
+    torch.testing.assert_close(*gradients, rtol=2e-5, atol=2e-5)
 
 
 def test_every_module_is_called():

@@ -15,7 +15,9 @@ from diffusers.models.attention_processor import Attention
 from diffusers.models.normalization import CogVideoXLayerNormZero
 from diffusers.models.transformers.cogvideox_transformer_3d import CogVideoXBlock
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
+from memory.saving import keep
 from trainer.backbones.attention import LeanProcessor, parted
 from trainer.backbones.norm_rotate import RotatingNorm
 
@@ -76,8 +78,37 @@ class LeanBlock(CogVideoXBlock):
         hidden_states = torch.addcmul(hidden_states, gate, video)
         encoder_hidden_states = torch.addcmul(encoder_hidden_states, text_gate, text)
         video, text, gate, text_gate = self.norm2(hidden_states, encoder_hidden_states, temb)
-        text, video = parted(self.ff(torch.cat([text, video], dim=1)), text.shape[1])
-        return torch.addcmul(hidden_states, gate, video), torch.addcmul(encoder_hidden_states, text_gate, text)
+        x = torch.cat([text, video], dim=1)
+        if not x.requires_grad or gate.requires_grad or torch.compiler.is_compiling():
+            return _gated(hidden_states, encoder_hidden_states, gate, text_gate, self.ff(x))
+        x, kept = keep(x, gate, text_gate)
+        return _Gated.apply(hidden_states, encoder_hidden_states, kept, gate, text_gate, self.ff(x))
+
+
+def _gated(video: Tensor, text: Tensor, gate: Tensor, text_gate: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Video (B, N, D) and text (B, L, D) with their parts of x (B, L + N, D), text first, times their gates (B, 1, D)."""
+    more_text, more_video = parted(x, text.shape[1])
+    return torch.addcmul(video, gate, more_video), torch.addcmul(text, text_gate, more_text)
+
+
+class _Gated(torch.autograd.Function):
+    """What a block ends with. All that its backward needs is kept before the feed-forward, and what the feed-forward needs is saved
+    before its last product: a checkpointed block is recomputed up to there, and goes without a third of its matrix products.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, video: Tensor, text: Tensor, kept: Any, gate: Tensor, text_gate: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.kept = kept
+        return _gated(video, text, gate, text_gate, x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, video: Tensor, text: Tensor) -> tuple[Tensor | None, ...]:
+        gate, text_gate = ctx.kept.saved_tensors
+        x = video.new_empty(len(video), text.shape[1] + video.shape[1], video.shape[2])
+        for part, gradient, factor in zip(parted(x, text.shape[1]), (text, video), (text_gate, gate)):
+            torch.mul(gradient, factor, out=part)
+        return video, text, None, None, None, x
 
 
 def make_lean(blocks: Sequence[CogVideoXBlock]) -> None:
