@@ -127,7 +127,7 @@ class Ranking:
         """Whether the variants to come are not worth their traces: they save memory and never time.
 
         Once no attention is recomputed, they could buy a block or two that keep everything. Feed-forward chunks, which
-        come last, cost about as much as keeping the attention of half the blocks gains.
+        come last, cost half a feed-forward in such a block.
         """
         num_recomputed = resolve_keeps(plan, self.workload.num_blocks).count("inputs")
         allowed = self.workload.num_blocks // 2 if variant.base.boundaries == "host" else 0
