@@ -91,6 +91,15 @@ def test_recomputation_of_a_block_ends_before_its_last_product(keep):
     assert forward.found == [*backward.found, (256, 64)] and (64, 256) in backward.found
 
 
+def test_hooks_on_an_output_that_has_no_gradient_are_not_called():
+    block, seen = _block(torch.float32), []
+    lean.make_lean([block])
+    video, text = block(torch.randn(1, 24, 64, requires_grad=True), torch.randn(1, 5, 64, requires_grad=True), torch.randn(1, 16))
+    text.register_hook(seen.append)
+    video.sum().backward()
+    assert not seen
+
+
 def test_a_gate_may_be_trained_too():
     gradients = []
     for make in (lambda blocks: None, lean.make_lean):

@@ -79,10 +79,12 @@ class LeanBlock(CogVideoXBlock):
         encoder_hidden_states = torch.addcmul(encoder_hidden_states, text_gate, text)
         video, text, gate, text_gate = self.norm2(hidden_states, encoder_hidden_states, temb)
         x = torch.cat([text, video], dim=1)
-        if not x.requires_grad or gate.requires_grad or torch.compiler.is_compiling():
+        if not x.requires_grad or gate.requires_grad or torch.compiler.is_compiling():  # compiled code is recomputed as a whole
             return _gated(hidden_states, encoder_hidden_states, gate, text_gate, self.ff(x))
         x, kept = keep(x, gate, text_gate)
-        return _Gated.apply(hidden_states, encoder_hidden_states, kept, gate, text_gate, self.ff(x))
+        video, text = _Gated.apply(hidden_states, encoder_hidden_states, kept, gate, text_gate, self.ff(x))
+        # Of one function's two outputs, hooks on either are called when the other has a gradient; of two views, each for its own.
+        return video.view_as(video), text.view_as(text)
 
 
 def _gated(video: Tensor, text: Tensor, gate: Tensor, text_gate: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
