@@ -18,8 +18,8 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from bench.faults import FAULTS, run_fault
-from bench.watched import PIPELINES, Outcome, healthy_settings, settings, tiny_pipeline, watch
 from bench.provenance import RESULTS, write_result
+from bench.watched import PIPELINES, Outcome, healthy_settings, settings, tiny_pipeline, watch
 
 
 @dataclass(frozen=True, kw_only=True)

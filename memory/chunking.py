@@ -2,7 +2,7 @@
 
 A feed-forward of width 4 D makes the largest tensors of a block, and backward three of them at once. Its tokens do not see
 each other, so both passes go chunk by chunk. Forward keeps the input only, and backward computes each chunk's hidden layer anew, which a
-checkpointed block would do anyway: there it costs no operation. A block that keeps all else computes half a feed-forward more.
+checkpointed block would do anyway: there it costs no product. A block that keeps all else computes half a feed-forward more.
 It takes a quarter to a third of the block's peak (predicted).
 
 Shapes: B batch, N tokens, D width.

@@ -126,4 +126,5 @@ def test_with_a_pool_the_teacher_is_apart_from_the_student_in_lockstep_too(tiny_
         return assess(workload, MemoryPlan(passes=passes), lookup("h100")).time.seconds
 
     alone, together = (seconds(2, passes) for passes in ("sequential", "lockstep"))
-    assert together == pytest.approx(alone, rel=0.03) and together < 0.8 * seconds(0, "lockstep")
+    # What lockstep adds does not depend on how long a step takes: 2 % of what it took when its last products were recomputed.
+    assert together == pytest.approx(alone, rel=0, abs=0.02 * 4.046e-6) and together < 0.8 * seconds(0, "lockstep")
