@@ -5,13 +5,12 @@ Everything is text with colour, and reads without colour too: a dead block is a 
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import groupby, zip_longest
+from operator import itemgetter
 from typing import Any
 
 from rich.console import Group, RenderableType
-from rich.table import Table
 from rich.text import Text
-
-from trainer.metrics import peaks_by_phase
 
 LEVELS = "▁▂▃▄▅▆▇█"
 TERMS = ("loss", "unlearn", "loc", "pre")
@@ -34,23 +33,23 @@ def view(state: Mapping[str, Any], width: int) -> RenderableType:
     machine = [*_step_time(state["records"], room), *_memory(state, room), *_peaks(state["records"], room),
                *_host(state)]
     across = width - _LABEL - 1
-    top = _grid([(state["title"], _progress(state, across)), *_health(state["findings"], across)])
+    top = _lines([(state["title"], _progress(state, across)), *_health(state["findings"], across)], width)
     if width < _WIDE:
-        return Group(top, _grid(numbers), _grid(machine))
-    panes = Table.grid(padding=(0, 3, 0, 0))
-    panes.add_column(width=inner)
-    panes.add_column(width=inner)
-    panes.add_row(_grid(numbers), _grid(machine))
-    return Group(top, panes)
+        return Group(*top, *_lines(numbers, width), *_lines(machine, width))
+    panes = zip_longest(_lines(numbers, inner), _lines(machine, inner), fillvalue=Text(" " * inner))
+    return Group(*top, *(left + Text("   ") + right for left, right in panes))
 
 
-def _grid(rows: Sequence[Row]) -> Table:
-    grid = Table.grid(padding=(0, 1, 0, 0))
-    grid.add_column(width=_LABEL, style="bold", no_wrap=True)
-    grid.add_column(no_wrap=True, overflow="ellipsis")
-    for label, text in rows:
-        grid.add_row(Text(label), text)
-    return grid
+def _lines(rows: Sequence[Row], width: int) -> list[Text]:
+    """The rows, each exactly `width` columns wide. No table of rich's, which took most of a picture's time: where the host is what limits
+    training, training waits for that."""
+    lines = []
+    for name, text in rows:
+        label = Text(name, "bold")
+        label.truncate(_LABEL, overflow="ellipsis", pad=True)
+        lines.append(Text.assemble(label, " ", text, no_wrap=True))
+        lines[-1].truncate(width, overflow="ellipsis", pad=True)
+    return lines
 
 
 def _flow(label: str, parts: Sequence[Text], room: int) -> list[Row]:
@@ -149,18 +148,23 @@ def block_strip(history: Sequence[Sequence[float]]) -> tuple[Text, list[int], li
     """(strip with a character a block, dead blocks, exploding blocks) of the newest norms in `history`."""
     ordinary = sorted(v for norms in history for v in norms if math.isfinite(v) and v > 0)
     reference = ordinary[len(ordinary) // 2] if ordinary else 1.0
-    strip, dead, exploding = Text(), [], []
+    cells, dead, exploding = [], [], []
     for block, norm in enumerate(history[-1]):
         if not math.isfinite(norm) or norm > EXPLODING * reference:
             exploding.append(block)
-            strip.append("!", "bold white on magenta")
+            cells.append(("!", "bold white on magenta"))
         elif norm < DEAD * reference:
             dead.append(block)
-            strip.append("0", "bold white on red")
+            cells.append(("0", "bold white on red"))
         else:  # the middle of the scale is the reference, an end two decades away
             level = round((math.log10(norm / reference) / 2 + 1) / 2 * (len(LEVELS) - 1))
-            strip.append(LEVELS[min(len(LEVELS) - 1, max(0, level))], "green")
-    return strip, dead, exploding
+            cells.append((LEVELS[min(len(LEVELS) - 1, max(0, level))], "green"))
+    return _joined(cells), dead, exploding
+
+
+def _joined(cells: Sequence[tuple[str, str]]) -> Text:
+    """(character, style) of each column. Columns of one style are one span: rich takes its time for each."""
+    return Text.assemble(*(("".join(c for c, _ in run), style) for style, run in groupby(cells, itemgetter(1))))
 
 
 def _strips(records: Sequence[Mapping[str, Any]], room: int) -> list[Row]:
@@ -226,7 +230,7 @@ def _memory(state: Mapping[str, Any], room: int) -> list[Row]:
         if facts.get(key):
             cells[min(width - 1, column(facts[key]))] = (mark, style)
             legend.append(Text.assemble((f"{mark} ", style), f"{label} {gib(facts[key])} GiB"))
-    return [("memory", Text.assemble(*cells)), *_flow("", legend, room)]
+    return [("memory", _joined(cells)), *_flow("", legend, room)]
 
 
 def _process_memory(m: Mapping[str, Any], width: int, room: int) -> list[Row]:
@@ -245,7 +249,7 @@ def _process_memory(m: Mapping[str, Any], width: int, room: int) -> list[Row]:
 
 
 def _peaks(records: Sequence[Mapping[str, Any]], room: int) -> list[Row]:
-    peaks = peaks_by_phase(records)
+    peaks = records[-1].get("peak_bytes_by_phase") if records else None  # of the run so far, not of one step
     if not peaks:
         return []
     highest = max(peaks, key=peaks.__getitem__)
