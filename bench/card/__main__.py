@@ -34,7 +34,7 @@ from bench.card import cap, choice, feasibility, health, minimum, offload, peaks
 from bench.card.forecasts import Forecaster, card_here
 from bench.card.gauge import Gauge
 from bench.card.rig import backbone_of
-from bench.card.session import Session, register_toys
+from bench.card.session import Session, goal_row, register_toys
 from bench.provenance import RESULTS, write_result
 from memory.exhaustion import first_line
 from memory.streams import release_pinned
@@ -130,15 +130,6 @@ def print_table(title: str, rows: list[list[str]]) -> None:
         print("  ".join([row[0].ljust(widths[0])] + [cell.rjust(width) for cell, width in zip(row[1:], widths[1:])]))
 
 
-def goal_rows(name: str, content: dict[str, Any]) -> list[list[str]]:
-    """One row a goal."""
-    shown = []
-    for g in content["goals"]:
-        value = "not measured" if g["measured"] is None else f"{g['measured']:.4g}"
-        shown.append([f"{name}: {g['goal']}", value, g["wanted"], {True: "reached", False: "MISSED", None: "-"}[g["reached"]]])
-    return shown
-
-
 def in_time(parts: Sequence[str], seconds: float) -> list[str]:
     """The first parts that end within `seconds`; the very first in any case."""
     ends = itertools.accumulate(PARTS[name].SECONDS for name in parts)
@@ -208,7 +199,7 @@ def main(config: Card) -> int:
         session.forecaster.close()
         for number, handler in before.items():
             signal.signal(number, handler)
-    print_table(f"goals ({out})", [row for name in wanted if name in results for row in goal_rows(name, results[name])])
+    print_table(f"goals ({out})", [goal_row(name, g) for name in wanted if name in results for g in results[name]["goals"]])
     for name in results:
         if skipped := results[name].get("skipped"):
             print(f"{name}: {len(skipped)} cells were not measured, as the time ended or a signal came; --again --only {name} measures all")

@@ -61,6 +61,6 @@ def measure(session: Session, out: Path) -> dict[str, Any]:
                 mean = {name: statistics.fmean(turn[name]["step_seconds"] for turn in turns) for name in turns[0]}
                 regrets[card.name] = mean[card.name] / mean[best] - 1
     return {"chosen": chosen, "grid": found, "best_and_chosen_again": again, "regret": regrets, "skipped": skipped,
-            "goals": [goal(f"time lost to the best of the grid under {gib:g} GB", regrets.get(card.name), 0.03)
+            "goals": [goal(f"time lost to the best of the grid under {gib:g} GB", regrets.get(card.name), 0.03, unit="%")
                       for gib, card in zip(SIZES, _cards(session))],
             "table": rows(chosen)}

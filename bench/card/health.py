@@ -80,6 +80,6 @@ def measure(session: Session, out: Path) -> dict[str, Any]:
     waits = ["synchroniz" in cell.get("failed", "") for cell in found.values()]
     complete = len(costs) == len(found) and not skipped
     return {"cells": found, "skipped": skipped,
-            "goals": [goal("cost of the checks and the live view", max(costs) if complete and costs else None, 0.005),
+            "goals": [goal("cost of the checks and the live view", max(costs) if complete and costs else None, 0.005, unit="%"),
                       goal("cells in which the host had to wait", failures(waits, complete=complete), 0)],
             "table": [[name, f"{cell['cost']:+.2%}" if "cost" in cell else "failed"] for name, cell in found.items()]}

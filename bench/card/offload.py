@@ -184,10 +184,10 @@ def goals(found: dict[str, Any], equality: dict[str, Any], overlap: dict[str, An
     copied, waited = overlap.get("to device seconds"), found.get(_COPIED, {}).get("seconds_by_phase", {}).get(WAITING)
     equal = [not entry["equal"] for entry in equality.values() if "equal" in entry]
     return [
-        goal("time that the ring adds at 49 frames", _added(found, "5b-49f ring"), 0.015),
-        goal("time that the ring with the planner's residency adds at 17 frames", _added(found, "5b-17f planner's residency"), 0.03),
-        goal("time that the ring in lockstep adds at 17 frames", _added(found, "5b-17f ring in lockstep"), 0.03),
-        *(goal(f"time of the fastest of ours that holds no more, over {peer}: more by", over[peer], 0) for peer in PEERS),
+        goal("time that the ring adds at 49 frames", _added(found, "5b-49f ring"), 0.015, unit="%"),
+        goal("time that the ring with the planner's residency adds at 17 frames", _added(found, "5b-17f planner's residency"), 0.03, unit="%"),
+        goal("time that the ring in lockstep adds at 17 frames", _added(found, "5b-17f ring in lockstep"), 0.03, unit="%"),
+        *(goal(f"time of the fastest of ours that holds no more, over {peer}: more by", over[peer], 0, unit="%") for peer in PEERS),
         goal("time that sequential offload adds, over the fastest of ours that holds no more", added, 20, at_least=True),
         goal("variants that differ from all-resident after the steps", failures(equal, complete=len(equal) == len(_EQUAL) - 1), 0),
         goal("weight bytes of a student's pass, over what streams", _loads(ours, "5b-49f"), 2),
@@ -196,5 +196,5 @@ def goals(found: dict[str, Any], equality: dict[str, Any], overlap: dict[str, An
         # By events on the compute stream. The profiler's record counts as not hidden what is copied while the host is late with kernels,
         # which the profiler makes it.
         goal("share of copies to the device that computation does not wait for",
-             1 - waited / copied if copied and waited is not None else None, 0.95, at_least=True),
+             1 - waited / copied if copied and waited is not None else None, 0.95, at_least=True, unit="%"),
     ]

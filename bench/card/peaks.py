@@ -141,9 +141,9 @@ def measure(session: Session, out: Path) -> dict[str, Any]:
     return {
         "cells": rows, "skipped": skipped, "at_the_cap": caps, "snapshots": snapshots, "fit": _fit(ran),
         "goals": [goal("cells measured", len(ran), 40, at_least=True),
-                  goal("largest error of allocated", worst["allocated"], 0.01),
-                  goal("largest error of allocated in any phase", phases, 0.01),
-                  goal("largest error of reserved", worst["reserved"], 0.025),
+                  goal("largest error of allocated", worst["allocated"], 0.01, unit="%"),
+                  goal("largest error of allocated in any phase", phases, 0.01, unit="%"),
+                  goal("largest error of reserved", worst["reserved"], 0.025, unit="%"),
                   goal("requests that the simulator serves at another address", max(elsewhere, default=None), 0),
                   goal("plans said to fit that failed at their cap",
                        failures([not c["ran"] for c in caps.values()], complete=not skipped), 0)],

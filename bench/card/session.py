@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from bench.card.forecasts import Forecaster
 from bench.card.gauge import Attempt, Gauge
@@ -94,10 +94,20 @@ class Session:
 _COUNTS = ("resident_blocks", "num_keep_attention", "num_keep_everything")
 
 
-def goal(text: str, value: float | None, wanted: float, *, at_least: bool = False) -> dict[str, Any]:
-    """A goal beside what was measured. None: not measured, so neither reached nor missed."""
+def goal(text: str, value: float | None, wanted: float, *, at_least: bool = False, unit: Literal["", "%"] = "") -> dict[str, Any]:
+    """A goal beside what was measured. None: not measured, so neither reached nor missed. `unit`: how both are shown; "%" of fractions."""
     reached = None if value is None else (value >= wanted if at_least else value <= wanted)
-    return {"goal": text, "measured": value, "wanted": ("at least " if at_least else "at most ") + f"{wanted:g}", "reached": reached}
+    return {"goal": text, "measured": value, "unit": unit, "wanted": ("at least " if at_least else "at most ") + _figure(wanted, unit), "reached": reached}
+
+
+def goal_row(part: str, g: dict[str, Any]) -> list[str]:
+    """A goal of a part for a table: what, measured, wanted, whether reached."""
+    measured = "not measured" if g["measured"] is None else _figure(g["measured"], g["unit"])
+    return [f"{part}: {g['goal']}", measured, g["wanted"], {True: "reached", False: "MISSED", None: "-"}[g["reached"]]]
+
+
+def _figure(value: float, unit: str) -> str:
+    return f"{100 * value:.3g}%" if unit == "%" else f"{value:.4g}"
 
 
 def failures(failed: Sequence[bool], *, complete: bool) -> int | None:

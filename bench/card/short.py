@@ -29,4 +29,4 @@ def measure(session: Session, out: Path) -> dict[str, Any]:
     spread = max((max(cell["all_step_seconds"]) / min(cell["all_step_seconds"]) - 1 for cell in ran), default=None)
     return {"cells": found, "skipped": skipped, "table": rows(found),
             "goals": [goal("forecasts under way meanwhile", max((cell["num_forecasts_beside"] for cell in ran), default=None), 0),
-                      goal("steps of one cell: the longest longer than the shortest by", spread, 0.05)]}
+                      goal("steps of one cell: the longest longer than the shortest by", spread, 0.05, unit="%")]}

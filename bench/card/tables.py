@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from bench.markdown import load, markdown
+from bench.card.session import goal_row
 from bench.provenance import of_cards
 from memory.cards import GIB
 
@@ -83,8 +84,7 @@ def _first_step(minimum: dict[str, Any]) -> int | None:
 def goals() -> str:
     """What every part was to reach, and what it did."""
     found = results(*PARTS)
-    rows = [[_of(found, result, f"{part}: {g['goal']}"), "not measured" if g["measured"] is None else f"{g['measured']:.4g}", g["wanted"],
-             {True: "reached", False: "**missed**", None: ""}[g["reached"]]] for part, result in found for g in result["goals"]]
+    rows = [[_of(found, result, name), *figures] for part, result in found for name, *figures in (goal_row(part, g) for g in result["goals"])]
     return markdown(["", "measured", "wanted", ""], rows) + _source(found)
 
 

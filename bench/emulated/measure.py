@@ -21,11 +21,11 @@ environment.prepare()  # before torch is imported: as a run does
 import torch
 
 from bench.card import feasibility, minimum, peaks
-from bench.card.__main__ import calibrate, goal_rows, print_table
+from bench.card.__main__ import calibrate, print_table
 from bench.card.forecasts import Forecaster, card_here
 from bench.card.gauge import Gauge
 from bench.card.rig import Cell, rigged
-from bench.card.session import Session, goal, register_toys
+from bench.card.session import Session, goal, goal_row, register_toys
 from bench.emulated import runs, schedule
 from bench.emulated.library import DEFAULT_CARD
 from bench.provenance import write_result
@@ -120,7 +120,7 @@ def main() -> int:
         if "goals" in content[part]:
             if options.toy:  # a toy's figure reaches no goal and misses none
                 content[part]["goals"] = [g | {"reached": None} for g in content[part]["goals"]]
-            print_table(part, goal_rows(part, content[part]))
+            print_table(part, [goal_row(part, g) for g in content[part]["goals"]])
         else:
             print_table(part, [[step["settings"], f"{step['num_kernels']:,.0f} kernels", f"{step['host_seconds']:.2f} s of the host"] for step in content[part]])
         sys.stdout.flush()

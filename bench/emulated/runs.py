@@ -46,7 +46,7 @@ def measure(session: Session) -> dict[str, Any]:
     errors = [phase["predicted_bytes"] / phase["allocated_bytes"] - 1 for run in ended for phase in run["phases"].values() if "predicted_bytes" in phase]
     return {"runs": found, "goals": [
         goal("runs said to fit that did not end", len(found) - len(ended), 0),
-        goal("largest error of allocated in any phase", max(map(abs, errors), default=None), 0.01),
+        goal("largest error of allocated in any phase", max(map(abs, errors), default=None), 0.01, unit="%"),
         goal("reserved, over what was predicted for the whole run",
              max((run["reserved_bytes"] / run["predicted_reserved_bytes"] for run in ended), default=None), 1 + MARGIN),
         goal("retries of the allocator", sum(run["num_retries"] for run in ended) if ended else None, 0)]}
