@@ -33,7 +33,8 @@ size_t setting(const char* name) {
 }
 
 constexpr size_t MIB = size_t(1) << 20, PAGE = 2 * MIB, HOST_PAGE = 4096, CARRIED = 64 << 10;
-const size_t TOTAL = setting("EMULATED_CARD_MIB") * MIB, CONTEXT = setting("EMULATED_CARD_CONTEXT_MIB") * MIB;
+const size_t CONTEXT = setting("EMULATED_CARD_CONTEXT_MIB") * MIB;
+size_t card_bytes = setting("EMULATED_CARD_MIB") * MIB;
 const int MAJOR = setting("EMULATED_CARD_CAPABILITY") / 10, MINOR = setting("EMULATED_CARD_CAPABILITY") % 10;
 const int NUM_PROCESSORS = 128, THREADS = 1536, SHARED_KIB = 99;
 
@@ -104,7 +105,7 @@ void* reserve(size_t size, size_t alignment, int protection) {
 
 bool take(size_t size) {
     context = CONTEXT;
-    if (used + context + size > TOTAL) return false;
+    if (used + context + size > card_bytes) return false;
     used += size;
     return true;
 }
@@ -179,6 +180,12 @@ API void emulated_card_counters(uint64_t found[7]) {
 }
 API void emulated_card_product() { num_products++; host_works(clock_.launch); }
 
+// From here on the card is one of so many bytes.
+API void emulated_card_resize(size_t bytes) {
+    std::lock_guard<std::mutex> guard(lock);
+    card_bytes = bytes;
+}
+
 // From here on copies take as long as a link of so many bytes a second needs, and the host takes so many seconds for whatever it gives
 // away; 0 stops the clock.
 API void emulated_card_clock(double link, double launch) {
@@ -233,7 +240,7 @@ API cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int
 API cudaError_t cudaGetDeviceProperties(cudaDeviceProp* p, int) {
     memset(p, 0, sizeof *p);
     snprintf(p->name, sizeof p->name, "%s", card_name());
-    p->totalGlobalMem = TOTAL;
+    p->totalGlobalMem = card_bytes;
     p->major = MAJOR;
     p->minor = MINOR;
     p->multiProcessorCount = NUM_PROCESSORS;
@@ -254,8 +261,8 @@ API cudaError_t cudaGetDeviceProperties(cudaDeviceProp* p, int) {
 API cudaError_t cudaMemGetInfo(size_t* free, size_t* total) {
     std::lock_guard<std::mutex> guard(lock);
     context = CONTEXT;
-    *total = TOTAL;
-    *free = TOTAL - std::min(TOTAL, used + context);
+    *total = card_bytes;
+    *free = card_bytes - std::min(card_bytes, used + context);
     return cudaSuccess;
 }
 API cudaError_t cudaGetLastError() { cudaError_t e = last_error; last_error = cudaSuccess; return e; }
@@ -484,8 +491,8 @@ API int nvmlDeviceGetName(void*, char* text, unsigned length) { snprintf(text, l
 API int nvmlDeviceGetCudaComputeCapability(void*, int* major, int* minor) { *major = MAJOR; *minor = MINOR; return 0; }
 API int nvmlDeviceGetMemoryInfo_v2(void*, NvmlMemory* found) {
     std::lock_guard<std::mutex> guard(lock);
-    unsigned long long taken = std::min(TOTAL, used + context);
-    *found = {found->version, TOTAL, 0, TOTAL - taken, taken};
+    unsigned long long taken = std::min(card_bytes, used + context);
+    *found = {found->version, card_bytes, 0, card_bytes - taken, taken};
     return 0;
 }
 API int nvmlDeviceGetComputeRunningProcesses_v3(void*, unsigned* count, NvmlProcess* found) {
