@@ -40,24 +40,24 @@ class MemoryPlan:
     """Every setting that trades memory for time. The default is the plain run with all blocks checkpointed."""
 
     dtype: Dtype = "native"
-    """Storage and computation of the frozen backbone. native: as published (2b float16, 5b bfloat16). Adapters,
-    their gradients and their optimizer state are float32 always."""
+    """Storage and computation of the frozen backbone. native: as published (2b float16, 5b bfloat16).
+    Adapters, their gradients and their optimizer state are float32 always."""
     resident_blocks: int | None = None
     """Blocks that stay on the device, spread evenly; the others stream from host memory. None: all stay (no offload)."""
     num_shards: int = 1
-    """Processes, one a card, among which the frozen weights of every block are divided; each gathers a block when it
-    runs. All of the run's, or 1: every process holds whole blocks. In place of offload."""
+    """Processes, one a card, among which the frozen weights of every block are divided; each gathers a block when it runs.
+    All of the run's, or 1: every process holds whole blocks. In place of offload."""
     offload_buffers: int = 2
     """Device buffers of one block each that streamed blocks pass through. At least 2: one loads while one computes."""
     passes: Passes = "sequential"
-    """How the passes of a step take turns. sequential: each over all blocks. lockstep: block by block for all of them, so that
-    streamed blocks cross the link twice a step; more is held at once. It pays where the link is what limits."""
+    """How the passes of a step take turns. sequential: each over all blocks. lockstep: block by block for all of them.
+    In lockstep streamed blocks cross the link twice a step, and more is held at once. It pays where the link is what limits."""
     checkpoint: str = "all"
     """Which blocks are recomputed in backward: all, none, every:N (every N-th, from the first), first:K."""
     num_keep_attention: int = 0
     """Checkpointed blocks that keep their attention output too, which is then not recomputed."""
     num_keep_everything: int = 0
-    """Blocks, of those that `checkpoint` names, that keep everything after all: no recomputation. The last ones."""
+    """Of the blocks that `checkpoint` names, how many keep everything after all and are not recomputed: the last ones."""
     boundaries: Where = "device"
     """Where the inputs of blocks wait between forward and backward."""
     kept: Where = "device"
@@ -65,16 +65,17 @@ class MemoryPlan:
     feed_forward_chunks: int = 1
     """Token chunks of a feed-forward: more chunks, smaller working set."""
     compile: bool = False
-    """Whether blocks are compiled (torch.compile), which fuses their element-wise work. Takes a minute once; results differ by
-    rounding. Memory and time are predicted for blocks that are not."""
+    """Whether blocks are compiled (torch.compile), which fuses their element-wise work.
+    Takes a minute once; results differ by rounding. Memory and time are predicted for blocks that are not."""
     optimizer: OptimizerKind = "adamw"
     """adamw: float32 state, 8 bytes a parameter. adamw8bit: 2.03 bytes. paged-adamw8bit: those pageable to the host."""
     guidance: GuidanceMode = "sequential"
-    """Conditional and unconditional pass of the teacher and of sampling: one batch of two, one after the other, none."""
+    """Conditional and unconditional pass of the teacher and of sampling. batched: one batch of two. sequential: one after the other.
+    none: no unconditional pass, for sampling at a guidance scale of 1 only."""
     backbone_copies: int = 1
-    """1: one backbone is teacher and student. 2: a copy each, which costs a whole model and gains nothing."""
+    """1: one backbone is teacher and student. 2, for planning only: a copy each, which costs a whole model and gains nothing."""
     text_encoder_resident: bool = False
-    """Whether the text encoder stays on the device during training, though prompts are encoded before it."""
+    """For planning only: whether the text encoder stays on the device during training, though prompts are encoded before it."""
 
     def __post_init__(self):
         for field, choices in _CHOICES.items():

@@ -19,8 +19,8 @@ class TrainCommand:
     """
 
     profile: str = "auto"
-    """The card to fit: a name (4090), a size (24gb), or auto for the card that is present. Without a card nothing is planned, unless auto
-    is said: for this machine's memory, then."""
+    """The card to fit: a name (4090), a size (24gb), or auto, the card in this machine.
+    Without a card there is a plan only where this is given; auto is then the CPU and its memory."""
     config: Path | None = None
     """A TOML file with settings: sections model, data, loss, optim, output, memory."""
     resume: Path | None = None
@@ -32,7 +32,7 @@ class TrainCommand:
 
 @dataclass(frozen=True, kw_only=True)
 class ExportCommand:
-    """Write an eraser in the released layout: eraser_weights.pt + eraser_config.json."""
+    """Write an eraser in the layout that T2VUnlearning's authors released: eraser_weights.pt + eraser_config.json."""
 
     eraser: Path
     """A run directory or an eraser file; `export RUN --out DIR` says the same."""
@@ -86,8 +86,8 @@ class PlanCommand:
     json: bool = False
     """Print JSON in place of tables."""
     host: str | None = None
-    """The host's memory that is free, such as 64gb: what blocks keep may go there. --profile auto knows this machine's; of other cards'
-    hosts nothing is assumed."""
+    """The host's memory that is free, such as 64gb: what blocks keep may go there.
+    --profile auto knows this machine's; of other cards' hosts nothing is assumed."""
     cards: int = 1
     """Cards of this kind in one machine, as torchrun would use them; the batch is divided among them."""
     explain: bool = False

@@ -19,8 +19,7 @@ from trainer.metrics import require_tensorboard
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     model: str = "shapes"
-    """The frozen model: shapes (bundled), a directory in diffusers' layout, a hub id, or cogvideox-2b, cogvideox-5b or
-    cogvideox1.5-5b for the published ones."""
+    """The frozen model: shapes (bundled), cogvideox-2b, cogvideox-5b, cogvideox1.5-5b, another hub id, or a directory in diffusers' layout."""
     weights: Literal["stored", "random"] = "stored"
     """random: the published configuration without any download, for planning and benchmarks."""
     frames: int | None = None
@@ -44,13 +43,13 @@ class DataConfig:
     concept: str = "red"
     """The concept to erase: one or more words, as they stand in the prompts."""
     prompts: Path | None = None
-    """Prompts that show the concept: a text file, one a line, or a CSV or TSV with a `prompt` column and optionally a
-    `safe` column (the same prompt without the concept). Without it, prompts are made from the concept."""
+    """Prompts that show the concept: a text file, one a line; or a CSV or TSV with a column prompt and, if you can, a column safe.
+    A safe prompt is the same one without the concept. Left out: five short sentences about the concept."""
     instead: str = ""
     """What safe prompts name in the concept's place (--concept circle --instead square), where the file has none.
-    Empty: the bundled model's leave the concept unsaid; with others the empty prompt is the safe one."""
+    Left out: captions without the concept on the bundled model, the empty prompt on others."""
     preserve: tuple[str, ...] = ()
-    """Related concepts to keep, as prompts or words."""
+    """Related concepts to keep, as prompts or words. Needed unless --beta 0; on the bundled model, all others by default."""
     preserve_file: Path | None = None
     """The same from a text file, one a line."""
     latents: Literal["trajectory", "noise"] = "trajectory"
@@ -60,10 +59,10 @@ class DataConfig:
     trajectory_guidance: float = 1.0
     """Guidance scale with which trajectories advance; 1 is without guidance."""
     batch_size: int = 1
-    """Samples a student pass."""
+    """Samples of a student pass, of all processes together."""
     pool: int = 0
-    """Cache the teacher's outputs of this many student passes (a step has --accumulation of them) on the host and cycle
-    through them; 0 is without."""
+    """Cache the teacher's outputs of this many student passes on the host and cycle through them; 0: off.
+    A step has --accumulation passes."""
 
     def __post_init__(self):
         for name, words in (("concept", self.concept.strip()), ("instead", self.instead.strip()), ("preserve", tuple(map(str.strip, self.preserve)))):
@@ -187,9 +186,9 @@ class GenerateConfig:
     out: Path = Path("out.mp4")
     """An .mp4 (or .png for a contact sheet); several prompts are numbered."""
     eraser: Path | None = None
-    """A run directory or an eraser file; its base model is used, unless --model names another than shapes. A run's videos
-    are as large, and its memory plan is the one, that it was trained with, unless flags say otherwise. Needed, or --no-eraser in
-    its place."""
+    """A run directory or an eraser file. Needed, or --no-eraser in its place.
+    Its base model is used, unless --model names another than shapes.
+    A run's videos are as large as those it was trained on, by the same memory plan, unless flags say otherwise."""
     no_eraser: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Leave the eraser out: the frozen model alone."""
     compare: bool = False

@@ -1,6 +1,5 @@
 """What a run needs on a card: the run's own phases as a workload for `memory.search`. Everything here is predicted."""
 
-import json
 import math
 import shlex
 from collections.abc import Callable, Collection
@@ -285,13 +284,17 @@ def print_forecast(found: Forecast, origins: dict[str, str], *, explain: bool) -
     from rich.table import Table
     from rich.text import Text
 
+    from trainer.live_view import duration
+
     console, a = Console(), found.chosen
     uncompiled, more = ", as if no block were compiled" if a.plan.compile else "", compiled_fragmentation(a.plan) - 1
     uncompiled += f", but for {more:.0%} that compiled feed-forwards in chunks reserve more" if more else ""
-    console.print(Text(verdict(found), style="bold"))
-    console.print(f"(all figures predicted{uncompiled}; {found.result.num_candidates} candidates; times that others "
-                  f"measured differ from such predictions by {TYPICAL_ERROR:.0%} (root mean square), {LARGEST_ERROR:.0%} at most, and short steps by more "
-                  "where the host is slow)", highlight=False)
+    num_steps = found.config.optim.steps
+    total = f"; {num_steps} steps take {duration(num_steps * a.time.seconds)}" if found.result.best else ""
+    console.print(Text(verdict(found) + total, style="bold"))
+    console.print(f"(all figures predicted{uncompiled}; {found.result.num_candidates} candidates; times that others measured differ from such "
+                  f"predictions by {TYPICAL_ERROR:.0%} (root mean square), {LARGEST_ERROR:.0%} at most; short steps take longer where the host is the limit)",
+                  highlight=False)
     searched = (*SEARCHED, "num_shards") if found.num_cards > 1 else SEARCHED
     settings = Table("setting", "value", "origin", title="settings", title_justify="left")
     for f in fields(MemoryPlan):
@@ -319,11 +322,11 @@ def print_forecast(found: Forecast, origins: dict[str, str], *, explain: bool) -
             table.add_row(_difference(miss.plan, a.plan), f"{miss.time.seconds:.2f}", miss.reason)
         console.print(table)
     if explain:
-        console.print("seconds by what limits them: " + json.dumps({k: round(v, 3) for k, v in a.time.by_bound.items()}))
+        console.print("seconds of a step by what limits them: " + ", ".join(f"{bound} {seconds:.2f}" for bound, seconds in a.time.by_bound.items()), highlight=False)
         if not found.card.is_cpu:
             console.print(f"host: about {a.time.num_operators:,.0f} operators a step, most of them one kernel; it is the limit where it takes more "
                           f"than {1e6 * a.time.seconds / a.time.num_operators:,.0f} µs for each", highlight=False)
-        console.print(f"assumed of {found.card.label}, not measured: {', '.join(found.card.assumed)}\n"
+        console.print(f"assumed of {found.card.label}, not measured: {', '.join(found.card.assumed).replace('_', ' ')}\n"
                       f"rates: {found.card.source}", highlight=False)
     if found.result.best:
         print(command(found.config, a.plan, origins, found.num_cards))

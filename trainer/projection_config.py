@@ -43,8 +43,9 @@ class ForgetConfig:
     num_images: int = 64
     """Pictures a class, of the bundled world, for training and as many others for measuring."""
     target: Literal["auto", "empty", "random", "mean"] = "auto"
-    """Where the class goes: the normalised embedding of the empty string (clip only), one random direction at the
-    scale of real outputs, or the mean of what is kept. auto: empty for clip, random for qwen3-vl."""
+    """Where the class goes. auto: empty for clip, random for qwen3-vl.
+    empty: the normalised embedding of the empty string (clip only). random: one direction at the scale of real outputs.
+    mean: the mean of what is kept."""
     mergers: Literal["main", "all"] = "all"
     """Which mergers are edited: the main one, or those of DeepStack too (qwen3-vl)."""
     rank: int = 5
@@ -62,8 +63,8 @@ class ForgetConfig:
     lambda_weight: float = 1.0
     """λ_w: weight of the update's size."""
     acceptance: float = 0.7
-    """The share by which the distance of the forgotten class to its target must fall; otherwise λ_f rises by 0.05 and
-    training starts anew."""
+    """The share by which the distance of the forgotten class to its target must fall.
+    Otherwise λ_f rises by 0.05 and training starts anew."""
     max_attempts: int = 10
     """Attempts; when none is accepted the last one is kept and said to be short."""
     seed: int = 0
@@ -81,6 +82,7 @@ class ForgetConfig:
     monitor: Literal["auto", "plain", "off"] = "auto"
     """auto: a live view on a terminal, plain lines elsewhere. plain: lines. off: nothing. All on stderr."""
     memory: MemoryPlan = field(default_factory=MemoryPlan)
+    """An encoder obeys dtype, resident-blocks, offload-buffers and compile, its LoRA optimizer; the others are refused."""
 
     def __post_init__(self):
         for name in ("rank", "steps", "max_attempts", "num_images", "batch_size", "save_every"):

@@ -3,13 +3,20 @@
     python tests/trainer/test_options.py      write options.txt anew, after a change that is meant
 """
 
+import ast
 import contextlib
+import inspect
 import io
 import os
 import re
 import sys
 from pathlib import Path
 from unittest import mock
+
+import pytest
+
+from memory import plan
+from trainer import commands, config, projection_config
 
 FROZEN = Path(__file__).parent / "options.txt"
 COMMANDS = ("train", "plan", "generate", "evaluate", "report", "diagnose", "doctor", "export", "forget")
@@ -33,8 +40,6 @@ def options() -> list[str]:
 
 
 def test_every_command_is_frozen():
-    import inspect
-
     from trainer import cli
 
     known = set(re.findall(r'"(\w+)": _\w+', inspect.getsource(cli.main)))
@@ -47,6 +52,14 @@ def test_options_are_those_promised():
     assert not new and not gone, (
         f"the command line changed. New: {new}. Gone: {gone}. Runs and scripts of users name these options: if the change is "
         f"meant, run `python tests/trainer/{Path(__file__).name}` and commit {FROZEN.name}")
+
+
+@pytest.mark.parametrize("module", [config, projection_config, commands, plan])
+def test_help_breaks_where_a_sentence_ends(module):
+    """What shows them begins a new line where a field's docstring does."""
+    found = [statement.value.value for node in ast.walk(ast.parse(inspect.getsource(module))) if isinstance(node, ast.ClassDef)
+             for statement in node.body[1:] if isinstance(statement, ast.Expr)]
+    assert found and not [line for text in found for line in text.splitlines()[:-1] if not line.endswith(".")]
 
 
 if __name__ == "__main__":
