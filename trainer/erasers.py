@@ -8,7 +8,7 @@ Source: T2VUnlearning (section 3), Receler. Legend: B batch, N video tokens, D w
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -64,42 +64,26 @@ class AdapterEraser(nn.Module):
         return self.up(self.inner(h))
 
 
-_CHUNK_BYTES = 64 * 2**20
-"""Of the float32 copy of some of an output's tokens."""
-
-
 class _Localised(torch.autograd.Function):
-    """Pass the eraser's output o (B, N, D) through, and add `weight * mean((o * outside())²)` to the objective.
+    """Pass the eraser's output o (B, N, D) through, and add `localisation` to the objective.
 
     The term comes from inside a block, so that the block can be recomputed in backward and nothing outside of it is needed. All
-    of it happens in backward: only then `outside` is asked for (B, N, 1), and the unweighted term is handed to `report`. A
-    part of the tokens is looked at at a time: whole float32 copies were the peak of a block's backward.
+    of it happens in backward, in two kernels over o and no copy of it: only then the mask is asked for.
     """
 
     @staticmethod
-    def forward(ctx, o: Tensor, weight: Tensor, outside: Callable[[], Tensor], report: Callable[[Tensor], None]) -> Tensor:
-        ctx.save_for_backward(o, weight)
-        ctx.outside, ctx.report = outside, report
+    def forward(ctx, o: Tensor, localisation: "Localisation", index: int, num_blocks: int) -> Tensor:
+        ctx.save_for_backward(o)
+        ctx.localisation, ctx.index, ctx.num_blocks = localisation, index, num_blocks
         return o.view_as(o)
 
     @staticmethod
     def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None, None]:
-        o, weight = ctx.saved_tensors
-        share, result, sums = weight / o.numel(), torch.empty_like(gradient), []
-        for (part, rest), (grad, out) in zip(_parts(o, ctx.outside()), _parts(gradient, result)):
-            own = part.float() * rest
-            sums.append(torch.linalg.vector_norm(own).square())
-            own.mul_(2).mul_(share).mul_(rest)
-            torch.add(grad, own.to(grad.dtype), out=out)
-        ctx.report(sum(sums[1:], sums[0]) / o.numel())
-        return result, None, None, None
-
-
-def _parts(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """The same few tokens of tensors (B, N, ...); the first says how many."""
-    size = tensors[0].shape
-    step = max(1, _CHUNK_BYTES // (4 * size[0] * size[2]))
-    return zip(*(tensor.split(step, 1) for tensor in tensors))
+        o, = ctx.saved_tensors
+        ctx.localisation.see(ctx.index, o)
+        slope = ctx.localisation.slope(ctx.num_blocks * o.numel())
+        # In float32 inside of the kernel, whatever the dtypes of o and the gradient.
+        return torch.addcmul(gradient, o, slope, out=torch.empty_like(gradient)), None, None, None
 
 
 def in_backward() -> bool:
@@ -117,10 +101,23 @@ class Localisation:
     def __init__(self, mask: Tensor | Callable[[], Tensor], weight: float | Tensor):
         self.mask, self.weight = mask, weight
         self.terms: dict[int, Tensor] = {}
+        self._slope: Tensor | None = None
 
+    @cached_property
     def outside(self) -> Tensor:
-        """1 - M (B, N, 1)."""
-        return (1 - (self.mask() if callable(self.mask) else self.mask)).unsqueeze(-1)
+        """1 - M (B, N)."""
+        return 1 - (self.mask() if callable(self.mask) else self.mask)
+
+    def slope(self, numel: int) -> Tensor:
+        """(B, N, 1), which times o_l is the gradient of the weighted loss. `numel`: of the outputs of all blocks together."""
+        if self._slope is None:
+            self._slope = (self.outside.square() * (2 * self.weight / numel)).unsqueeze(-1)
+        return self._slope
+
+    def see(self, index: int, o: Tensor) -> None:
+        """Note the term of the block of that number, from its eraser's output o (B, N, D)."""
+        norms = torch.linalg.vector_norm(o, dim=-1, dtype=torch.float32)
+        self.terms[index] = torch.linalg.vector_norm(norms * self.outside).square() / o.numel()
 
     def mean(self) -> Tensor:
         """The unweighted loss, after backward."""
@@ -190,8 +187,7 @@ class Erasers:
             h, e = output
             o = attention.adapter(h)
             if (loc := mode.localisation) is not None and torch.is_grad_enabled():
-                share = torch.ones((), device=o.device) * (loc.weight / len(self.adapters))
-                o = _Localised.apply(o, share, loc.outside, partial(loc.terms.__setitem__, index))
+                o = _Localised.apply(o, loc, index, len(self.adapters))
             return h + o, e
 
         return add_eraser

@@ -33,8 +33,9 @@ BLOCK_NORMS = ("gradient", "update", "weight", "eraser", "residual")
 class Health:
     """The watcher of one run. As a context manager it holds the hooks that measure activations.
 
-    `record["blocks"]` has a list over blocks of each of BLOCK_NORMS: erasers' gradients, last updates and weights, the
-    eraser's output and the residual stream that it is added to (root of the sum of squares over the batch).
+    `record["blocks"]` has a list over blocks of each of BLOCK_NORMS: erasers' gradients, last updates and weights, and of the step's
+    first student pass, whose prompts show the concept, the eraser's output and the residual stream that it is added to (root of
+    the sum of squares over the batch).
     """
 
     def __init__(self, subject: Subject, *, run_dir: Path | None = None, resumed: bool = False):
@@ -46,8 +47,7 @@ class Health:
         self.erasers, self.bill = subject.assembly.erasers, Bill()
         device = subject.assembly.device
         self._zero = torch.zeros((), device=device)
-        self._eraser, self._residual = ([self._zero] * len(self.erasers.adapters) for _ in range(2))
-        self._teacher = self._student = self._zero
+        self._forget_step()
         self._pending: _Pending | None = None
         self._host: Tensor | None = None  # pinned, where the device copies to
         self._judge, self._handles, self._fingerprint, self._skips = Judge(), [], None, 0
@@ -234,6 +234,7 @@ class Health:
 
     def _forget_step(self) -> None:
         self._teacher = self._student = self._zero
+        self._eraser, self._residual = ([self._zero] * len(self.erasers.adapters) for _ in range(2))
 
     def _measure_prediction(self, module: nn.Module, args: tuple, output: tuple[Tensor]) -> None:
         if not self.erasers.enabled or torch.is_grad_enabled():  # neither: sampling
@@ -245,14 +246,14 @@ class Health:
 
     def _measure_residual(self, index: int):
         def measure(block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-            if torch.is_grad_enabled() and not in_backward():
+            if self._residual[index] is self._zero and torch.is_grad_enabled() and not in_backward():
                 self._residual[index] = _norm(kwargs["hidden_states"] if "hidden_states" in kwargs else args[0])
 
         return measure
 
     def _measure_eraser(self, index: int):
         def measure(adapter: nn.Module, args: tuple, output: Tensor) -> None:
-            if torch.is_grad_enabled() and not in_backward():
+            if self._eraser[index] is self._zero and torch.is_grad_enabled() and not in_backward():
                 self._eraser[index] = _norm(output)
 
         return measure

@@ -8,7 +8,7 @@ from tiny_pipelines import FRAMES, SIDE
 from torch.utils.checkpoint import checkpoint
 
 from memory.plan import MemoryPlan, apply_plan
-from trainer.erasers import AdapterEraser, Erasers, Localisation
+from trainer.erasers import AdapterEraser, Erasers, Localisation, _Localised
 from trainer.errors import UsageError
 
 RANK = 4
@@ -351,6 +351,19 @@ def test_localisation_alone_has_gradients_that_differ_from_none(model):
     model.predict(*model.inputs).square().mean().backward()
     assert torch.equal(found[0.0], torch.cat([p.grad.flatten() for p in erasers.parameters()]))
     assert (found[5.0] - found[0.0]).norm() > 0.1 * found[0.0].norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_localisation_is_rounded_once(dtype):
+    """In 16 bits, too: it is added in float32 to the gradient that comes from outside."""
+    generator = torch.Generator().manual_seed(0)
+    o, gradient = (torch.randn(2, 6, 8, generator=generator).to(dtype) for _ in range(2))
+    localisation = Localisation((torch.rand(2, 6, generator=generator) > 0.5).float(), torch.tensor(30.0))
+    leaf = o.clone().requires_grad_()
+    _Localised.apply(leaf, localisation, 4, 5).backward(gradient)
+    exact = gradient.double() + 30 * 2 / (5 * o.numel()) * o.double() * localisation.outside.unsqueeze(-1).square()
+    assert torch.equal(leaf.grad, exact.to(dtype))
+    torch.testing.assert_close(localisation.terms[4], (o.float() * localisation.outside.unsqueeze(-1)).square().mean())
 
 
 def test_full_mask_costs_nothing(model):

@@ -70,8 +70,9 @@ def test_norms_are_those_of_the_definition(tiny_config: Make) -> None:
     assert all(set(r["blocks"]) == set(BLOCK_NORMS) and min(r["blocks"]["residual"]) > 0 for r in records)
 
 
-def test_activation_norms_are_those_of_the_student(tiny_config: Make) -> None:
-    config, seen = tiny_config(loss__beta=0.0, memory__checkpoint="none"), {}
+@pytest.mark.parametrize("checkpoint", ["none", "all"])
+def test_activation_norms_are_those_of_the_student_with_the_concept(tiny_config: Make, checkpoint: str) -> None:
+    config, seen = tiny_config(memory__checkpoint=checkpoint), {}
     subject = prepare(config)
     with subject.assembly, Health(subject) as health:
         health.sinks = (lambda record: seen.update(record),)
@@ -89,7 +90,7 @@ def test_activation_norms_are_those_of_the_student(tiny_config: Make) -> None:
         for handle in handles:
             handle.remove()
     assert seen["blocks"]["residual"][1] == pytest.approx(inputs[0])
-    assert seen["blocks"]["eraser"][1] == pytest.approx(outputs[0])
+    assert seen["blocks"]["eraser"][1] == pytest.approx(outputs[0]) != pytest.approx(outputs[-2])  # with the preserved prompt
     assert health._student == 0
 
 
