@@ -41,9 +41,9 @@ from memory.streams import release_pinned
 from trainer.run_directory import probe
 
 # Such that parts that follow each other fill nine minutes.
-PARTS: dict[str, ModuleType] = {"offload": offload, "minimum": minimum, "peaks": peaks, "short": short, "speed": speed,
-                                "health": health, "cap": cap, "feasibility": feasibility, "choice": choice}
-Part = Literal["offload", "minimum", "peaks", "short", "speed", "health", "cap", "feasibility", "choice"]
+PARTS: dict[str, ModuleType] = {"short": short, "health": health, "peaks": peaks, "cap": cap, "feasibility": feasibility, "minimum": minimum,
+                                "speed": speed, "choice": choice, "offload": offload}
+Part = Literal["short", "health", "peaks", "cap", "feasibility", "minimum", "speed", "choice", "offload"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,27 +100,18 @@ def calibrate(session: Session) -> None:
 
 
 def run_part(name: str, session: Session, out: Path) -> dict[str, Any]:
-    """Measure one part; write its JSON."""
+    """Measure one part; write its JSON, also of what was measured until the device was lost."""
     started = time.monotonic()
     result = PARTS[name].measure(session, out)
     if session.dry:  # a figure of a dry run reaches no goal and misses none
         result["goals"] = [g | {"reached": None} for g in result["goals"]]
     content = {"part": name, "dry": session.dry, "seconds": round(time.monotonic() - started, 1), "card": session.card.name,
-               "fixed_terms": session.fixed, "context_bytes_after": session.gauge.context_bytes(), **result}
+               "fixed_terms": session.fixed, "context_bytes_after": None if session.gauge.lost else session.gauge.context_bytes(), **result}
     write_result(name, content, out)
     session.gauge.release()
-    release_pinned()  # in sizes that other parts may not ask for
+    if not session.gauge.lost:
+        release_pinned()  # in sizes that other parts may not ask for
     return content
-
-
-def recovered(gauge: Gauge) -> bool:
-    """Whether the device still answers after an error; some leave no way on in this process."""
-    try:
-        gauge.release()
-    except RuntimeError as e:
-        print(f"error: the device does not answer any more: {first_line(e)}", file=sys.stderr)
-        return False
-    return True
 
 
 def print_table(title: str, rows: list[list[str]]) -> None:
@@ -183,15 +174,14 @@ def main(config: Card) -> int:
             if hasattr(PARTS[name], "prepare"):
                 PARTS[name].prepare(session)
         for name in todo:
-            if time.monotonic() > session.deadline:
+            if time.monotonic() > session.deadline or session.gauge.lost:
                 break
             try:
                 results[name] = run_part(name, session, out)
-            except Exception:  # said aloud, and the parts after it are measured: the card may be here for nine minutes only
+            except Exception:  # said aloud, and the parts after it are measured
                 traceback.print_exc()
                 failed.append(name)
-                if not recovered(session.gauge):
-                    break
+                session.gauge.release()
                 continue
             print_table(f"{name} ({results[name]['seconds']} s)", results[name]["table"])
             sys.stdout.flush()
@@ -206,9 +196,11 @@ def main(config: Card) -> int:
     if left := [name for name in missing if name not in results and name not in failed]:
         how = f"the same with --only {' '.join(left)}" if config.again else "the same command again"
         print(f"not begun: {', '.join(left)}; {how} measures {'them' if len(left) > 1 else 'it'}")
+    if session.gauge.lost:
+        print(f"error: the device does not answer any more: {session.gauge.lost}", file=sys.stderr)
     if failed:
         print(f"error: failed, see above: {', '.join(failed)}; again with --only {' '.join(failed)}", file=sys.stderr)
-    return 1 if failed else 0
+    return 1 if failed or session.gauge.lost else 0
 
 
 def run(arguments: Sequence[str]) -> int:

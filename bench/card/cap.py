@@ -49,9 +49,10 @@ def measure(session: Session, out: Path) -> dict[str, Any]:
         plain = found.get(" ".join(name.split()[:2]) + " plain", {})
         if not name.endswith("plain") and "step_seconds" in cell and "step_seconds" in plain:
             gains[name] = 1 - cell["step_seconds"] / plain["step_seconds"]
-    *_, hosted = _cards(session)
+    device, *_, hosted = (f"5b 49f {card.name}" for card in _cards(session))
+    wanted = {name for name, _, _ in todo}
     goals = [goal(f"time saved, 5b at 49 frames under {gib:g} GB", gains.get(f"5b 49f {shrunk(session.card, gib).name}"), WANTED[gib], at_least=True, unit="%")
              for gib in session.few(SIZES, 1)]
-    goals.append(goal("time saved, 5b at 49 frames under 24 GB and what blocks keep on the host", gains.get(f"5b 49f {hosted.name}"),
+    goals.append(goal("time saved, 5b at 49 frames under 24 GB and what blocks keep on the host", gains.get(hosted if hosted in wanted else device),
                       0.20, at_least=True, unit="%"))
     return {"cells": found, "time_saved": gains, "skipped": skipped, "goals": goals, "table": rows(found)}

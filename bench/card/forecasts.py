@@ -9,6 +9,7 @@ from concurrent.futures.process import BrokenProcessPool
 from functools import lru_cache, partial
 from multiprocessing import get_context
 from typing import Any
+from unittest.mock import patch
 
 from bench.card.rig import Cell, backbone_of
 from memory.assess import Assessment, Workload, assess
@@ -83,10 +84,8 @@ def plans_of(cell: Cell, cards: tuple[Card, ...], free: tuple[str, ...] = SEARCH
 
 
 def _step_back() -> None:
-    """Leave the card and the cores to the process that measures. Autograd would make a context, half a GiB of the card, in every
-    process that runs a backward."""
+    """Leave the cores to the process that measures."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all of the terminal's processes, and is for that one
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""
     os.nice(19)
 
 
@@ -101,7 +100,10 @@ class Forecaster:
     def ask(self, function: Callable[..., Any], *args: Any) -> None:
         """Start `function(*args)` unless it was asked for before. Arguments must be hashable."""
         if self._pool is not None and (function, args) not in self._futures:
-            self._futures[function, args] = self._pool.submit(function, *args)
+            # A process that this starts sees no card: autograd would make a context, half a GiB of it, in every one that runs a backward. It has
+            # to begin so, since what it imports before its first line of ours asks for cards.
+            with patch.dict(os.environ, CUDA_VISIBLE_DEVICES=""):
+                self._futures[function, args] = self._pool.submit(function, *args)
 
     def num_under_way(self) -> int:
         """Forecasts that were asked for and have not come: with them a host gives the card its kernels more slowly."""

@@ -40,6 +40,8 @@ class Gauge:
 
     def __init__(self, device: torch.device):
         self.device, self.is_card = device, device.type == "cuda"
+        self.lost: str | None = None
+        """Why nothing more can be measured: the device does not answer any more. Some errors leave no way on in a process."""
         self._phase: str | None = None
         self._peaks: dict[str, dict[str, int]] = {}
 
@@ -97,12 +99,16 @@ class Gauge:
         return torch.cuda.mem_get_info(self.device)[1] if self.is_card else None
 
     def release(self) -> None:
-        """Give back what nothing refers to any more, cuBLAS' workspaces, and the allocator's cache: as in a new process."""
+        """Give back what nothing refers to any more, cuBLAS' workspaces, and the allocator's cache: as in a new process. A device that does
+        not answer is `lost`."""
         gc.collect()
         if self.is_card:
-            torch.cuda.synchronize(self.device)
-            torch._C._cuda_clearCublasWorkspaces()
-            torch.cuda.empty_cache()
+            try:
+                torch.cuda.synchronize(self.device)
+                torch._C._cuda_clearCublasWorkspaces()
+                torch.cuda.empty_cache()
+            except RuntimeError as e:
+                self.lost = first_line(e)
 
     def attempt(self, run: Callable[[], Any]) -> Attempt:
         """Run a cell. Being out of memory is an answer, and so is any other error: it is shown and written down, and the cells after it

@@ -72,9 +72,9 @@ class Session:
         return [gib for gib in sizes if total is None or gib * GIB <= 1.25 * total]
 
     def within_budget(self, cells: Sequence[Any], skipped: list[str], *, name: Callable[[Any], str] = str) -> Iterator[Any]:
-        """The cells until the part's time is used up; the names of the others go to `skipped`."""
+        """The cells until the part's time is used up, or the device lost; the names of the others go to `skipped`."""
         for cell in cells:
-            if time.monotonic() > self.deadline:
+            if time.monotonic() > self.deadline or self.gauge.lost:
                 skipped.append(name(cell))
             else:
                 yield cell

@@ -108,10 +108,11 @@ def _variants(session: Session) -> list[tuple[str, Any]]:
             raise RuntimeError("no plan fits this card")
         return measured(dataclasses.replace(plain, plan=best.plan), session.gauge, num_steps=2)
 
-    return [("5b 49f", run(plain)), ("2b 17f", run(small)), ("naive 2b 17f", lambda: _naive(session)),
+    # Short steps come when the forecasts are done, which take the host's cores.
+    return [("5b 49f", run(plain)), (f"5b 49f {other.name.lower()}", lambda: _with_backend(session, plain, other)), ("5b 49f filling the card", filled),
+            ("2b 17f", run(small)), ("naive 2b 17f", lambda: _naive(session)),
             ("2b 17f smallest", run(session.cell("2b", 17, resident_blocks=0, boundaries="host", feed_forward_chunks=8))),
             *[(f"2b 17f {backend.name.lower()}", lambda backend=backend: _with_backend(session, small, backend)) for backend in backends],
-            (f"5b 49f {other.name.lower()}", lambda: _with_backend(session, plain, other)), ("5b 49f filling the card", filled),
             ("2b 17f 8-bit Adam", run(session.cell("2b", 17, optimizer="adamw8bit"))),
             ("2b 17f student only, teacher cached", run(session.cell("2b", 17, student_only=True))),
             ("2b 17f streamed", run(session.cell("2b", 17, **streamed))),
@@ -130,7 +131,8 @@ def measure(session: Session, out: Path) -> dict[str, Any]:
     rate, norms, found, skipped = _rates(session), _norm_seconds(session), {}, []
     session.gauge.release()
     for name, run in session.within_budget(_variants(session), skipped, name=lambda pair: pair[0]):
-        found[name] = session.gauge.attempt(run).as_json()
+        beside = session.forecaster.num_under_way()
+        found[name] = {"num_forecasts_beside": beside, **session.gauge.attempt(run).as_json()}
     kernels = [session.gauge.attempt(lambda: _kernels(session)).as_json() for _ in session.within_budget(["kernels"], skipped)]
     _, flops = session.forecaster.answer(peaks_of, session.cell("5b", 49), session.workspace_bytes)
     small, naive = (found.get(name, {}) for name in ("2b 17f smallest", "naive 2b 17f"))
@@ -140,8 +142,9 @@ def measure(session: Session, out: Path) -> dict[str, Any]:
     both = "step_seconds" in small and "step_seconds" in naive
     return {
         "rates": rate, "norm_seconds": norms, "kernels_5b_49f_student_only": kernels and kernels[0], "picked_attention": _picked_attention(session).name.lower(),
-        "flops_5b_49f": flops, "share_of_matrix_rate": shares, "cells": found, "skipped": skipped,
-        "goals": [goal("share of the matrix rate, 5b at 49 frames", shares.get("5b 49f"), 0.55, at_least=True, unit="%"),
+        "flops_5b_49f": flops, "share_of_matrix_rate": shares,
+        "share_of_burst_rate": {name: share * rate["matrix_flops_per_second"] / rate["burst_flops_per_second"] for name, share in shares.items()}, "cells": found, "skipped": skipped,
+        "goals": [goal(f"share of the matrix rate that lasts for {_SUSTAINED_S} s, 5b at 49 frames", shares.get("5b 49f"), 0.55, at_least=True, unit="%"),
                   goal("the same with the best attention kernels, or compiled", max(shares.values(), default=None), 0.55, at_least=True, unit="%"),
                   # by one and the same plan: the smallest
                   goal("times faster than the naive recipe, 2b at 17 frames",

@@ -2,6 +2,7 @@
 
 import json
 import statistics
+from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -46,7 +47,8 @@ _OLDER = ("5400010df174",)
 def headline() -> str:
     """A few cells for those who want to know what it does, of the card of which most is known."""
     found, cells, notes = results("speed", "minimum", "offload", "peaks"), {}, []
-    card = statistics.mode(result["card"] for _, result in found)
+    counts = Counter(result["card"] for _, result in found)
+    card = max(found, key=lambda entry: (counts[entry[1]["card"]], entry[1]["provenance"]["date"]))[1]["card"]
     found = [(part, result) for part, result in found if result["card"] == card]
     by_part = dict(found)
     for part, result in found:
@@ -115,7 +117,7 @@ def peaks() -> str:
         ran = [cell for cell in result["cells"] if "allocated_error" in cell]
         for label, cells in _by_size(ran):
             sizes = [cell["measured"]["allocated_bytes"] / GIB for cell in cells]
-            rows.append([label, str(len(cells)), f"{min(sizes):.2f} to {max(sizes):.2f} GiB" if len(sizes) > 1 else f"{sizes[0]:.2f} GiB",
+            rows.append([_of(found, result, label), str(len(cells)), f"{min(sizes):.2f} to {max(sizes):.2f} GiB" if len(sizes) > 1 else f"{sizes[0]:.2f} GiB",
                          *(f"{max((cell[f'{kind}_error'] for cell in cells), key=abs):+.{digits}%}" for kind, digits in (("allocated", 3), ("reserved", 1)))])
     replayed = [snapshot for _, result in found for snapshot in result["snapshots"].values()]
     requests, alike = (sum(s[key] for s in replayed) for key in ("num_requests", "num_placed_alike"))
