@@ -172,7 +172,7 @@ VERDICTS: dict[str, tuple[str, str, Callable[[], tuple[str, str]]]] = {
     "tokens": ("002", "[2, 6976, 1920] after the last feed-forward at 17 frames with CFG", lambda: (HOLDS, "226 + 5 x 30 x 45 = 6,976")),
     "offload": ("000, 001", "CPU offload saves 60-70 % / 85-90 %; 120-170 GB down to 15-25 GB", offload),
     "fp16": ("000, 001", "fp16 saves about 50 %", lambda: (
-        PREDICTED, f"16-bit over fp32, nothing else: {_saving('float32, nothing', 'nothing')} (predicted)")),
+        PREDICTED, f"16-bit over fp32, nothing else: {_saving('float32, no checkpointing', 'no checkpointing')} (predicted)")),
     "batch": ("000", "memory is linear in batch size", batch),
     "train-total": ("001", "training takes 120-170 GB, two copies of the model", train_total),
     "infer-total": ("001", "inference 20-30 GB", lambda: (PREDICTED, (

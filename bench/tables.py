@@ -238,7 +238,7 @@ def strategies() -> str:
     lost = [name for name in next(iter(cells.values())) if not name.startswith(("checkpoint all", "batch", "rank")) and all(
         cell[name]["step_peak_bytes"] > 0.98 * cell["checkpoint all"]["step_peak_bytes"]
         and cell[name]["step_seconds"] > 0.99 * cell["checkpoint all"]["step_seconds"] for cell in cells.values() if name in cell)]
-    note = f"\nNot 2 % smaller nor 1 % faster than checkpointing alone: {'; '.join(lost)}. (*Nothing*: no block is checkpointed.)\n"
+    note = f"\nNot 2 % smaller nor 1 % faster than checkpointing alone: {'; '.join(lost)}.\n"
     return markdown(["strategy (change against checkpoint all)", *cells], rows) + note + _predicted(result)
 
 
