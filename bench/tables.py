@@ -203,7 +203,8 @@ def cards() -> str:
     """Peak and step time of the planner's plans, a row a card."""
     result = load("feasibility")
     names, plans = [name.rsplit("-", 1) for name in result["cells"]], [cell["planned"] for cell in result["cells"].values()]
-    rows = [[f"`{card}`", *(_feasible(plan[card], plan[card]["predicted"]["needed_bytes"]) for plan in plans)] for card in result["cards"]]
+    # An h20 is the card that stands for 96gb.
+    rows = [[f"`{card}`", *(_feasible(plan[card], plan[card]["predicted"]["needed_bytes"]) for plan in plans)] for card in result["cards"] if card != "h20"]
     header = ["`--profile`", *(f"{model.removeprefix('cogvideox').strip('-')}, {frames} frames" for model, frames in names)]
     least = max(load(name)["minimum"]["cells"]["5b 49f adamw8bit"]["allocated_bytes"] for name in ("emulated", "emulated-h100"))
     note = (f"\nAt the least, with all streamed and recomputed that can be, steps of the 5b at 49 frames allocate {least / GIB:.2f} GiB "

@@ -25,12 +25,10 @@ def results(*parts: str) -> list[tuple[str, dict[str, Any]]]:
 
 _HEADLINE = (
     ("speed", "5b 49f", "5b, 49 frames: all blocks on the card, checkpointed"), ("minimum", "5b 49f adamw8bit", "5b, 49 frames: the least memory"),
-    ("peaks", "cogvideox-5b 49f resident_blocks=0 boundaries=host", "5b, 49 frames: blocks and their inputs on the host"),
     ("speed", "5b 49f filling the card", "5b, 49 frames: the planner's plan for the whole card"),
     ("minimum", "1.5 81f adamw8bit", "1.5-5b, 81 frames: the least memory"),
     ("offload", "5b-17f all resident", "5b, 17 frames: all blocks on the card, checkpointed"),
     ("offload", "5b-17f ring, boundaries on host", "5b, 17 frames: blocks and their inputs on the host"),
-    ("peaks", "cogvideox-5b 17f", "5b, 17 frames: all blocks on the card, checkpointed"),
     ("offload", "5b-17f diffusers group offload, block level, streams", "5b, 17 frames: diffusers' group offload, blocks, streams"),
     ("offload", "5b-17f torch save_on_cpu", "5b, 17 frames: torch's `save_on_cpu`"),
     ("offload", "2b-17f ring, boundaries on host", "2b, 17 frames: blocks and their inputs on the host"),
@@ -40,8 +38,6 @@ _HEADLINE = (
 
 
 _FIRST = ("minimum", "1.5 81f adamw8bit")
-_OLDER = ("5400010df174",)
-"""Commits before queries and keys were normed and rotated by one operator."""
 
 
 def headline() -> str:
@@ -52,16 +48,14 @@ def headline() -> str:
     found = [(part, result) for part, result in found if result["card"] == card]
     by_part = dict(found)
     for part, result in found:
-        named = {cell["settings"]: cell["measured"] for cell in result["cells"]} if part == "peaks" else result["cells"]
-        cells |= {(part, name): cell for name, cell in named.items()}
-    older = {part for part, result in found if result["provenance"]["commit"] in _OLDER}
+        cells |= {(part, name): cell for name, cell in result["cells"].items()} if part != "peaks" else {}
     first = _first_step(by_part.get("minimum", {}))
-    rows = [[label + " *" * (0 < len(older) < len(found) and part not in older) + ", first step **" * bool(first and (part, name) == _FIRST),
+    rows = [[label + ", first step *" * bool(first and (part, name) == _FIRST),
              _bytes(cells[part, name])[0], _seconds(cells[part, name], None)] for part, name, label in _HEADLINE if (part, name) in cells]
     seconds = {key: cell["step_seconds"] for key, cell in cells.items() if "step_seconds" in cell}
     for part, name, of, base, text in (
             ("minimum", "5b 49f adamw8bit", "speed", "5b 49f", "The least memory takes {:.1%} longer than all on the card, of the 5b at 49 frames."),
-            ("offload", "5b-49f ring", "offload", "5b-49f all resident", "Streaming alone added {:.1%} to the student's pass.")):
+            ("offload", "5b-49f ring", "offload", "5b-49f all resident", "Streaming alone added {:.1%} to the student's pass there.")):
         if (part, name) in seconds and (of, base) in seconds:
             notes.append(text.format(seconds[part, name] / seconds[of, base] - 1))
     planned = [cell for cell in by_part.get("peaks", {}).get("cells", ()) if "allocated_error" in cell]
@@ -69,10 +63,8 @@ def headline() -> str:
         off = [max(abs(cell[f"{kind}_error"]) for cell in planned) for kind in ("allocated", "reserved")]
         notes.append(f"Peaks of {len(planned)} plans were predicted within {off[0]:.2%} (allocated) and {off[1]:.1%} (reserved).")
     text = markdown(["a step of all three losses", "allocated at peak", "seconds"], rows) + (f"\n{' '.join(notes)}\n" if notes else "")
-    if 0 < len(older) < len(found):
-        text += "\n\\* since queries and keys are normed and rotated by one operator, which made our steps faster (MEMORY.md); the others of ours are from before.\n"
     if first:
-        text += f"\n\\*\\* before the optimizer had its state: {first / GIB:.2f} GiB after that (predicted).\n"
+        text += f"\n\\* before the optimizer had its state: {first / GIB:.2f} GiB after that (predicted).\n"
     return text + _source(found)
 
 
