@@ -52,7 +52,7 @@ class ConceptMapProcessor:
                  attention_mask: Tensor | None = None,
                  image_rotary_emb: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
         length = encoder_hidden_states.shape[1]
-        q, k, v = project(attn, hidden_states, encoder_hidden_states, image_rotary_emb)
+        q, k, v = project(attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
         out, lse = attention_with_lse(q, k, v)
         if self.map is None:
             rows = slice(len(self.columns))

@@ -10,7 +10,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from memory.checkpointing import checkpoint_blocks
 from trainer.backbones import lean
+from trainer.backbones.attention import LeanProcessor
 from trainer.backbones.cogvideox import CogVideoX
+from trainer.masks import ConceptMapProcessor
 
 
 def _block(dtype: torch.dtype, **more) -> CogVideoXBlock:
@@ -159,3 +161,12 @@ def test_arguments_that_no_processor_takes_are_ignored_as_by_diffusers(caplog, m
     expected = block.attn1(video, text)
     assert all(map(torch.equal, expected, block.attn1(video, text, colour="red")))
     assert "['colour'] are not expected by LeanProcessor" in caplog.text
+
+
+@pytest.mark.parametrize("processor", [LeanProcessor, lambda: ConceptMapProcessor([torch.tensor([1])])], ids=["lean", "concept map"])
+def test_a_mask_is_refused_as_none_is_heeded(processor):
+    block = _block(torch.float32)
+    lean.make_lean([block])
+    block.attn1.processor = processor()
+    with pytest.raises(ValueError, match=r"attention_mask of shape \(1, 29\).*leave it out"):
+        block(torch.randn(1, 24, 64), torch.randn(1, 5, 64), torch.randn(1, 16), attention_kwargs={"attention_mask": torch.ones(1, 29)})

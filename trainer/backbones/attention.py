@@ -11,9 +11,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-def project(attn: nn.Module, hidden_states: Tensor, encoder_hidden_states: Tensor, positions: tuple[Tensor, Tensor] | None
-            ) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k and v (B, A, S, d) of video (B, N, D) and text (B, L, D), text first, normed and rotated."""
+def project(attn: nn.Module, hidden_states: Tensor, encoder_hidden_states: Tensor, attention_mask: Tensor | None,
+            positions: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k and v (B, A, S, d) of video (B, N, D) and text (B, L, D), text first, normed and rotated.
+
+    Raises ValueError for an attention mask: what attends with them heeds none.
+    """
+    if attention_mask is not None:
+        raise ValueError(f"an attention_mask of shape {tuple(attention_mask.shape)}: here every token attends to all; leave it out")
     x = torch.cat([encoder_hidden_states, hidden_states], dim=1)  # (B, S, D)
     q, k, v = (proj(x).unflatten(-1, (attn.heads, -1)) for proj in (attn.to_q, attn.to_k, attn.to_v))  # (B, S, A, d)
     length = encoder_hidden_states.shape[1]
@@ -40,6 +45,6 @@ class LeanProcessor:
     def __call__(self, attn: nn.Module, hidden_states: Tensor, encoder_hidden_states: Tensor,
                  attention_mask: Tensor | None = None,
                  image_rotary_emb: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
-        q, k, v = project(attn, hidden_states, encoder_hidden_states, image_rotary_emb)
+        q, k, v = project(attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
         out = F.scaled_dot_product_attention(q, k, v)
         return project_out(attn, out, encoder_hidden_states.shape[1])
