@@ -60,9 +60,8 @@ def dpm_step(scheduler: Any, velocity: Tensor, old: Tensor | None, timestep: int
     from diffusers.utils.torch_utils import randn_tensor
 
     def draw() -> Tensor:
-        if generator is None:
-            return torch.randn_like(latents)
-        return to_device(randn_tensor(latents.shape, generator=generator, device=torch.device("cpu"), dtype=latents.dtype), latents.device)
+        where = latents.device if generator is None else torch.device("cpu")
+        return randn_tensor(latents.shape, generator=generator, device=where, dtype=latents.dtype)
 
     alphas, last = scheduler.alphas_cumprod, timestep - scheduler.config.num_train_timesteps // scheduler.num_inference_steps
     here = alphas[timestep]
@@ -73,8 +72,10 @@ def dpm_step(scheduler: Any, velocity: Tensor, old: Tensor | None, timestep: int
     factors = scheduler.get_mult(h, r, here, there, back)
     spread = (1 - there)**0.5 * (1 - (-2 * h).exp())**0.5
     noise, pointed = draw(), estimate
-    if old is not None and last >= 0:  # two steps' estimates, and a second draw, as the scheduler has it
+    if old is not None and last >= 0:  # two steps' estimates, and a second draw, as the scheduler has it: the first stays on the host
         noise, pointed = draw(), factors[2] * estimate - factors[3] * old
+    if generator is not None:
+        noise = to_device(noise, latents.device)
     return factors[0] * latents - factors[1] * pointed + spread * noise, estimate
 
 

@@ -16,6 +16,7 @@ from diffusers import (
     TCDScheduler,
 )
 
+from trainer import diffusion
 from trainer.diffusion import Sampler, sample
 from trainer.errors import UsageError
 from trainer.shapes.pretrain import SCHEDULER
@@ -162,6 +163,17 @@ def test_dpm_forgets_the_former_sample():
             x = sampler.step(v, index, x, _dice())
         results.append(x)
     assert torch.equal(*results)
+
+
+def test_of_two_draws_the_one_that_is_used_is_sent_to_the_device(monkeypatch):
+    sent = []
+    monkeypatch.setattr(diffusion, "to_device", lambda tensor, device: sent.append(tensor) or tensor)
+    sampler, x, dice = Sampler(CogVideoXDPMScheduler(**SCHEDULER), 4), torch.randn(SHAPE), _dice()
+    for index in range(4):
+        x = sampler.step(torch.randn(SHAPE), index, x, dice)
+    drawn = _dice()
+    draws = [torch.cat([torch.randn(1, *SHAPE[1:], generator=die) for die in drawn]) for _ in range(6)]
+    assert len(sent) == 4 and all(map(torch.equal, sent, (draws[0], draws[2], draws[4], draws[5])))  # the first and last steps draw once
 
 
 def test_latents_keep_their_dtype():
