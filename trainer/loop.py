@@ -28,7 +28,7 @@ from trainer.lock import RunLock
 from trainer.losses import Samples, lockstep_backward, student_backward
 from trainer.metrics import MetricsLog
 from trainer.memory_file import Forecast, keep_forecast
-from trainer.monitor import read_memory, watch
+from trainer.monitor import Readings, watch
 from trainer.recovery import Rescue
 from trainer.run_directory import make_run_directory, require_place, write_config
 from trainer.samples import Sampling
@@ -52,6 +52,7 @@ def train(config: TrainConfig, origins: Mapping[str, str], *, resume: Path | Non
     backbone, prompts, columns = open_training(config)
     device = resolve_device(config.model.device)
     meter = Meter(device)
+    readings = Readings(meter)
 
     # Text first: the encoder is gone before the transformer comes.
     sampling = Sampling(backbone, config, prompts, meter)
@@ -123,7 +124,7 @@ def train(config: TrainConfig, origins: Mapping[str, str], *, resume: Path | Non
             scaler.update()
             optimizer.zero_grad(set_to_none=True)
             clock.end_step()
-            health.add(**clock.read(), memory=read_memory(meter), peak_bytes_by_phase=meter.highest())
+            health.add(**clock.read(), memory=readings(), peak_bytes_by_phase=meter.highest())
             state.step += 1
 
             # Safety, then pictures.

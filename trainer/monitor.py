@@ -1,7 +1,8 @@
 """Progress for whoever watches: a live view on a terminal, plain lines elsewhere. On stderr.
 
-The loop hands over plain dicts and goes on. All reading of memory, drawing and writing is done by a thread of the
-monitor's own, so neither a slow terminal nor a bug in here can hold up or stop a training run.
+The loop hands over plain dicts and goes on. All reading of what is shown, drawing and writing is done by a thread of the
+monitor's own, so neither a slow terminal nor a bug in here can hold up or stop a training run. What the loop itself reads of
+memory, for its records, are `Readings`.
 """
 
 import logging
@@ -158,6 +159,20 @@ def plain_line(state: Mapping[str, Any]) -> str:
             parts.append(f"{label} {gib(memory[key])} GiB")
     parts += [f"[{f['severity']}: {f['code']}]" for f in state["findings"] or () if f["severity"] != "expected"]
     return "  ".join(parts + ["stopping"] * state["stopping"])
+
+
+class Readings:
+    """`read_memory` at little cost, for every step: what the allocator and this process hold is of now, what the driver, the machine
+    and its control groups say is a second old at most."""
+
+    def __init__(self, meter: Meter):
+        self._meter, self._latest, self._due = meter, {}, -math.inf
+
+    def __call__(self) -> dict[str, float]:
+        now = time.monotonic()
+        if now >= self._due:
+            self._latest, self._due = read_memory(self._meter), now + 1
+        return self._latest | self._meter.held() | {"process_bytes": resident_bytes()}
 
 
 def read_memory(meter: Meter) -> dict[str, float]:

@@ -11,7 +11,7 @@ from bench.card.rig import Rig, rigged
 from bench.card.session import Session, failures, goal
 from memory.meter import Meter
 from trainer.metrics import MetricsLog
-from trainer.monitor import Monitor, read_memory, sensors
+from trainer.monitor import Monitor, Readings, read_memory, sensors
 
 SECONDS = 140
 STEPS_A_ROUND = 3
@@ -24,17 +24,18 @@ class _Terminal(io.StringIO):
         return True
 
 
-def _read(meter: Meter, rig: Rig) -> None:
+def _read(meter: Meter, readings: Readings, rig: Rig) -> None:
     """What the loop reads for a record besides: memory, peaks by phase, seconds by phase."""
     for phase in ("teacher", "student", "backward", "optimizer", None):
         meter.turn_to(phase)
-    read_memory(meter), meter.highest(), rig.clock.read()
+    readings(), meter.highest(), rig.clock.read()
 
 
 def _compare(session: Session, kind: str, frames: int, num_rounds: int, directory: Path) -> dict[str, Any]:
     """Steps with and without all that watches, a few in turns, so that a drift of the clock rate is in both."""
     gauge, cell, num_drawn = session.gauge, session.cell(kind, frames), 0
     log, meter = MetricsLog(directory), Meter(gauge.device)
+    readings = Readings(meter)
     with rigged(cell, gauge, bare=True) as plain, rigged(cell, gauge, watched=True) as watched:
         taken: dict[str, list[float]] = {"plain": [], "watched": []}
         with watched.health:
@@ -48,7 +49,7 @@ def _compare(session: Session, kind: str, frames: int, num_rounds: int, director
                         for _ in range(STEPS_A_ROUND):  # as in a run: what the host does between steps is beside the card's work
                             rig.step()
                             if rig is watched:
-                                _read(meter, rig)
+                                _read(meter, readings, rig)
                         gauge.synchronize()
                         if i:
                             taken[name].append((time.perf_counter() - started) / STEPS_A_ROUND)
@@ -56,7 +57,7 @@ def _compare(session: Session, kind: str, frames: int, num_rounds: int, director
             with gauge.unsynchronised():
                 for _ in range(2):
                     watched.step()
-                    _read(meter, watched)
+                    _read(meter, readings, watched)
             gauge.synchronize()
             watched.health.flush()
     log.close()

@@ -19,7 +19,7 @@ from trainer import live_view
 from trainer.clock import WAITING, PhaseClock
 from trainer.findings import finding
 from trainer.live_view import block_strip, duration, sparkline, trend, view
-from trainer.monitor import NUM_WARM_UP, Monitor, read_memory, read_process, watch
+from trainer.monitor import NUM_WARM_UP, Monitor, Readings, read_memory, read_process, watch
 from trainer.signals import StopFlag
 
 GIB = 2**30
@@ -262,6 +262,24 @@ def test_a_card_that_vanishes_leaves_the_monitor_running(tiny_config, monkeypatc
 
 def test_readings_of_a_run_without_a_card():
     assert read_memory(Meter("cpu")).keys() == read_process().keys()
+
+
+def test_records_have_the_latest_counters_and_ask_driver_and_host_once_a_second(monkeypatch):
+    now, held, asked = [0.0], [GIB], []
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(torch.cuda, "memory_stats_as_nested_dict",
+                        lambda device: dict.fromkeys(("allocated_bytes", "reserved_bytes"), {"all": {"current": held[0]}}))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: asked.append("driver") or (20 * GIB, 24 * GIB))
+    monkeypatch.setattr("trainer.monitor.host_bytes", lambda: asked.append("host") or (16 * GIB, 8 * GIB))
+    monkeypatch.setattr("trainer.monitor.resident_bytes", lambda: held[0] + 1)
+    meter = Meter("cuda")
+    readings, expected = Readings(meter), read_memory(meter)
+    for now[0], num_asked in ((0.0, 2), (0.5, 2), (0.9, 2), (1.1, 3), (2.0, 3)):
+        held[0] += GIB
+        read = readings()
+        assert read.keys() == expected.keys() and read["allocated_bytes"] == read["reserved_bytes"] == read["process_bytes"] - 1 == held[0]
+        assert read["device_used_bytes"] == 4 * GIB and asked.count("driver") == asked.count("host") == num_asked
+    assert Readings(Meter("cpu"))().keys() == read_process().keys()
 
 
 class _Terminal:
