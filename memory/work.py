@@ -56,7 +56,6 @@ _FLOPS = {
     aten.mm.default: ("matmul", lambda args, outputs: _mm(args[0], args[1])),
     aten.addmm.default: ("matmul", lambda args, outputs: _mm(args[1], args[2])),
     aten.bmm.default: ("matmul", lambda args, outputs: _bmm(args[0], args[1])),
-    aten.bmm.dtype: ("matmul", lambda args, outputs: _bmm(args[0], args[1])),
     aten.baddbmm.default: ("matmul", lambda args, outputs: _bmm(args[1], args[2])),
     aten.linear.default: ("matmul", lambda args, outputs: 2.0 * args[0].numel() * args[1].shape[0]),
     aten.convolution.default: ("convolution", _convolution),

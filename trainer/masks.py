@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend
 
+from memory.work import register_scratch
 from trainer.backbones.cogvideox import CogVideoX
 from trainer.backbones.attention import project, project_out
 from trainer.errors import UsageError
@@ -68,16 +69,25 @@ def concept_map(q: Tensor, k: Tensor, lse: Tensor, columns: Sequence[Tensor]) ->
     """
     maps = []
     for queries, keys, whole, picked in zip(q, k, lse, columns):
-        scores = _product(queries, keys.index_select(1, picked).mT).mul_(q.shape[3] ** -0.5)  # (A, N, K)
+        scores = _product32(queries, keys.index_select(1, picked).mT).mul_(q.shape[3] ** -0.5)  # (A, N, K)
         maps.append(scores.sub_(whole.unsqueeze(-1)).exp_().sum((0, 2)))
     return torch.stack(maps) / q.shape[1]
 
 
-def _product(left: Tensor, right: Tensor) -> Tensor:
-    """left @ right (A, N, K) in float32. On a card the product of 16-bit operands is that at once, without a copy of them."""
-    if left.device.type == "cuda" and left.dtype != torch.float32:
-        return torch.bmm(left, right, out_dtype=torch.float32)
-    return left.float() @ right.float()
+# To a memory trace one operator, which takes what it takes on a card: there the product of 16-bit operands is in float32 at once, without
+# copies of them.
+_library = torch.library.Library("eraser", "FRAGMENT")
+_library.define("product32(Tensor left, Tensor right) -> Tensor")
+_library.impl("product32", lambda left, right: torch.bmm(left.float(), right.float()), "CPU")
+_library.impl("product32", lambda left, right: torch.bmm(left, right, out_dtype=torch.float32), "CUDA")
+_product32 = torch.ops.eraser.product32.default
+"""left (A, N, d) @ right (A, d, K) -> (A, N, K) float32."""
+register_scratch(_product32, lambda args, device: (4 * args[0].numel(),) if device == "cpu" and args[0].dtype != torch.float32 else ())
+
+
+@torch.library.register_fake("eraser::product32")
+def _(left, right):
+    return left.new_empty(*left.shape[:2], right.shape[2], dtype=torch.float32)
 
 
 class ConceptMaps:
