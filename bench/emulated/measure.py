@@ -38,7 +38,8 @@ _STEPS = (("2b", 17, {}), ("2b", 17, _HOST), ("5b", 17, {}), ("5b", 17, dict(res
 _COMPILED = (("2b", 17, {}), ("2b", 17, _HOST | dict(feed_forward_chunks=8)), ("2b", 49, _HOST), ("2b", 9, dict(checkpoint="none")),
              ("2b", 9, dict(checkpoint="every:2")), ("2b", 9, dict(resident_blocks=0, num_keep_everything=10, kept="host")), ("5b", 17, dict(num_keep_attention=21)),
              ("5b", 17, dict(checkpoint="none")), ("5b", 17, _HOST | dict(passes="lockstep", feed_forward_chunks=8)), ("5b", 49, _HOST),
-             ("5b", 49, _HOST | dict(feed_forward_chunks=8, optimizer="adamw8bit")))
+             ("5b", 49, _HOST | dict(feed_forward_chunks=8, optimizer="adamw8bit")), ("5b", 49, _HOST | dict(feed_forward_chunks=2)),
+             ("5b", 49, _HOST | dict(passes="lockstep", feed_forward_chunks=8)))
 
 
 def counters() -> dict[str, int]:

@@ -93,14 +93,14 @@ def compiled() -> str:
     columns = [{cell["settings"].replace(" compile=True", ""): _compiled_peaks(cell) for cell in result["compiled"]["cells"]} for result in results]
     cards = [result["card"].removeprefix("Emulated ") for result in results]
     rows = [[settings, *(column.get(settings, "") for column in columns)] for settings in columns[0]]
-    return markdown(["compiled, a step of", *(f"{card}: allocated / reserved (against the prediction)" for card in cards)], rows) + _source(*results)
+    return markdown(["compiled, a step of", *(f"{card}: allocated / reserved (predicted: off by)" for card in cards)], rows) + _source(*results)
 
 
 def _compiled_peaks(cell: dict[str, Any]) -> str:
     measured, predicted = cell["measured"], cell["predicted"]
     if "allocated_bytes" not in measured:
         return "fails"
-    allocated, reserved = (f"{measured[key] / GIB:.2f} GiB ({measured[key] / predicted[key] - 1:+.1%})" for key in ("allocated_bytes", "reserved_bytes"))
+    allocated, reserved = (f"{measured[key] / GIB:.2f} GiB ({predicted[key] / measured[key] - 1:+.1%})" for key in ("allocated_bytes", "reserved_bytes"))
     return f"{allocated} / {reserved}"
 
 
