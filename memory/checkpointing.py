@@ -72,6 +72,8 @@ def checkpoint_blocks(blocks: Sequence[nn.Module], keeps: Sequence[str]) -> Chec
 
 
 def _checkpointed_forward(handle: Checkpointing, index: int, block: nn.Module, keep: str, inner):
+    droppers = _droppers(block)  # looked for once: most of a block's many modules are none
+
     def forward(*args, **kwargs):
         if not torch.is_grad_enabled():
             return inner(*args, **kwargs)
@@ -89,7 +91,7 @@ def _checkpointed_forward(handle: Checkpointing, index: int, block: nn.Module, k
 
         kept: list = []
         modes = {"context_fn": lambda: (_KeepAttention(kept), _ReuseAttention(kept))} if keep == "attention" else {}
-        outputs = checkpoint(run, *leaves, use_reentrant=False, preserve_rng_state=_is_random(block), **modes)
+        outputs = checkpoint(run, *leaves, use_reentrant=False, preserve_rng_state=_is_random(block, droppers), **modes)
         if keep == "attention" and not kept:
             raise RuntimeError(
                 f"block {index} is to keep its attention output, but no fused attention ran in it. Select a fused "
@@ -100,16 +102,16 @@ def _checkpointed_forward(handle: Checkpointing, index: int, block: nn.Module, k
     return forward
 
 
-def _is_random(block: nn.Module) -> bool:
+def _droppers(block: nn.Module) -> list[tuple[nn.Module, str]]:
+    """The modules of `block` that drop by a share, whatever it is now, and the share's name; nn.MultiheadAttention has it as `dropout`."""
+    named = [(module, "p" if isinstance(module, _DropoutNd) else "dropout") for module in block.modules()]
+    return [(module, name) for module, name in named if isinstance(getattr(module, name, None), float | int)]
+
+
+def _is_random(block: nn.Module, droppers: list[tuple[nn.Module, str]]) -> bool:
     """Whether recomputation must restore the random state. Reading it costs time, and a frozen block is in eval mode: then dropout
     is all that is looked for, and what else draws in eval mode draws anew."""
-    def drops(module: nn.Module) -> bool:
-        if not module.training:
-            return False
-        share = module.p if isinstance(module, _DropoutNd) else getattr(module, "dropout", 0)  # as nn.MultiheadAttention has it
-        return isinstance(share, float | int) and share > 0
-
-    return block.training or any(map(drops, block.modules()))
+    return block.training or any(module.training and getattr(module, name) > 0 for module, name in droppers)
 
 
 class _Kept:

@@ -93,6 +93,15 @@ def test_a_frozen_block_does_not_read_the_random_state(monkeypatch):
     assert calls
 
 
+def test_dropout_whose_share_is_raised_later_is_replayed():
+    blocks = make_blocks(dropout=0.0).eval()
+    checkpoint_blocks(blocks, ["inputs"] * 3)
+    plain = make_blocks(dropout=0.0).eval()
+    for stack in (blocks, plain):
+        stack[1].dropout.train().p = 0.5
+    assert_equal(gradients(blocks), gradients(plain))
+
+
 def test_free_without_gradient():
     blocks = make_blocks()
     handle = checkpoint_blocks(blocks, ["inputs", "attention", "everything"])
