@@ -68,6 +68,8 @@ class _Master:
         """Where modules hold the parameters: their dictionary, the name in it, which parameter."""
         self.home = parameters[0].device
         self.layout, self.num_bytes = _layout(parameters)
+        self.kind = 0
+        """The same number for blocks of the same layout."""
         self.flat: torch.Tensor | None = None
         if not gathered:
             return
@@ -114,14 +116,14 @@ class _Slot:
         self.flat = torch.empty(num_bytes, dtype=torch.uint8, device=lane.device)
         self.loaded = lane.new_event()
         self.block: int | None = None
-        self._parameters: dict[tuple[_Entry, ...], list[nn.Parameter]] = {}
+        self._parameters: dict[int, list[nn.Parameter]] = {}
 
-    def parameters(self, layout: tuple[_Entry, ...]) -> list[nn.Parameter]:
-        # Blocks are alike, so these are made once.
-        if layout not in self._parameters:
+    def parameters(self, master: _Master) -> list[nn.Parameter]:
+        # Blocks are alike, so these are made once. By number, since a layout is long to compare.
+        if master.kind not in self._parameters:
             with torch.inference_mode(False):  # later passes may record a graph
-                self._parameters[layout] = [nn.Parameter(entry.view(self.flat), requires_grad=False) for entry in layout]
-        return self._parameters[layout]
+                self._parameters[master.kind] = [nn.Parameter(entry.view(self.flat), requires_grad=False) for entry in master.layout]
+        return self._parameters[master.kind]
 
 
 class _Ring:
@@ -134,6 +136,9 @@ class _Ring:
         self.num_loads = self.num_late_loads = self.bytes_loaded = 0
 
     def allocate(self, num_slots: int) -> None:
+        kinds: dict[tuple[_Entry, ...], int] = {}
+        for master in self.masters.values():
+            master.kind = kinds.setdefault(master.layout, len(kinds))
         size = max((master.num_bytes for master in self.masters.values()), default=0)
         self.slots = [_Slot(size, self.lane) for _ in range(min(num_slots, len(self.masters)))]
 
@@ -337,7 +342,7 @@ def _streamed_forward(ring: _Ring, index: int, inner):
         master = ring.masters[index]
         saves = region is None and torch.is_grad_enabled()
         referring = packing(functools.partial(_refer_to_weight, ring, index, slot)) if saves else nullcontext()
-        with master.seated(slot.parameters(master.layout)), referring:
+        with master.seated(slot.parameters(master)), referring:
             return inner(*args, **kwargs)
 
     return forward

@@ -159,6 +159,18 @@ def test_a_first_pass_in_inference_mode_leaves_training_alone():
     assert torch.equal(*gradients)
 
 
+def test_a_slot_has_one_set_of_parameters_for_all_blocks_that_are_alike():
+    blocks, seen = make_blocks(), []
+    blocks[2].linear = nn.Linear(8, 8, bias=False).requires_grad_(False)
+    expected = blocks(torch.ones(2, 8))
+    handle = offload_blocks(blocks, device="cpu")
+    for block in blocks:
+        block.linear.register_forward_pre_hook(lambda module, _: seen.append(module.weight))
+    assert torch.equal(blocks(torch.ones(2, 8)), expected)
+    assert len({id(parameter) for parameter in seen}) == len(handle.device_buffers) + 1
+    assert [parameter is seen[2] for parameter in seen] == [False, False, True, False, False, False]
+
+
 def test_slots_are_never_reallocated():
     blocks = make_blocks()
     handle = offload_blocks(blocks, device="cpu")
