@@ -55,6 +55,8 @@ class Lane:
         self.device = device
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._so_far = self.new_event()
+        self._not_joined: set[torch.cuda.Event] = set()
+        """Ends of copies that the compute stream has yet to wait for."""
         self.waiting: Callable[[], AbstractContextManager] = nullcontext
         """Entered around what the computation waits for: on the CPU a copy itself, on a card the stream's wait for it."""
 
@@ -74,6 +76,7 @@ class Lane:
                 for destination, source in pairs:
                     destination.copy_(source)
             return
+        self._not_joined.add(done)
         _copying.compute = torch.cuda.current_stream(self.device)
         self._so_far.record(_copying.compute)
         self._stream.wait_event(self._so_far)
@@ -86,7 +89,8 @@ class Lane:
             _copying.compute = None
 
     def join(self, done: torch.cuda.Event | None) -> None:
-        """Let the compute stream, not the host, wait for `done`."""
-        if done is not None:
+        """Let the compute stream, not the host, wait for the copy that `done` was last handed to. It is one stream, so once is enough."""
+        if done in self._not_joined:
             with self.waiting():
                 (_copying.compute or torch.cuda.current_stream(self.device)).wait_event(done)
+            self._not_joined.discard(done)

@@ -1,7 +1,7 @@
 """The engine's order of copies and computation, proven by vector clocks: nothing is right by luck."""
 
 import gc
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
@@ -49,6 +49,21 @@ def test_every_copy_is_in_order(name, step, monkeypatch):
     assert races(monkeypatch, ASYNCHRONOUS[name], step) == []
 
 
+@pytest.mark.parametrize("name", ["offload", "boundaries", "kept-offload"])
+def test_a_copy_is_waited_for_once(name, monkeypatch):
+    tiny, detector, copy, copies, waits = make_tiny("rope"), RaceDetector(), Lane.copy, [], []
+    emulate(monkeypatch, detector)
+    monkeypatch.setattr(Lane, "copy", lambda lane, pairs, done: (copies.append(done), copy(lane, pairs, done)))
+    with detector:
+        applied = apply(tiny, MemoryPlan(**PLANS[name]), "cpu")
+        applied.count_waits(lambda: nullcontext(waits.append(1)))
+        tiny.step()
+        detector.declare_host(applied.host_buffers)
+        applied.undo()
+    assert 0 < len(waits) <= len(copies)
+    assert all(not lane._not_joined for part in (applied.offload, applied.activations) if part for lane in part.lanes)
+
+
 class Unrecorded(Event):
     def record(self, stream):
         pass
@@ -66,6 +81,17 @@ def without_waiting_for_compute(monkeypatch):
 
 def without(method, owner):
     return lambda monkeypatch: monkeypatch.setattr(owner, method, lambda *_: None)
+
+
+def waiting_for_the_first_copy_of_an_event_only(monkeypatch):
+    join, joined = Lane.join, set()
+
+    def once(lane, done):
+        if done not in joined:
+            joined.add(done)
+            join(lane, done)
+
+    monkeypatch.setattr(Lane, "join", once)
 
 
 def letting_go_before_the_copy_out(monkeypatch):
@@ -147,6 +173,8 @@ def test_a_load_that_is_interrupted_is_waited_for(monkeypatch):
     (without_waiting_for_compute, "boundaries"),
     (without("join", Lane), "offload"),
     (without("join", Lane), "kept"),
+    (waiting_for_the_first_copy_of_an_event_only, "offload"),
+    (waiting_for_the_first_copy_of_an_event_only, "kept"),
     (letting_go_before_the_copy_out, "boundaries"),
     (without("_arrive", _Parked), "kept"),
     (clearing_at_once, "offload"),
