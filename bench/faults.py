@@ -76,6 +76,19 @@ def overflow(block: int) -> Inject:
     return inject
 
 
+def outlier(block: int) -> Inject:
+    """One channel of one token at 2e4, as some models have it: within float16's range, and not far from its end."""
+    def inject(subject, stack):
+        def grown(block, args, output):
+            hidden, *others = output
+            hidden[:, 0, 0] = 2e4
+            return hidden, *others
+
+        stack.callback(subject.assembly.blocks[block].register_forward_hook(grown, prepend=True).remove)
+
+    return inject
+
+
 def left_out(*blocks: int) -> Inject:
     def inject(subject, stack):
         kept = [p for n, p in subject.assembly.erasers.named_parameters() if int(n[0]) not in blocks]
@@ -304,6 +317,7 @@ FAULTS: tuple[Fault, ...] = (
     Fault(name="fp16 adapters under Adam", code="half-precision-adapters", block=0, inject=half_adapters),
     *_each("fp16 on a bf16-native model", "non-native-dtype", overflow, pipeline="bf16", settings=HALF, at=(0, 2)),
     *_each("overflow of an fp16-native model", "half-precision-overflow", overflow, pipeline="fp16", at=(0, 2)),
+    *_each("outlier of an fp16-native model", "near-overflow", outlier, pipeline="fp16"),
     Fault(name="learning rate x 1000 (1e-4)", code="learning-rate-too-high", settings={"optim__lr": 0.1}),
     Fault(name="learning rate x 1000 (1e-3)", code="learning-rate-too-high", settings={"optim__lr": 1.0}),
     Fault(name="eta absurd", code="eta-too-large", settings={"loss__eta": 5000.0}),

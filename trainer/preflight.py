@@ -24,6 +24,7 @@ from trainer.tracing import scale_collapsed, trace
 TRIAL_LR = 1e-2  # large enough that a step shows in a 16-bit output
 ROUNDING = 1e-12  # of the target's mean square: what float32 leaves of a difference that is none
 LARGEST_LR_SHARE = 0.5  # of the weights' root mean square
+LARGEST_HALF = 65504 / 8  # of activations in float16, which what follows multiplies
 LARGEST_PUSH, LARGEST_ETA = 30.0, 50.0  # ‖target - v‖ / ‖v‖; published η are 5 and 7
 
 CHECKED = (
@@ -35,6 +36,7 @@ CHECKED = (
     "checkpointed blocks: recomputed in backward",
     "latents: move along the trajectory",
     "output: without change before the first update, changed after it",
+    "activations in float16: within an eighth of its range",
     "loss terms, predictions, gradients: finite, not zero",
     "target and learning rate: of a size that can be learned",
 )
@@ -46,6 +48,7 @@ class _Watch:
     def __init__(self, subject: Subject):
         self.subject, self.erasers = subject, subject.assembly.erasers
         self.spread: dict[int, Tensor] = {}  # teacher: largest range over tokens of any channel of the attention output
+        self.residual: list[tuple[int, Tensor]] = []  # teacher, in float16: (block, largest |output| of it)
         self.output: dict[int, Tensor] = {}  # student: largest |output| of the eraser
         self.alive: dict[int, Tensor] = {}  # student: largest |GELU output| of the eraser
         self.calls: Counter[tuple[str, int]] = Counter()
@@ -67,6 +70,8 @@ class _Watch:
                         attention.register_forward_hook(self._after_attention(index)),
                         adapter.register_forward_pre_hook(self._before_adapter(index)),
                         adapter.register_forward_hook(self._after_adapter(index))]
+        if self.subject.assembly.dtype == torch.float16:
+            handles += [block.register_forward_hook(self._after_block(index)) for index, block in enumerate(self.subject.assembly.blocks)]
         try:
             yield
         finally:
@@ -76,6 +81,13 @@ class _Watch:
     def _enter(self, module: nn.Module, args: tuple) -> None:
         if self.phase == "student":
             self.grad_outside = torch.is_grad_enabled()
+
+    def _after_block(self, index: int):
+        def after(module: nn.Module, args: tuple, output: tuple[Tensor, Tensor]) -> None:
+            if self.phase == "teacher":
+                self.residual += [(index, torch.linalg.vector_norm(tensor.detach(), math.inf)) for tensor in output]
+
+        return after
 
     def _before_attention(self, index: int):
         def before(module: nn.Module, args: tuple) -> None:
@@ -248,6 +260,8 @@ class Preflight:
         elif not torch.equal(self.on, self.off):
             yield from _first("untrained-eraser-acts", "student", acting or [None],
                               difference=(self.on - self.off).abs().max().item())
+        if large := [(i, size) for i, tensor in self.watch.residual if LARGEST_HALF < (size := tensor.item()) < math.inf]:
+            yield finding("near-overflow", "teacher", block=min(large)[0], largest=max(size for _, size in large))
 
     def _gradients(self) -> Iterator[Finding]:
         """Do gradients reach every eraser?"""
