@@ -284,7 +284,8 @@ def offload_activations(
 
     handle = ActivationOffload(resolve_device(device), len(blocks))
     for index, block in enumerate(blocks):
-        pick = functools.partial(_pick, block, signatures[index], tuple(boundary_names), boundaries, kept, min_bytes)
+        held = [tensors for module in block.modules() for tensors in (module._parameters, module._buffers)]
+        pick = functools.partial(_pick, held, signatures[index], tuple(boundary_names), boundaries, kept, min_bytes)
         wrap = functools.partial(_parking_forward, handle, index == len(blocks) - 1, pick)
         handle._undos.append(replace_forward(block, "activation offload", wrap))
     return handle
@@ -312,13 +313,14 @@ def _parking_forward(handle: ActivationOffload, is_last: bool, pick, inner):
     return forward
 
 
-def _pick(block, signature, boundary_names, boundaries, kept, min_bytes, args, kwargs):
-    """Which of the tensors that one call of one block saves go to the host, as a predicate."""
+def _pick(held, signature, boundary_names, boundaries, kept, min_bytes, args, kwargs):
+    """Which of the tensors that one call of one block saves go to the host, as a predicate. `held`: where its modules hold parameters
+    and buffers, whose memory may be another at every call."""
     arguments = signature.bind(*args, **kwargs).arguments
     passed_on = {_identity(arguments[name]) for name in boundary_names if arguments.get(name) is not None}
     if not kept:
         return lambda tensor: _identity(tensor) in passed_on
-    stays = {tensor.untyped_storage()._cdata for tensor in [*block.parameters(), *block.buffers()]}
+    stays = {tensor.untyped_storage()._cdata for tensors in held for tensor in tensors.values() if tensor is not None}
     for name, argument in arguments.items():
         if name not in boundary_names:
             stays |= {leaf.untyped_storage()._cdata for leaf in tree_leaves(argument) if isinstance(leaf, torch.Tensor)}

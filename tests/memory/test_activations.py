@@ -64,6 +64,22 @@ def test_parameters_and_shared_inputs_stay_and_nothing_moves_twice():
     assert len(set(views)) == len(views) > 50
 
 
+def test_parameters_that_were_given_other_memory_later_stay():
+    class Multiply(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight, self.scale = nn.Parameter(torch.ones(4)), nn.Parameter(torch.ones(4))
+
+        def forward(self, hidden):
+            return (hidden * 1) * self.weight * self.scale
+
+    blocks = [Multiply(), nn.Identity()]
+    handle = offload_activations(blocks, device="cpu", boundaries=False, kept=True, min_bytes=0)
+    blocks[0].weight.data, blocks[0].scale = torch.full((4,), 2.0), nn.Parameter(torch.ones(4))
+    blocks[0](torch.ones(4))
+    assert handle.bytes_stored == 2 * 16  # what was multiplied, twice
+
+
 def test_what_backward_is_through_with_is_not_held_by_a_graph_that_is_retained():
     tiny = make_tiny("rope")
     handle = apply(tiny, keeps=["everything"] * 5, kept=True)
