@@ -129,13 +129,15 @@ def assess_trace(
         masters_bytes=prediction.host_bytes,
     )
     by_phase = prediction.by_phase | others.by_phase
-    reserved = max(int(prediction.reserved_bytes * compiled_fragmentation(plan)), others.reserved_bytes)
+    step = int(prediction.reserved_bytes * compiled_fragmentation(plan))
+    reserved = max(step, others.reserved_bytes)
     host = max(prediction.host_bytes, others.host_bytes) + workload.host_bytes
     device_short, host_short = limits.shortage(reserved, host)
     reason = ""
     if device_short:
+        tightest = prediction.by_phase if step == reserved else others.by_phase  # not by what is allocated: shares differ
         where = "of this machine's memory" if limits.card.is_cpu else "on the card"
-        reason = f"needs {device_short / GIB:.2f} GiB more {where} in {max(by_phase, key=by_phase.get)}"
+        reason = f"needs {device_short / GIB:.2f} GiB more {where} in {max(tightest, key=tightest.get)}"
     elif host_short:
         reason = f"needs {host_short / GIB:.2f} GiB more of host memory"
     return Assessment(

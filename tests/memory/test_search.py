@@ -8,6 +8,7 @@ import pytest
 from test_simulate import tiny_trace
 
 import memory.activations
+import memory.assess
 from memory.assess import Limits, PhaseNeed, Workload, assess
 from memory.cards import GIB, lookup
 from memory.plan import MemoryPlan, PlanError, resolve_keeps
@@ -243,6 +244,17 @@ def test_every_phase_has_to_fit(workload):
     assert assessed.host_bytes == 9 * MIB
     assert plan_for(heavy, 1900).best is None
     assert plan_for(heavy, 2200).best is not None
+
+
+@pytest.mark.parametrize("share, fragmentation", [(1.01, 1.0), (0.99, 1.5)])
+def test_the_phase_that_is_short_is_told_by_what_is_reserved(workload, share, fragmentation, monkeypatch):
+    """Of the step and decode, it allocates less and reserves more."""
+    monkeypatch.setattr(memory.assess, "_PHASE_FRAGMENTATION", fragmentation)
+    alone = assess(workload, MemoryPlan(), fixed_card(MIB))
+    need = PhaseNeed(name="decode", device_bytes=int(share * max(alone.by_phase.values())), with_backbone=False)
+    assessed = assess(dataclasses.replace(workload, phases=lambda plan: [need]), MemoryPlan(), fixed_card(MIB))
+    assert (max(assessed.by_phase, key=assessed.by_phase.get) == "decode") == (share > 1)
+    assert assessed.reason.endswith(" on the card in decode") == (share < 1)
 
 
 def test_what_a_phase_needs_of_the_host_comes_on_top_of_streamed_weights(workload):
