@@ -20,7 +20,7 @@ from trainer.eraser_files import apply_eraser
 from trainer.erasers import Erasers
 from trainer.errors import UsageError
 from trainer.masks import prompt_columns
-from trainer.prompts import Embeddings, PromptSet, collect, embed, warn_of_contradiction
+from trainer.prompts import Embeddings, PromptSet, collect, embed, require_concept, warn_of_contradiction
 
 
 def open_backbone(model: ModelConfig) -> CogVideoX:
@@ -54,8 +54,16 @@ def require_trainable(config: TrainConfig) -> None:
 
 
 def collect_prompts(config: TrainConfig) -> PromptSet:
-    """What a run trains on. Raises UsageError."""
+    """What a run is planned for. Raises UsageError."""
     prompts = collect(config.data, bundled=config.model.model == "shapes")
+    if config.loss.alpha > 0:
+        require_concept(prompts)
+    return prompts
+
+
+def trainable_prompts(config: TrainConfig) -> PromptSet:
+    """What a run trains on. Raises UsageError; for what a plan can do without, too."""
+    prompts = collect_prompts(config)
     if config.loss.beta > 0 and not prompts.preserved:
         raise UsageError("--beta is above 0, but there is nothing to preserve; name --preserve WORD …, or --beta 0")
     return prompts
@@ -64,7 +72,7 @@ def collect_prompts(config: TrainConfig) -> PromptSet:
 def open_training(config: TrainConfig) -> tuple[CogVideoX, PromptSet, dict[str, Tensor] | None]:
     """(model, prompts, the concept's columns in each): what is asked for, checked as far as it can be before anything is loaded."""
     require_trainable(config)
-    prompts = collect_prompts(config)
+    prompts = trainable_prompts(config)
     warn_of_contradiction(prompts)
     backbone = open_backbone(config.model)  # the download, if there is one
     backbone.latent_shape(*video_size(backbone, config.model))

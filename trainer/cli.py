@@ -79,7 +79,7 @@ def _will_measure(config: TrainConfig) -> bool:
 def _train(argv: Sequence[str]) -> None:
     command, origins = resolve(argv)
     config, card = command.settings, _card_here(command)
-    from trainer.assemble import collect_prompts
+    from trainer.assemble import trainable_prompts
     from trainer.distributed import joined, num_ranks, rows_of
     from trainer.loop import train
     from trainer.memory_file import Forecast
@@ -87,7 +87,7 @@ def _train(argv: Sequence[str]) -> None:
     from trainer.run_directory import read_config, restarted_run
 
     with joined(config.model.device) as rank:
-        collect_prompts(config)  # before the planner's seconds
+        trainable_prompts(config)  # before the planner's seconds
         rows_of(config.data.batch_size)
         if config.memory.num_shards not in (1, num_ranks()):
             raise UsageError(f"--num-shards {config.memory.num_shards}: all processes of a run share its blocks, here {num_ranks()}; start "

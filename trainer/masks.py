@@ -129,24 +129,22 @@ def concept_mask(maps: Sequence[Tensor], *, threshold: float) -> Tensor:
 def prompt_columns(backbone: CogVideoX, prompts: PromptSet, *, localised: bool = True) -> dict[str, Tensor]:
     """The token positions (K,) int64 of the concept's words, as they stand in each prompt; in the plural too.
 
-    Raises UsageError for a prompt that holds them beyond what the model reads; where training is `localised`, also for one that does not hold
-    them.
+    Raises UsageError for a prompt that holds them beyond what the model reads; where training is `localised`, also for words that its tokenizer
+    does not know.
     """
     tokenizer = backbone.text_encoder.tokenizer()
     if tokenizer is None:  # random weights have no words: any column costs and behaves the same
         return dict.fromkeys(prompts.prompts, torch.zeros(1, dtype=torch.int64))
     tokens = tokenizer(list(prompts.prompts), truncation=True, max_length=backbone.text_length, return_offsets_mapping=True)
     concept, found = word(prompts.concept), {}
-    for number, (prompt, ids, places) in enumerate(zip(prompts.prompts, tokens.input_ids, tokens.offset_mapping), 1):
+    for index, (prompt, ids, places) in enumerate(zip(prompts.prompts, tokens.input_ids, tokens.offset_mapping)):
         spans = [match.span() for match in concept.finditer(prompt)]
         columns = [i for i, (start, stop) in enumerate(places) if any(start < end and begin < stop for begin, end in spans)]
-        where = f"the prompt {prompt!r}" + (f" (number {number} of --prompts {prompts.file})" if prompts.file else "")
-        if not columns and (spans or localised):
-            why = f"comes after the first {backbone.text_length} tokens, which are all that the model reads, of" if spans else "is not a word of"
-            advice = "shorten it" if spans else "use a word of the prompt, or --alpha 0 to train without localisation"
-            raise UsageError(f"--concept {prompts.concept}: {prompts.concept!r} {why} {where}; {advice}")
+        if spans and not columns:
+            raise UsageError(f"--concept {prompts.concept}: {prompts.concept!r} comes after the first {backbone.text_length} tokens, which are all "
+                             f"that the model reads, of {prompts.named(index)}; shorten it")
         if localised and tokenizer.unk_token_id in (ids[i] for i in columns):
-            raise UsageError(f"the concept {prompts.concept!r} has characters that the model's tokenizer does not know, in {where}; use other "
-                             f"words, or copy {backbone.directory / 'tokenizer'} again if these are common ones")
+            raise UsageError(f"the concept {prompts.concept!r} has characters that the model's tokenizer does not know, in {prompts.named(index)}; "
+                             f"use other words, or copy {backbone.directory / 'tokenizer'} again if these are common ones")
         found[prompt] = torch.tensor(columns, dtype=torch.int64)
     return found

@@ -15,7 +15,7 @@ from memory.ranking import SEARCHED, SearchResult
 from memory.search import search
 from memory.timeline import pinned_bytes
 from memory.timing import LARGEST_ERROR, TYPICAL_ERROR
-from trainer.assemble import masking_blocks, open_backbone, require_guidance, resolve_device, resolve_dtype, video_size
+from trainer.assemble import collect_prompts, masking_blocks, open_backbone, require_guidance, resolve_device, resolve_dtype, video_size
 from trainer.backbones import published
 from trainer.backbones.cogvideox import CogVideoX
 from trainer.beside import Beside
@@ -23,7 +23,7 @@ from trainer.config import ModelConfig, TrainConfig
 from trainer.distributed import num_ranks
 from trainer.errors import DoesNotFit, UsageError
 from trainer.phases import phases_around
-from trainer.prompts import collect
+from trainer.prompts import PromptSet
 from trainer.rehearse import num_rehearsed, rehearse, teacher_share
 from trainer.several_cards import assess_sharded, check_batch, faster, host_share
 
@@ -78,6 +78,7 @@ def workload(config: TrainConfig, *, num_cards: int | None = None) -> Workload:
 
     Raises UsageError for settings that cannot be.
     """
+    prompts = collect_prompts(config)
     backbone = _opened(config.model)
     backbone.latent_shape(*video_size(backbone, config.model))
     masking_blocks(backbone, config.loss)
@@ -94,15 +95,15 @@ def workload(config: TrainConfig, *, num_cards: int | None = None) -> Workload:
 
     return Workload(
         num_blocks=backbone.num_blocks, repeats=config.optim.accumulation / num_rehearsed(config),
-        teacher_share=teacher_share(config), host_bytes=Workload.host_bytes + _embedded_bytes(backbone, config),
+        teacher_share=teacher_share(config), host_bytes=Workload.host_bytes + _embedded_bytes(backbone, prompts, config),
         trace=lambda plan, num_blocks: _calls(trace(plan, num_blocks)), phases=lambda plan: _calls(phases(plan)),
         prepare=lambda traces, plans: _calls.announce([*(trace(*wanted) for wanted in traces[:2]), *map(phases, plans),
                                                        *(trace(*wanted) for wanted in traces[2:])]))
 
 
-def _embedded_bytes(backbone: CogVideoX, config: TrainConfig) -> int:
+def _embedded_bytes(backbone: CogVideoX, prompts: PromptSet, config: TrainConfig) -> int:
     """Of the host, what the embeddings of all prompts take."""
-    distinct = {*collect(config.data, bundled=config.model.model == "shapes").texts, *config.output.sample_prompts}
+    distinct = {*prompts.texts, *config.output.sample_prompts}
     itemsize = resolve_dtype(backbone, config.memory, insist=True).itemsize
     return pinned_bytes(len(distinct) * backbone.text_length * backbone.text_width * itemsize)
 

@@ -43,6 +43,10 @@ class PromptSet:
         """All that a step may read; the empty prompt is an anchor."""
         return *self.prompts, *self.safe, *self.preserved, ""
 
+    def named(self, index: int) -> str:
+        """A prompt, and where it stands."""
+        return f"the prompt {self.prompts[index]!r}" + (f" (number {index + 1} of --prompts {self.file})" if self.file else "")
+
 
 def collect(data: DataConfig, *, bundled: bool) -> PromptSet:
     """The prompts that the settings ask for; where they name none, made from the concept.
@@ -62,6 +66,15 @@ def collect(data: DataConfig, *, bundled: bool) -> PromptSet:
         pairs = _instead(pairs or [(t.format(concept), "") for t in _TEMPLATES], concept, data.instead)
         preserved = [t.format(c) if " " not in c else c for c in concepts for t in _TEMPLATES[: 1 if " " in c else None]]
     return PromptSet(concept, tuple(p for p, _ in pairs), tuple(s for _, s in pairs), tuple(preserved), data.prompts)
+
+
+def require_concept(prompts: PromptSet) -> None:
+    """Raises UsageError for a prompt without the concept's words, of which localised training makes its mask."""
+    words = word(prompts.concept)
+    for i, prompt in enumerate(prompts.prompts):
+        if not words.search(prompt):
+            raise UsageError(f"--concept {prompts.concept}: {prompts.concept!r} is not a word of {prompts.named(i)}; use a word of the prompt, "
+                             "or --alpha 0 to train without localisation")
 
 
 def warn_of_contradiction(prompts: PromptSet) -> None:

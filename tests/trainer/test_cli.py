@@ -367,6 +367,13 @@ def test_a_plan_that_does_not_fit_is_no_command(capsys):
     assert "python run.py" in said["24gb"] and "python run.py" not in said["2gb"]
 
 
+def test_no_command_is_planned_that_training_would_refuse(call, tmp_path):
+    (tmp_path / "p.txt").write_text("a green circle\n")
+    code, out, said = call("plan", "--profile", "4090", "--prompts", tmp_path / "p.txt")
+    assert code == 2 and not out and "'red' is not a word of the prompt 'a green circle' (number 1 of" in said[-1]
+    assert "python run.py" in call("plan", "--profile", "4090", "--prompts", tmp_path / "p.txt", "--alpha", "0")[1]
+
+
 def test_the_benchmarks_are_listed():
     done = _python("run.py", "bench")
     lines = {line.split()[2]: line for line in done.stdout.splitlines()}
@@ -387,16 +394,18 @@ def test_prompts_are_read_before_a_plan_is_looked_for(call, monkeypatch, tmp_pat
 
 @pytest.mark.parametrize("code, argv, why", [
     (2, ["--profile", "4090", "--frames", "9"], "nothing to preserve"),
+    (2, ["--prompts", "{tmp}/tennis.txt", "--preserve", "tennis"], "'golf' is not a word of the prompt 'people play tennis'"),
     (3, ["--profile", "8gb", "--batch-size", "64", "--preserve", "tennis"], "does not fit"),
     (2, ["--profile", "4090", "--frames", "9", "--height", "481", "--preserve", "tennis"], "--height 481"),
     (2, ["--profile", "4090", "--frames", "9", "--preserve", "tennis"], "the hub did not give THUDM/CogVideoX-2b (it is not in the cache, and HF_HUB_OFFLINE is set)"),
-], ids=["prompts", "memory", "size", "all well"])
-def test_what_cannot_be_is_refused_before_a_model_is_downloaded(call, monkeypatch, code, argv, why):
+], ids=["prompts", "words", "memory", "size", "all well"])
+def test_what_cannot_be_is_refused_before_a_model_is_downloaded(call, monkeypatch, tmp_path, code, argv, why):
     from huggingface_hub.errors import OfflineModeIsEnabled
 
     download = Mock(side_effect=OfflineModeIsEnabled("no"))
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
-    got, _, said = call("--model", "cogvideox-2b", "--concept", "golf", "--device", "cpu", *argv)
+    (tmp_path / "tennis.txt").write_text("people play tennis\n")
+    got, _, said = call("--model", "cogvideox-2b", "--concept", "golf", "--device", "cpu", *(word.format(tmp=tmp_path) for word in argv))
     assert got == code and why in said[-1]
     assert download.called == ("hub" in why)
 

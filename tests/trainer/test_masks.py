@@ -4,7 +4,6 @@ import gc
 import math
 import resource
 import threading
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -219,14 +218,6 @@ def test_concept_of_several_words_or_pieces(sincos):
     assert two["a red circle moving left"].tolist() == [1, 2]
     spelled = prompt_columns(sincos, _prompts("cat", "a cat and"))["a cat and"].tolist()
     assert len(spelled) >= 3 and spelled == list(range(1, 1 + len(spelled)))  # letter by letter
-
-
-@pytest.mark.parametrize("concept", ["crimson", "giraffe", "supercalifragilisticexpialidocious", "circle red"])
-def test_unknown_concept_word_names_the_prompt(sincos, concept):
-    with pytest.raises(UsageError, match=f"'{concept}' is not a word of the prompt 'a red circle'.*--alpha 0"):
-        prompt_columns(sincos, _prompts(concept, "a red circle"))
-    with pytest.raises(UsageError, match=f"--concept {concept}: .*'a red circle' .number 1 of --prompts keep.csv.; use a word"):
-        prompt_columns(sincos, replace(_prompts(concept, "a red circle"), file=Path("keep.csv")))
 
 
 @pytest.mark.parametrize("prompt, words", [

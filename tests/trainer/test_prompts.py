@@ -1,13 +1,15 @@
 """Prompts from files, words and the world; embeddings computed once."""
 
 import os
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
 from trainer.config import DataConfig
 from trainer.errors import UsageError
-from trainer.prompts import Embeddings, collect, embed, warn_of_contradiction, word
+from trainer.prompts import Embeddings, PromptSet, collect, embed, require_concept, warn_of_contradiction, word
 from trainer.shapes import world
 
 
@@ -128,6 +130,15 @@ def test_what_is_to_be_erased_is_not_preserved(tmp_path, caplog):
     assert not caplog.records
     warn_of_contradiction(collect(DataConfig(concept="ball", preserve=("football", "a tennis ball")), bundled=False))
     assert [r.getMessage() for r in caplog.records] == ["'a tennis ball' is to be kept, or pushed towards, and holds 'ball', which is to be erased"]
+
+
+@pytest.mark.parametrize("concept", ["crimson", "giraffe", "supercalifragilisticexpialidocious", "circle red"])
+def test_unknown_concept_word_names_the_prompt(concept):
+    prompts = PromptSet(concept, ("a red circle",), ("",), ())
+    with pytest.raises(UsageError, match=f"'{concept}' is not a word of the prompt 'a red circle'; .*--alpha 0"):
+        require_concept(prompts)
+    with pytest.raises(UsageError, match=f"--concept {concept}: .*'a red circle' .number 1 of --prompts keep.csv.; use a word"):
+        require_concept(replace(prompts, file=Path("keep.csv")))
 
 
 def test_bundled_model_does_not_know_every_word(tmp_path):
