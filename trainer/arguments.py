@@ -50,7 +50,16 @@ def parse(kind: type, argv: Sequence[str], command: str, default: Any = None) ->
         near = difflib.get_close_matches(unknown[0].split("=")[0], options, n=1)
         hint = f"did you mean {near[0]}?" if near else f"{program} --help lists them all"
         raise UsageError(f"there is no option {unknown[0]}; {hint}")
+    _require_text(parsed)
     return parsed
+
+
+def _require_text(parsed: Any) -> None:
+    """Raises UsageError for words whose bytes are no UTF-8. Paths may be of any bytes."""
+    for path, value in settings.leaves(parsed).items():
+        for word in value if isinstance(value, tuple) else (value,):
+            if isinstance(word, str) and word != (shown := word.encode(errors="replace").decode()):
+                raise UsageError(f"--{path.split('.')[-1].replace('_', '-')} {shown}: is not UTF-8; run it from a terminal, or a script, that is")
 
 
 def _superfluous(word: str, argv: Sequence[str], parsed: Any, program: str) -> str:

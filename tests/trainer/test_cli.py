@@ -243,6 +243,14 @@ def test_usage_of_other_commands(call, argv, message):
     assert code == 2 and out == "" and len(lines) == 1 and message in lines[0]
 
 
+@pytest.mark.parametrize("argv", [["generate", "--no-eraser", "--prompt", "x", "a r\udce9d circle"], ["--preserve", "a r\udce9d circle"],
+                                  ["plan", "--concept=a r\udce9d circle"], ["forget", "--forget", "a r\udce9d circle"]])
+def test_words_that_are_no_utf_8(call, argv):
+    code, out, lines = call(*argv)
+    flag = argv[-1].partition("=")[0] if "=" in argv[-1] else next(word for word in reversed(argv) if word.startswith("--"))
+    assert code == 2 and out == "" and len(lines) == 1 and f"error: {flag} a r?d circle: is not UTF-8" in lines[0]
+
+
 def test_unwritable_video_leaves_nothing(call, pipelines, tmp_path):
     (tmp_path / "file").write_text("")
     code, out, lines = call("generate", "--no-eraser", "--prompt", "x", "--out", tmp_path / "file" / "x.mp4", *_sizes(pipelines))
