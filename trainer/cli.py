@@ -111,12 +111,13 @@ def _train(argv: Sequence[str]) -> None:
     if rank:
         return  # the first process speaks for all
     config, content = read_config(run_dir)
-    if command.resume and content["first_step"] >= config.optim.steps:
+    untouched = command.resume and content["first_step"] >= config.optim.steps
+    if untouched:
         more = "--steps asks for more" if config.optim.schedule == "constant" else f"a {config.optim.schedule} schedule ends there"
         print(f"nothing was left to train: {run_dir} has its {config.optim.steps} steps; {more}", file=sys.stderr)
     print(f"eraser: {run_dir / 'eraser.safetensors'}")
     print(f"run: {run_dir}", flush=True)  # whatever becomes of the measurement
-    if measures:
+    if measures and not (untouched and _measured(run_dir)):
         _measure(EvaluateConfig(run=run_dir, model=config.model, memory=replace(config.memory, num_shards=1)))
 
 
@@ -153,6 +154,16 @@ def _measure(config: EvaluateConfig) -> None:
     print_table(evaluate(config))
     directory = config.run if config.run.is_dir() else config.run.parent
     print(f"evaluation: {directory / EVALUATION}\npictures: {directory / PICTURES}")
+
+
+def _measured(run_dir: Path) -> bool:
+    """Whether an evaluation of the run is there, which is then said."""
+    from trainer.evaluate import EVALUATION
+
+    if not (run_dir / EVALUATION).exists():
+        return False
+    print(f"nothing was left to measure: {run_dir / EVALUATION} is there; run.py evaluate {run_dir} measures anew", file=sys.stderr)
+    return True
 
 
 def _evaluate(argv: Sequence[str]) -> None:

@@ -229,7 +229,7 @@ class EvaluateConfig:
     run: Path
     """A run directory or an eraser file; `evaluate RUN` says the same."""
     concept: str | None = None
-    """What was erased; a run knows."""
+    """What was erased; a run knows, an export does not."""
     num_videos: int = 64
     """Videos of the target, of its synonyms and of what shares its kind, at least; a row of anything else may have fewer."""
     num_steps: int = 16

@@ -127,7 +127,8 @@ def _read_json(file: Path) -> dict[str, Any]:
     if known and (base := value.get("base_model")) is not None:
         known = isinstance(base, dict) and all(isinstance(base.get(key), str) for key in ("name", "config_hash"))
     if known and (training := value.get("training")) is not None:
-        known = isinstance(training, dict) and isinstance(training.get("data", {}), dict)
+        known = (isinstance(training, dict) and isinstance(training.get("data", {}), dict)
+                 and isinstance(lookup(training, "data", "concept"), str | None))
     if not known:
         raise CheckpointError(f"{file}: not an eraser's description; copy it again")
     return value

@@ -8,6 +8,7 @@ import math
 import random
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,10 +20,11 @@ from trainer.assemble import Assembly, assemble, embed_prompts, open_backbone, r
 from trainer.backbones.cogvideox import CogVideoX
 from trainer.config import EvaluateConfig, ModelConfig
 from trainer.eraser_files import load_eraser
-from trainer.errors import UsageError
+from trainer.errors import InputOutputError, UsageError
 from trainer.generate import generate_latents
 from trainer.prompts import Embeddings
-from trainer.run_files import write_json
+from trainer.run_directory import probe
+from trainer.run_files import lookup, write_json
 from trainer.shapes import world
 from trainer.video import contact_sheet
 
@@ -95,17 +97,25 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     require_real(config.memory)
     eraser = load_eraser(config.run)
     backbone = open_backbone(config.model)
-    concept = config.concept or ((eraser.training or {}).get("data") or {}).get("concept")
+    own, directory = lookup(eraser.training, "data", "concept"), eraser.path.parent
+    concept = config.concept or own
     if concept is None:
         raise UsageError(f"{config.run} does not say which concept it erases; name it with --concept")
     require_measurable(concept, config.model)
+    with suppress(KeyError):  # of what it does not say, or the world does not know, anything may be measured
+        if world.kind_of(own or "") != world.kind_of(concept):
+            raise UsageError(f"--concept {concept}: {config.run} erases {own}; leave --concept out")
+    try:
+        probe(directory)  # before minutes of measuring
+    except OSError as e:
+        raise InputOutputError(f"{directory / EVALUATION} cannot be written ({e.strerror}); measure a copy of {eraser.path.name} and its "
+                               "description in a place that can be") from e
     chosen = cases(concept, config.num_videos, config.seed)
     print(f"measuring {len(chosen)} videos, without the eraser and with it: a minute or more", file=sys.stderr, flush=True)
     embeddings = embed_prompts(backbone, config.model, config.memory, [*(c.prompt for c in chosen), ""])
     with assemble(backbone, config.model, config.memory, eraser=config.run) as assembly:
         result, sheet = measure(assembly, backbone, embeddings.to(resolve_device(config.model.device)), concept, chosen,
                                 config)
-    directory = eraser.path.parent
     write_json(directory / EVALUATION, result)
     contact_sheet(directory / PICTURES, sheet)
     return result

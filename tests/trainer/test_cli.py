@@ -138,6 +138,19 @@ def test_train_is_also_a_command_and_resume_takes_a_directory(trained, call):
     assert code == 2 and "--out beside --resume" in lines[-1]
 
 
+def test_a_finished_run_is_not_measured_again(trained, call, monkeypatch):
+    monkeypatch.setattr(cli, "_will_measure", lambda config: True)
+    monkeypatch.setattr(cli, "_measure", measure := Mock())
+    call("--resume", trained)
+    assert measure.call_count == 1
+    (trained / "evaluation.json").write_text("{}")
+    code, _, lines = call("--resume", trained)
+    assert code == 0 and measure.call_count == 1
+    assert f"nothing was left to measure: {trained / 'evaluation.json'} is there; run.py evaluate {trained} measures anew" in lines
+    call("--resume", trained, "--steps", "2")
+    assert measure.call_count == 2
+
+
 WRONG = {
     "unknown concept word": (["--concept", "giraffe"], 2, "'giraffe' is not a word of the prompt 'a red circle moving left' (number 1 of --prompts"),
     "empty prompt file": (["--prompts", "{tmp}/empty.txt"], 2, "holds no prompt; write one a line"),

@@ -1,7 +1,9 @@
 """The evaluation counts what the detector sees; on rendered videos every rate is known beforehand."""
 
+import errno
 import json
 import math
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -195,6 +197,16 @@ def test_released_file_needs_the_concept(eraser, bundled, tmp_path):
     assert evaluate(_config(tmp_path / "released", concept="crimson"))["target"]["name"] == "red"
 
 
+def test_another_concept_than_the_runs_own_does_not_replace_its_evaluation(eraser, monkeypatch):
+    monkeypatch.setattr(module, "measure", Mock(return_value=({}, [])))
+    monkeypatch.setattr(module, "contact_sheet", lambda path, rows: None)
+    evaluate(_config(eraser, concept="crimson"))  # the same by another word
+    (eraser / "evaluation.json").unlink()
+    with pytest.raises(UsageError, match="--concept blue: .*run erases red; leave --concept out"):
+        evaluate(_config(eraser, concept="blue"))
+    assert not (eraser / "evaluation.json").exists()
+
+
 def test_unknown_concept_and_missing_run(eraser, tmp_path):
     with pytest.raises(UsageError, match="--concept giraffe"):
         evaluate(_config(eraser, concept="giraffe"))
@@ -208,6 +220,13 @@ def test_eraser_of_another_model_is_refused(eraser, pipelines, monkeypatch):
     with pytest.raises(CheckpointError, match="made for shapes"):
         evaluate(_config(eraser))
     assert not (eraser / "evaluation.json").exists()
+
+
+def test_a_place_that_cannot_be_written_is_told_before_anything_is_measured(eraser, monkeypatch):
+    monkeypatch.setattr(module, "probe", Mock(side_effect=PermissionError(errno.EACCES, "Permission denied")))
+    monkeypatch.setattr(module, "assemble", None)  # not reached
+    with pytest.raises(InputOutputError, match=r"evaluation.json cannot be written \(Permission denied\); measure a copy of eraser.safetensors"):
+        evaluate(_config(eraser))
 
 
 def test_unwritable_evaluation(eraser):
