@@ -15,6 +15,7 @@ from memory.applied import AppliedPlan
 from memory.plan import MemoryPlan, apply_plan
 from trainer.backbones import Predict
 from trainer.backbones.cogvideox import BOUNDARY_NAMES, CogVideoX
+from trainer.backbones.location import require_there
 from trainer.config import LossConfig, ModelConfig, TrainConfig
 from trainer.eraser_files import apply_eraser
 from trainer.erasers import Erasers
@@ -62,7 +63,10 @@ def collect_prompts(config: TrainConfig) -> PromptSet:
 
 
 def trainable_prompts(config: TrainConfig) -> PromptSet:
-    """What a run trains on. Raises UsageError; for what a plan can do without, too."""
+    """What a run trains on. Raises UsageError; also for what can be planned at most, and for a model that is not there."""
+    require_trainable(config)
+    if config.model.weights == "stored":
+        require_there(config.model.model)
     prompts = collect_prompts(config)
     if config.loss.beta > 0 and not prompts.preserved:
         raise UsageError("--beta is above 0, but there is nothing to preserve; name --preserve WORD …, or --beta 0")
@@ -71,7 +75,6 @@ def trainable_prompts(config: TrainConfig) -> PromptSet:
 
 def open_training(config: TrainConfig) -> tuple[CogVideoX, PromptSet, dict[str, Tensor] | None]:
     """(model, prompts, the concept's columns in each): what is asked for, checked as far as it can be before anything is loaded."""
-    require_trainable(config)
     prompts = trainable_prompts(config)
     warn_of_contradiction(prompts)
     backbone = open_backbone(config.model)  # the download, if there is one

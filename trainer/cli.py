@@ -136,7 +136,10 @@ def _forecast(command: PlanCommand, origins: dict[str, str]) -> None:
     config = command.settings
     if command.cards > config.data.batch_size and origins["data.batch_size"] == "default":  # the least that can be divided
         config, origins["data.batch_size"] = settings.replaced(config, {"data.batch_size": command.cards}), "flag"
-    card = chosen_card(command.profile, config.model.device)
+    card, device = chosen_card(command.profile, config.model.device), config.model.device
+    if command.profile != "auto" and device != "auto" and card.is_cpu != (device == "cpu"):
+        raise UsageError(f"--device {device} beside --profile {command.profile}: the plan is for the latter, and training would run on the "
+                         "former; leave one of the two out")
     if command.host:
         card = replace(card, host_bytes=size_bytes(command.host))
     found = planning.forecast(config, card, fixed(origins), num_cards=command.cards)

@@ -81,8 +81,7 @@ def load_eraser(path: Path | str) -> EraserFile:
     candidates = [path] if path.is_file() else [path / WEIGHTS, path / RELEASED_WEIGHTS]
     file = next((c for c in candidates if c.is_file()), None)
     if file is None:
-        if lookup(read_object(path / CONFIG), "command") == "forget":
-            raise CheckpointError(f"{path} is a run of forget: it holds a LoRA, which peft loads, and no eraser")
+        refuse_forgetting(path)
         if (path / CONFIG).is_file():  # a run that was killed
             raise CheckpointError(f"{path}: no eraser there yet; a run writes it at its end, or when it is stopped: go on with --resume {path}")
         raise CheckpointError(f"{path}: no eraser there; name a run directory, or a directory with {WEIGHTS} "
@@ -98,6 +97,12 @@ def load_eraser(path: Path | str) -> EraserFile:
         raise CheckpointError(f"{file}: the weights have rank {rank}, the description beside it says {claimed}")
     return EraserFile({n: t.float() for n, t in state.items()}, rank, width, num_blocks,
                       description.get("base_model"), description.get("training"), file)
+
+
+def refuse_forgetting(path: Path) -> None:
+    """Raises CheckpointError for a run of `forget` where an eraser is needed."""
+    if lookup(read_object(path / CONFIG), "command") == "forget":
+        raise CheckpointError(f"{path} is a run of forget: it holds a LoRA, which peft loads, and no eraser")
 
 
 def _read_safetensors(file: Path) -> dict[str, Tensor]:

@@ -16,7 +16,7 @@ from trainer.assemble import assemble, embed_prompts, named_scheduler, open_back
 from trainer.backbones import Predict
 from trainer.config import GenerateConfig, ModelConfig, TrainConfig, leaves, replaced
 from trainer.diffusion import sample
-from trainer.eraser_files import load_eraser
+from trainer.eraser_files import load_eraser, refuse_forgetting
 from trainer.errors import InputOutputError, NonFinite
 from trainer.planning import require_sense
 from trainer.prompts import Embeddings
@@ -53,6 +53,7 @@ def as_trained(config: GenerateConfig, given: Collection[str]) -> GenerateConfig
     """With the model, the size and the memory plan of the run that `config.eraser` is, which fit there; what was `given` by flag stays."""
     if config.eraser is None or not (config.eraser / CONFIG).is_file():
         return config
+    refuse_forgetting(config.eraser)
     own = {"device", "guidance", "num_shards", *given} | ({"weights", "force_dtype"} if "model" in given else set())
     return replaced(config, {path: value for path, value in leaves(read_config(config.eraser)[0]).items()
                              if path.startswith(("model.", "memory.")) and path.split(".")[1] not in own})

@@ -248,6 +248,10 @@ def test_damaged_eraser_files(sincos, call, pipelines, tmp_path, damage, message
     (["--resume", ""], "--resume: an empty value; name one, or leave the flag out"),
     (["--config=", "--steps", "3"], "--config: an empty value"),
     (["plan", "--device", "cuda"], "--device cuda: there is no CUDA card here (run.py doctor says what is missing); use --device cpu, or plan for"),
+    (["plan", "--profile", "cpu", "--device", "cuda"], "--device cuda beside --profile cpu: the plan is for the latter"),
+    (["plan", "--profile", "4090", "--device", "cpu"], "--device cpu beside --profile 4090: the plan is for the latter"),
+    (["--model", "cogvideox-2c"], "--model cogvideox-2c: is not there; did you mean cogvideox-2b?"),
+    (["diagnose", "--model", "./absent"], "--model ./absent: is not there; name a directory"),
     (["plan", "--device", "cuda:x"], "--device cuda:x: auto, cpu or cuda would work"),
     (["generate", "--prompt", "x", "--no-eraser", "--fpss", "3"], "there is no option --fpss; did you mean --fps?"),
 ])

@@ -214,7 +214,8 @@ def test_foreign_safetensors(saved):
 
 @pytest.mark.parametrize("description", [
     None, "", "[]", "{", "{}", '{"rank": 5}', '{"rank": "4"}', '{"rank": 4, "base_model": 3}',
-    '{"rank": 4, "base_model": {"name": "x"}}', '{"rank": 4, "training": []}', '{"rank": 4, "training": {"data": 1}}', '{"rank": 4, "training": {"data": {"concept": 1}}}'])
+    '{"rank": 4, "base_model": {"name": "x"}}', '{"rank": 4, "training": []}', '{"rank": 4, "training": {"data": 1}}',
+    '{"rank": 4, "training": {"data": {"concept": 1}}}'])
 def test_description_that_is_absent_or_wrong(saved, description):
     directory, _, _ = saved
     (directory / DESCRIPTION).unlink()

@@ -147,6 +147,12 @@ def test_a_run_gives_its_sizes_and_its_plan_where_flags_do_not(sincos, eraser, t
     assert module.as_trained(replace(run, eraser=eraser), ()) == replace(run, eraser=eraser)
 
 
+def test_a_run_of_forget_is_no_eraser(tmp_path):
+    (tmp_path / "config.json").write_text('{"config": {}, "command": "forget"}')
+    with pytest.raises(CheckpointError, match="is a run of forget: it holds a LoRA, which peft loads, and no eraser"):
+        module.as_trained(GenerateConfig(prompt=(PROMPT,), eraser=tmp_path), ())
+
+
 def test_eraser_of_another_model_is_refused_before_anything_is_written(eraser, pipelines, written, tmp_path):
     with pytest.raises(CheckpointError, match="not for"):
         module.generate(_config(pipelines["5b"], tmp_path / "x.mp4", no_eraser=False, eraser=eraser))

@@ -46,6 +46,12 @@ def locate(model: str) -> Path:
     return directory
 
 
+def require_there(model: str) -> None:
+    """What `locate` raises, as far as it can be told without asking the hub."""
+    if not _hub_id(model):
+        locate(model)
+
+
 def complete(model: str, directory: Path) -> None:
     """Fetch the weights of what `locate` found, if it is the hub's. Raises UsageError."""
     if hub_id := _hub_id(model):
