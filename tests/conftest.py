@@ -3,12 +3,21 @@
 import gc
 import os
 
+import pytest
+
 from memory import environment
 
 environment.prepare()
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may reach for the network
 if "PYTEST_XDIST_WORKER" in os.environ:  # tests run side by side: threads that wait for each other's cores take several times as long
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    import torch
+
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("no CUDA card")
 
 
 def pytest_collection_finish() -> None:

@@ -154,6 +154,17 @@ def test_attention_in_bfloat16_gives_a_map_near_the_fp32_one():
     torch.testing.assert_close(maps[1], maps[0], rtol=0.1, atol=1e-3)
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_the_map_of_16_bit_queries_and_keys_is_as_exact_as_these(dtype, device):
+    """Their product is in float32."""
+    q, k = (torch.randn(1, 3, n, 64, generator=torch.Generator().manual_seed(n)).to(device, dtype) for n in (50, 9))
+    scores = q.double() @ k.double().mT / 8
+    exact = (scores - 2).exp()[..., [2, 5]].mean(1).sum(-1)
+    found = concept_map(q, k, torch.full((1, 3, 50), 2.0, device=device), [torch.tensor([2, 5], device=device)])
+    torch.testing.assert_close(found, exact.float(), rtol=1e-5, atol=0)
+
+
 def _resident() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 

@@ -350,8 +350,6 @@ CALLS = {"teacher": (losses.Teacher, "passes", 5), "student": (F, "mse_loss", 10
 @pytest.mark.parametrize("phase", CALLS)
 def test_a_card_that_is_full(phase, config, monkeypatch):
     """The allocator's own refusal, under the cap of a process, in place of an error put in."""
-    if not torch.cuda.is_available():
-        pytest.skip("no CUDA card")
     owner, name, call = CALLS[phase]
     settings = config(model__device="cuda")
     with monkeypatch.context() as patch:
