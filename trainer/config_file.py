@@ -21,8 +21,10 @@ def read_text(path: Path, flag: str) -> str:
     """The text of the file that a flag names. Raises UsageError."""
     try:
         return path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as e:
-        raise UsageError(f"{flag} {path}: cannot be read ({e.strerror if isinstance(e, OSError) else e})") from e
+    except OSError as e:
+        raise UsageError(f"{flag} {path}: cannot be read ({e.strerror})") from e
+    except UnicodeDecodeError as e:
+        raise UsageError(f"{flag} {path}: is not UTF-8 (byte {e.start}: {e.reason}); save it as UTF-8") from e
 
 
 def read_toml(path: Path) -> dict[str, Any]:

@@ -153,7 +153,8 @@ def _world(data: DataConfig, pairs: list[tuple[str, str]] | None, concepts: list
 
 def _pairs(path: Path) -> list[tuple[str, str]]:
     """(prompt, safe prompt) from a text file, a CSV or a TSV."""
-    lines, separator = read_lines(path, "--prompts", "prompt"), {".csv": ",", ".tsv": "\t"}.get(path.suffix.lower())
+    lines = read_lines(path, "--prompts", "prompt")
+    separator, between = {".csv": (",", "commas"), ".tsv": ("\t", "tabs")}.get(path.suffix.lower(), (None, None))
     if separator is None:
         return [(line, "") for line in lines]
     with path.open(newline="", encoding="utf-8-sig") as f:
@@ -167,7 +168,7 @@ def _pairs(path: Path) -> list[tuple[str, str]]:
         if columns.count(name) > 1:
             raise UsageError(f"--prompts {path}: has {columns.count(name)} columns named {name}; leave one")
     if "prompt" not in columns:
-        raise UsageError(f"--prompts {path}: needs a column named prompt, has {', '.join(columns)}")
+        raise UsageError(f"--prompts {path}: needs a column named prompt, has {', '.join(columns)} ({between} separate columns)")
     rows = [((record["prompt"] or "").strip(), (record.get("safe") or "").strip()) for record in records]
     kept = [row for row in rows if row[0]]
     if not kept:

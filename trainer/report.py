@@ -43,9 +43,11 @@ def write_report(run: Path, out: Path | None = None) -> Path:
     page = string.Template(_TEMPLATE.read_text(encoding="utf-8")).substitute(
         title=_title(files), subtitle=_subtitle(files), body="\n".join(_built(builder, files) for builder in builders))
     try:
+        if not out.parent.exists():
+            out.parent.mkdir(parents=True)
         write_whole(out, page.encode(errors="replace").decode())  # the run's name may be no text
     except OSError as e:
-        raise InputOutputError(f"{out} cannot be written ({e}); choose another --out") from e
+        raise InputOutputError(f"{out} cannot be written ({e.strerror}); choose another --out") from e
     return out
 
 

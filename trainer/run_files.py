@@ -84,10 +84,12 @@ def read_object(path: Path) -> dict[str, Any]:
         return {}
     try:
         content = json.loads(path.read_text())
+        if not isinstance(content, dict):
+            raise ValueError("it holds no object")
+        return content
     except (OSError, ValueError, RecursionError) as e:
         logger.warning("%s: left out, it cannot be read (%s)", path, e)
         return {}
-    return content if isinstance(content, dict) else {}
 
 
 def write_json(path: Path, content: Any, *, indent: int | None = 2, advice: str = "") -> None:

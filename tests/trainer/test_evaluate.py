@@ -25,7 +25,7 @@ def _words(prompt: str) -> set[str]:
     return set(prompt.split())
 
 
-@pytest.mark.parametrize("concept", ["red", "circle", "left", "crimson"])
+@pytest.mark.parametrize("concept", ["red", "circle", "left", "crimson", "Red"])
 def test_cases_are_balanced_and_say_what_their_group_promises(concept):
     attribute, name = world.kind_of(concept)
     chosen = cases(concept, 64, 5)

@@ -65,7 +65,9 @@ def test_csv_with_prompts_alone(tmp_path):
     ("p.csv", "prompt,safe\n,x\n", "no row has a prompt"),
     ("p.csv", "text\nred\n", "needs a column named prompt, has text"),
     ("p.csv", "prompt,safe,Safe\nred,,\n", "has 2 columns named safe; leave one"),
-    ("p.txt", b"\xff\xfe\x00r", "cannot be read"),
+    ("p.txt", b"\xff\xfe\x00r", "is not UTF-8 .*; save it as UTF-8"),
+    ("p.csv", "prompt;safe\nred;\n", r"needs a column named prompt, has prompt;safe \(commas separate columns\)"),
+    ("p.tsv", "prompt,safe\nred,\n", r"needs a column named prompt, has prompt,safe \(tabs separate columns\)"),
     ("p.tsv", "text\tsafe\nred\t\n", "needs a column named prompt, has text, safe"),
     ("p.csv", "prompt\n" + "x" * 200_000 + "\n", "not a CSV file"),
     ("p.csv", "x" * 200_000 + "\n", "not a CSV file"),
@@ -109,6 +111,13 @@ def test_bundled_model_takes_the_worlds_captions_and_keeps_the_siblings():
     assert list(zip(found.prompts, found.safe)) == world.erasure_pairs("red")
     siblings = [p for c in ("green", "blue", "yellow", "purple") for p, _ in world.erasure_pairs(c)]
     assert list(found.preserved) == siblings
+
+
+def test_the_bundled_models_words_are_known_in_capitals_too():
+    capitals = collect(DataConfig(concept="Red", preserve=("Blue",)), bundled=True)
+    assert capitals == collect(DataConfig(concept="red", preserve=("blue",)), bundled=True)
+    with pytest.raises(UsageError, match="--preserve RED: that is what is to be erased"):
+        collect(DataConfig(concept="red", preserve=("RED",)), bundled=True)
 
 
 def test_bundled_model_with_chosen_preserved_concepts_and_synonyms():

@@ -191,6 +191,12 @@ def test_parts_that_are_not_what_they_should_be(run, name, content):
     assert "Samples" in text and "Settings" in text
 
 
+def test_a_file_that_holds_no_object_is_said_to_be_left_out(run, caplog):
+    (run / "config.json").write_text("[1]\n")
+    write_report(run)
+    assert [r.getMessage() for r in caplog.records] == [f"{run / 'config.json'}: left out, it cannot be read (it holds no object)"]
+
+
 def test_a_run_that_became_non_finite(run):
     with (run / "metrics.jsonl").open("a") as file:
         file.write(json.dumps(record(60, loss=math.nan, gradient_norm=math.inf,
@@ -241,8 +247,9 @@ def test_a_long_run_stays_a_small_file(run):
 
 
 def test_the_command(run, tmp_path, capsys):
-    cli.main(["report", str(run), "--out", str(tmp_path / "page.html")])
-    assert capsys.readouterr().out == f"{tmp_path / 'page.html'}\n" and (tmp_path / "page.html").exists()
+    for page in (tmp_path / "page.html", tmp_path / "new" / "directory" / "page.html"):
+        cli.main(["report", str(run), "--out", str(page)])
+        assert capsys.readouterr().out == f"{page}\n" and page.exists()
 
 
 def test_a_name_that_is_no_text_is_shown_as_far_as_it_is(run, tmp_path):
@@ -255,10 +262,9 @@ def test_a_name_that_is_no_text_is_shown_as_far_as_it_is(run, tmp_path):
 def test_no_run_and_no_place(run, tmp_path):
     with pytest.raises(CheckpointError, match="not a run directory"):
         write_report(tmp_path)
-    with pytest.raises(InputOutputError, match="--out"):
-        write_report(run, tmp_path / "missing" / "page.html")
-    with pytest.raises(InputOutputError, match="Not a directory.*choose another --out"):
-        write_report(run, run / "config.json" / "page.html")
+    for place in (run / "config.json", run / "config.json" / "sub"):
+        with pytest.raises(InputOutputError, match=f"^{place / 'page.html'} cannot be written .Not a directory.; choose another --out"):
+            write_report(run, place / "page.html")
 
 
 LONG = 300 * "x"

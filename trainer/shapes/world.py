@@ -78,10 +78,10 @@ def scenes() -> list[Scene]:
 
 
 def kind_of(word: str) -> tuple[str, str]:
-    """(attribute, canonical name) that a word stands for; raises KeyError for a word this world does not have."""
+    """(attribute, canonical name) that a word stands for, in capitals too; raises KeyError for a word this world does not have."""
     for attribute, names in ATTRIBUTES.items():
         for name, words in names.items():
-            if word in words:
+            if word.lower() in words:
                 return attribute, name
     raise KeyError(word)
 
