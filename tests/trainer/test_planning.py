@@ -60,7 +60,7 @@ def test_an_explanation_says_from_which_time_an_operator_on_the_host_is_the_limi
 
 
 def test_a_plan_prints_the_command_and_origins_as_they_are(tiny_config, capsys):
-    config = tiny_config(data__concept="a [/b] [ball]")
+    config = tiny_config(data__concept="a [/b] [ball]", data__prompts=None)
     found = planning.forecast(config, lookup("4090"))
     planning.print_forecast(found, {"data.concept": "flag", "memory.checkpoint": "file [a].toml"}, explain=False)
     output = capsys.readouterr().out
