@@ -36,7 +36,6 @@ from bench.card.gauge import Gauge
 from bench.card.rig import backbone_of
 from bench.card.session import Session, goal_row, register_toys
 from bench.provenance import RESULTS, write_result
-from memory.exhaustion import first_line
 from memory.streams import release_pinned
 from trainer.run_directory import probe
 
