@@ -106,7 +106,7 @@ def offload() -> tuple[str, str]:
 
 def train_total() -> tuple[str, str]:
     card, (checkpointed,) = _on_card("speed", "5b 49f")
-    return CONTRADICTED, (f"5b, 49 f, one backbone, nothing saved: {_peak('cogvideox-5b', 49, 'nothing'):.1f} GiB (predicted); checkpointed "
+    return CONTRADICTED, (f"5b, 49 f, one backbone, no checkpointing: {_peak('cogvideox-5b', 49, 'no checkpointing'):.1f} GiB (predicted); checkpointed "
                           f"{checkpointed:.1f} GiB (measured on {card}); the second copy is not needed")
 
 
