@@ -277,7 +277,7 @@ def test_a_loss_that_is_only_rounding_is_nothing_to_learn(tiny_config: Make, tmp
 def test_a_run_writes_its_bill_and_its_records(tiny_config: Make) -> None:
     run_dir = train(tiny_config(), {})
     bill = json.loads((run_dir / FINDINGS).read_text())
-    assert bill["healthy"] and [f["code"] for f in bill["findings"]] == ["zero-down-gradient"] and len(bill["checked"]) == 10
+    assert bill["healthy"] and [f["code"] for f in bill["findings"]] == ["zero-down-gradient"] and len(bill["checked"]) == 11
     records = read_metrics(run_dir)
     assert [r["step"] for r in records] == list(range(6))
     assert [r["lr"] for r in records] == [learning_rate(step, tiny_config()) for step in range(6)]
