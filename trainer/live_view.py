@@ -41,8 +41,8 @@ def view(state: Mapping[str, Any], width: int) -> RenderableType:
 
 
 def _lines(rows: Sequence[Row], width: int) -> list[Text]:
-    """The rows, each exactly `width` columns wide. No table of rich's, which took most of a picture's time: where the host is what limits
-    training, training waits for that."""
+    """The rows, each exactly `width` columns wide. No table of rich's, which takes longer to draw: where the host is what limits training,
+    training waits for that."""
     lines = []
     for name, text in rows:
         label = Text(name, "bold")

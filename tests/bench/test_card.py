@@ -31,7 +31,7 @@ from memory.snapshots import replay_snapshot
 from trainer.backbones import published
 
 ROOT = Path(__file__).parent.parent.parent
-PARTS = ("offload", "minimum", "peaks", "short", "speed", "health", "cap", "feasibility", "choice")
+PARTS = ("short", "health", "peaks", "cap", "feasibility", "minimum", "speed", "choice", "offload")
 
 
 def _suite(*args: str) -> str:
@@ -94,7 +94,7 @@ def test_a_call_begins_what_it_can_end_and_the_next_goes_on():
         now = suite.in_time(left, suite.Card().seconds)
         assert now == left[:len(now)] and now
         left, calls = left[len(now):], calls + 1
-    assert sorted(suite.PARTS) == sorted(PARTS) and calls == 4
+    assert tuple(suite.PARTS) == PARTS and calls == 4
     assert suite.in_time(["speed", "cap"], 10) == ["speed"] and suite.in_time([], 480) == []
 
 
