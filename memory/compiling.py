@@ -7,7 +7,8 @@ for the first. Left as they are, between pieces of compiled code:
 * fused attention: compiled code uses memory again as soon as it can, so what a block keeps of its attention (memory.checkpointing)
   would be overwritten before backward, without a word;
 * submodules with hooks, which may do anything: the hooks run as always, the submodule's own forward is compiled by itself;
-* what strategies put in the place of a submodule's forward.
+* what strategies put in the place of a submodule's forward;
+* what blocks call `as_is`: a checkpointed block is recomputed until all is saved again, and compiled code saves as it ends.
 
 Results differ by rounding: what is fused is rounded once. No trace sees into compiled code, so memory and time are predicted for
 blocks that are not compiled; what the allocator may reserve beyond that is `memory.assess.compiled_fragmentation`.
@@ -15,8 +16,9 @@ blocks that are not compiled; what the allocator may reserve beyond that is `mem
 
 import functools
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -88,6 +90,14 @@ def _require_compiler(device: torch.device) -> None:
         get_cpp_compiler()
     except InvalidCxxCompiler as e:
         raise PlanError("compile needs a C++ compiler on the CPU, and none was found; leave it out, or install g++") from e
+
+
+def as_is(function: Callable, *args: Any) -> Any:
+    """For compiled code to call: what `function` gives for `args`, run as if nothing were compiled."""
+    return _disabled(function)(*args)
+
+
+_disabled = functools.cache(torch.compiler.disable)
 
 
 def uncompiled() -> AbstractContextManager:

@@ -1,14 +1,18 @@
 """The trainer's blocks against diffusers' own."""
 
 import logging
+import sys
+from collections.abc import Callable
 from unittest.mock import patch
 
 import pytest
 import torch
+import torch.nn.functional as F
 from diffusers.models.transformers.cogvideox_transformer_3d import CogVideoXBlock
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from memory.checkpointing import checkpoint_blocks
+from memory.compiling import compile_blocks
 from trainer.backbones import lean
 from trainer.backbones.attention import LeanProcessor
 from trainer.backbones.cogvideox import CogVideoX
@@ -91,6 +95,32 @@ def test_recomputation_of_a_block_ends_before_its_last_product(keep):
         sum(o.square().sum() for o in out).backward()
     assert checkpointing.num_recomputes == [1]
     assert forward.found == [*backward.found, (256, 64)] and (64, 256) in backward.found
+
+
+def _num_linear(run: Callable[[], None]) -> int:
+    """How many linear layers Python ran to their end: of compiled code it sees none."""
+    found = []
+    sys.setprofile(lambda frame, event, arg: event == "c_return" and found.append(arg))
+    try:
+        run()
+    finally:
+        sys.setprofile(None)
+    return found.count(F.linear)
+
+
+@pytest.mark.parametrize("keep", ["inputs", "attention"])
+def test_so_does_that_of_a_compiled_one(keep):
+    block = _block(torch.float32)
+    lean.make_lean([block])
+    video, text, timestep = torch.randn(2, 24, 64, requires_grad=True), torch.randn(2, 5, 64, requires_grad=True), torch.randn(2, 16)
+    compilation, out = compile_blocks([block], device=torch.device("cpu"), backend="aot_eager"), []
+    checkpointing = checkpoint_blocks([block], [keep])
+    sum(o.square().sum() for o in block(video, text, timestep)).backward()  # compiles
+    assert _num_linear(lambda: out.extend(block(video, text, timestep))) == 2  # the feed-forward's
+    assert _num_linear(lambda: sum(o.square().sum() for o in out).backward()) == 1
+    assert checkpointing.num_recomputes == [2]
+    checkpointing.undo()
+    compilation.undo()
 
 
 def test_hooks_on_an_output_that_has_no_gradient_are_not_called():

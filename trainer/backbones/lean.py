@@ -17,6 +17,7 @@ from diffusers.models.transformers.cogvideox_transformer_3d import CogVideoXBloc
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from memory.compiling import as_is
 from memory.saving import keep
 from trainer.backbones.attention import LeanProcessor, parted
 from trainer.backbones.norm_rotate import RotatingNorm
@@ -78,11 +79,15 @@ class LeanBlock(CogVideoXBlock):
         hidden_states = torch.addcmul(hidden_states, gate, video)
         encoder_hidden_states = torch.addcmul(encoder_hidden_states, text_gate, text)
         video, text, gate, text_gate = self.norm2(hidden_states, encoder_hidden_states, temb)
-        x = torch.cat([text, video], dim=1)
-        if not x.requires_grad or gate.requires_grad or torch.compiler.is_compiling():  # compiled code is recomputed as a whole
-            return _gated(hidden_states, encoder_hidden_states, gate, text_gate, self.ff(x))
+        end = (hidden_states, encoder_hidden_states, gate, text_gate, torch.cat([text, video], dim=1))
+        return as_is(LeanBlock._end, self, *end) if torch.compiler.is_compiling() else self._end(*end)
+
+    def _end(self, video: Tensor, text: Tensor, gate: Tensor, text_gate: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Video and text after the feed-forward of x (B, L + N, D). Compiled, it would be saved after its last product."""
+        if not x.requires_grad or gate.requires_grad:
+            return _gated(video, text, gate, text_gate, self.ff(x))
         x, kept = keep(x, gate, text_gate)
-        video, text = _Gated.apply(hidden_states, encoder_hidden_states, kept, gate, text_gate, self.ff(x))
+        video, text = _Gated.apply(video, text, kept, gate, text_gate, self.ff(x))
         # Of one function's two outputs, hooks on either are called when the other has a gradient; of two views, each for its own.
         return video.view_as(video), text.view_as(text)
 
