@@ -21,92 +21,17 @@ import dataclasses
 import functools
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 
 import torch
 from torch import nn
 
 from memory.handle import Handle
+from memory.masters import Entry, Master
 from memory.patching import replace_forward, require_modules
 from memory.plan import resident_indices
 from memory.saving import current_region, packing, will_return
-from memory.streams import Lane, pinning, release_pinned, resolve_device
-
-ALIGNMENT = 256  # bytes, as cudaMalloc aligns: kernels choose by alignment, and must choose as for ordinary weights
-
-
-@dataclasses.dataclass(frozen=True)
-class _Entry:
-    """Where a parameter lies in its block's flat buffer (bytes)."""
-
-    offset: int
-    dtype: torch.dtype
-    shape: torch.Size
-
-    def view(self, flat: torch.Tensor) -> torch.Tensor:
-        num_bytes = self.shape.numel() * self.dtype.itemsize
-        return flat[self.offset : self.offset + num_bytes].view(self.dtype).view(self.shape)
-
-
-def _layout(parameters: Sequence[nn.Parameter]) -> tuple[tuple[_Entry, ...], int]:
-    """The entries of `parameters` in a flat buffer, and the bytes of that buffer."""
-    entries, end = [], 0
-    for parameter in parameters:
-        entries.append(_Entry(end, parameter.dtype, parameter.shape))
-        end += -(-parameter.nbytes // ALIGNMENT) * ALIGNMENT
-    return tuple(entries), end
-
-
-class _Master:
-    """The frozen parameters of one block on the host: in one flat buffer, or left where they are."""
-
-    def __init__(self, block: nn.Module, parameters: Sequence[nn.Parameter], *, gathered: bool, pin: bool):
-        self.parameters = list(parameters)
-        position = {id(parameter): i for i, parameter in enumerate(parameters)}
-        self.seats = [(module._parameters, name, position[id(parameter)]) for module in block.modules()
-                      for name, parameter in module._parameters.items() if id(parameter) in position]
-        """Where modules hold the parameters: their dictionary, the name in it, which parameter."""
-        self.home = parameters[0].device
-        self.layout, self.num_bytes = _layout(parameters)
-        self.kind = 0
-        """The same number for blocks of the same layout."""
-        self.flat: torch.Tensor | None = None
-        if not gathered:
-            return
-        with pinning():
-            self.flat = torch.empty(self.num_bytes, dtype=torch.uint8, device="cpu", pin_memory=pin)
-        for parameter, entry in zip(self.parameters, self.layout, strict=True):
-            view = entry.view(self.flat)
-            view.copy_(parameter.data)
-            parameter.data = view  # the old storage is freed here: never two copies of more than one parameter
-
-    def copies(self, slot: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """(destination, source) pairs that fill a slot's flat buffer."""
-        if self.flat is not None:
-            return [(slot[: self.num_bytes], self.flat)]
-        return [(entry.view(slot), parameter.data) for entry, parameter in zip(self.layout, self.parameters, strict=True)]
-
-    @contextmanager
-    def seated(self, guests: Sequence[nn.Parameter]) -> Iterator[None]:
-        """Inside, the block's modules hold `guests` in place of the parameters."""
-        try:
-            self._seat(guests)
-            yield
-        finally:
-            self._seat(self.parameters)
-
-    def _seat(self, parameters: Sequence[nn.Parameter]) -> None:
-        for held, name, position in self.seats:
-            held[name] = parameters[position]
-
-    def release(self) -> None:
-        self._seat(self.parameters)  # an interrupt may have left guests
-        if self.flat is None:
-            return
-        for parameter in self.parameters:
-            parameter.data = parameter.data.to(self.home, copy=True)
-        self.flat = None
-        release_pinned()  # block by block: never two copies of more than one
+from memory.streams import Lane, resolve_device
 
 
 class _Slot:
@@ -118,7 +43,7 @@ class _Slot:
         self.block: int | None = None
         self._parameters: dict[int, list[nn.Parameter]] = {}
 
-    def parameters(self, master: _Master) -> list[nn.Parameter]:
+    def parameters(self, master: Master) -> list[nn.Parameter]:
         # Blocks are alike, so these are made once. By number, since a layout is long to compare.
         if master.kind not in self._parameters:
             with torch.inference_mode(False):  # later passes may record a graph
@@ -130,13 +55,13 @@ class _Ring:
     """The slots, and which block is in which."""
 
     def __init__(self, num_blocks: int, device: torch.device):
-        self.masters: dict[int, _Master] = {}
+        self.masters: dict[int, Master] = {}
         self.slots: list[_Slot] = []
         self.num_blocks, self.lane = num_blocks, Lane(device)
         self.num_loads = self.num_late_loads = self.bytes_loaded = 0
 
     def allocate(self, num_slots: int) -> None:
-        kinds: dict[tuple[_Entry, ...], int] = {}
+        kinds: dict[tuple[Entry, ...], int] = {}
         for master in self.masters.values():
             master.kind = kinds.setdefault(master.layout, len(kinds))
         size = max((master.num_bytes for master in self.masters.values()), default=0)
@@ -268,7 +193,7 @@ def offload_blocks(
         for index, block in enumerate(blocks):
             streamed = [] if index in resident else frozen[index]
             if streamed:
-                ring.masters[index] = _Master(block, streamed, gathered=gathered, pin=device.type == "cuda")
+                ring.masters[index] = Master(block, streamed, gathered=gathered, pin=device.type == "cuda")
                 handle._undos.append(ring.masters[index].release)
                 handle._undos.append(block.register_load_state_dict_pre_hook(_refuse_to_load(block, streamed)).remove)
             handle._undos.append(place(block, device, skip=streamed))

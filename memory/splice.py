@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from memory.offload import ALIGNMENT
+from memory.masters import ALIGNMENT
 from memory.plan import is_checkpointed, resident_indices
 from memory.pools import round_request
 from memory.timeline import Span, Storage, Trace, Visit

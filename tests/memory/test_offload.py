@@ -9,7 +9,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import T5Config, T5EncoderModel
 
 from memory.checkpointing import checkpoint_blocks
-from memory.offload import ALIGNMENT, offload_blocks, place
+from memory.masters import ALIGNMENT
+from memory.offload import offload_blocks, place
 from memory.plan import PlanError, resident_indices
 
 

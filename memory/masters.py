@@ -1,0 +1,86 @@
+"""The frozen parameters of a block in one flat buffer: where each of them lies, and the master on the host that slots are filled from."""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from memory.streams import pinning, release_pinned
+
+ALIGNMENT = 256  # bytes, as cudaMalloc aligns: kernels choose by alignment, and must choose as for ordinary weights
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """Where a parameter lies in its block's flat buffer (bytes)."""
+
+    offset: int
+    dtype: torch.dtype
+    shape: torch.Size
+
+    def view(self, flat: torch.Tensor) -> torch.Tensor:
+        num_bytes = self.shape.numel() * self.dtype.itemsize
+        return flat[self.offset : self.offset + num_bytes].view(self.dtype).view(self.shape)
+
+
+def _layout(parameters: Sequence[nn.Parameter]) -> tuple[tuple[Entry, ...], int]:
+    """The entries of `parameters` in a flat buffer, and the bytes of that buffer."""
+    entries, end = [], 0
+    for parameter in parameters:
+        entries.append(Entry(end, parameter.dtype, parameter.shape))
+        end += -(-parameter.nbytes // ALIGNMENT) * ALIGNMENT
+    return tuple(entries), end
+
+
+class Master:
+    """The frozen parameters of one block on the host: in one flat buffer, or left where they are."""
+
+    def __init__(self, block: nn.Module, parameters: Sequence[nn.Parameter], *, gathered: bool, pin: bool):
+        self.parameters = list(parameters)
+        position = {id(parameter): i for i, parameter in enumerate(parameters)}
+        self.seats = [(module._parameters, name, position[id(parameter)]) for module in block.modules()
+                      for name, parameter in module._parameters.items() if id(parameter) in position]
+        """Where modules hold the parameters: their dictionary, the name in it, which parameter."""
+        self.home = parameters[0].device
+        self.layout, self.num_bytes = _layout(parameters)
+        self.kind = 0
+        """The same number for blocks of the same layout."""
+        self.flat: torch.Tensor | None = None
+        if not gathered:
+            return
+        with pinning():
+            self.flat = torch.empty(self.num_bytes, dtype=torch.uint8, device="cpu", pin_memory=pin)
+        for parameter, entry in zip(self.parameters, self.layout, strict=True):
+            view = entry.view(self.flat)
+            view.copy_(parameter.data)
+            parameter.data = view  # the old storage is freed here: never two copies of more than one parameter
+
+    def copies(self, slot: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """(destination, source) pairs that fill a slot's flat buffer."""
+        if self.flat is not None:
+            return [(slot[: self.num_bytes], self.flat)]
+        return [(entry.view(slot), parameter.data) for entry, parameter in zip(self.layout, self.parameters, strict=True)]
+
+    @contextmanager
+    def seated(self, guests: Sequence[nn.Parameter]) -> Iterator[None]:
+        """Inside, the block's modules hold `guests` in place of the parameters."""
+        try:
+            self._seat(guests)
+            yield
+        finally:
+            self._seat(self.parameters)
+
+    def _seat(self, parameters: Sequence[nn.Parameter]) -> None:
+        for held, name, position in self.seats:
+            held[name] = parameters[position]
+
+    def release(self) -> None:
+        self._seat(self.parameters)  # an interrupt may have left guests
+        if self.flat is None:
+            return
+        for parameter in self.parameters:
+            parameter.data = parameter.data.to(self.home, copy=True)
+        self.flat = None
+        release_pinned()  # block by block: never two copies of more than one
