@@ -8,7 +8,7 @@ import json
 import logging
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from memory.exhaustion import first_line
 from trainer.backbones.location import config_hash
+from trainer.config import ModelConfig
 from trainer.erasers import LEAVES, Erasers, width_of
 from trainer.errors import CheckpointError, InputOutputError, UsageError
 from trainer.run_directory import CONFIG
@@ -42,6 +43,10 @@ class EraserFile:
     """Name and configuration hash of the model it was trained on; the released layout does not say."""
     training: dict[str, Any] | None
     path: Path
+
+    def model(self, asked: ModelConfig) -> ModelConfig:
+        """`asked`, or the model that it was trained on where none but the default is asked for."""
+        return replace(asked, model=self.base_model["name"]) if self.base_model and asked.model == ModelConfig().model else asked
 
 
 def save_eraser(directory: Path, erasers: Erasers, *, base_model: Mapping[str, str],
@@ -90,7 +95,7 @@ def load_eraser(path: Path | str) -> EraserFile:
         state, description = _read_released(file), _read_json(file.with_name(RELEASED_CONFIG))
         claimed = description.get("eraser_rank")
     else:
-        state, description = _read_safetensors(file), _read_json(file.with_name(DESCRIPTION))
+        state, description = _read_safetensors(file), _read_json(file.with_suffix(Path(DESCRIPTION).suffix))  # its own, of several in a directory
         claimed = description.get("rank")
     num_blocks, rank, width = _geometry(state, file)
     if claimed != rank:

@@ -8,7 +8,7 @@ import math
 import random
 import sys
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,14 +16,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trainer.assemble import Assembly, assemble, embed_prompts, open_backbone, require_real, resolve_device, video_size
+from trainer.assemble import Assembly, assemble, embed_prompts, open_backbone, require_real, resolve_device
 from trainer.backbones.cogvideox import CogVideoX
 from trainer.config import EvaluateConfig, ModelConfig
 from trainer.eraser_files import load_eraser
 from trainer.errors import InputOutputError, UsageError
 from trainer.generate import generate_latents
+from trainer.lock import RunLock
 from trainer.prompts import Embeddings
-from trainer.run_directory import probe
+from trainer.run_directory import CONFIG, probe
 from trainer.run_files import lookup, write_json
 from trainer.shapes import world
 from trainer.video import contact_sheet
@@ -84,7 +85,7 @@ def require_measurable(concept: str, model: ModelConfig) -> None:
     if model.model != "shapes":  # a copy of it, or one trained anew, will do
         made, bundled = (open_backbone(m).identity()["config_hash"] for m in (model, ModelConfig()))
         if made != bundled:
-            raise UsageError(f"--model {model.model}: only the bundled model's videos can be measured; leave --model out")
+            raise UsageError(f"--model {model.model}: only videos of the bundled model, a copy of it or one of its configuration can be measured")
     own = {"frames": world.FRAMES, "height": world.SIZE, "width": world.SIZE}
     for name, value in own.items():
         if getattr(model, name) not in (None, value):
@@ -96,12 +97,12 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
     """Measure a run or an eraser file and write evaluation.json, a sheet of samples beside it; returns the content."""
     require_real(config.memory)
     eraser = load_eraser(config.run)
-    backbone = open_backbone(config.model)
+    model = eraser.model(config.model)
     own, directory = lookup(eraser.training, "data", "concept"), eraser.path.parent
     concept = config.concept or own
     if concept is None:
         raise UsageError(f"{config.run} does not say which concept it erases; name it with --concept")
-    require_measurable(concept, config.model)
+    require_measurable(concept, model)
     with suppress(KeyError):  # of what it does not say, or the world does not know, anything may be measured
         if world.kind_of(own or "") != world.kind_of(concept):
             raise UsageError(f"--concept {concept}: {config.run} erases {own}; leave --concept out")
@@ -111,13 +112,14 @@ def evaluate(config: EvaluateConfig) -> dict[str, Any]:
         raise InputOutputError(f"{directory / EVALUATION} cannot be written ({e.strerror}); measure a copy of {eraser.path.name} and its "
                                "description in a place that can be") from e
     chosen = cases(concept, config.num_videos, config.seed)
-    print(f"measuring {len(chosen)} videos, without the eraser and with it: a minute or more", file=sys.stderr, flush=True)
-    embeddings = embed_prompts(backbone, config.model, config.memory, [*(c.prompt for c in chosen), ""])
-    with assemble(backbone, config.model, config.memory, eraser=config.run) as assembly:
-        result, sheet = measure(assembly, backbone, embeddings.to(resolve_device(config.model.device)), concept, chosen,
-                                config)
-    write_json(directory / EVALUATION, result)
-    contact_sheet(directory / PICTURES, sheet)
+    with RunLock(directory) if (directory / CONFIG).is_file() else nullcontext():  # a run that goes on would make another eraser meanwhile
+        print(f"measuring {len(chosen)} videos, without the eraser and with it: a minute or more", file=sys.stderr, flush=True)
+        backbone = open_backbone(model)
+        embeddings = embed_prompts(backbone, model, config.memory, [*(c.prompt for c in chosen), ""])
+        with assemble(backbone, model, config.memory, eraser=config.run) as assembly:
+            result, sheet = measure(assembly, backbone, embeddings.to(resolve_device(model.device)), concept, chosen, config)
+        write_json(directory / EVALUATION, result)
+        contact_sheet(directory / PICTURES, sheet)
     return result
 
 
@@ -130,8 +132,7 @@ def withdraw(run_dir: Path) -> None:
 def measure(assembly: Assembly, backbone: CogVideoX, embeddings: Embeddings, concept: str, chosen: list[Case],
             config: EvaluateConfig) -> tuple[dict[str, Any], list[tuple[str, Tensor]]]:
     """The evaluation and a before/after sheet's rows, for erasers that are in place."""
-    frames = video_size(backbone, config.model)[0]
-    decode = backbone.decoder(frames, dtype=assembly.dtype, device=assembly.device)
+    decode = backbone.decoder(world.FRAMES, dtype=assembly.dtype, device=assembly.device)
     videos = {}
     for when, on in (("before", False), ("after", True)):
         with assembly.erasers.switched(on):

@@ -5,7 +5,6 @@ Legend: B videos, F latent frames, C latent channels, H W latent size, L text to
 
 from collections.abc import Callable, Collection, Sequence
 from contextlib import nullcontext
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from torch import Tensor
 
 from trainer.assemble import assemble, embed_prompts, named_scheduler, open_backbone, require_real, video_size
 from trainer.backbones import Predict
-from trainer.config import GenerateConfig, ModelConfig, TrainConfig, leaves, replaced
+from trainer.config import GenerateConfig, TrainConfig, leaves, replaced
 from trainer.diffusion import sample
 from trainer.eraser_files import load_eraser, refuse_forgetting
 from trainer.errors import InputOutputError, NonFinite
@@ -44,8 +43,8 @@ def generate_latents(predict: Predict, scheduler: Any, embeddings: Embeddings, p
                             guidance_scale=guidance_scale, guidance=guidance, generator=dice, check=check).cpu())
     latents = torch.cat(parts)
     if not latents.isfinite().all():
-        raise NonFinite("the generated latents hold NaN or infinity; `run.py diagnose ERASER` looks at the eraser, --no-eraser leaves it out, "
-                        "and a lower --guidance-scale or --dtype float32 may help")
+        raise NonFinite("the generated latents hold NaN or infinity; `run.py diagnose ERASER` looks at the eraser, generate --no-eraser leaves "
+                        "it out, and a lower --guidance-scale or --dtype float32 may help")
     return latents
 
 
@@ -69,9 +68,7 @@ def generate(config: GenerateConfig) -> list[Path]:
     except OSError as e:
         raise InputOutputError(f"--out {config.out}: cannot be written ({e.strerror}); choose another --out") from e
     eraser = None if config.no_eraser else load_eraser(config.eraser)
-    model = config.model
-    if eraser is not None and model.model == ModelConfig().model and eraser.base_model:
-        model = replace(model, model=eraser.base_model["name"])
+    model = eraser.model(config.model) if eraser else config.model
     if model.model != "shapes":
         require_sense(TrainConfig(model=model), what="generates")
     backbone = open_backbone(model)

@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import shutil
 
 import bitsandbytes
 import pytest
@@ -201,6 +202,15 @@ def test_foreign_pt_files(tmp_path, content):
     (tmp_path / RELEASED_CONFIG).write_text('{"eraser_type": "adapter", "eraser_rank": 2}')
     with pytest.raises(CheckpointError):
         load_eraser(tmp_path)
+
+
+def test_of_several_in_a_directory_each_has_its_own_description(saved):
+    directory, _, _ = saved
+    shutil.copy(directory / WEIGHTS, directory / "circle.safetensors")
+    with pytest.raises(CheckpointError, match="circle.json"):
+        load_eraser(directory / "circle.safetensors")
+    (directory / "circle.json").write_text((directory / DESCRIPTION).read_text().replace('"red"', '"circle"'))
+    assert load_eraser(directory / "circle.safetensors").training["data"]["concept"] == "circle"
 
 
 def test_foreign_safetensors(saved):

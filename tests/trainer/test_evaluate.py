@@ -3,10 +3,12 @@
 import errno
 import json
 import math
+import shutil
 from unittest.mock import Mock
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from test_erasers import shake
 
 from trainer import cli
@@ -18,6 +20,7 @@ from trainer.eraser_files import save_eraser, save_released
 from trainer.erasers import Erasers
 from trainer.errors import CheckpointError, InputOutputError, UsageError
 from trainer.evaluate import cases, evaluate, print_table, require_measurable, wilson
+from trainer.lock import RunLock
 from trainer.shapes import world
 
 
@@ -145,6 +148,25 @@ def _config(run, **more) -> EvaluateConfig:
     return EvaluateConfig(**dict(run=run, num_videos=2, num_steps=2, model=ModelConfig(device="cpu")) | more)
 
 
+def test_the_model_that_an_eraser_was_trained_on_is_measured(eraser, pipelines, tmp_path):
+    """A copy of the bundled model, or one trained anew: its weights are not those of the bundled one."""
+    made = shutil.copytree(pipelines["2b"], tmp_path / "made")
+    weights = made / "transformer" / "diffusion_pytorch_model.safetensors"
+    save_file({name: tensor + 0.1 for name, tensor in load_file(weights).items()}, weights)
+    original = evaluate(_config(eraser))["distance"]
+    description = json.loads((eraser / "eraser.json").read_text())
+    description["base_model"]["name"] = str(made)
+    (eraser / "eraser.json").write_text(json.dumps(description))
+    assert evaluate(_config(eraser))["distance"] == evaluate(_config(eraser, model=ModelConfig(model=str(made), device="cpu")))["distance"] != original
+
+
+def test_a_run_that_goes_on_is_not_measured(eraser):
+    (eraser / "config.json").write_text("{}")
+    with RunLock(eraser), pytest.raises(CheckpointError, match="is in use by process"):
+        evaluate(_config(eraser))
+    assert not (eraser / "evaluation.json").exists()
+
+
 def test_evaluation_is_written_with_the_agreed_fields(eraser, capsys):
     result = evaluate(_config(eraser))
     assert json.loads((eraser / "evaluation.json").read_text()) == json.loads(json.dumps(result))
@@ -245,7 +267,7 @@ def test_what_the_rule_cannot_see_is_refused_at_once(concept, size, message):
 
 
 def test_another_model_is_not_measured_and_a_copy_of_the_bundled_one_is(pipelines):
-    with pytest.raises(UsageError, match="--model .*2b: only the bundled model's videos"):
+    with pytest.raises(UsageError, match="--model .*2b: only videos of the bundled model"):
         require_measurable("red", ModelConfig(model=str(pipelines["2b"])))
     require_measurable("red", ModelConfig(model=str(BUNDLED)))
 
