@@ -20,7 +20,7 @@ from torch import Tensor
 from trainer.errors import InputOutputError, TrainerError, UsageError
 from trainer.signals import StopFlag
 
-TIMEOUT = timedelta(minutes=30)  # of a collective: process 0 may be sampling or saving meanwhile
+TIMEOUT = timedelta(minutes=30)  # of a collective: process 0 may be saving meanwhile
 PARTING = timedelta(seconds=10)  # how long who ends waits for the others
 logger = logging.getLogger(__name__)
 
@@ -152,6 +152,27 @@ def on_main(function: Callable, *args: Any, **kwargs: Any) -> Any:
         error.exit_code = told[0][1]
         raise error
     return result
+
+
+@contextmanager
+def attended() -> Iterator[Callable[[], None] | None]:
+    """Process 0 works within, however long, and calls what it gets at least every half hour, or the others take it for lost.
+    They wait here until it is through, and get None.
+    """
+    working = torch.ones((), dtype=torch.long)
+
+    def tell() -> None:
+        if num_ranks() > 1:
+            dist.broadcast(working, 0)
+
+    while rank() and working:
+        tell()
+    try:
+        yield None if rank() else tell
+    finally:
+        if not rank():
+            working.zero_()
+            tell()
 
 
 def shared(function: Callable, *args: Any, **kwargs: Any) -> Any:

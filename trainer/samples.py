@@ -1,9 +1,11 @@
 """Samples during training: fixed prompts and seeds, so that pictures of different steps can be compared."""
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from memory.exhaustion import exhausted
 from memory.meter import Meter
@@ -12,7 +14,7 @@ from trainer.backbones.cogvideox import CogVideoX
 from trainer.backbones.weights import shards
 from trainer.config import TrainConfig
 from trainer.diffusion import Sampler
-from trainer.distributed import agreed, rank
+from trainer.distributed import agreed, attended
 from trainer.errors import CheckpointError, InputOutputError, NonFinite
 from trainer.generate import generate_latents
 from trainer.prompts import Embeddings, PromptSet
@@ -52,27 +54,35 @@ class Sampling:
 
     def _run(self, run_dir: Path, step: int, assembly: Assembly, embeddings: Embeddings, stop: StopFlag) -> None:
         together = assembly.applied.plan.num_shards > 1  # each has but a part of the weights
-        if rank() and not together:
-            return
-
-        def check(index: int) -> None:
-            if agreed(stop) if together else stop:
-                raise _Stopped
-
         output, latents = self.config.output, None
-        try:
+
+        def sampled(stopped: Callable[[], bool]) -> Tensor:
+            def check(index: int) -> None:
+                if stopped():
+                    raise _Stopped
+
             with assembly.erasers.switched(True), self.meter.phase("sample"):
-                latents = generate_latents(
+                return generate_latents(
                     assembly.predict, self.backbone.scheduler(), embeddings, self.prompts,
                     list(range(len(self.prompts))), assembly.latent_shape, num_steps=output.sample_steps, batch_size=1,
                     guidance_scale=output.guidance_scale, guidance=self.config.memory.guidance, check=check)
-            if rank():
-                return
-            decode = self.backbone.decoder(video_size(self.backbone, self.config.model)[0], dtype=assembly.dtype,
-                                           device=assembly.device)
-            with self.meter.phase("decode"):
-                videos = [decode(one[None])[0] for one in latents]
-            contact_sheet(run_dir / "samples" / f"step-{step:06d}.png", list(zip(self.prompts, videos)))
+
+        try:
+            if together:
+                latents = sampled(lambda: agreed(stop))
+            with attended() as tell:
+                if tell is None:
+                    return
+                if latents is None:
+                    latents = sampled(lambda: bool(tell() or stop))
+                decode = self.backbone.decoder(video_size(self.backbone, self.config.model)[0], dtype=assembly.dtype,
+                                               device=assembly.device)
+                videos = []
+                with self.meter.phase("decode"):
+                    for one in latents:
+                        videos.append(decode(one[None])[0])
+                        tell()
+                contact_sheet(run_dir / "samples" / f"step-{step:06d}.png", list(zip(self.prompts, videos)))
         except _Stopped:
             return
         except (RuntimeError, MemoryError, *_FAILED) as e:

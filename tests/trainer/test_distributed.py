@@ -8,6 +8,8 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -18,7 +20,7 @@ from safetensors.torch import load_file
 from memory.sharding import can_shard
 from trainer import distributed, loop
 from trainer.checkpoint import latest_checkpoint
-from trainer.distributed import average, everyones, on_main, rows_of, shared
+from trainer.distributed import attended, average, everyones, on_main, rows_of, shared
 from trainer.eraser_files import load_eraser
 from trainer.errors import InputOutputError, UsageError
 from trainer.health import Health
@@ -115,6 +117,34 @@ def test_two_processes_train_as_one(two, tiny_config, pipelines, tmp_path, overr
     for step in (2, 4):
         ours = [torch.load(digests / f"{step}-{rank}", weights_only=True) for rank in (0, 1)]
         assert all(torch.equal(ours[0][name], ours[1][name]) for name in ours[0])
+
+
+@pytest.mark.parametrize("tells, codes", [(True, (0, 0)), (False, (6, 6))])
+def test_work_of_one_process_may_take_as_long_as_it_likes_if_it_tells(monkeypatch, tmp_path, tells, codes):
+    monkeypatch.setattr(distributed, "TIMEOUT", timedelta(seconds=2))
+
+    def work(rank: int) -> None:
+        with attended() as tell:
+            for _ in range(8 if tell else 0):
+                time.sleep(0.5)
+                if tells:
+                    tell()
+        (tmp_path / f"{rank}").touch()
+        everyones(rank)
+
+    ended = in_processes(work)
+    assert tuple(ended.codes) == codes, ended
+    assert (tmp_path / "1").exists() == tells
+
+
+def test_who_waits_goes_on_when_the_work_fails(tmp_path):
+    def work(rank: int) -> None:
+        with suppress(ZeroDivisionError), attended() as tell:
+            if tell:
+                1 / 0
+        assert everyones(rank) == [0, 1]
+
+    assert in_processes(work).codes == [0, 0]
 
 
 def test_each_process_adds_its_share_of_a_gradient(two, tmp_path):
