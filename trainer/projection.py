@@ -83,9 +83,7 @@ class Run:
             if not math.isfinite(value):
                 Bill(findings=(finding(code, "training", module=self.problem.layer.name, loss=values[0]),)).raise_if_fatal(
                     f"step {self.step} (no weight was changed)")
-        if record["loss"] < self.best_loss:  # the loss of the weights as they are now, before they move on
-            self.best_loss = record["loss"]
-            self.best = (self.lora.A.detach().clone(), self.lora.B.detach().clone())
+        self._keep_if_best(record["loss"])  # the loss of the weights as they are now, before they move on
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.step, self.attempt_step = self.step + 1, self.attempt_step + 1
@@ -93,8 +91,15 @@ class Run:
             self._judge()
         return record
 
+    def _keep_if_best(self, loss: float) -> None:
+        if loss < self.best_loss:
+            self.best_loss = loss
+            self.best = (self.lora.A.detach().clone(), self.lora.B.detach().clone())
+
     def _judge(self) -> None:
         """Accept the attempt's best weights if the forgotten class came near enough to its target; else try again."""
+        with torch.no_grad():
+            self._keep_if_best(self.problem.terms(self.lora.update(), self.lambda_forget, self.config)["loss"].item())
         A, B = self.best
         before, after = self.problem.distance().item(), self.problem.distance(self.lora.scale * (B @ A)).item()
         fall = 1 - after / before if before > 0 else 0.0

@@ -4,8 +4,9 @@ CLIP (modeling_clip.py): `text_projection` (D → E, no bias) takes `final_layer
 `visual_projection` takes `post_layernorm` at the class token. Qwen3-VL: see projection_qwen.py.
 """
 
+import functools
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,9 +85,7 @@ class ClipText:
         return part.get_submodule(name)
 
     def run(self, part: nn.Module, contents: Sequence[str], device: torch.device) -> list[int]:
-        from transformers import AutoTokenizer
-
-        tokens = AutoTokenizer.from_pretrained(self.directory)(
+        tokens = load_tokenizer(self.directory)(
             list(contents), padding=True, truncation=True, max_length=part.config.max_position_embeddings, return_tensors="pt")
         part(input_ids=tokens.input_ids.to(device), attention_mask=tokens.attention_mask.to(device))
         return [1] * len(contents)
@@ -113,7 +112,7 @@ class ClipVision:
     def run(self, part: nn.Module, contents: Sequence[Any], device: torch.device) -> list[int]:
         from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-        processor = CLIPImageProcessorPil.from_pretrained(self.directory)
+        processor = _processor(CLIPImageProcessorPil, self.directory)
         pixels = processor(images=[open_picture(c) for c in contents], return_tensors="pt").pixel_values
         part(pixel_values=pixels.to(device, part.dtype))
         return [1] * len(contents)
@@ -155,7 +154,7 @@ class QwenVision:
         """`pixel_values` (patches of all pictures, values of a patch) and `image_grid_thw` (B, 3)."""
         from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-        processor = Qwen2VLImageProcessorPil.from_pretrained(self.directory)
+        processor = _processor(Qwen2VLImageProcessorPil, self.directory)
         parts = []
         for content in contents:
             try:
@@ -163,6 +162,28 @@ class QwenVision:
             except ValueError as e:  # as of a picture that is hundreds of times as wide as it is high
                 raise UsageError(f"the encoder does not take the picture {content} ({e}); leave it out") from e
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+
+@functools.cache
+def load_tokenizer(directory: Path) -> Callable[..., Any]:
+    """The tokenizer of a model. Raises CheckpointError where its files are missing or damaged."""
+    from transformers import AutoTokenizer
+
+    if not any((directory / name).is_file() for name in ("tokenizer.json", "vocab.json")):  # transformers would make up an empty one
+        raise CheckpointError(f"{directory}: no tokenizer there (tokenizer.json, or vocab.json and merges.txt); copy the model again")
+    return _read(AutoTokenizer, directory, "tokenizer")
+
+
+@functools.cache
+def _processor(kind: type, directory: Path) -> Callable[..., Any]:
+    return _read(kind, directory, "preprocessor_config.json")
+
+
+def _read(kind: type, directory: Path, what: str) -> Callable[..., Any]:
+    try:
+        return kind.from_pretrained(directory, local_files_only=True)
+    except Exception as e:  # of a damaged file, tokenizers raises Exception itself
+        raise CheckpointError(f"{directory}: its {what} cannot be loaded ({first_line(e)}); copy the model again") from e
 
 
 def load_part(kind: type, directory: Path, **how: Any) -> nn.Module:

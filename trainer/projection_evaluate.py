@@ -9,6 +9,7 @@ Legend: N examples, D input width, E output width.
 """
 
 import contextlib
+import logging
 import re
 import time
 from collections import Counter
@@ -20,16 +21,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from memory.exhaustion import exhausted, first_line
 from trainer.evaluate import EVALUATION, wilson
 from trainer.nullspace import null_space_update
 from trainer.projection_config import ForgetConfig
-from trainer.projection_encoders import load_part
+from trainer.projection_encoders import load_part, load_tokenizer
 from trainer.projection_problem import Case, Problem
 from trainer.projection_qwen import MAIN_MERGER, answers, deepstack_cut, edited
 from trainer.prompts import word
 from trainer.run_files import write_json
 from trainer.shapes import world
 
+logger = logging.getLogger(__name__)
 Assigned = list[tuple[str, str]]  # (the example's class, the class that it is assigned to)
 
 
@@ -66,7 +69,14 @@ def evaluate_forgetting(run_dir: Path, config: ForgetConfig, case: Case, problem
                "num_images": sum(row["num_images"] for row in (result["target"], *result["preserved"])),
                "seeds": [config.seed, config.seed]}
     if config.encoder == "qwen3-vl" and config.num_answers:
-        result["leak"] = leak(config, case, updates, closed, device)
+        write_json(run_dir / EVALUATION, result | {"seconds": time.monotonic() - started})  # whatever becomes of the rest
+        try:
+            result["leak"] = leak(config, case, updates, closed, device)
+        except (RuntimeError, MemoryError) as e:
+            if not exhausted(e):
+                raise
+            logger.warning("the language model was not asked: it does not fit there (%s); forget --resume %s --device cpu asks it on the CPU",
+                           first_line(e), run_dir)
     result["seconds"] = time.monotonic() - started
     write_json(run_dir / EVALUATION, result)
     return result
@@ -129,13 +139,13 @@ class _Nearest:
 def leak(config: ForgetConfig, case: Case, updates: Mapping[str, Tensor], closed: Mapping[str, Tensor],
          device: torch.device) -> list[dict[str, Any]]:
     """What the language model still says of the forgotten class: with mergers edited, and with DeepStack cut."""
-    from transformers import AutoTokenizer, Qwen3VLForConditionalGeneration
+    from transformers import Qwen3VLForConditionalGeneration
 
     asked = [e for name in (case.forget, *case.kept)
              for e in [e for e in case.examples if (e.name, e.split) == (name, "test")][:config.num_answers]]
     inputs = [case.tower.preprocess([e.content]) for e in asked]
     model = load_part(Qwen3VLForConditionalGeneration, case.tower.directory).to(device)
-    tokenizer = AutoTokenizer.from_pretrained(case.tower.directory)
+    tokenizer = load_tokenizer(case.tower.directory)
     main = {MAIN_MERGER: updates[MAIN_MERGER]}
     edits = {"none": {}, "main merger": main, "all mergers": updates, "main merger, null space": {MAIN_MERGER: closed[MAIN_MERGER]},
              "all mergers, null space": closed}
@@ -212,7 +222,7 @@ def print_forgetting(result: Mapping[str, Any]) -> None:
     baseline = {r["name"]: r["after"] for r in result["baseline"]["preserved"]}
     rows = [(result["target"]["name"], result["target"], result["baseline"]["target"])]
     if result["synonyms"]:
-        rows.append(("other words and wordings", result["synonyms"], result["baseline"]["synonyms"]))
+        rows.append(("other words and wordings" if result["synonyms"]["names"] else "other wordings", result["synonyms"], result["baseline"]["synonyms"]))
     rows += [(row["name"], row, baseline[row["name"]]) for row in result["preserved"]]
     for label, row, other in rows:
         low, high = row["after_interval"]

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from trainer.config_file import read_lines
 from trainer.errors import UsageError
@@ -46,7 +46,7 @@ def open_picture(content: Image.Image | Path) -> Image.Image:
         return content.convert("RGB")
     try:
         with Image.open(content) as image:
-            return image.convert("RGB")
+            return ImageOps.exif_transpose(image).convert("RGB")  # cameras say which side is up
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
         raise UsageError(f"{content}: not a picture that can be read ({e}); remove it or copy it again") from e
 

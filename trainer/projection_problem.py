@@ -16,10 +16,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from trainer.errors import UsageError
+from trainer.errors import NonFinite, UsageError
 from trainer.lora import Layer
 from trainer.projection_config import ForgetConfig
-from trainer.projection_encoders import ClipText, ClipVision, QwenVision, Tower, locate, read_layer
+from trainer.projection_encoders import ClipText, ClipVision, QwenVision, Tower, load_tokenizer, locate, read_layer
 from trainer.projection_examples import Example, classes, images, texts
 from trainer.projection_features import features
 from trainer.seeding import noise
@@ -93,7 +93,10 @@ def prepare(config: ForgetConfig, device: torch.device) -> Case:
         if config.rank > min(layer.weight.shape):
             raise UsageError(f"--rank {config.rank}: {layer.name} is {' x '.join(map(str, layer.weight.shape))}; "
                              f"at most {min(layer.weight.shape)}")
+    if config.encoder == "qwen3-vl" and config.num_answers:
+        load_tokenizer(directory)  # or it would be missed after training
     inputs = features(tower, examples, plan=config.memory, device=device, batch_size=config.batch_size)
+    _require_told_apart(inputs[tower.layer_names[0]], examples, forget, kept)
     pictures, embeddings = _measured_pictures(config, directory, forget, kept, device)
     return Case(tower, forget, kept, examples, inputs, layers, next(iter(read.values()))[1], pictures, embeddings)
 
@@ -106,7 +109,18 @@ def _measured_pictures(config: ForgetConfig, directory: Path, forget: str, kept:
     tower = ClipVision(directory)
     (name,) = tower.layer_names
     seen = features(tower, pictures, plan=config.memory, device=device, batch_size=config.batch_size)[name]
-    return pictures, torch.nn.functional.normalize(read_layer(directory, name)[0](seen), dim=1)
+    embeddings = torch.nn.functional.normalize(read_layer(directory, name)[0](seen), dim=1)
+    if not embeddings.isfinite().all():
+        raise NonFinite(f"{name} of {directory} makes NaN or infinity of the pictures; copy the model again")
+    return pictures, embeddings
+
+
+def _require_told_apart(inputs: Tensor, examples: list[Example], forget: str, kept: tuple[str, ...]) -> None:
+    rows = {name: inputs[[i for i, e in enumerate(examples) if (e.name, e.split) == (name, "train")]] for name in (forget, *kept)}
+    for name in kept:
+        if torch.equal(rows[name], rows[forget]):
+            raise UsageError(f"the encoder sees no difference between {forget!r}, which is to be forgotten, and {name!r}; are texts or "
+                             "pictures of both the same, or is its tokenizer that of another model?")
 
 
 def make_problem(case: Case, name: str, config: ForgetConfig, device: torch.device) -> Problem:

@@ -65,6 +65,14 @@ def test_best_weights_have_the_lowest_loss_seen_and_include_the_update():
     assert update.abs().max() > 0 and torch.linalg.matrix_rank(update) <= 3
 
 
+def test_what_the_last_step_made_counts():
+    run = Run({"head": problem()}, settings(steps=1, max_attempts=1))
+    (record,) = finish(run)
+    (update,) = run.updates().values()
+    assert update.any() and run.attempts[-1]["loss"] < record["loss"]
+    assert run.problem.terms(update, run.attempts[-1]["lambda_forget"], run.config)["loss"].item() == pytest.approx(run.attempts[-1]["loss"])
+
+
 def test_a_separable_class_is_forgotten_and_the_rest_kept():
     run = Run({"head": problem()}, settings())
     p = run.problem

@@ -9,16 +9,17 @@ import pytest
 import torch
 from PIL import Image
 from projection_models import save_encoder
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_cli import call  # noqa: F401  fixture
 
-from trainer import cli, projection
+from trainer import cli, projection, projection_evaluate
 from trainer.checkpoint import Saver
 from trainer.cli import main
 from trainer.config import TrainConfig
-from trainer.errors import CheckpointError, Interrupted, TrainerError, UsageError
+from trainer.errors import CheckpointError, Interrupted, NonFinite, TrainerError, UsageError
 from trainer.metrics import read_metrics
 from trainer.projection_config import ForgetConfig, read_forget_config
+from trainer.projection_examples import open_picture
 from trainer.run_directory import CONFIG, write_config
 from trainer.shapes.pictures import picture
 
@@ -141,6 +142,60 @@ def test_qwen_run_edits_every_merger_and_measures_the_leak(encoders, folders):
         ("none", "whole"), ("none", "cut"), ("main merger", "whole"), ("main merger", "cut"), ("all mergers", "whole"),
         ("main merger, null space", "whole"), ("main merger, null space", "cut"), ("all mergers, null space", "whole")]
     assert all(row["num_target"] == 1 and row["num_preserved"] == 2 for row in result["leak"])
+
+
+def test_where_the_language_model_does_not_fit_the_rest_is_measured(encoders, folders, monkeypatch, caplog):
+    def fail(*_):
+        assert json.loads((folders / "run" / "evaluation.json").read_text())["target"]  # whatever becomes of this process
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(projection_evaluate, "leak", fail)
+    main(qwen(encoders, folders))
+    assert "leak" not in json.loads((folders / "run" / "evaluation.json").read_text())
+    assert f"forget --resume {folders / 'run'} --device cpu" in caplog.text
+
+
+def _without(directory, *names):
+    for name in names:
+        (directory / name).unlink()
+
+
+def _made_of_nan(directory):
+    weights = load_file(directory / "model.safetensors")
+    weights["visual_projection.weight"][0, 0] = torch.nan
+    save_file(weights, directory / "model.safetensors", {"format": "pt"})
+
+
+@pytest.mark.parametrize(("encoder", "damage", "error", "message"), [
+    ("clip", lambda d: _without(d, "tokenizer.json", "tokenizer_config.json"), CheckpointError, "no tokenizer there"),
+    ("clip", lambda d: (d / "tokenizer.json").write_text("{}"), CheckpointError, "tokenizer cannot be loaded"),
+    ("clip", lambda d: _without(d, "preprocessor_config.json"), CheckpointError, "preprocessor_config.json cannot be loaded"),
+    ("clip", _made_of_nan, NonFinite, "visual_projection .* makes NaN"),
+    ("qwen3-vl", lambda d: _without(d, "preprocessor_config.json"), CheckpointError, "preprocessor_config.json cannot be loaded"),
+    ("qwen3-vl", lambda d: _without(d, "tokenizer.json", "tokenizer_config.json"), CheckpointError, "no tokenizer there")])
+def test_a_damaged_encoder_is_said_before_training(encoders, folders, tmp_path, encoder, damage, error, message):
+    model = shutil.copytree(encoders[encoder], tmp_path / "model")
+    damage(model)
+    shown = shutil.copytree(folders / "keep" / "blue square", folders / "shown" / "cat")
+    for name in ("dog", "car"):
+        shutil.copytree(shown, folders / "shown" / name)
+    words = qwen({encoder: model}, folders) if encoder == "qwen3-vl" else clip({encoder: model}, folders / "run", "--images", str(folders / "shown"))
+    with pytest.raises(error, match=message):
+        main(words)
+    assert not (folders / "run").exists()
+
+
+def test_classes_that_the_encoder_does_not_tell_apart_are_refused(encoders, folders):
+    shutil.copytree(folders / "forget", folders / "keep" / "disc")
+    with pytest.raises(UsageError, match="no difference between 'forget', which is to be forgotten, and 'disc'"):
+        main(qwen(encoders, folders))
+
+
+def test_pictures_are_seen_as_the_camera_was_held(tmp_path):
+    upright, exif = picture("red circle", 0, "camera", 0).resize((64, 32)), Image.Exif()
+    exif[0x0112] = 6  # orientation: turned by 90 degrees
+    upright.rotate(90, expand=True).save(tmp_path / "turned.png", exif=exif)
+    assert list(open_picture(tmp_path / "turned.png").getdata()) == list(upright.getdata())
 
 
 def test_pictures_at_another_place_are_the_same_run(encoders, folders):
