@@ -24,6 +24,8 @@ from trainer.errors import UsageError
 logger = logging.getLogger(__name__)
 
 _TEMPLATES = ("{}", "a video of {}", "a scene with {}", "{} in motion", "a close shot of {}")
+_UNSPACED = re.compile("[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3005-\u30ff\u3400-\u9fff\uac00-\ud7a3\uf900-\ufaff]")
+"""Thai, Lao, Burmese, Khmer, Chinese, Japanese and Korean letters: other words, or a word's endings, follow without a space."""
 _CONSONANT_Y = re.compile("[^aeiou]y$", re.IGNORECASE)  # of which the plural ends in ies
 
 
@@ -92,7 +94,8 @@ def word(text: str) -> re.Pattern[str]:
         words = words[:-1] + "(?:y|(ies))"
     else:
         words += "((?:(?<=[sxzo])|(?<=[cs]h))es|s)?"
-    return re.compile(rf"(?<!\w){words}(?!\w)", re.IGNORECASE)
+    before, after = "" if _UNSPACED.match(text) else r"(?<!\w)", "" if _UNSPACED.match(text[-1:]) else r"(?!\w)"
+    return re.compile(before + words + after, re.IGNORECASE)
 
 
 def _plural(text: str) -> str:

@@ -183,6 +183,11 @@ def test_a_word_is_found_with_its_plural_and_nothing_else(text, found, others):
     assert not any(word(text).search(f"a {other}, seen") for other in others)
 
 
+@pytest.mark.parametrize("name, text", [("犬", "これは犬です。"), ("狗", "这是一只狗。"), ("강아지", "강아지는 귀엽다"), ("แมว", "นี่คือแมวตัวหนึ่ง")])
+def test_a_word_of_a_script_without_spaces_is_found_among_others(name, text):
+    assert word(name).search(text) and not word("dog").search(text)
+
+
 def test_words_are_the_concept_whatever_space_is_between_them(tmp_path):
     path = tmp_path / "prompts.txt"
     path.write_text("red circle and red  circle\n")
