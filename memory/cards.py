@@ -148,6 +148,11 @@ def size_bytes(text: str) -> int | None:
     return int(num_bytes) if num_bytes < 2**63 else None
 
 
+def size_text(num_bytes: float) -> str:
+    """Bytes as a message says them."""
+    return f"{num_bytes / GIB:.2f} GiB" if num_bytes >= GIB // 10 else f"{num_bytes / 2**20:.2f} MiB"
+
+
 def detect(index: int = 0) -> Card:
     """The card in this machine, with what other processes hold now, by NVML; the host itself if there is none."""
     reading = _read_nvml(index)

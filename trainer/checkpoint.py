@@ -24,6 +24,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from memory.cards import size_text
 from trainer.errors import CheckpointError, InputOutputError
 from trainer.manifest import NewerFormat, read_json, verify, write_manifest
 
@@ -36,7 +37,6 @@ _TENSORS_NAME = re.compile(r"[a-z][a-z0-9_]*")
 _NUM_KEPT = 2  # the newest may prove bad later
 _MAX_FAILURES = 3  # in a row
 _SPARE_BYTES = 2**20  # headers, manifest and directory blocks beside the tensors themselves
-_GIB = 2**30
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -288,7 +288,7 @@ def _check_space(save: _Save) -> None:
     needed = sum(tensor.nbytes for group in save.tensors.values() for tensor in group.values()) + len(save.state_text) + _SPARE_BYTES
     free = shutil.disk_usage(save.final.parent).free
     if free < needed:
-        raise InputOutputError(f"{needed / _GIB:.2f} GiB needed and {free / _GIB:.2f} GiB free in {save.final.parent}: make room there")
+        raise InputOutputError(f"{size_text(needed)} needed and {size_text(free)} free in {save.final.parent}: make room there")
 
 
 def _set_aside(path: Path) -> None:

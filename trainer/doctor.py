@@ -303,7 +303,7 @@ def show(checks: list[Check], stream: TextIO, *, as_json: bool = False) -> None:
     for check in checks:
         fix = f"\n[bold]→ {escape(check.fix)}[/bold]" if check.fix else ""
         table.add_row(f"[{colours[check.status]}]{check.status}[/]", check.name, escape(check.found) + fix)
-    Console(file=stream, highlight=False, soft_wrap=not stream.isatty()).print(table)
+    Console(file=stream, highlight=False, width=None if stream.isatty() else 10**4).print(table)
 
 
 def raise_if_unfit(checks: list[Check]) -> None:

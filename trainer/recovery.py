@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from memory.advice import Advice, next_cheaper
-from memory.cards import GIB, Card
+from memory.cards import GIB, Card, size_text
 from memory.exhaustion import exhausted, first_line, requested_bytes
 from memory.meter import Meter, PhasePeak
 from memory.plan import MemoryPlan
@@ -219,13 +219,9 @@ def described(failure: Failure, advice: Advice | None, command: str | None) -> s
     if advice is None:
         lines.append(_LAST_RESORT.get(failure.planned_phase, _LAST_RESORT[failure.whose]))
     else:
-        lines.append(f"cheaper: {advice.why} (predicted: {_size(advice.needed_bytes)} in {failure.planned_phase})")
+        lines.append(f"cheaper: {advice.why} (predicted: {size_text(advice.needed_bytes)} in {failure.planned_phase})")
         lines.append(command or "going on with that")
     return "\n".join(lines)
-
-
-def _size(num_bytes: int) -> str:
-    return f"{num_bytes / GIB:.2f} GiB" if num_bytes >= GIB // 10 else f"{num_bytes / 2**20:.2f} MiB"
 
 
 _LAST_RESORT = {

@@ -12,6 +12,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from memory.cards import GIB, size_text
 from trainer.charts import bars, heat_map, interval, line_chart, number, share_bar, stacked_area
 from trainer.config import TrainConfig, leaves
 from trainer.errors import InputOutputError, UsageError
@@ -27,7 +28,6 @@ _CURVES = {"loss": "L, the whole", "unlearn": "L_unlearn", "loc": "L_loc", "pre"
            "gradient_norm": "Gradient norm", "lr": "Learning rate"}
 _NORMS = {"gradient": "Gradient norm by block", "update": "Update norm by block", "weight": "Weight norm by block",
           "eraser": "Eraser output by block", "residual": "Residual stream by block"}
-_GIB = 2**30
 logger = logging.getLogger(__name__)
 
 
@@ -116,16 +116,12 @@ def _tiles(files: RunFiles) -> str:
     if seconds:
         shown.append(("Seconds a step, median", f"{median(seconds):.3g}"))
     if measured := _measured_peak(files):
-        shown.append((f"Peak memory, measured ({measured[0]})", _gib(measured[1])))
+        shown.append((f"Peak memory, measured ({measured[0]})", size_text(measured[1])))
     if predicted := files.memory.get("predicted", {}).get("peak_bytes"):
         which = "predicted (tensors alone)" if measured and measured[0] == "process" else "predicted"
-        shown.append((f"Peak memory, {which}", _gib(predicted)))
+        shown.append((f"Peak memory, {which}", size_text(predicted)))
     return '<div class="tiles">' + "".join(
         f"<div><span>{escape(label)}</span><b>{escape(value)}</b></div>" for label, value in shown) + "</div>"
-
-
-def _gib(num_bytes: float) -> str:
-    return f"{num_bytes / _GIB:{'.2f' if num_bytes >= 0.1 * _GIB else '.2g'}} GiB"
 
 
 def _findings(files: RunFiles) -> str:
@@ -160,7 +156,7 @@ def _evaluation(files: RunFiles) -> str:
     synonyms, measured = result.get("synonyms", {}), result.get("measure")  # of a run of `forget`, whose examples are no videos
     rows = [(f"<b>{escape(str(result['target'].get('name')))}</b>", "target", result["target"])]
     if synonyms:
-        rows.append((f"<b>{escape(', '.join(synonyms.get('names', [])) or 'other words and wordings')}</b>", "synonyms", synonyms))
+        rows.append((f"<b>{escape(', '.join(synonyms.get('names', [])) or 'other wordings')}</b>", "synonyms", synonyms))
     rows += [(escape(str(r.get("name"))), escape(str(r.get("kind"))), r) for r in result.get("preserved", [])]
     counted = "examples" if measured else "videos"
     table = _table(("", "kind", counted, "before", "after", "95 %", "before ○   after ●   0 to 100 %"), [
@@ -280,17 +276,17 @@ def _memory(files: RunFiles) -> str:
     for label, peaks in (("predicted", predicted.get("peak_bytes_by_phase", {})),
                          (f"measured ({_measured_kind(files)})", files.measured_peaks())):
         for phase, value in peaks.items():
-            rows.setdefault(phase, {})[label] = value / _GIB
+            rows.setdefault(phase, {})[label] = value / GIB
     if rows:
         charts.append(bars("Peak by phase, predicted and measured", rows, unit="GiB"))
     for key, label in (("allocated_bytes", "Allocated"), ("reserved_bytes", "Reserved"),
                        ("device_used_bytes", "Whole device"), ("process_bytes", "Host memory of the process")):
         if points := files.series("memory", key):
-            charts.append(line_chart(f"{label}, measured", [(x, y / _GIB) for x, y in points], unit="GiB", zero=True))
+            charts.append(line_chart(f"{label}, measured", [(x, y / GIB) for x, y in points], unit="GiB", zero=True))
     parts.append(_charts(charts, "Nothing was measured."))
     if needed := predicted.get("needed_bytes"):
         card, budget = str(files.memory.get("card")), files.memory.get("budget_bytes", 0)
-        parts.append(_note(f"Predicted for {card}: {needed / _GIB:.2f} GiB of {budget / _GIB:.2f} GiB usable, what the allocator "
+        parts.append(_note(f"Predicted for {card}: {needed / GIB:.2f} GiB of {budget / GIB:.2f} GiB usable, what the allocator "
                            "reserves and the card's context included."))
     if rows and _measured_kind(files) == "process":
         parts.append(_note("Without a card the whole process is measured, interpreter and libraries included; what is predicted "

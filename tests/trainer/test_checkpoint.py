@@ -110,7 +110,7 @@ def test_too_little_space_is_seen_before_writing(tmp_path, monkeypatch):
     save_checkpoint(tmp_path, 1, tensors=TENSORS, state=STATE)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(2**40, 2**40, 2**20))
     monkeypatch.setattr("trainer.checkpoint.STAGES", (lambda _: pytest.fail("wrote"),))
-    with pytest.raises(InputOutputError, match=r"0\.00 GiB free"):
+    with pytest.raises(InputOutputError, match=r"MiB needed and 1\.00 MiB free"):
         save_checkpoint(tmp_path, 2, tensors=TENSORS, state=STATE)
     assert names(tmp_path) == ["step-000001"]
 
