@@ -73,8 +73,8 @@ class Assessment:
 
 def compiled_fragmentation(plan: MemoryPlan) -> float:
     """Bytes that a step reserves under `plan`, over those predicted for blocks as they are, at most and but for the margin: more than 1
-    where compiled blocks have feed-forwards in chunks (`bench.emulated`, part compiled). Allocated bytes are no more."""
-    return 1.12 if plan.compile and plan.feed_forward_chunks > 1 else 1.0
+    for compiled blocks (`bench.emulated`, part compiled). They allocate what is predicted."""
+    return 1.06 if plan.compile else 1.0
 
 
 class Limits:

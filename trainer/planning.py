@@ -288,8 +288,8 @@ def print_forecast(found: Forecast, origins: dict[str, str], *, explain: bool) -
     from trainer.live_view import duration
 
     console, a = Console(), found.chosen
-    uncompiled, more = ", as if no block were compiled" if a.plan.compile else "", compiled_fragmentation(a.plan) - 1
-    uncompiled += f", but for {more:.0%} that compiled feed-forwards in chunks reserve more" if more else ""
+    more = compiled_fragmentation(a.plan) - 1
+    uncompiled = f", as if no block were compiled, but for {more:.0%} that compiled ones reserve more" if a.plan.compile else ""
     num_steps = found.config.optim.steps
     total = f"; {num_steps} steps take {duration(num_steps * a.time.seconds)}" if found.result.best else ""
     console.print(Text(verdict(found) + total, style="bold"))
