@@ -90,7 +90,7 @@ class Card:
     assumed: tuple[str, ...] = _ASSUMED
     """Fields that nobody measured and no datasheet states."""
     used_by_others_bytes: int = 0
-    """Already held by other processes (`auto` only)."""
+    """Already held by other processes, and so not usable (`auto` only)."""
     host_bytes: int | None = None
     """Host memory available; None where nobody said (a card by name)."""
 
@@ -104,8 +104,8 @@ class Card:
 
     @property
     def available_bytes(self) -> int:
-        """What the caching allocator may reserve: usable, less the context and what others hold. Negative: not even those fit."""
-        return self.usable_bytes - self.context_bytes - self.used_by_others_bytes
+        """What the caching allocator may reserve: usable, less the context. Negative: not even that fits."""
+        return self.usable_bytes - self.context_bytes
 
 
 def card_names() -> list[str]:
@@ -162,7 +162,7 @@ def detect(index: int = 0) -> Card:
     return replace(
         _by_label(label, capability, total),
         capacity_bytes=total,
-        usable_bytes=_usable(total),
+        usable_bytes=max(0, _usable(total) - others),
         used_by_others_bytes=others,
         host_bytes=available_host_bytes(),
     )
@@ -348,8 +348,17 @@ def _handle(pynvml: Any, index: int) -> Any | None:
         return None
     name = visible[index]
     if name.isdigit():
-        return pynvml.nvmlDeviceGetHandleByIndex(int(name))
+        return _first_slice(pynvml, pynvml.nvmlDeviceGetHandleByIndex(int(name)))
     for handle in map(pynvml.nvmlDeviceGetHandleByIndex, range(count)):  # CUDA takes as much of a UUID as tells cards apart
         if str(pynvml.nvmlDeviceGetUUID(handle)).startswith(name):
-            return handle
+            return _first_slice(pynvml, handle)
     return pynvml.nvmlDeviceGetHandleByUUID(name)
+
+
+def _first_slice(pynvml: Any, handle: Any) -> Any:
+    """What CUDA takes of a card that is divided, where no slice is named; else the card. Not tried on one that is."""
+    try:
+        divided = pynvml.nvmlDeviceGetMigMode(handle)[0] == pynvml.NVML_DEVICE_MIG_ENABLE
+    except pynvml.NVMLError:  # it cannot be divided
+        return handle
+    return pynvml.nvmlDeviceGetMigDeviceHandleByIndex(handle, 0) if divided else handle

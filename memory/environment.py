@@ -11,8 +11,8 @@ _CUBLAS_KIB = 2 * 4096 + 8 * 16
 
 
 def prepare() -> None:
-    """Set what was not set: segments that grow waste least, cuBLAS' workspaces are those that are planned, and MKL's products on
-    the CPU do not depend on where their operands lie, which every plan does in its own way.
+    """Set what was not set: segments that grow waste least, cuBLAS' workspaces are those that are planned, cards are counted as NVML and
+    nvidia-smi count them, and MKL's products on the CPU do not depend on where their operands lie, which every plan does in its own way.
 
     CUBLAS_WORKSPACE_CONFIG is not for us to set: torch 2.11 parses it for every product, which takes the host longer than
     all else that a product does (`python -m bench.emulated`).
@@ -20,6 +20,7 @@ def prepare() -> None:
     if not any(name in os.environ for name in _ALLOCATOR):
         os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
     os.environ.setdefault("TORCH_CUBLASLT_UNIFIED_WORKSPACE", "1")  # else products with a bias keep a MiB a thread besides
+    os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")  # else the fastest is torch's first, and the plan is for another
     os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")  # some processors' kernels differ by alignment without it
 
 

@@ -29,7 +29,7 @@ class ModelConfig:
     width: int | None = None
     """Video width in pixels; the model's own by default."""
     device: str = "auto"
-    """cpu, cuda, cuda:1 …; auto takes the card if there is one."""
+    """cpu, cuda, cuda:1 …, as nvidia-smi counts cards; auto takes the card if there is one."""
     force_dtype: bool = False
     """Insist on a dtype that the model is known not to survive."""
 

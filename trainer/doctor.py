@@ -125,7 +125,7 @@ def the_card() -> tuple[Card | None, Check]:
     major, minor = torch.cuda.get_device_capability()
     values |= {"compute_capability": f"{major}.{minor}", "driver": _driver(),
                "dtypes": [d for d in ("float32", "bfloat16", "float16", "float8") if card.supports(d)]}
-    crowded = card.used_by_others_bytes > card.usable_bytes // 4
+    crowded = card.used_by_others_bytes > card.capacity_bytes // 4
     return card, Check(
         name="card", status="warning" if crowded else "ok", values=values,
         found=f"{card.label}, {card.capacity_bytes / GIB:.1f} GiB ({card.used_by_others_bytes / GIB:.1f} held by others), compute "

@@ -74,7 +74,7 @@ class ForgetConfig:
     batch_size: int = 32
     """Texts or pictures an encoder pass."""
     device: str = "auto"
-    """cpu, cuda, cuda:1 …; auto takes the card if there is one."""
+    """cpu, cuda, cuda:1 …, as nvidia-smi counts cards; auto takes the card if there is one."""
     out: Path | None = None
     """Run directory; runs/<class>-<number> by default."""
     save_every: int = 500

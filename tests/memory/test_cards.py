@@ -113,7 +113,7 @@ def test_the_card_in_the_machine_is_recognised(monkeypatch, label, mib, name):
     assert card.name == name
     assert card.label.startswith(label) and card.capacity_bytes == mib << 20
     assert card.used_by_others_bytes == 3 * GIB
-    assert card.available_bytes == card.usable_bytes - card.context_bytes - 3 * GIB
+    assert card.available_bytes == card.usable_bytes - card.context_bytes and card.usable_bytes + 3 * GIB < mib << 20
     assert card.host_bytes > 0
 
 
@@ -141,6 +141,22 @@ def test_a_slice_has_its_share_of_the_cards_rates(monkeypatch, label, mib, name,
     assert card.name == name and card.label == label and card.capacity_bytes == mib << 20
     assert card.tensor_rate / whole.tensor_rate == card.fp32_rate / whole.fp32_rate == pytest.approx(compute)
     assert card.memory_bandwidth / whole.memory_bandwidth == pytest.approx(memory, rel=1e-4)
+
+
+@pytest.mark.parametrize("visible", [None, "0", "GPU-8932f930"])
+@pytest.mark.parametrize("divided", [True, False])
+def test_of_a_divided_card_the_first_slice_is_taken_unless_another_is_named(monkeypatch, visible, divided):
+    nvml = fake_nvml(nvmlDeviceGetMigMode=lambda handle: [divided, 1], nvmlDeviceGetMigDeviceHandleByIndex=lambda handle, index: f"slice {index}",
+                     nvmlDeviceGetName=lambda handle: "NVIDIA A30 MIG 2g.12gb" if handle == "slice 0" else "NVIDIA A30")
+    monkeypatch.setitem(sys.modules, "pynvml", nvml)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert (" MIG " in detect().label) == divided
+
+
+def test_what_others_hold_may_be_more_than_is_usable(monkeypatch):
+    monkeypatch.setattr(cards, "_read_nvml", lambda index: ("NVIDIA GeForce RTX 4090", (8, 9), 24564 << 20, 24564 << 20))
+    assert detect().usable_bytes == 0 and detect().available_bytes < 0
 
 
 def test_a_laptops_card_is_not_the_desktops(monkeypatch):
@@ -179,6 +195,8 @@ def fake_nvml(**overrides):
         nvmlDeviceGetHandleByUUID=lambda name: name,
         nvmlDeviceGetUUID=lambda handle: f"GPU-8932f93{handle}-d72c",
         nvmlMemory_v2=2,
+        NVML_DEVICE_MIG_ENABLE=1,
+        nvmlDeviceGetMigMode=raising,
         nvmlDeviceGetMemoryInfo=lambda handle, version: SimpleNamespace(total=96 * GIB, reserved=GIB, free=85 * GIB),
         nvmlDeviceGetComputeRunningProcesses=lambda handle: [
             SimpleNamespace(pid=cards.os.getpid(), usedGpuMemory=4 * GIB),

@@ -12,7 +12,7 @@ MIB = 1 << 20
 
 def test_what_was_set_stays(monkeypatch):
     monkeypatch.setattr(os, "environ", {"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:64", "CUBLAS_WORKSPACE_CONFIG": ":16:8",
-                                      "TORCH_CUBLASLT_UNIFIED_WORKSPACE": "0", "MKL_CBWR": "COMPATIBLE"})
+                                      "TORCH_CUBLASLT_UNIFIED_WORKSPACE": "0", "MKL_CBWR": "COMPATIBLE", "CUDA_DEVICE_ORDER": "FASTEST_FIRST"})
     before = dict(os.environ)
     environment.prepare()
     assert os.environ == before
@@ -21,7 +21,7 @@ def test_what_was_set_stays(monkeypatch):
 def test_what_was_not_set_is_set(monkeypatch):
     monkeypatch.setattr(os, "environ", {})
     environment.prepare()
-    assert os.environ["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"
+    assert os.environ["PYTORCH_ALLOC_CONF"] == "expandable_segments:True" and os.environ["CUDA_DEVICE_ORDER"] == "PCI_BUS_ID"
     assert environment.cublas_workspace_bytes() == 2 * 8.125 * MIB
 
 
