@@ -47,7 +47,7 @@ def accuracy(config: Pretrained) -> dict[str, Any]:
         latents = generate_latents(assembly.predict, backbone.scheduler(), embeddings, prompts,
                                    [config.seed + i for i in range(len(prompts))], assembly.latent_shape,
                                    num_steps=config.num_steps, guidance_scale=1.0)
-    decode = backbone.decoder(world.FRAMES, dtype=torch.float32)
+    decode = backbone.decoder(world.FRAMES, dtype=torch.float32, one_by_one=False)
     found = [world.detect(video) for part in latents.split(16) for video in decode(part)]
     result = {}
     for kind in world.ATTRIBUTES:

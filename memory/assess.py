@@ -64,7 +64,8 @@ class Assessment:
     by_phase: dict[str, int]
     """Device bytes of every phase of the run, allocated."""
     needed_bytes: int
-    """Reserved at the peak of the whole run, and the context: the least a card must have usable, without margin."""
+    """Reserved at the peak of the whole run, and the context: the least a card must have usable, without margin. On a CPU with what
+    else the process takes there."""
     host_bytes: int
     time: StepTime
     trace: Trace = field(repr=False, compare=False)
@@ -86,7 +87,8 @@ class Limits:
         self.host_bytes = card.host_bytes if host_bytes is None else host_bytes
 
     def shortage(self, reserved_bytes: int, host_bytes: int) -> tuple[int, int]:
-        """(device bytes, host bytes) missing."""
+        """(device bytes, host bytes) missing. A CPU's are of one memory."""
+        reserved_bytes += host_bytes if self.card.is_cpu else 0
         host = 0 if self.host_bytes is None else host_bytes - self.host_bytes
         return max(0, reserved_bytes - self.reservable_bytes), max(0, host)
 
@@ -147,7 +149,7 @@ def assess_trace(
         fits_card=not device_short,
         prediction=prediction,
         by_phase=by_phase,
-        needed_bytes=reserved + limits.card.context_bytes,
+        needed_bytes=reserved + (host if limits.card.is_cpu else limits.card.context_bytes),
         host_bytes=host,
         time=time,
         trace=trace,

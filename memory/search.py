@@ -39,6 +39,8 @@ def search(
     Raises PlanError, when `base` with its fixed fields cannot be.
     """
     base, fixed, limits = base or MemoryPlan(), frozenset(fixed), Limits(card, margin=margin, host_bytes=host_bytes)
+    if card.is_cpu:  # it has one memory, in which nothing is gained by moving
+        fixed |= {"resident_blocks", "passes", "boundaries", "kept"}
 
     def ranking(base: MemoryPlan, fixed: frozenset[str]) -> Ranking:
         return Ranking(workload, card, base, fixed)
@@ -48,7 +50,7 @@ def search(
         if found.best is not None and "passes" not in fixed and _waits_for_link(found.best):
             # In lockstep the link is asked for less, and more memory is.
             found = _merged(found, ranking(dataclasses.replace(base, passes="lockstep"), fixed | {"passes"}).run(limits))
-        if found.best is not None and limits.host_bytes is not None and _could_park(found.best, workload, card, fixed):
+        if found.best is not None and limits.host_bytes is not None and _could_park(found.best, workload, fixed):
             some = Limits(card, margin=margin, host_bytes=int(HOST_SHARE * limits.host_bytes))
             parked = ranking(base, fixed).parked(some)
             if parked.best and parked.best.time.seconds > (1 - HOST_GAIN) * found.best.time.seconds:
@@ -59,10 +61,10 @@ def search(
         workload.prepare((), ())  # no trace is wanted any more
 
 
-def _could_park(best: Assessment, workload: Workload, card: Card, fixed: frozenset[str]) -> bool:
+def _could_park(best: Assessment, workload: Workload, fixed: frozenset[str]) -> bool:
     """Whether the plan computes something twice that it need not, if the host has room for what blocks keep."""
     free = not fixed & {"kept", "checkpoint", "boundaries", *COUNTS}
-    return free and not card.is_cpu and is_checkpointed(resolve_keeps(best.plan, workload.num_blocks))
+    return free and is_checkpointed(resolve_keeps(best.plan, workload.num_blocks))
 
 
 def _waits_for_link(assessment: Assessment) -> bool:

@@ -132,7 +132,7 @@ def withdraw(run_dir: Path) -> None:
 def measure(assembly: Assembly, backbone: CogVideoX, embeddings: Embeddings, concept: str, chosen: list[Case],
             config: EvaluateConfig) -> tuple[dict[str, Any], list[tuple[str, Tensor]]]:
     """The evaluation and a before/after sheet's rows, for erasers that are in place."""
-    decode = backbone.decoder(world.FRAMES, dtype=assembly.dtype, device=assembly.device)
+    decode = backbone.decoder(world.FRAMES, dtype=assembly.dtype, device=assembly.device, one_by_one=False)  # they are small
     videos = {}
     for when, on in (("before", False), ("after", True)):
         with assembly.erasers.switched(on):

@@ -201,18 +201,21 @@ def require_sense(config: TrainConfig, on_cpu: Assessment | None = None, *, what
 
 
 def _room(found: Assessment, card: Card) -> str:
-    free = max(found.host_bytes, found.needed_bytes / (1 - MARGIN) if card.is_cpu else 0)
+    free = found.needed_bytes / (1 - MARGIN) if card.is_cpu else found.host_bytes
     return f"{math.ceil(free / GIB)} GiB free would do"
 
 
 def verdict(found: Forecast) -> str:
     """One sentence: whether it fits, and what would."""
-    c, a = found.card, found.chosen
+    c, a, others = found.card, found.chosen, found.card.used_by_others_bytes
     if found.result.best:
+        beside = f" beside the {others / GIB:.2f} GiB of other processes" if others else ""
         return (f"{found.config.model.model} fits {c.label}: predicted {a.needed_bytes / GIB:.2f} GiB of "
-                f"{c.usable_bytes / GIB:.2f} GiB usable, {a.time.seconds:.2f} s a step ({a.time.bottleneck})")
+                f"{c.usable_bytes / GIB:.2f} GiB usable{beside}, {a.time.seconds:.2f} s a step ({a.time.bottleneck})")
     if a.fits_card or c.is_cpu:  # whose memory is the host's
         would_do = _room(a, c) + f" for each of the {found.num_cards} cards' processes" * (found.num_cards > 1)
+    elif others and a.needed_bytes <= (1 - MARGIN) * (c.usable_bytes + others):
+        would_do = f"it would if other processes did not hold {others / GIB:.2f} GiB, which nvidia-smi shows"
     else:
         would_do = f"the smallest listed card that would do: {smallest_card(found)}"
     return f"{found.config.model.model} does not fit {c.label}: the smallest plan {a.reason}; {would_do}"
@@ -229,7 +232,7 @@ def smallest_card(found: Forecast) -> str:
 
 
 def command(config: TrainConfig, plan: MemoryPlan, origins: dict[str, str], num_cards: int = 1) -> str:
-    """A command line that runs with exactly this plan. WORD stands for what has to be said of published models, and was not."""
+    """A command line that asks for this plan; what is at its default there, --profile chooses anew. WORD stands for what has to be said of published models, and was not."""
     words = ["python", "run.py"] if num_cards == 1 else ["torchrun", f"--nproc-per-node={num_cards}", "--", "run.py"]
     given = [path.split(".") for path, origin in origins.items() if origin == "flag" or origin.startswith("file ")]
     for section, name in given:

@@ -196,7 +196,9 @@ def cheaper(config: TrainConfig, card: Card, failure: Failure) -> Advice | None:
 
     def needed(plan: MemoryPlan) -> int:
         found = forecast_as_given(replace(config, memory=plan), card)
-        return found.by_phase.get(failure.planned_phase, max(found.by_phase.values()))
+        # Without a card, what is moved to the host is in the same memory still.
+        moved = found.prediction.host_bytes if failure.whose == "host" else 0
+        return moved + found.by_phase.get(failure.planned_phase, max(found.by_phase.values()))
 
     limit = None if failure.requested_bytes is None else needed(config.memory) - failure.requested_bytes
     return next_cheaper(config.memory, open_backbone(config.model).num_blocks, needed_bytes=needed, limit_bytes=limit, fixed=_KEPT)

@@ -285,6 +285,20 @@ def test_the_margin_is_kept_free():
     assert Limits(card).host_bytes is None and Limits(card).shortage(0, 1 << 60) == (0, 0)
 
 
+def test_a_cpu_has_one_memory():
+    cpu = dataclasses.replace(lookup("cpu"), usable_bytes=100 * MIB)
+    assert Limits(cpu, margin=0).shortage(60 * MIB, 30 * MIB) == (0, 0) and Limits(cpu, margin=0).shortage(60 * MIB, 50 * MIB)[0] == 10 * MIB
+
+
+def test_nothing_is_moved_within_a_cpus_memory(workload):
+    """Where it does not suffice, what is recomputed frees some, and what would stream does not."""
+    roomy, tight = (search(workload, dataclasses.replace(lookup("cpu"), usable_bytes=size, host_bytes=size)) for size in (64 * GIB, 3400 * MIB))
+    for found in (roomy, tight):
+        plan = (found.best or found.smallest).plan
+        assert plan.resident_blocks is None and plan.boundaries == plan.kept == "device" and plan.passes == "sequential"
+    assert roomy.best.needed_bytes == int(roomy.best.prediction.reserved_bytes) + roomy.best.host_bytes
+
+
 def test_impossible_plans_are_refused(workload):
     with pytest.raises(PlanError, match="exceed the 12"):
         assess(workload, MemoryPlan(num_keep_attention=13), lookup("4090"))

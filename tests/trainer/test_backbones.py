@@ -10,6 +10,7 @@ import huggingface_hub
 import pytest
 import sentencepiece
 import torch
+from diffusers import AutoencoderKLCogVideoX
 from huggingface_hub.errors import RepositoryNotFoundError
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -71,6 +72,16 @@ def test_decoder_returns_the_frames_that_were_asked_for(backbone, frames):
     video = backbone.decoder(frames, dtype=torch.float32)(torch.randn(2, *shape))
     assert video.shape == (2, 3, frames, SIDE, SIDE)
     assert video.dtype == torch.float32 and video.min() >= 0 and video.max() <= 1
+
+
+@pytest.mark.parametrize("one_by_one, num_calls", [(True, 2), (False, 1)])
+def test_larger_videos_are_decoded_in_tiles_on_every_device(backbone, monkeypatch, one_by_one, num_calls):
+    sizes, tiled_decode = [], AutoencoderKLCogVideoX.tiled_decode
+    monkeypatch.setattr(AutoencoderKLCogVideoX, "tiled_decode", lambda vae, z, **more: sizes.append(z.shape) or tiled_decode(vae, z, **more))
+    frames, channels, _, width = backbone.latent_shape(1, SIDE, SIDE)
+    latents = torch.randn(2, frames, channels, 136 // backbone.spatial_ratio, width)  # a tile is 128 pixels high
+    assert backbone.decoder(1, dtype=torch.float32, one_by_one=one_by_one)(latents).shape == (2, 3, 1, 136, SIDE)
+    assert len(sizes) == num_calls
 
 
 def test_decoder_equals_the_pipelines_decoding(pipelines, backbone):

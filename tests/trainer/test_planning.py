@@ -44,6 +44,14 @@ def test_a_plan_says_that_it_is_predicted_and_how_far_times_may_be_off(forecast,
     assert "(all figures predicted" in output and "times that others measured differ" in output
 
 
+def test_what_others_hold_of_a_card_is_said(tiny_config):
+    card, held = lookup("4090"), int(23.25 * GIB)
+    crowded = planning.forecast(tiny_config(), replace(card, usable_bytes=card.usable_bytes - held, used_by_others_bytes=held))
+    assert planning.verdict(crowded).endswith("it would if other processes did not hold 23.25 GiB, which nvidia-smi shows")
+    beside = planning.forecast(tiny_config(), replace(card, usable_bytes=card.usable_bytes - 2 * GIB, used_by_others_bytes=2 * GIB))
+    assert f"of {card.usable_bytes / GIB - 2:.2f} GiB usable beside the 2.00 GiB of other processes" in planning.verdict(beside)
+
+
 def test_a_plan_says_what_is_not_predicted_of_compiled_blocks(tiny_config, capsys):
     found = planning.forecast(tiny_config(memory__compile=True), lookup("4090"))
     planning.print_forecast(found, {}, explain=False)

@@ -324,6 +324,13 @@ def test_the_step_down_asks_for_as_much_as_the_failed_request(config):
     assert cheaper(settings, lookup("4090"), Failure(phase="load", whose="host", said="", requested_bytes=None, peaks={})) is None
 
 
+@pytest.mark.parametrize("plan", [{}, {"resident_blocks": 1}, {"boundaries": "host"}], ids=str)
+def test_within_a_cpus_memory_nothing_is_gained_by_moving(config, plan):
+    settings = config(**{f"memory__{name}": value for name, value in plan.items()})
+    advice = cheaper(settings, lookup("cpu"), Failure(phase="backward", whose="host", said="", requested_bytes=None, peaks={}))
+    assert advice.needed_bytes > 0 and not advice.change.keys() & {"resident_blocks", "boundaries"}
+
+
 def _under_a_cap(owner, name: str, *, call: int):
     """(owner, name, function): at the `call`-th call this process may hold no more of the card than it does, and asks for 1 GiB."""
     real, calls = getattr(owner, name), []

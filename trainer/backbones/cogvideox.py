@@ -221,11 +221,11 @@ class CogVideoX:
             return randomise(model, dtype=dtype, device=device)
         return assign(model, self.directory / component, dtype=dtype, device=device)
 
-    def decoder(self, num_frames: int, *, dtype: torch.dtype, device: torch.device | str = "cpu") -> Decode:
-        """What decodes latents to videos; on every device but the CPU one video and one tile at a time."""
+    def decoder(self, num_frames: int, *, dtype: torch.dtype, device: torch.device | str = "cpu", one_by_one: bool = True) -> Decode:
+        """What decodes latents to videos, a tile at a time, and the videos of a call one by one or together."""
         vae = self.load_vae(dtype=dtype, device=device)
-        if torch.device(device).type != "cpu":
-            enable_tiles(vae)
+        enable_tiles(vae)
+        vae.use_slicing = one_by_one
         scale = 1 / vae.config.scaling_factor
         num_latent_frames = (num_frames - 1) // self.temporal_ratio + 1
 
