@@ -42,6 +42,8 @@ from trainer.run_directory import probe
 # Such that parts that follow each other fill nine minutes.
 PARTS: dict[str, ModuleType] = {"short": short, "health": health, "peaks": peaks, "cap": cap, "feasibility": feasibility, "minimum": minimum,
                                 "speed": speed, "choice": choice, "offload": offload}
+QUIET = ("short", "health")
+"""What the host takes is part of these: nothing is predicted beside them."""
 Part = Literal["short", "health", "peaks", "cap", "feasibility", "minimum", "speed", "choice", "offload"]
 
 
@@ -169,12 +171,13 @@ def main(config: Card) -> int:
 
     before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        for name in todo:
-            if hasattr(PARTS[name], "prepare"):
-                PARTS[name].prepare(session)
-        for name in todo:
+        for i, name in enumerate(todo):
             if time.monotonic() > session.deadline or session.gauge.lost:
                 break
+            if name not in QUIET and (not i or todo[i - 1] in QUIET):  # all that is to come is predicted ahead, once nothing is disturbed
+                for other in todo[i:]:
+                    if hasattr(PARTS[other], "prepare"):
+                        PARTS[other].prepare(session)
             try:
                 results[name] = run_part(name, session, out)
             except Exception:  # said aloud, and the parts after it are measured
@@ -189,6 +192,9 @@ def main(config: Card) -> int:
         for number, handler in before.items():
             signal.signal(number, handler)
     print_table(f"goals ({out})", [goal_row(name, g) for name in wanted if name in results for g in results[name]["goals"]])
+    for name in (name for name in results if name not in todo):
+        source = results[name].get("provenance", {})
+        print(f"{name}: measured {source.get('date')} by {source.get('commit')}; --again --only {name} measures it by the program of today")
     for name in results:
         if skipped := results[name].get("skipped"):
             print(f"{name}: {len(skipped)} cells were not measured, as the time ended or a signal came; --again --only {name} measures all")

@@ -19,7 +19,8 @@ WANTED = {24.0: 0.12, 48.0: 0.20, 96.0: 0.22}
 
 def _cards(session: Session):
     """The last one may park what blocks keep on the host, if that pays."""
-    return *(shrunk(session.card, gib) for gib in session.few(session.sizes(SIZES), 1)), shrunk(session.card, SIZES[0], with_host=True)
+    sizes = session.sizes(SIZES)
+    return *(shrunk(session.card, gib) for gib in session.few(sizes, 1)), *(shrunk(session.card, gib, with_host=True) for gib in sizes[:1])
 
 
 def _plain(session: Session, kind: str, frames: int) -> Cell:
@@ -49,10 +50,10 @@ def measure(session: Session, out: Path) -> dict[str, Any]:
         plain = found.get(" ".join(name.split()[:2]) + " plain", {})
         if not name.endswith("plain") and "step_seconds" in cell and "step_seconds" in plain:
             gains[name] = 1 - cell["step_seconds"] / plain["step_seconds"]
-    device, *_, hosted = (f"5b 49f {card.name}" for card in _cards(session))
+    device, hosted = (f"5b 49f {shrunk(session.card, SIZES[0], with_host=with_host).name}" for with_host in (False, True))
     wanted = {name for name, _, _ in todo}
     goals = [goal(f"time saved, 5b at 49 frames under {gib:g} GB", gains.get(f"5b 49f {shrunk(session.card, gib).name}"), WANTED[gib], at_least=True, unit="%")
              for gib in session.few(SIZES, 1)]
-    goals.append(goal("time saved, 5b at 49 frames under 24 GB and what blocks keep on the host", gains.get(hosted if hosted in wanted else device),
-                      0.20, at_least=True, unit="%"))
+    goals.append(goal("time saved, 5b at 49 frames under 24 GB, where blocks may keep things on the host",
+                      gains.get(hosted if hosted in wanted else device), 0.20, at_least=True, unit="%"))
     return {"cells": found, "time_saved": gains, "skipped": skipped, "goals": goals, "table": rows(found)}

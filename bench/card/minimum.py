@@ -34,8 +34,9 @@ def measure(session: Session, out: Path) -> dict[str, Any]:
         found[f"{key[0]} {key[1]}f {cell.plan.optimizer}"] = session.measure(cell, num_steps=1, num_warm=int(key != LONG))
     predicted = {}
     for key, cells in _cells(session).items():
-        prediction, _ = session.forecaster.answer(peaks_of, cells[0], session.workspace_bytes)
-        predicted[f"{key[0]} {key[1]}f"] = prediction.allocator.peak_allocated_bytes
+        told = session.gauge.attempt(lambda: session.forecaster.answer(peaks_of, cells[0], session.workspace_bytes))
+        if told.worked:
+            predicted[f"{key[0]} {key[1]}f"] = told.value[0].allocator.peak_allocated_bytes
         peaks = [cell["allocated_bytes"] for name, cell in found.items()
                  if name.startswith(f"{key[0]} {key[1]}f ") and "allocated_bytes" in cell]
         goals.append(goal(f"GiB allocated, {key[0]} at {key[1]} frames", min(peaks) / 2**30 if peaks else None, GOALS[key]))

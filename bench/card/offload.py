@@ -124,7 +124,7 @@ def hidden(session: Session, skipped: list[str]) -> dict[str, float]:
 
 def side_by_side(session: Session, skipped: list[str]) -> dict[str, Any]:
     """Time and peaks of ours and of peers. A peer may fail; its error is written down."""
-    return {name: session.measure(cell, num_steps=1 if more or session.dry else 2, num_warm=1 if more else 2, **more)
+    return {name: session.measure(cell, num_steps=1 if more or session.dry else 2, num_warm=2, **more)
             for name, cell, more in session.within_budget(_cells(session), skipped, name=lambda entry: entry[0])}
 
 

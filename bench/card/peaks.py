@@ -45,7 +45,10 @@ def prepare(session: Session) -> None:
 def compared(session: Session, cell: Cell, *, num_warm: int = 1) -> dict[str, Any]:
     """The peaks of a step of `cell`, predicted and measured, after `num_warm` others."""
     measured = session.measure(cell, num_steps=1, num_warm=num_warm)
-    prediction, _ = session.forecaster.answer(peaks_of, cell, session.workspace_bytes)  # has been on its way meanwhile
+    told = session.gauge.attempt(lambda: session.forecaster.answer(peaks_of, cell, session.workspace_bytes))  # has been on its way meanwhile
+    if not told.worked:
+        return {"settings": cell.name(), "predicted": told.as_json(), "measured": measured}
+    prediction, _ = told.value
     row = {"settings": cell.name(), "predicted": {
         "allocated_bytes": prediction.allocator.peak_allocated_bytes, "reserved_bytes": prediction.reserved_bytes,
         "by_phase": prediction.by_phase}, "measured": measured}

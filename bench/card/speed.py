@@ -128,24 +128,27 @@ def prepare(session: Session) -> None:
 
 def measure(session: Session, out: Path) -> dict[str, Any]:
     """The part's result. Variants may fail for want of a kernel or a compiler; that is written down."""
-    rate, norms, found, skipped = _rates(session), _norm_seconds(session), {}, []
+    rate, norms = session.gauge.attempt(lambda: _rates(session)).as_json(), session.gauge.attempt(lambda: _norm_seconds(session)).as_json()
+    found, skipped = {}, []
     session.gauge.release()
     for name, run in session.within_budget(_variants(session), skipped, name=lambda pair: pair[0]):
         beside = session.forecaster.num_under_way()
         found[name] = {"num_forecasts_beside": beside, **session.gauge.attempt(run).as_json()}
     kernels = [session.gauge.attempt(lambda: _kernels(session)).as_json() for _ in session.within_budget(["kernels"], skipped)]
-    _, flops = session.forecaster.answer(peaks_of, session.cell("5b", 49), session.workspace_bytes)
+    told = session.gauge.attempt(lambda: session.forecaster.answer(peaks_of, session.cell("5b", 49), session.workspace_bytes))
+    flops = told.value[1] if told.worked else None
     small, naive = (found.get(name, {}) for name in ("2b 17f smallest", "naive 2b 17f"))
     # One and the same work; filling the card does less of it.
     shares = {name: flops / cell["step_seconds"] / rate["matrix_flops_per_second"] for name, cell in found.items()
-              if name.startswith("5b 49f") and "filling" not in name and "step_seconds" in cell}
+              if name.startswith("5b 49f") and "filling" not in name and "step_seconds" in cell and flops and "matrix_flops_per_second" in rate}
+    others = [share for name, share in shares.items() if name != "5b 49f"]
     both = "step_seconds" in small and "step_seconds" in naive
     return {
         "rates": rate, "norm_seconds": norms, "kernels_5b_49f_student_only": kernels and kernels[0], "picked_attention": _picked_attention(session).name.lower(),
         "flops_5b_49f": flops, "share_of_matrix_rate": shares,
         "share_of_burst_rate": {name: share * rate["matrix_flops_per_second"] / rate["burst_flops_per_second"] for name, share in shares.items()}, "cells": found, "skipped": skipped,
-        "goals": [goal(f"share of the matrix rate that lasts for {_SUSTAINED_S} s, 5b at 49 frames", shares.get("5b 49f"), 0.55, at_least=True, unit="%"),
-                  goal("the same with the best attention kernels, or compiled", max(shares.values(), default=None), 0.55, at_least=True, unit="%"),
+        "goals": [goal(f"share of the matrix rate that lasts for {_SUSTAINED_S} s, 5b at 49 frames, products of recomputation counted", shares.get("5b 49f"), 0.55, at_least=True, unit="%"),
+                  goal("the same with other attention kernels, or compiled", max(others, default=None), 0.55, at_least=True, unit="%"),
                   # by one and the same plan: the smallest
                   goal("times faster than the naive recipe, 2b at 17 frames",
                        naive["step_seconds"] / small["step_seconds"] if both else None, 5, at_least=True),

@@ -5,6 +5,7 @@ from itertools import chain
 from typing import Any
 
 from bench.card.feasibility import came_to
+from bench.card.session import goal_row
 from bench.markdown import load, markdown
 from bench.provenance import RESULTS
 from memory.cards import GIB
@@ -93,7 +94,7 @@ def compiled() -> str:
     columns = [{cell["settings"].replace(" compile=True", ""): _compiled_peaks(cell) for cell in result["compiled"]["cells"]} for result in results]
     cards = [result["card"].removeprefix("Emulated ") for result in results]
     rows = [[settings, *(column.get(settings, "") for column in columns)] for settings in columns[0]]
-    return markdown(["compiled, a step of", *(f"{card}: allocated / reserved (predicted: off by)" for card in cards)], rows) + _source(*results)
+    return markdown(["compiled, a step of", *(f"{card}: allocated / reserved (predicted: off by)" for card in cards)], rows) + _missed(*results, part="compiled") + _source(*results)
 
 
 def _compiled_peaks(cell: dict[str, Any]) -> str:
@@ -129,7 +130,7 @@ def schedule() -> str:
     return markdown(["a step of", "allocated", *by_card], rows) + (
         f"\nIn brackets: against the group's first, all blocks resident and checkpointed. A step at 49 frames is the student's pass alone.\n"
         f"The planner's own time for {len(errors)} of these plans is off by {min(errors):+.1%} to {max(errors):+.1%}; its choice under caps of {caps} GB takes "
-        f"{max(regrets):+.1%} at most against the fastest of a grid of {len(choices[0]['grid'])} plans.\n" + _source(result))
+        f"{max(regrets):+.1%} at most against the fastest of a grid of {len(choices[0]['grid'])} plans.\n" + _missed(result, part="schedule") + _source(result))
 
 
 def _allocated(cell: dict[str, Any]) -> str:
@@ -143,6 +144,14 @@ def _added(cells: dict[str, dict[str, Any]], name: str, base: str) -> str:
     if "step_seconds" not in cell:
         return "fails"
     return f"{cell['step_seconds']:.3f} s" + (f" ({cell['step_seconds'] / plain['step_seconds'] - 1:+.1%})" if cell is not plain else "")
+
+
+def _missed(*results: dict[str, Any], part: str) -> str:
+    """What a part was to reach and did not, in a line."""
+    names = [result["card"].removeprefix("Emulated ") for result in results]
+    missed = [f"{goal_row('', g)[0][2:]}{f' ({name})' * (len(names) > 1)}: {', '.join(goal_row('', g)[1:3])}" for name, result in zip(names, results)
+              for g in result[part]["goals"] if g["reached"] is False]
+    return f"\nMissed: {'; '.join(missed)}.\n" if missed else ""
 
 
 def _source(*results: dict[str, Any]) -> str:

@@ -50,7 +50,7 @@ def test_every_part_walks_through_and_is_not_measured_twice(tmp_path):
         # and where nobody knows what the host has, nothing is kept there.
         assert {g["goal"] for g in result["goals"] if g["measured"] is None} <= {
             "share of copies to the device that computation does not wait for", "requests that the simulator serves at another address",
-            "time saved, 5b at 49 frames under 24 GB and what blocks keep on the host"}
+            "time saved, 5b at 49 frames under 24 GB, where blocks may keep things on the host"}
         assert f"{name}: {result['goals'][0]['goal']}" in shown
     # Nothing failed or ran out of memory along the way, peers included.
     for name in set(PARTS) - {"peaks", "choice"}:
