@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from bench.card import __main__ as suite
-from bench.card import offload, rig
+from bench.card import minimum, offload, peaks, rig, speed
 from bench.card.feasibility import came_to
 from bench.card.forecasts import Forecaster
 from bench.card.gauge import Gauge, covered, overlap
@@ -129,6 +129,40 @@ def test_a_part_that_fails_is_told_and_the_others_are_measured(tmp_path, monkeyp
     said = capsys.readouterr()
     assert "a bug" in said.err and "--only peaks" in said.err and "health: cost" in said.out
     assert [p.name for p in (tmp_path / "dry").iterdir()] == ["health.json"]
+
+
+@pytest.mark.parametrize("gib", [8, 15])
+def test_a_card_below_the_smallest_cap_has_its_plain_steps_measured(tmp_path, monkeypatch, gib):
+    monkeypatch.setattr(Gauge, "total_bytes", lambda gauge: gib << 30)
+    assert suite.run(["--dry", "--only", "cap", "--out", str(tmp_path)]) == 0
+    result = json.loads((tmp_path / "dry" / "cap.json").read_text())
+    assert list(result["cells"]) == ["5b 49f plain"] and {g["measured"] for g in result["goals"]} == {None}
+
+
+def test_a_forecast_that_fails_costs_no_measurement(tmp_path, monkeypatch):
+    real, calls = peaks.peaks_of, []
+
+    def failing(*args):
+        calls.append(args)
+        if len(calls) == 1:
+            raise RuntimeError("no such trace")
+        return real(*args)
+
+    for part in (peaks, minimum, speed):
+        monkeypatch.setattr(part, "peaks_of", failing)
+    assert suite.run(["--dry", "--only", "peaks", "--out", str(tmp_path)]) == 0
+    first, *others = json.loads((tmp_path / "dry" / "peaks.json").read_text())["cells"]
+    assert "no such trace" in first["predicted"]["failed"] and "step_seconds" in first["measured"]
+    assert others and all("allocated_error" in cell for cell in others)
+
+
+def test_nothing_is_predicted_beside_what_measures_the_host(tmp_path, monkeypatch):
+    order = []
+    for name, part in suite.PARTS.items():
+        monkeypatch.setattr(part, "measure", lambda session, out, name=name: order.append(name) or {"goals": [], "table": [["a"]]})
+        monkeypatch.setattr(part, "prepare", lambda session, name=name: order.append(f"predict {name}"), raising=False)
+    assert suite.run(["--dry", "--only", "cap", "short", "peaks", "health", "--out", str(tmp_path)]) == 0
+    assert order == ["short", "health", "predict peaks", "predict cap", "peaks", "cap"]
 
 
 def test_a_device_that_is_gone_ends_the_suite_with_what_was_measured(tmp_path, monkeypatch, capsys):
