@@ -208,7 +208,7 @@ def cards() -> str:
     header = ["`--profile`", *(f"{model.removeprefix('cogvideox').strip('-')}, {frames} frames" for model, frames in names)]
     least = max(load(name)["minimum"]["cells"]["5b 49f adamw8bit"]["allocated_bytes"] for name in ("emulated", "emulated-h100"))
     note = (f"\nAt the least, with all streamed and recomputed that can be, steps of the 5b at 49 frames allocate {least / GIB:.2f} GiB "
-            "(the larger of two emulated cards).\n")
+            "(`python -m bench.emulated`, the larger of two cards).\n")
     return markdown(header, rows) + note + _predicted(result)
 
 

@@ -149,7 +149,7 @@ def norms() -> str:
     rows.append(["off from float64, bfloat16: forward / backward", *(f"{errors[kind]:.2e} / {errors[kind + ' backward']:.2e}" for kind in ("torch", "kernel")), ""])
     return markdown(["", "torch's operators", "`eraser::norm_rotate`", ""], rows) + (
         f"\nMeasured on {result['provenance']['card']}, torch {result['provenance']['versions']['torch']}, {result['provenance']['date']} "
-        "(`probe.json` beside the suite's results).\n")
+        "(`probe.json` beside the suite's results, by scripts that were not kept).\n")
 
 
 def _by_size(cells: Iterable[dict[str, Any]]) -> list[tuple[str, list[dict[str, Any]]]]:

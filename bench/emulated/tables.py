@@ -129,7 +129,7 @@ def schedule() -> str:
     caps = " and ".join(name.rsplit("-", 1)[1].removesuffix("gb") for name in choices[0]["regret"])
     return markdown(["a step of", "allocated", *by_card], rows) + (
         f"\nIn brackets: against the group's first, all blocks resident and checkpointed. A step at 49 frames is the student's pass alone.\n"
-        f"The planner's own time for {len(errors)} of these plans is off by {min(errors):+.1%} to {max(errors):+.1%}; its choice under caps of {caps} GB takes "
+        f"The planner's own time is off by {min(errors):+.1%} to {max(errors):+.1%} ({len(errors) // len(by_card)} plans, each at the rates of {len(by_card)} cards); its choice under caps of {caps} GB takes "
         f"{max(regrets):+.1%} at most against the fastest of a grid of {len(choices[0]['grid'])} plans.\n" + _missed(result, part="schedule") + _source(result))
 
 
