@@ -77,10 +77,11 @@ def open_training(config: TrainConfig) -> tuple[CogVideoX, PromptSet, dict[str, 
     """(model, prompts, the concept's columns in each): what is asked for, checked as far as it can be before anything is loaded."""
     prompts = trainable_prompts(config)
     warn_of_contradiction(prompts)
-    backbone = open_backbone(config.model)  # the download, if there is one
+    backbone = open_backbone(config.model)
     backbone.latent_shape(*video_size(backbone, config.model))
     masking_blocks(backbone, config.loss)
     columns = prompt_columns(backbone, prompts, localised=config.loss.alpha > 0)
+    backbone.fetch()
     return backbone, prompts, columns if config.loss.alpha > 0 else None
 
 

@@ -73,6 +73,7 @@ def generate(config: GenerateConfig) -> list[Path]:
         require_sense(TrainConfig(model=model), what="generates")
     backbone = open_backbone(model)
     size = video_size(backbone, model)
+    backbone.latent_shape(*size)  # before a download
     embeddings = embed_prompts(backbone, model, config.memory, [*config.prompt, ""])
     assembly = assemble(backbone, model, config.memory, eraser=eraser and config.eraser)
     scheduler = named_scheduler(backbone, config.scheduler)

@@ -1,6 +1,6 @@
 """Models from the Hugging Face hub: first what describes them, and their weights once that is found to be what is needed."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -30,23 +30,36 @@ def fetch_weights(hub_id: str, directory: Path, *, named: str, parts: Sequence[s
     Of a part in several variants the plain one comes, if there is one. Weights elsewhere in the repository stay there.
     """
     revision = directory.name  # as the cache names it
-    _fetch(hub_id, [name for part in parts for name in _plain_files(directory, part)], revision, named)
-    without = [part for part in parts if not any((directory / part).glob(_ANY))]
+    _fetch(hub_id, [name for part in parts for name in _plain_files(directory, part)], revision, named,
+           whole=lambda: all(_has_weights(directory, part) for part in parts))
+    without = [part for part in parts if not _has_weights(directory, part)]
     if without:
         _fetch(hub_id, [part + _ANY for part in without], revision, named)
     for part in without:
-        if not any((directory / part).glob(_ANY)):
+        if not _has_weights(directory, part):
             raise UsageError(f"--model {named}: no {part}{_ANY} of {hub_id} on the hub, or in the cache where the hub is not reached; "
                              "weights of another kind: load them with diffusers or transformers, save_pretrained(DIR), and name DIR")
 
 
 def _plain_files(directory: Path, part: str) -> list[str]:
     """The weights of a part without variants, by what its description says."""
+    return [part + name for name in _indexed(directory, part) or _PLAIN]
+
+
+def _indexed(directory: Path, part: str) -> list[str]:
+    """The files that the index of a part names; none without one."""
     index = next((directory / part).glob("*.safetensors.index.json"), None)
-    return [part + name for name in (sorted(set(read_index(index).values())) if index else _PLAIN)]
+    return sorted(set(read_index(index).values())) if index else []
 
 
-def _fetch(hub_id: str, patterns: Sequence[str], revision: str | None, named: str) -> Path:
+def _has_weights(directory: Path, part: str) -> bool:
+    """Whether all that the index of a part names is here; without one, any weights."""
+    names = _indexed(directory, part)
+    return all((directory / part / name).is_file() for name in names) if names else any((directory / part).glob(_ANY))
+
+
+def _fetch(hub_id: str, patterns: Sequence[str], revision: str | None, named: str, *, whole: Callable[[], bool] = lambda: True) -> Path:
+    """`whole`: whether all that is needed is here, so that the hub was not."""
     from huggingface_hub import snapshot_download
 
     def download(**where: bool) -> Path:
@@ -57,7 +70,9 @@ def _fetch(hub_id: str, patterns: Sequence[str], revision: str | None, named: st
     except Exception as e:  # a connection that breaks off raises what the HTTP library has for it, and that is not always the same one
         if revision:  # it may all be in the cache, without the list of its files, for which a known revision asks the hub first
             with suppress(Exception):
-                return download(local_files_only=True)
+                found = download(local_files_only=True)
+                if whole():
+                    return found
         what = "no such directory, and the hub did not give it" if hub_id == named else f"the hub did not give {hub_id}"
         raise UsageError(f"--model {named}: {what} ({_refusal(e)}); name a local directory, or shapes") from e
 

@@ -17,11 +17,12 @@ from safetensors.torch import save_file
 from tiny_pipelines import FRAMES, SIDE
 
 from memory.plan import MemoryPlan
-from trainer.assemble import named_scheduler, resolve_dtype
+from trainer.assemble import named_scheduler, open_training, resolve_dtype
 from trainer.backbones import published, text_encoder
 from trainer.backbones.cogvideox import CogVideoX
 from trainer.backbones.text_encoder import TextEncoder
 from trainer.errors import CheckpointError, UsageError
+from trainer.planning import workload
 
 
 @pytest.mark.parametrize("name, num_parameters", [("cogvideox-2b", 1_693_783_872), ("cogvideox-5b", 5_570_283_072)])
@@ -389,6 +390,7 @@ def test_of_a_model_of_the_hub_only_the_weights_that_are_read_come(copied, hub, 
     encoder.rename(encoder.with_name("model.fp16.safetensors"))
     hub({"some/one": source})
     opened = CogVideoX("some/one")
+    opened.fetch()
     came = sorted(str(file.relative_to(opened.directory)) for file in opened.directory.rglob("*.safetensors"))
     assert came == ["text_encoder/model.fp16.safetensors", *(f"transformer/{shard}" for shard in sorted(set(weight_map.values()))),
                     "vae/diffusion_pytorch_model.safetensors"]
@@ -408,8 +410,45 @@ def test_a_cache_without_lists_of_files_serves_where_the_hub_is_not_reached(pipe
     opened.load_transformer(dtype=torch.float32)
 
     (opened.directory / "vae" / "diffusion_pytorch_model.safetensors").unlink()
-    with pytest.raises(UsageError, match="no vae/.*.safetensors of some/one on the hub, or in the cache where the hub is not reached"):
-        CogVideoX("some/one")
+    with pytest.raises(UsageError, match="the hub cannot be reached|files that have come are kept|HF_HUB_OFFLINE"):
+        CogVideoX("some/one").fetch()
+
+
+@pytest.mark.parametrize("missing", [1, 2])
+def test_a_download_that_broke_off_is_no_damaged_model(copied, hub, monkeypatch, missing):
+    source = copied("5b")
+    whole = source / "transformer" / "diffusion_pytorch_model.safetensors"
+    shard = [f"diffusion_pytorch_model-0000{number}-of-00002.safetensors" for number in (1, 2)]
+    with safe_open(whole, framework="pt") as f:
+        names = list(f.keys())
+        for number in (0, 1):
+            save_file({name: f.get_tensor(name) for name in names[number::2]}, whole.with_name(shard[number]))
+    whole.with_name(f"{whole.name}.index.json").write_text(json.dumps({"weight_map": {name: shard[i % 2] for i, name in enumerate(names)}}))
+    whole.unlink()
+    hub({"some/one": source})
+    opened = CogVideoX("some/one")
+    real = huggingface_hub.snapshot_download
+
+    def breaking(hub_id, *, revision, allow_patterns, local_files_only=False):
+        directory = real(hub_id, revision=revision, allow_patterns=[p for p in allow_patterns if not p.endswith(shard[missing - 1])])
+        if not local_files_only:
+            raise ConnectionError("peer closed connection")
+        return directory
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", breaking)
+    with pytest.raises(UsageError, match="peer closed connection; files that have come are kept, and the same command goes on with the rest"):
+        opened.fetch()
+    monkeypatch.setattr("huggingface_hub.snapshot_download", real)
+    opened.fetch()
+    opened.load_transformer(dtype=torch.float32)
+
+
+def test_sizes_are_refused_before_weights_of_the_hub_come(copied, hub, tiny_config):
+    calls = hub({"some/one": copied("5b")})
+    for refuse in (open_training, workload):
+        with pytest.raises(UsageError, match="--frames 10: this VAE makes"):
+            refuse(tiny_config(model__model="some/one", model__frames=10))
+    assert {tuple(patterns) for _, _, patterns in calls} == {("*.json", "*.txt", "*.model", "*.jinja")}
 
 
 def test_a_model_of_the_hub_without_safetensors_is_refused(copied, hub):
@@ -417,7 +456,7 @@ def test_a_model_of_the_hub_without_safetensors_is_refused(copied, hub):
     (source / "vae" / "diffusion_pytorch_model.safetensors").rename(source / "vae" / "diffusion_pytorch_model.bin")
     hub({"some/one": source})
     with pytest.raises(UsageError, match=r"^--model some/one: no vae/\*\.safetensors of some/one on the hub.*save_pretrained\(DIR\)"):
-        CogVideoX("some/one")
+        CogVideoX("some/one").fetch()
 
 
 def test_a_model_of_learned_positions_is_refused(copied):
@@ -432,8 +471,8 @@ def test_a_published_name_is_the_hubs_whatever_lies_under_its_id(copied, hub, mo
     shutil.copytree(copied("2b"), tmp_path / published.HUB_IDS["cogvideox-2b"])
     monkeypatch.chdir(tmp_path)
     calls = hub({published.HUB_IDS["cogvideox-2b"]: tmp_path / "copy-2b"})
-    assert CogVideoX("cogvideox-2b").directory.name == "revision" and len(calls) == 2
-    assert CogVideoX(published.HUB_IDS["cogvideox-2b"]).directory.name != "revision" and len(calls) == 2
+    assert CogVideoX("cogvideox-2b").directory.name == "revision" and len(calls) == 1
+    assert CogVideoX(published.HUB_IDS["cogvideox-2b"]).directory.name != "revision" and len(calls) == 1
 
 
 def test_unreadable_configuration_is_a_usage_error(copied):

@@ -4,6 +4,7 @@ Legend: B batch, F latent frames, C latent channels, H W latent size, L text tok
 """
 
 import json
+from functools import cached_property
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from trainer.backbones import Decode, Predict, published
-from trainer.backbones.location import complete, config_hash, locate, read_config, reading, stored_dtype
+from trainer.backbones.location import complete, config_hash, locate, of_hub, read_config, reading, stored_dtype
 from trainer.backbones.text_encoder import TextEncoder
 from trainer.backbones.weights import allocate, assign, randomise
 from trainer.errors import UsageError
@@ -33,22 +34,35 @@ class CogVideoX:
         configuration, otherwise its hub id."""
         self.name = model
         self.directory: Path | None = None
+        self._is_whole = False
         if weights == "random":
             if model not in published.TRANSFORMERS:
                 raise UsageError(f"--weights random knows {', '.join(published.TRANSFORMERS)}, not {model!r}")
             self._config = dict(published.TRANSFORMERS[model])
             self._vae_config: dict[str, Any] = dict(published.VAES[model])
-            self.native_dtype = getattr(torch, published.NATIVE_DTYPES[model])
+            self._native_dtype = getattr(torch, published.NATIVE_DTYPES[model])
         else:
             self.directory = locate(model)
             self._config = read_config(self.directory, "transformer")
             self._vae_config = read_config(self.directory, "vae")
         with reading(Path(self.directory or model)):
             self._read_configuration()
-        if self.directory:
-            complete(model, self.directory)
-            self.native_dtype = stored_dtype(self.directory / "transformer")
-        self.text_encoder = TextEncoder(self.directory, self.native_dtype, self.text_length, self.text_width)
+        if not of_hub(model):  # where there is no download to wait for, damage is said at once
+            self.native_dtype
+        self.text_encoder = TextEncoder(self.directory, None if self.directory else self.native_dtype, self.text_length, self.text_width)
+
+    def fetch(self) -> None:
+        """The download of the weights, if there is one. Raises UsageError."""
+        if self.directory and not self._is_whole:
+            complete(self.name, self.directory)
+            self._is_whole = True
+
+    @cached_property
+    def native_dtype(self) -> torch.dtype:
+        if not self.directory:
+            return self._native_dtype
+        self.fetch()  # it is said by the weights alone
+        return stored_dtype(self.directory / "transformer")
 
     def _read_configuration(self) -> None:
         with torch.device("meta"):  # for its configuration with all defaults; one block is built in a moment
@@ -219,6 +233,7 @@ class CogVideoX:
     def _weighted(self, model: nn.Module, component: str, dtype: torch.dtype, device: torch.device | str) -> nn.Module:
         if self.directory is None:
             return randomise(model, dtype=dtype, device=device)
+        self.fetch()
         return assign(model, self.directory / component, dtype=dtype, device=device)
 
     def decoder(self, num_frames: int, *, dtype: torch.dtype, device: torch.device | str = "cpu", one_by_one: bool = True) -> Decode:

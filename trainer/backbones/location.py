@@ -46,9 +46,14 @@ def locate(model: str) -> Path:
     return directory
 
 
+def of_hub(model: str) -> bool:
+    """Whether its weights may have to be downloaded."""
+    return _hub_id(model) is not None
+
+
 def require_there(model: str) -> None:
     """What `locate` raises, as far as it can be told without asking the hub."""
-    if not _hub_id(model):
+    if not of_hub(model):
         locate(model)
 
 

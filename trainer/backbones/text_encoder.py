@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 class TextEncoder:
     """A frozen T5 encoder and its tokenizer. Weights are loaded by the methods."""
 
-    def __init__(self, directory: Path | None, native_dtype: torch.dtype, length: int, width: int):
+    def __init__(self, directory: Path | None, native_dtype: torch.dtype | None, length: int, width: int):
         """`directory`: the pipeline's. Without one it is T5-XXL in `native_dtype`, which has no words: its embeddings are random.
         `length`, `width`: L and D."""
         self.directory, self.length, self.width = directory, length, width
