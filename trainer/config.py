@@ -5,6 +5,7 @@ Imports no torch, so that `--help` answers at once.
 
 import dataclasses
 import math
+import unicodedata
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -65,8 +66,9 @@ class DataConfig:
     A step has --accumulation passes."""
 
     def __post_init__(self):
-        for name, words in (("concept", self.concept.strip()), ("instead", self.instead.strip()), ("preserve", tuple(map(str.strip, self.preserve)))):
+        for name, words in (("concept", composed(self.concept)), ("instead", composed(self.instead)), ("preserve", tuple(map(composed, self.preserve)))):
             object.__setattr__(self, name, words)  # prompts are looked through for them
+        expand(self, "prompts", "preserve_file")
         if not self.concept:
             raise UsageError("--concept is empty; name what to erase, e.g. --concept red")
         _at_least("trajectory-steps", self.trajectory_steps, 1)
@@ -157,6 +159,7 @@ class OutputConfig:
     """Also write event files for TensorBoard, to RUN/tensorboard; needs the package tensorboard."""
 
     def __post_init__(self):
+        expand(self, "out")
         _at_least("save-every", self.save_every, 1)
         _at_least("sample-every", self.sample_every, 0)
         _at_least("sample-steps", self.sample_steps, 1)
@@ -207,6 +210,7 @@ class GenerateConfig:
     memory: MemoryPlan = field(default_factory=MemoryPlan)
 
     def __post_init__(self):
+        expand(self, "out", "eraser")
         if not self.prompt:
             raise UsageError("--prompt is missing; say what to generate, e.g. --prompt 'a red circle moving left'")
         if self.out.suffix not in (".mp4", ".png"):
@@ -242,10 +246,31 @@ class EvaluateConfig:
     memory: MemoryPlan = field(default_factory=MemoryPlan)
 
     def __post_init__(self):
+        expand(self, "run")
         _at_least("num-videos", self.num_videos, 1)
         check_seed(self.seed)
         _at_least("num-steps", self.num_steps, 1)
         _check_guidance(self.guidance_scale, self.memory)
+
+
+def composed(text: str) -> str:
+    """Stripped, and an é as one letter, whoever wrote it: words are looked for among others."""
+    return unicodedata.normalize("NFC", text.strip())
+
+
+def expanded(path: Path | str) -> Path:
+    """A path whose ~ is the user's home, wherever it is written. Raises UsageError for a home that nobody has."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as e:
+        raise UsageError(f"{path}: whose home that is, is not known here; write it out") from e
+
+
+def expand(config: Any, *names: str) -> None:
+    """Have some settings `expanded`, which are paths or None."""
+    for name in names:
+        if (path := getattr(config, name)) is not None:
+            object.__setattr__(config, name, expanded(path))
 
 
 def _check_guidance(scale: float, memory: MemoryPlan) -> None:

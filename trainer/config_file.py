@@ -6,11 +6,12 @@ import json
 import tomllib
 import types
 import typing
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
-from trainer.config import TrainConfig, leaves, replaced
+from trainer.config import TrainConfig, composed, leaves, replaced
 from trainer.errors import UsageError
 
 _WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", Path: "a path",
@@ -41,8 +42,7 @@ def read_toml(path: Path) -> dict[str, Any]:
         for name, value in (values.items() if is_table else ((None, values),)):
             dotted = section if name is None else f"{section}.{name}"
             if dotted not in known:
-                near = difflib.get_close_matches(dotted, known, n=1, cutoff=0)
-                raise UsageError(f"--config {path}: there is no setting {dotted}; did you mean {near[0]}?")
+                raise UsageError(f"--config {path}: there is no setting {dotted}; {_instead_of(dotted, known)}")
             try:
                 found[dotted] = _setting(value, dotted)
             except TypeError as e:
@@ -50,9 +50,24 @@ def read_toml(path: Path) -> dict[str, Any]:
     return found
 
 
+def _instead_of(dotted: str, known: Iterable[str]) -> str:
+    section, _, name = dotted.rpartition(".")
+    if not section and name in ("profile", "resume", "on_oom", "on-oom"):
+        return f"--{name.replace('_', '-')} is a flag only"
+    spelled = name.replace("-", "_")
+    near = [k for k in known if k.split(".")[1] == spelled] or difflib.get_close_matches(dotted, known, n=1, cutoff=0.8)
+    if near:
+        return f"did you mean {near[0]}?"
+    inside, sections = [k for k in known if k.startswith(f"{section}.")], dict.fromkeys(k.split(".")[0] for k in known)
+    if inside:
+        return f"there are {', '.join(inside)}"
+    near = difflib.get_close_matches(section or name, sections, n=1)
+    return f"did you mean {near[0]}, a section?" if near else f"sections are {', '.join(sections)}"
+
+
 def read_lines(path: Path, flag: str, what: str) -> list[str]:
     """The lines of a text file that are not empty, stripped. Raises UsageError where there are none, in words for `what` each names."""
-    lines = [line.strip() for line in read_text(path, flag).split("\n") if line.strip()]  # not splitlines(): it cuts at U+2028 and others
+    lines = [composed(line) for line in read_text(path, flag).split("\n") if line.strip()]  # not splitlines(): it cuts at U+2028 and others
     if not lines:
         raise UsageError(f"{flag} {path}: holds no {what}; write one a line")
     return lines

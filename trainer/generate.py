@@ -14,9 +14,10 @@ from torch import Tensor
 from trainer.assemble import assemble, embed_prompts, named_scheduler, open_backbone, require_real, video_size
 from trainer.backbones import Predict
 from trainer.config import GenerateConfig, TrainConfig, leaves, replaced
+from trainer.config_file import from_json
 from trainer.diffusion import sample
 from trainer.eraser_files import load_eraser, refuse_forgetting
-from trainer.errors import InputOutputError, NonFinite
+from trainer.errors import CheckpointError, InputOutputError, NonFinite, UsageError
 from trainer.planning import require_sense
 from trainer.prompts import Embeddings
 from trainer.run_directory import CONFIG, probe, read_config
@@ -49,12 +50,20 @@ def generate_latents(predict: Predict, scheduler: Any, embeddings: Embeddings, p
 
 
 def as_trained(config: GenerateConfig, given: Collection[str]) -> GenerateConfig:
-    """With the model, the size and the memory plan of the run that `config.eraser` is, which fit there; what was `given` by flag stays."""
-    if config.eraser is None or not (config.eraser / CONFIG).is_file():
+    """With the model, the size and the memory plan of the run that `config.eraser` comes from, which fit there; what was `given` by flag
+    stays. An eraser that does not say, or a run of another version, has none."""
+    if config.eraser is None:
         return config
-    refuse_forgetting(config.eraser)
+    if (config.eraser / CONFIG).is_file():
+        refuse_forgetting(config.eraser)
+        run = read_config(config.eraser)[0]
+    else:
+        try:
+            run = from_json(load_eraser(config.eraser).training)
+        except (CheckpointError, UsageError, TypeError, AttributeError, ValueError):
+            return config
     own = {"device", "guidance", "num_shards", *given} | ({"weights", "force_dtype"} if "model" in given else set())
-    return replaced(config, {path: value for path, value in leaves(read_config(config.eraser)[0]).items()
+    return replaced(config, {path: value for path, value in leaves(run).items()
                              if path.startswith(("model.", "memory.")) and path.split(".")[1] not in own})
 
 

@@ -33,7 +33,7 @@ def view(state: Mapping[str, Any], width: int) -> RenderableType:
     machine = [*_step_time(state["records"], room), *_memory(state, room), *_peaks(state["records"], room),
                *_host(state)]
     across = width - _LABEL - 1
-    top = _lines([(state["title"], _progress(state, across)), *_health(state["findings"], across)], width)
+    top = _lines([*_progress(state, across), *_health(state["findings"], across)], width)
     if width < _WIDE:
         return Group(*top, *_lines(numbers, width), *_lines(machine, width))
     panes = zip_longest(_lines(numbers, inner), _lines(machine, inner), fillvalue=Text(" " * inner))
@@ -75,16 +75,19 @@ def gib(num_bytes: float) -> str:
     return f"{num_bytes / 2**30:.{2 if num_bytes < 10 * 2**30 else 1}f}"
 
 
-def _progress(state: Mapping[str, Any], room: int) -> Text:
+def _progress(state: Mapping[str, Any], room: int) -> list[Row]:
     done, total = state["done"], max(1, state["num_steps"])
-    speed = f"{state['seconds_per_step']:.2f} s/step  " if state["seconds_per_step"] else ""
+    speed = [f"{state['seconds_per_step']:.2f} s/step"] if state["seconds_per_step"] else []
     eta = f"ETA {duration(state['eta'])}" if state["eta"] is not None else "ETA after warm-up"
     if state["stopping"]:
         eta = "stopping: this step, then saving"
-    left, right = f"{done}/{total} ", f" {done / total:.0%}  {speed}{eta}  elapsed {duration(state['elapsed'])}"
-    bar = max(4, room - len(left) - len(right))
+    left, share, more = f"{done}/{total} ", f" {done / total:.0%}", [*speed, eta, f"elapsed {duration(state['elapsed'])}"]
+    right = "  ".join((share, *more))
+    fits = len(left) + 4 + len(right) <= room
+    bar = max(4, room - len(left) - len(right if fits else share))
     filled = min(bar, round(bar * done / total))
-    return Text.assemble(left, ("━" * filled, "green"), ("━" * (bar - filled), "bright_black"), right)
+    line = Text.assemble(left, ("━" * filled, "green"), ("━" * (bar - filled), "bright_black"), right if fits else share)
+    return [(state["title"], line), *_flow("", [] if fits else list(map(Text, more)), room)]
 
 
 def _health(findings: Sequence[Mapping[str, Any]] | None, room: int) -> list[Row]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from memory.plan import MemoryPlan, PlanError
-from trainer.config import check_seed
+from trainer.config import check_seed, expand
 from trainer.config_file import from_json, typed
 from trainer.errors import CheckpointError, UsageError
 from trainer.run_directory import CONFIG, read_content
@@ -85,6 +85,7 @@ class ForgetConfig:
     """An encoder obeys dtype, resident-blocks, offload-buffers and compile, its LoRA optimizer; the others are refused."""
 
     def __post_init__(self):
+        expand(self, "out", "images", "forget_images", "preserve_images", "preserve_file")
         for name in ("rank", "steps", "max_attempts", "num_images", "batch_size", "save_every"):
             if getattr(self, name) < 1:
                 raise UsageError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be 1 or more")

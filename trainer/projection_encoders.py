@@ -18,6 +18,7 @@ from torch import nn
 from memory.exhaustion import first_line
 from trainer.backbones.location import fingerprint
 from trainer.backbones.weights import open_shard, shards
+from trainer.config import expanded
 from trainer.errors import CheckpointError, UsageError
 from trainer.hub import fetch_description, fetch_weights, is_hub_id
 from trainer.lora import Layer
@@ -51,7 +52,7 @@ class Tower(Protocol):
 def locate(encoder: str, model: str) -> Path:
     """The directory of an encoder, its type checked; a model of the hub is downloaded. Raises UsageError."""
     from_hub = is_hub_id(model)
-    directory = BUNDLED / encoder if model == "shapes" else fetch_description(model, named=model) if from_hub else Path(model).expanduser()
+    directory = BUNDLED / encoder if model == "shapes" else fetch_description(model, named=model) if from_hub else expanded(model)
     try:
         found = json.loads((directory / "config.json").read_text())["model_type"]
     except (OSError, ValueError, KeyError, TypeError) as e:

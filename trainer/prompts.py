@@ -17,7 +17,7 @@ from torch import Tensor
 
 from memory.streams import pinning
 from trainer.backbones.text_encoder import TextEncoder
-from trainer.config import DataConfig
+from trainer.config import DataConfig, composed
 from trainer.config_file import read_lines
 from trainer.errors import UsageError
 
@@ -89,7 +89,7 @@ def warn_of_contradiction(prompts: PromptSet) -> None:
 
 def word(text: str) -> re.Pattern[str]:
     """Finds `text` as a word, or words with any space between them, in the plural too, of which group 1 is the ending."""
-    words = r"\s+".join(map(re.escape, text.split()))
+    words = r"\s+".join(map(re.escape, text.split())).replace("'", "['’]").replace(r"\-", "[-‐‑]")  # as typesetters write them
     if _CONSONANT_Y.search(text):
         words = words[:-1] + "(?:y|(ies))"
     else:
@@ -130,7 +130,7 @@ def _world(data: DataConfig, pairs: list[tuple[str, str]] | None, concepts: list
             raise UsageError(f"--concept {concept}: the bundled model does not know it; it knows {names}. "
                              "Another concept needs --prompts FILE") from None
         others, erased = [], concept
-    if data.instead and others and data.instead not in others:
+    if data.instead and others and data.instead.lower() not in others:
         raise UsageError(f"--instead {data.instead}: what {concept} can be on the bundled model is {', '.join(others)}")
     if pairs is not None:
         pairs = _instead(pairs, concept, data.instead)
@@ -157,6 +157,8 @@ def _world(data: DataConfig, pairs: list[tuple[str, str]] | None, concepts: list
 def _pairs(path: Path) -> list[tuple[str, str]]:
     """(prompt, safe prompt) from a text file, a CSV or a TSV."""
     lines = read_lines(path, "--prompts", "prompt")
+    if path.suffix.lower() in (".json", ".jsonl"):
+        raise UsageError(f"--prompts {path}: is JSON; write one prompt a line, or a CSV with a column prompt and, if you can, a column safe")
     separator, between = {".csv": (",", "commas"), ".tsv": ("\t", "tabs")}.get(path.suffix.lower(), (None, None))
     if separator is None:
         return [(line, "") for line in lines]
@@ -172,7 +174,7 @@ def _pairs(path: Path) -> list[tuple[str, str]]:
             raise UsageError(f"--prompts {path}: has {columns.count(name)} columns named {name}; leave one")
     if "prompt" not in columns:
         raise UsageError(f"--prompts {path}: needs a column named prompt, has {', '.join(columns)} ({between} separate columns)")
-    rows = [((record["prompt"] or "").strip(), (record.get("safe") or "").strip()) for record in records]
+    rows = [(composed(record["prompt"] or ""), composed(record.get("safe") or "")) for record in records]
     kept = [row for row in rows if row[0]]
     if not kept:
         raise UsageError(f"--prompts {path}: no row has a prompt")

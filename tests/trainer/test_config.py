@@ -92,7 +92,10 @@ def test_config_beside_resume_is_not_ignored(toml, tmp_path):
 @pytest.mark.parametrize("text, near", [
     ("[optim]\nrnak = 4\n", "optim.rnak; did you mean optim.rank"),
     ("[optimiser]\nrank = 4\n", "optimiser.rank; did you mean optim.rank"),
-    ("[optm]\n# rank = 4\n", "optm; did you mean optim."),
+    ("[optm]\n# rank = 4\n", "optm; did you mean optim, a section"),
+    ("model = 'cogvideox-5b'\n", "model; did you mean model.model"),
+    ("profile = '24gb'\n", "profile; --profile is a flag only"),
+    ("[optim]\nlearning_rate = 1e-4\n", "optim.learning_rate; there are optim.rank, .*optim.lr"),
     ("[data]\nprompt = 'x'\n", "data.prompt; did you mean data.prompts"),
     ("rank = 4\n", "rank; did you mean optim.rank"),
     ("[memory]\nguidence = 'batched'\n", "memory.guidence; did you mean memory.guidance"),
@@ -256,3 +259,12 @@ def test_damaged_run_configuration_is_a_checkpoint_error(tmp_path, content):
     with pytest.raises(CheckpointError, match="not a run directory") as raised:
         read_config(tmp_path)
     assert "\n" not in str(raised.value) and "--config" not in str(raised.value)
+
+
+def test_the_home_is_found_wherever_a_path_is_written(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    config = replaced(TrainConfig(), {"output.out": Path("~/r"), "data.prompts": Path("~/p.txt"), "data.preserve_file": Path("~/k.txt")})
+    assert (config.output.out, config.data.prompts, config.data.preserve_file) == (tmp_path / "r", tmp_path / "p.txt", tmp_path / "k.txt")
+    for path in ("~nobody-of-that-name/x", "~nobody-of-that-name/x.txt"):
+        with pytest.raises(UsageError, match="whose home that is"):
+            replaced(TrainConfig(), {"output.out": Path(path)})

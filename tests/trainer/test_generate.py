@@ -1,5 +1,6 @@
 """`generate` without an eraser is diffusers' own pipeline; with one, it is not."""
 
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -12,6 +13,7 @@ from memory.plan import MemoryPlan, apply_plan
 from trainer import generate as module
 from trainer.assemble import named_scheduler
 from trainer.config import GenerateConfig, ModelConfig, TrainConfig
+from trainer.config_file import as_json
 from trainer.diffusion import sample
 from trainer.eraser_files import save_eraser
 from trainer.erasers import Erasers
@@ -145,6 +147,11 @@ def test_a_run_gives_its_sizes_and_its_plan_where_flags_do_not(sincos, eraser, t
     assert module.as_trained(run, {"model", "height"}) == replace(  # which lies elsewhere
         run, model=ModelConfig(frames=FRAMES), memory=MemoryPlan(resident_blocks=0, feed_forward_chunks=2))
     assert module.as_trained(replace(run, eraser=eraser), ()) == replace(run, eraser=eraser)
+    description = json.loads((eraser / "eraser.json").read_text())
+    (eraser / "eraser.json").write_text(json.dumps(description | {"training": as_json(trained)}))
+    for named in (eraser, eraser / "eraser.safetensors"):  # a file says it, too
+        found = module.as_trained(replace(run, eraser=named), {"resident_blocks"})
+        assert found.model == replace(model, device="auto") and found.memory == MemoryPlan(feed_forward_chunks=2)
 
 
 def test_a_run_of_forget_is_no_eraser(tmp_path):

@@ -78,6 +78,12 @@ def test_what_is_missing_is_left_out(missing):
     assert "5/100" in drawn(state(records, memory={}))
 
 
+@pytest.mark.parametrize("width", [30, 40, 50, 80])
+def test_a_narrow_terminal_shows_that_the_run_is_stopping(width):
+    text = drawn(state([record(0)], stopping=True), width=width)
+    assert "stopping" in text and "elapsed" in text and "1/100" in text
+
+
 def test_before_the_first_step_and_while_stopping():
     text = drawn(state([], eta=None, seconds_per_step=None))
     assert "0/100" in text and "ETA after warm-up" in text

@@ -72,6 +72,7 @@ def test_csv_with_prompts_alone(tmp_path):
     ("p.csv", "prompt\n" + "x" * 200_000 + "\n", "not a CSV file"),
     ("p.csv", "x" * 200_000 + "\n", "not a CSV file"),
     ("p.csv", 'prompt,safe\n"a red ball,a ball\n', "not a CSV file"),
+    ("p.jsonl", '{"prompt": "a red ball"}\n', "is JSON; write one prompt a line, or a CSV"),
 ])
 def test_unusable_prompt_files(tmp_path, name, content, message):
     with pytest.raises(UsageError, match=f"--prompts .*{message}"):
@@ -181,6 +182,12 @@ def test_safe_prompts_may_name_something_instead(tmp_path):
 def test_a_word_is_found_with_its_plural_and_nothing_else(text, found, others):
     assert all(word(text).fullmatch(f) and word(text).search(f"a {f}, seen") for f in found)
     assert not any(word(text).search(f"a {other}, seen") for other in others)
+
+
+def test_words_are_found_however_they_are_typed(tmp_path):
+    found = collect(DataConfig(concept="cafe\u0301", prompts=_file(tmp_path, "p.txt", "a caf\u00e9 at night\na cafe\u0301 by day\n")), bundled=False)
+    require_concept(found)
+    assert word("woman's dress").search("a woman’s dress") and word("t-shirt").search("a t‑shirt") and not word("t-shirt").search("a t shirt")
 
 
 @pytest.mark.parametrize("name, text", [("犬", "これは犬です。"), ("狗", "这是一只狗。"), ("강아지", "강아지는 귀엽다"), ("แมว", "นี่คือแมวตัวหนึ่ง")])

@@ -11,7 +11,7 @@ from torch import nn
 
 from trainer.backbones.cogvideox import CogVideoX
 from trainer.backbones.weights import assign
-from trainer.errors import CheckpointError
+from trainer.errors import CheckpointError, UsageError
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 INDEX = WEIGHTS + ".index.json"
@@ -250,3 +250,24 @@ def test_device_and_dtype_of_integer_buffers_stay(tmp_path):
     empty.weight = nn.Parameter(torch.empty(2, device="meta"))
     assign(empty, tmp_path, dtype=torch.bfloat16)
     assert torch.equal(empty.table, torch.arange(5)) and empty.weight.dtype == torch.bfloat16
+
+
+def test_a_complete_variant_serves_where_the_plain_shards_did_not_come(copied):
+    directory = copied("2b") / "transformer"
+    _shard(directory)
+    index = (directory / INDEX).read_text()
+    for file in sorted(set(json.loads(index)["weight_map"].values())):
+        (directory / file).rename(directory / file.replace("model-", "model.fp16-"))
+    (directory / INDEX.replace(".json", ".fp16.json")).write_text(index.replace("model-", "model.fp16-"))
+    assert CogVideoX(str(directory.parent)).load_transformer(dtype=torch.float32)
+    next(directory.glob("*fp16-*.safetensors")).unlink()
+    with pytest.raises(CheckpointError, match="the index names .* which is not there"):
+        CogVideoX(str(directory.parent))
+
+
+def test_a_quantised_model_is_refused_by_name(copied):
+    directory = copied("2b")
+    file = directory / "transformer" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"quantization_config": {"quant_method": "bitsandbytes"}}))
+    with pytest.raises(UsageError, match="transformer is quantised; name the model as it was before that"):
+        CogVideoX(str(directory))

@@ -13,6 +13,7 @@ import torch
 
 from trainer.backbones import published
 from trainer.backbones.weights import open_shard, shards
+from trainer.config import expanded
 from trainer.errors import CheckpointError, TrainerError, UsageError
 from trainer.hub import fetch_description, fetch_weights, is_hub_id
 
@@ -27,7 +28,7 @@ def locate(model: str) -> Path:
     if model == "shapes":
         return BUNDLED
     hub_id = _hub_id(model)
-    directory = fetch_description(hub_id, named=model) if hub_id else Path(model).expanduser()
+    directory = fetch_description(hub_id, named=model) if hub_id else expanded(model)
     missing = [c for c in COMPONENTS if not (directory / c).is_dir()]
     if not (directory / "model_index.json").is_file() or missing:
         what = "is not there"
@@ -65,8 +66,9 @@ def complete(model: str, directory: Path) -> None:
 
 def _hub_id(model: str) -> str | None:
     """What the hub calls it, if it is not here."""
-    if Path(model).expanduser().exists():
+    if expanded(model).exists():
         return None
+    model = model.rstrip("/")
     return published.HUB_IDS.get(model, model if is_hub_id(model) else None)
 
 
@@ -76,6 +78,8 @@ def read_config(directory: Path, component: str) -> dict[str, Any]:
     wanted = _CLASSES.get(component)
     if wanted and config.get("_class_name", wanted) != wanted:
         raise UsageError(f"--model {directory}: {component} is a {config['_class_name']}; {wanted} is needed")
+    if config.get("quantization_config"):
+        raise UsageError(f"--model {directory}: {component} is quantised; name the model as it was before that")
     return {k: v for k, v in config.items() if not k.startswith("_")}
 
 

@@ -24,12 +24,13 @@ def shards(directory: Path) -> dict[str, Path]:
     files = sorted(directory.glob("*.safetensors"))
     files = [file for file in files if re.match(r"(diffusion_pytorch_)?model[.-]", file.name)] or files
     plain = [file for file in files if file.name.count(".") == 1]
-    indices = sorted(directory.glob("*.safetensors.index.json"))
+    indices, variants = (sorted(directory.glob(f"*.safetensors.index.{which}json")) for which in ("", "*."))
     if not plain:
-        indices = indices or sorted(directory.glob("*.safetensors.index.*.json"))
+        indices = indices or variants
     if indices:
-        files_by_name = read_index(indices[0])
-        if missing := sorted(file for file in set(files_by_name.values()) if not (directory / file).is_file()):
+        found = [read_index(index) for index in (*indices, *variants)]
+        files_by_name = next((names for names in found if not _missing(directory, names)), found[0])
+        if missing := _missing(directory, files_by_name):
             raise CheckpointError(f"{directory}: the index names {missing[0]}, which is not there; copy the model again")
         return {name: directory / file for name, file in files_by_name.items()}
     files = plain or files
@@ -39,6 +40,10 @@ def shards(directory: Path) -> dict[str, Path]:
                               "diffusers write it: pipe.save_pretrained(DIR)")
     with open_shard(files[0]) as f:
         return dict.fromkeys(f.keys(), files[0])
+
+
+def _missing(directory: Path, files_by_name: dict[str, str]) -> list[str]:
+    return sorted(file for file in set(files_by_name.values()) if not (directory / file).is_file())
 
 
 def read_index(file: Path) -> dict[str, str]:
