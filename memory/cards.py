@@ -6,17 +6,16 @@ Importable without torch. All figures are from `cards.toml`; those that no datas
 
 import difflib
 import math
-import os
 import re
 import tomllib
 from dataclasses import dataclass, replace
 from functools import cache
-from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 from memory import environment
 from memory.host import available_host_bytes, host_bytes
+from memory.nvml import BF16_SINCE, read_nvml
 
 GIB = 1 << 30
 _MIB = 1 << 20
@@ -31,7 +30,6 @@ _ASSUMED = (
     "memory_fraction",
     "host_link_bandwidth",
 )
-_BF16_SINCE = (8, 0)  # compute capability
 _OLD = {(7, 0): "volta", (7, 5): "turing"}  # those before that have tensor cores
 _LAPTOP = re.compile(r"laptop|mobile|max-q design")  # fewer cores, less power and often less memory than the card of that number
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(?:gb|gib|g)", re.IGNORECASE)
@@ -39,10 +37,6 @@ _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(?:gb|gib|g)", re.IGNORECASE)
 
 class UnknownCard(ValueError):
     """No card of that name; the message suggests the nearest."""
-
-
-class CardUnreadable(RuntimeError):
-    """There is a card, but its driver does not answer."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,7 +149,7 @@ def size_text(num_bytes: float) -> str:
 
 def detect(index: int = 0) -> Card:
     """The card in this machine, with what other processes hold now, by NVML; the host itself if there is none."""
-    reading = _read_nvml(index)
+    reading = read_nvml(index)
     if reading is None:
         return _cpu()
     label, capability, total, others = reading
@@ -247,7 +241,7 @@ def _by_label(label: str, capability: tuple[int, int], total_bytes: int) -> Card
     runs = {"".join(words[i:j]) for i in range(len(words)) for j in range(i + 1, len(words) + 1)}
     rows = _table()["cards"]
     bases = {name: _squash(re.sub(r"-\d+gb$", "", name)) for name in rows}
-    old = capability < _BF16_SINCE
+    old = capability < BF16_SINCE
     # By its name alone, a TITAN V or a TITAN Xp would be a TITAN RTX.
     found = [name for name in rows if bases[name] in runs and (not old or rows[name]["architecture"] == _OLD.get(capability))]
     if found and not _LAPTOP.search(whole):
@@ -295,70 +289,3 @@ def _cpu() -> Card:
         assumed=_ASSUMED + ("tensor_rate", "fp32_rate", "memory_bandwidth"),
         host_bytes=available,
     )
-
-
-def _read_nvml(index: int) -> tuple[str, tuple[int, int], int, int] | None:
-    """(label, compute capability, total bytes, bytes held by other processes) of card `index`; None: no driver or no card.
-
-    Raises: CardUnreadable, when there is a card but the driver does not answer for it.
-    """
-    try:
-        import pynvml
-    except ImportError:
-        return None
-    try:
-        pynvml.nvmlInit()
-    except pynvml.NVMLError:  # no driver, or no library: there is no card to plan for
-        return None
-    try:
-        handle = _handle(pynvml, index)
-        if handle is None:
-            return None
-        name = pynvml.nvmlDeviceGetName(handle)
-        label = name.decode() if isinstance(name, bytes) else name
-        # A slice's handle is not a card's; no card before Ampere can be split.
-        capability = _BF16_SINCE if " MIG " in label else tuple(pynvml.nvmlDeviceGetCudaComputeCapability(handle))
-        memory = pynvml.nvmlDeviceGetMemoryInfo(handle, version=pynvml.nvmlMemory_v2)
-        processes = _processes(pynvml, handle)
-    except pynvml.NVMLError as error:
-        raise CardUnreadable(f"card {index} does not answer ({error}); name it instead, e.g. --profile 4090") from error
-    finally:
-        pynvml.nvmlShutdown()
-    ours = sum(process.usedGpuMemory or 0 for process in processes if process.pid == os.getpid())
-    # What the driver reserves for itself is nobody's; `_usable` knows of it.
-    others = max(0, memory.total - memory.free - memory.reserved - ours)
-    return label, capability, memory.total, others
-
-
-def _processes(pynvml: Any, handle: Any) -> list[Any]:
-    """What runs on a card, as far as the driver says: under WSL and on some virtual cards it does not."""
-    try:
-        return pynvml.nvmlDeviceGetComputeRunningProcesses(handle)
-    except pynvml.NVMLError:
-        return []
-
-
-def _handle(pynvml: Any, index: int) -> Any | None:
-    """NVML's handle of the card that is `index` to torch, if it sees one: NVML itself does not look at CUDA_VISIBLE_DEVICES."""
-    count, names = pynvml.nvmlDeviceGetCount(), os.environ.get("CUDA_VISIBLE_DEVICES")
-    listed = map(str, range(count)) if names is None else map(str.strip, names.split(","))
-    # What is no card ends the list: with "" and "-1" there is none.
-    visible = list(takewhile(lambda name: name.startswith(("GPU-", "MIG-")) or (name.isdigit() and int(name) < count), listed))
-    if index >= len(visible):
-        return None
-    name = visible[index]
-    if name.isdigit():
-        return _first_slice(pynvml, pynvml.nvmlDeviceGetHandleByIndex(int(name)))
-    for handle in map(pynvml.nvmlDeviceGetHandleByIndex, range(count)):  # CUDA takes as much of a UUID as tells cards apart
-        if str(pynvml.nvmlDeviceGetUUID(handle)).startswith(name):
-            return _first_slice(pynvml, handle)
-    return pynvml.nvmlDeviceGetHandleByUUID(name)
-
-
-def _first_slice(pynvml: Any, handle: Any) -> Any:
-    """What CUDA takes of a card that is divided, where no slice is named; else the card. Not tried on one that is."""
-    try:
-        divided = pynvml.nvmlDeviceGetMigMode(handle)[0] == pynvml.NVML_DEVICE_MIG_ENABLE
-    except pynvml.NVMLError:  # it cannot be divided
-        return handle
-    return pynvml.nvmlDeviceGetMigDeviceHandleByIndex(handle, 0) if divided else handle

@@ -15,7 +15,8 @@ from typing import Any
 
 import tyro
 
-from memory.cards import Card, CardUnreadable, UnknownCard, detect, lookup
+from memory.cards import Card, UnknownCard, detect, lookup
+from memory.nvml import CardUnreadable
 from memory.plan import MemoryPlan, PlanError
 from trainer import config as settings
 from trainer.commands import PlanCommand, TrainCommand

@@ -74,7 +74,7 @@ class DoctorCommand:
 
 @dataclass(frozen=True, kw_only=True)
 class PlanCommand:
-    """Say what a run will need on a card and which settings are fastest there, without the card and without weights.
+    """Say what a run will need on a card and which settings are fastest there, without the card and, of published models, without weights.
 
     Takes all settings of training; those given as flags are honoured and predicted as given. Exit status 3 if nothing fits.
     """

@@ -21,9 +21,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal, TextIO
 
-from memory.cards import GIB, Card, CardUnreadable, detect
+from memory.cards import GIB, Card, detect
 from memory.exhaustion import first_line
 from memory.host import available_host_bytes, host_limit_bytes, machine_bytes
+from memory.nvml import CardUnreadable
 from trainer.errors import TrainerError, UsageError
 from trainer.prompts import cache_directory
 

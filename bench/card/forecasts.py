@@ -13,8 +13,9 @@ from unittest.mock import patch
 
 from bench.card.rig import Cell, backbone_of
 from memory.assess import Assessment, Workload, assess
-from memory.cards import GIB, Card, CardUnreadable, detect, lookup
+from memory.cards import GIB, Card, detect, lookup
 from memory.host import available_host_bytes
+from memory.nvml import CardUnreadable
 from memory.plan import MemoryPlan
 from memory.ranking import SEARCHED
 from memory.search import search

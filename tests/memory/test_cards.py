@@ -1,5 +1,6 @@
 """The card table and how a profile finds its card."""
 
+import os
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -8,7 +9,8 @@ import pytest
 import torch
 
 from memory import cards
-from memory.cards import GIB, CardUnreadable, UnknownCard, card_names, detect, lookup
+from memory.cards import GIB, UnknownCard, card_names, detect, lookup
+from memory.nvml import CardUnreadable
 
 
 @pytest.fixture(autouse=True)
@@ -108,7 +110,7 @@ def test_nonsense_is_refused(profile):
 )
 def test_the_card_in_the_machine_is_recognised(monkeypatch, label, mib, name):
     capability = {"turing": (7, 5), "volta": (7, 0)}.get(lookup(name).architecture, (8, 6))
-    monkeypatch.setattr(cards, "_read_nvml", lambda index: (label, capability, mib << 20, 3 * GIB))
+    monkeypatch.setattr(cards, "read_nvml", lambda index: (label, capability, mib << 20, 3 * GIB))
     card = lookup("auto")
     assert card.name == name
     assert card.label.startswith(label) and card.capacity_bytes == mib << 20
@@ -122,7 +124,7 @@ def test_the_card_in_the_machine_is_recognised(monkeypatch, label, mib, name):
     ("Quadro RTX 8000", (7, 5), 49152, "titan-rtx"), ("NVIDIA TITAN V", (7, 0), 12288, "rtx-2080ti"),
     ("NVIDIA TITAN Xp", (6, 1), 12288, "rtx-2080ti"), ("Tesla P40", (6, 1), 24576, "titan-rtx")])
 def test_a_card_from_before_ampere_has_no_bf16_whatever_its_size(monkeypatch, label, capability, mib, rates_of):
-    monkeypatch.setattr(cards, "_read_nvml", lambda index: (label, capability, mib << 20, 0))
+    monkeypatch.setattr(cards, "read_nvml", lambda index: (label, capability, mib << 20, 0))
     card, rates = detect(), lookup(rates_of)
     assert card.fp16 and not card.bf16 and not card.fp8 and card.name not in card_names() and card.capacity_bytes == mib << 20
     assert card.memory_bandwidth == rates.memory_bandwidth and card.label == f"{label} (assumed rates of {rates.label})"
@@ -155,25 +157,25 @@ def test_of_a_divided_card_the_first_slice_is_taken_unless_another_is_named(monk
 
 
 def test_what_others_hold_may_be_more_than_is_usable(monkeypatch):
-    monkeypatch.setattr(cards, "_read_nvml", lambda index: ("NVIDIA GeForce RTX 4090", (8, 9), 24564 << 20, 24564 << 20))
+    monkeypatch.setattr(cards, "read_nvml", lambda index: ("NVIDIA GeForce RTX 4090", (8, 9), 24564 << 20, 24564 << 20))
     assert detect().usable_bytes == 0 and detect().available_bytes < 0
 
 
 def test_a_laptops_card_is_not_the_desktops(monkeypatch):
-    monkeypatch.setattr(cards, "_read_nvml", lambda index: ("NVIDIA GeForce RTX 4090 Laptop GPU", (8, 9), 16376 << 20, 0))
+    monkeypatch.setattr(cards, "read_nvml", lambda index: ("NVIDIA GeForce RTX 4090 Laptop GPU", (8, 9), 16376 << 20, 0))
     card = detect()
     assert card.name == "16gb" and card.label.startswith("NVIDIA GeForce RTX 4090 Laptop GPU (assumed rates of")
     assert card.tensor_rate < lookup("4090").tensor_rate / 2 and "tensor_rate" in card.assumed
 
 
 def test_a_card_of_less_than_half_a_gib_is_one_that_holds_nothing(monkeypatch):
-    monkeypatch.setattr(cards, "_read_nvml", lambda index: ("NVIDIA GeForce GT 710", (3, 5), 256 << 20, 0))
+    monkeypatch.setattr(cards, "read_nvml", lambda index: ("NVIDIA GeForce GT 710", (3, 5), 256 << 20, 0))
     card = lookup("auto")
     assert card.name == "0.25gb" and card.capacity_bytes == 256 << 20 and card.available_bytes < 0
 
 
 def test_without_a_card_auto_is_the_cpu(monkeypatch):
-    monkeypatch.setattr(cards, "_read_nvml", lambda index: None)
+    monkeypatch.setattr(cards, "read_nvml", lambda index: None)
     card = detect()
     assert card.is_cpu and card.context_bytes == 0
     assert 0 < card.available_bytes <= card.capacity_bytes
@@ -199,7 +201,7 @@ def fake_nvml(**overrides):
         nvmlDeviceGetMigMode=raising,
         nvmlDeviceGetMemoryInfo=lambda handle, version: SimpleNamespace(total=96 * GIB, reserved=GIB, free=85 * GIB),
         nvmlDeviceGetComputeRunningProcesses=lambda handle: [
-            SimpleNamespace(pid=cards.os.getpid(), usedGpuMemory=4 * GIB),
+            SimpleNamespace(pid=os.getpid(), usedGpuMemory=4 * GIB),
             SimpleNamespace(pid=-1, usedGpuMemory=None),
         ],
     )

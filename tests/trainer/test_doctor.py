@@ -16,7 +16,8 @@ from types import SimpleNamespace
 import pytest
 
 import run
-from memory.cards import GIB, CardUnreadable, lookup
+from memory.cards import GIB, lookup
+from memory.nvml import CardUnreadable
 from trainer import cli, doctor
 from trainer.doctor import Check, Unfit, raise_if_unfit, show
 

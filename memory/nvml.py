@@ -1,0 +1,78 @@
+"""The card in this machine, as NVML knows it: with neither torch nor a context of CUDA's."""
+
+import os
+from itertools import takewhile
+from typing import Any
+
+BF16_SINCE = (8, 0)  # compute capability
+
+
+class CardUnreadable(RuntimeError):
+    """There is a card, but its driver does not answer."""
+
+
+def read_nvml(index: int) -> tuple[str, tuple[int, int], int, int] | None:
+    """(label, compute capability, total bytes, bytes held by other processes) of card `index`; None: no driver or no card.
+
+    Raises: CardUnreadable, when there is a card but the driver does not answer for it.
+    """
+    try:
+        import pynvml
+    except ImportError:
+        return None
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError:  # no driver, or no library: there is no card to plan for
+        return None
+    try:
+        handle = _handle(pynvml, index)
+        if handle is None:
+            return None
+        name = pynvml.nvmlDeviceGetName(handle)
+        label = name.decode() if isinstance(name, bytes) else name
+        # A slice's handle is not a card's; no card before Ampere can be split.
+        capability = BF16_SINCE if " MIG " in label else tuple(pynvml.nvmlDeviceGetCudaComputeCapability(handle))
+        memory = pynvml.nvmlDeviceGetMemoryInfo(handle, version=pynvml.nvmlMemory_v2)
+        processes = _processes(pynvml, handle)
+    except pynvml.NVMLError as error:
+        raise CardUnreadable(f"card {index} does not answer ({error}); name it instead, e.g. --profile 4090") from error
+    finally:
+        pynvml.nvmlShutdown()
+    ours = sum(process.usedGpuMemory or 0 for process in processes if process.pid == os.getpid())
+    # What the driver reserves for itself is nobody's; `memory.cards` knows of it.
+    others = max(0, memory.total - memory.free - memory.reserved - ours)
+    return label, capability, memory.total, others
+
+
+def _processes(pynvml: Any, handle: Any) -> list[Any]:
+    """What runs on a card, as far as the driver says: under WSL and on some virtual cards it does not."""
+    try:
+        return pynvml.nvmlDeviceGetComputeRunningProcesses(handle)
+    except pynvml.NVMLError:
+        return []
+
+
+def _handle(pynvml: Any, index: int) -> Any | None:
+    """NVML's handle of the card that is `index` to torch, if it sees one: NVML itself does not look at CUDA_VISIBLE_DEVICES."""
+    count, names = pynvml.nvmlDeviceGetCount(), os.environ.get("CUDA_VISIBLE_DEVICES")
+    listed = map(str, range(count)) if names is None else map(str.strip, names.split(","))
+    # What is no card ends the list: with "" and "-1" there is none.
+    visible = list(takewhile(lambda name: name.startswith(("GPU-", "MIG-")) or (name.isdigit() and int(name) < count), listed))
+    if index >= len(visible):
+        return None
+    name = visible[index]
+    if name.isdigit():
+        return _first_slice(pynvml, pynvml.nvmlDeviceGetHandleByIndex(int(name)))
+    for handle in map(pynvml.nvmlDeviceGetHandleByIndex, range(count)):  # CUDA takes as much of a UUID as tells cards apart
+        if str(pynvml.nvmlDeviceGetUUID(handle)).startswith(name):
+            return _first_slice(pynvml, handle)
+    return pynvml.nvmlDeviceGetHandleByUUID(name)
+
+
+def _first_slice(pynvml: Any, handle: Any) -> Any:
+    """What CUDA takes of a card that is divided, where no slice is named; else the card. Not tried on one that is."""
+    try:
+        divided = pynvml.nvmlDeviceGetMigMode(handle)[0] == pynvml.NVML_DEVICE_MIG_ENABLE
+    except pynvml.NVMLError:  # it cannot be divided
+        return handle
+    return pynvml.nvmlDeviceGetMigDeviceHandleByIndex(handle, 0) if divided else handle
