@@ -40,7 +40,7 @@ class CogVideoX:
                 raise UsageError(f"--weights random knows {', '.join(published.TRANSFORMERS)}, not {model!r}")
             self._config = dict(published.TRANSFORMERS[model])
             self._vae_config: dict[str, Any] = dict(published.VAES[model])
-            self._native_dtype = getattr(torch, published.NATIVE_DTYPES[model])
+            self.native_dtype = getattr(torch, published.NATIVE_DTYPES[model])
         else:
             self.directory = locate(model)
             self._config = read_config(self.directory, "transformer")
@@ -59,9 +59,8 @@ class CogVideoX:
 
     @cached_property
     def native_dtype(self) -> torch.dtype:
-        if not self.directory:
-            return self._native_dtype
-        self.fetch()  # it is said by the weights alone
+        """What the weights were published in; they alone say it, so it may wait for a download."""
+        self.fetch()
         return stored_dtype(self.directory / "transformer")
 
     def _read_configuration(self) -> None:
