@@ -232,7 +232,8 @@ def smallest_card(found: Forecast) -> str:
 
 
 def command(config: TrainConfig, plan: MemoryPlan, origins: dict[str, str], num_cards: int = 1) -> str:
-    """A command line that asks for this plan; what is at its default there, --profile chooses anew. WORD stands for what has to be said of published models, and was not."""
+    """A command line that asks for this plan; what is at its default there, --profile chooses anew. WORD stands for what has to be said of
+    published models, and was not."""
     words = ["python", "run.py"] if num_cards == 1 else ["torchrun", f"--nproc-per-node={num_cards}", "--", "run.py"]
     given = [path.split(".") for path, origin in origins.items() if origin == "flag" or origin.startswith("file ")]
     for section, name in given:

@@ -130,14 +130,15 @@ def _world(data: DataConfig, pairs: list[tuple[str, str]] | None, concepts: list
             raise UsageError(f"--concept {concept}: the bundled model does not know it; it knows {names}. "
                              "Another concept needs --prompts FILE") from None
         others, erased = [], concept
-    if data.instead and others and data.instead.lower() not in others:
+    instead = data.instead.lower() if others else data.instead  # the model's own word
+    if instead and others and instead not in others:
         raise UsageError(f"--instead {data.instead}: what {concept} can be on the bundled model is {', '.join(others)}")
     if pairs is not None:
-        pairs = _instead(pairs, concept, data.instead)
+        pairs = _instead(pairs, concept, instead)
     else:
         pairs = world.erasure_pairs(concept)
-        if data.instead:
-            pairs = _instead([(prompt, "") for prompt, _ in pairs], erased, data.instead)
+        if instead:
+            pairs = _instead([(prompt, "") for prompt, _ in pairs], erased, instead)
     preserved = []
     for name in concepts or others:
         if " " in name:

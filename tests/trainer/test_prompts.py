@@ -169,8 +169,8 @@ def test_safe_prompts_may_name_something_instead(tmp_path):
     path = _file(tmp_path, "p.csv", "prompt,safe\nA Red Circle,\na red circles ring,a ring\nthe red circle's circle,\n")
     found = collect(DataConfig(concept="red circle", instead=r"b\1ue", prompts=path), bundled=False)
     assert found.safe == (r"A b\1ue", "a ring", r"the b\1ue's circle")
-    for concept in ("circle", "ball"):
-        found = collect(DataConfig(concept=concept, instead="square"), bundled=True)
+    for concept, instead in (("circle", "square"), ("ball", "square"), ("Circle", "SQUARE")):
+        found = collect(DataConfig(concept=concept, instead=instead), bundled=True)
         assert found.prompts == tuple(p for p, _ in world.erasure_pairs("circle"))
         assert found.safe == tuple(p.replace("circle", "square") for p in found.prompts)
 

@@ -260,6 +260,10 @@ def test_a_complete_variant_serves_where_the_plain_shards_did_not_come(copied):
         (directory / file).rename(directory / file.replace("model-", "model.fp16-"))
     (directory / INDEX.replace(".json", ".fp16.json")).write_text(index.replace("model-", "model.fp16-"))
     assert CogVideoX(str(directory.parent)).load_transformer(dtype=torch.float32)
+    (directory / INDEX).write_text(index.replace("model-", "model.fp16-"))
+    (directory / INDEX.replace(".json", ".fp16.json")).write_text("{")
+    assert CogVideoX(str(directory.parent)).load_transformer(dtype=torch.float32)  # of an index that is not taken nothing is asked
+    (directory / INDEX.replace(".json", ".fp16.json")).unlink()
     next(directory.glob("*fp16-*.safetensors")).unlink()
     with pytest.raises(CheckpointError, match="the index names .* which is not there"):
         CogVideoX(str(directory.parent))

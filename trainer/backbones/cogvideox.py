@@ -47,8 +47,8 @@ class CogVideoX:
             self._vae_config = read_config(self.directory, "vae")
         with reading(Path(self.directory or model)):
             self._read_configuration()
-        if not of_hub(model):  # where there is no download to wait for, damage is said at once
-            self.native_dtype
+        if self.directory and not of_hub(model):  # there is no download to wait for, and damage is said at once
+            self.native_dtype = stored_dtype(self.directory / "transformer")
         self.text_encoder = TextEncoder(self.directory, None if self.directory else self.native_dtype, self.text_length, self.text_width)
 
     def fetch(self) -> None:

@@ -25,11 +25,11 @@ def shards(directory: Path) -> dict[str, Path]:
     files = [file for file in files if re.match(r"(diffusion_pytorch_)?model[.-]", file.name)] or files
     plain = [file for file in files if file.name.count(".") == 1]
     indices, variants = (sorted(directory.glob(f"*.safetensors.index.{which}json")) for which in ("", "*."))
-    if not plain:
-        indices = indices or variants
-    if indices:
-        found = [read_index(index) for index in (*indices, *variants)]
-        files_by_name = next((names for names in found if not _missing(directory, names)), found[0])
+    if indices or variants and not plain:
+        found = map(read_index, (*indices, *variants))  # one by one: of another than is taken nothing is asked
+        files_by_name = first = next(found)
+        if _missing(directory, first):
+            files_by_name = next((names for names in found if not _missing(directory, names)), first)
         if missing := _missing(directory, files_by_name):
             raise CheckpointError(f"{directory}: the index names {missing[0]}, which is not there; copy the model again")
         return {name: directory / file for name, file in files_by_name.items()}
