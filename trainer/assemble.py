@@ -123,8 +123,9 @@ def resolve_dtype(backbone: CogVideoX, plan: MemoryPlan, *, insist: bool) -> tor
 
 def embed_prompts(backbone: CogVideoX, model: ModelConfig, plan: MemoryPlan, prompts: Sequence[str]) -> Embeddings:
     """Embeddings on the host; the text encoder is gone when this returns."""
-    return embed(backbone.text_encoder, prompts, dtype=resolve_dtype(backbone, plan, insist=model.force_dtype),
-                 device=resolve_device(model.device))
+    dtype, device = resolve_dtype(backbone, plan, insist=model.force_dtype), resolve_device(model.device)
+    backbone.fetch()
+    return embed(backbone.text_encoder, prompts, dtype=dtype, device=device)
 
 
 def named_scheduler(backbone: CogVideoX, name: str) -> Any:

@@ -31,14 +31,32 @@ def fetch_weights(hub_id: str, directory: Path, *, named: str, parts: Sequence[s
     """
     revision = directory.name  # as the cache names it
     _fetch(hub_id, [name for part in parts for name in _plain_files(directory, part)], revision, named,
-           whole=lambda: all(_has_weights(directory, part) for part in parts))
-    without = [part for part in parts if not _has_weights(directory, part)]
+           whole=lambda: all(has_weights(directory, part) for part in parts))
+    without = [part for part in parts if not has_weights(directory, part)]
     if without:
         _fetch(hub_id, [part + _ANY for part in without], revision, named)
     for part in without:
-        if not _has_weights(directory, part):
+        if not has_weights(directory, part):
             raise UsageError(f"--model {named}: no {part}{_ANY} of {hub_id} on the hub, or in the cache where the hub is not reached; "
                              "weights of another kind: load them with diffusers or transformers, save_pretrained(DIR), and name DIR")
+
+
+def read_header(hub_id: str, directory: Path, part: str) -> dict[str, tuple[list[int], str]] | None:
+    """Shape and dtype, as safetensors writes it, by tensor of a file with the weights of a part, which stays on the hub; None where
+    there is no plain variant, or the hub does not answer."""
+    from huggingface_hub import parse_safetensors_file_metadata
+
+    for name in _plain_files(directory, f"{part}/")[:len(_PLAIN)]:
+        with suppress(Exception):
+            tensors = parse_safetensors_file_metadata(hub_id, name, revision=directory.name).tensors
+            return {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
+    return None
+
+
+def has_weights(directory: Path, part: str) -> bool:
+    """Whether all that the index of a part names is here; without one, any weights."""
+    names = _indexed(directory, part)
+    return all((directory / part / name).is_file() for name in names) if names else any((directory / part).glob(_ANY))
 
 
 def _plain_files(directory: Path, part: str) -> list[str]:
@@ -50,12 +68,6 @@ def _indexed(directory: Path, part: str) -> list[str]:
     """The files that the index of a part names; none without one."""
     index = next((directory / part).glob("*.safetensors.index.json"), None)
     return sorted(set(read_index(index).values())) if index else []
-
-
-def _has_weights(directory: Path, part: str) -> bool:
-    """Whether all that the index of a part names is here; without one, any weights."""
-    names = _indexed(directory, part)
-    return all((directory / part / name).is_file() for name in names) if names else any((directory / part).glob(_ANY))
 
 
 def _fetch(hub_id: str, patterns: Sequence[str], revision: str | None, named: str, *, whole: Callable[[], bool] = lambda: True) -> Path:

@@ -60,7 +60,7 @@ def _encoding_bytes(backbone: CogVideoX, dtype: torch.dtype) -> dict[str, int]:
         beyond = peak_beyond([encoder], lambda: encoder(ids))
         streamed = {id(p) for p in encoder.encoder.block.parameters()}
         standing = sum(p.nbytes for p in encoder.parameters() if id(p) not in streamed)
-        stored = backbone.text_encoder.stored_dtype
+        stored = backbone.stored_dtype("text_encoder")
         converted = [sum(p.nbytes for p in block.parameters() if p.dtype != stored) for block in encoder.encoder.block]
         return {"device_bytes": beyond + standing + sum(b.nbytes for b in offload.device_buffers),
                 "host_bytes": standing + sum(converted) + (backbone.text_encoder.num_blocks - 3) * converted[-1]}

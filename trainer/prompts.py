@@ -26,6 +26,7 @@ logger = logging.getLogger(__name__)
 _TEMPLATES = ("{}", "a video of {}", "a scene with {}", "{} in motion", "a close shot of {}")
 _UNSPACED = re.compile("[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3005-\u30ff\u3400-\u9fff\uac00-\ud7a3\uf900-\ufaff]")
 """Thai, Lao, Burmese, Khmer, Chinese, Japanese and Korean letters: other words, or a word's endings, follow without a space."""
+_VOWEL = re.compile("[aeiou]", re.IGNORECASE)
 _CONSONANT_Y = re.compile("[^aeiou]y$", re.IGNORECASE)  # of which the plural ends in ies
 
 
@@ -114,7 +115,14 @@ def _instead(pairs: list[tuple[str, str]], concept: str, instead: str) -> list[t
         if not safe and not words.search(prompt):
             raise UsageError(f"--instead {instead}: the prompt {prompt!r} does not hold {concept!r}; give it a safe prompt of its own, "
                              "in the column `safe` of a CSV")
-    return [(prompt, safe or words.sub(lambda match: _plural(instead) if match[1] else instead, prompt)) for prompt, safe in pairs]
+    named = re.compile(rf"(?:\b(a)n?(\s+))?{words.pattern}", re.IGNORECASE)
+    n = "n" if _VOWEL.match(instead) else ""
+
+    def renamed(match: re.Match[str]) -> str:
+        a, space, ending = match.groups(default="")
+        return a + (a and n) + space + (_plural(instead) if ending else instead)
+
+    return [(prompt, safe or named.sub(renamed, prompt)) for prompt, safe in pairs]
 
 
 def _world(data: DataConfig, pairs: list[tuple[str, str]] | None, concepts: list[str]

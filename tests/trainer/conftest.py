@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub.utils import SafetensorsFileMetadata, TensorInfo
+from safetensors import safe_open
 from tiny_pipelines import KINDS, build_pipeline
 
 from trainer.backbones.cogvideox import CogVideoX
@@ -38,7 +40,8 @@ def copied(pipelines: dict[str, Path], tmp_path: Path) -> Callable[[str], Path]:
 
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[dict[str, Path]], list[tuple]]:
-    """Makes the hub have models, by id: the list of (id, revision, patterns) that downloads will be noted in."""
+    """Makes the hub have models, by id: the list of (id, revision, patterns) that downloads will be noted in, and headers that are read,
+    as (id, revision, file)."""
     def have(models: dict[str, Path]) -> list[tuple]:
         calls: list[tuple] = []
 
@@ -52,7 +55,14 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[dict[str, 
                     shutil.copy(file, copy)
             return str(into)
 
+        def read_header(hub_id: str, file: str, *, revision: str) -> SafetensorsFileMetadata:
+            calls.append((hub_id, revision, file))
+            with safe_open(models[hub_id] / file, framework="pt") as f:
+                slices = {name: f.get_slice(name) for name in f.keys()}
+            return SafetensorsFileMetadata({}, {name: TensorInfo(s.get_dtype(), s.get_shape(), (0, 0)) for name, s in slices.items()})
+
         monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+        monkeypatch.setattr("huggingface_hub.parse_safetensors_file_metadata", read_header)
         return calls
 
     return have

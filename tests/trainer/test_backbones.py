@@ -13,7 +13,7 @@ import torch
 from diffusers import AutoencoderKLCogVideoX
 from huggingface_hub.errors import RepositoryNotFoundError
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tiny_pipelines import FRAMES, SIDE
 
 from memory.plan import MemoryPlan
@@ -352,11 +352,11 @@ def test_a_model_of_the_hub_is_looked_at_before_its_weights_come(copied, hub):
     source = copied("5b")
     calls = hub({"some/one": source})
     opened = CogVideoX("some/one")
-    assert opened.native_dtype == torch.float32 and opened.directory.name == "revision" and opened.name == "some/one"
+    assert opened.directory.name == "revision" and opened.name == "some/one"
+    opened.load_transformer(dtype=torch.float32)
     assert [patterns for _, _, patterns in calls] == [["*.json", "*.txt", "*.model", "*.jinja"], [
         f"{part}/{name}.safetensors" for part in ("transformer", "vae", "text_encoder") for name in ("model", "diffusion_pytorch_model")]]
     assert calls[1][:2] == ("some/one", "revision")  # of what was looked at, whatever the hub has by now
-    opened.load_transformer(dtype=torch.float32)
 
     file = source / "transformer" / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"in_channels": 8}))
@@ -367,6 +367,25 @@ def test_a_model_of_the_hub_is_looked_at_before_its_weights_come(copied, hub):
     with pytest.raises(UsageError, match="the pipeline is a LatteDiffusionPipeline"):
         CogVideoX("some/one")
     assert len(calls) == 2  # neither of them came to weights
+
+
+def test_dtypes_of_a_model_of_the_hub_are_read_off_the_headers_of_its_weights(copied, hub, tiny_config):
+    source = copied("5b-bf16")
+    encoder = source / "text_encoder" / "model.safetensors"
+    save_file({name: tensor.half() for name, tensor in load_file(encoder).items()}, encoder)
+    calls = hub({"some/one": source})
+    opened = CogVideoX("some/one")
+    for _ in range(2):
+        assert (opened.native_dtype, opened.stored_dtype("text_encoder")) == (torch.bfloat16, torch.float16)
+    assert [file for _, revision, file in calls[1:] if revision == "revision"] == [
+        "transformer/model.safetensors", "transformer/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors"]
+    workload(tiny_config(model__model="some/one"))
+    assert not [*opened.directory.rglob("*.safetensors")]
+
+    encoder.rename(encoder.with_name("model.fp16.safetensors"))  # whose name the hub would have to be asked for
+    assert CogVideoX("some/one").stored_dtype("text_encoder") == torch.float16
+    calls.clear()
+    assert CogVideoX("some/one").native_dtype == torch.bfloat16 and len(calls) == 1  # it is here now
 
 
 def test_of_a_model_of_the_hub_only_the_weights_that_are_read_come(copied, hub, tmp_path):

@@ -194,7 +194,7 @@ def test_a_text_encoder_in_its_files_dtype_takes_nothing_of_the_host(pipelines):
     block_bytes = {dtype: sum(p.nbytes for p in backbone.text_encoder.fake(dtype=dtype).encoder.block.parameters())
                    for dtype in (torch.float32, torch.bfloat16)}
     mapped, converted = (phases._encoding_bytes(backbone, dtype)["host_bytes"] for dtype in (torch.float32, torch.bfloat16))
-    assert backbone.text_encoder.stored_dtype == torch.float32 and mapped < 2 * 4 * config.vocab_size * config.d_model
+    assert backbone.stored_dtype("text_encoder") == torch.float32 and mapped < 2 * 4 * config.vocab_size * config.d_model
     assert converted > block_bytes[torch.bfloat16]
 
 

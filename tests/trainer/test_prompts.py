@@ -219,6 +219,17 @@ def test_spaces_around_words_do_not_matter():
     assert collect(data, bundled=True) == collect(DataConfig(concept="red", instead="blue", preserve=("green",)), bundled=True)
 
 
+@pytest.mark.parametrize("concept, instead, prompt, safe", [
+    ("orange", "pear", "An  orange on an open box, oranges and an old orange", "A  pear on an open box, pears and an old pear"),
+    ("ball", "apple", "a ball, a red ball and a\nball", "an apple, a red apple and an\napple"),
+    ("ball", "box", "a ball for an hour", "a box for an hour"),
+    ("unicorn", "owl", "a unicorn, banana unicorn", "an owl, banana owl"), ("umbrella", "apple", "an umbrella", "an apple")])
+def test_the_article_before_what_is_named_instead_is_its_own(tmp_path, concept, instead, prompt, safe):
+    path = tmp_path / "prompts.csv"
+    path.write_text(f'prompt\n"{prompt}"\n')
+    assert collect(DataConfig(concept=concept, instead=instead, prompts=path), bundled=False).safe == (safe,)
+
+
 def test_what_cannot_be_named_instead(tmp_path):
     path = _file(tmp_path, "p.txt", "a red circle\na round shape\n")
     with pytest.raises(UsageError, match="--instead square: the prompt 'a round shape' does not hold 'circle'.*`safe`"):

@@ -193,6 +193,19 @@ def test_the_native_dtype_is_that_of_the_large_weights(copied):
     assert CogVideoX(str(directory.parent)).native_dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("dtype, stored", [(torch.float8_e4m3fn, "F8_E4M3"), (torch.int8, "I8")])
+def test_weights_of_8_bits_are_refused(copied, dtype, stored):
+    directory = copied("2b") / "transformer"
+    whole = load_file(directory / WEIGHTS)
+    save_file({name: t.to(dtype) for name, t in whole.items()}, directory / WEIGHTS)
+    with pytest.raises(UsageError, match=f"the weights of transformer are stored in {stored}; name the model as it was in 16 or 32 bits"):
+        CogVideoX(str(directory.parent))
+    first = min(whole)
+    save_file({name: t.to(torch.int8) if name == first else t for name, t in whole.items()}, directory / WEIGHTS)
+    with pytest.raises(CheckpointError, match=f"{first} is stored in int8"):
+        CogVideoX(str(directory.parent)).load_transformer(dtype=torch.float32)
+
+
 def test_a_pipeline_that_was_saved_with_erasers_in_it_says_what_to_do(copied):
     directory = copied("2b") / "transformer"
     whole = load_file(directory / WEIGHTS)

@@ -4,7 +4,6 @@ Legend: B batch, F latent frames, C latent channels, H W latent size, L text tok
 """
 
 import json
-from functools import cached_property
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,7 +24,7 @@ BOUNDARY_NAMES = ("hidden_states", "encoder_hidden_states")
 class CogVideoX:
     """A frozen transformer and what belongs to it. Opening one reads configuration only; weights are loaded by the methods.
 
-    `name`: where it comes from. `native_dtype`: what its weights were published in. `num_blocks`, `width` of the transformer;
+    `name`: where it comes from. `num_blocks`, `width` of the transformer;
     `text_length`, `text_width` of its text embeddings, which `text_encoder` makes; `spatial_ratio`, `temporal_ratio` of the autoencoder.
     """
 
@@ -35,12 +34,12 @@ class CogVideoX:
         self.name = model
         self.directory: Path | None = None
         self._is_whole = False
+        self._dtypes: dict[str, torch.dtype] = {}
         if weights == "random":
             if model not in published.TRANSFORMERS:
                 raise UsageError(f"--weights random knows {', '.join(published.TRANSFORMERS)}, not {model!r}")
             self._config = dict(published.TRANSFORMERS[model])
             self._vae_config: dict[str, Any] = dict(published.VAES[model])
-            self.native_dtype = getattr(torch, published.NATIVE_DTYPES[model])
         else:
             self.directory = locate(model)
             self._config = read_config(self.directory, "transformer")
@@ -48,8 +47,8 @@ class CogVideoX:
         with reading(Path(self.directory or model)):
             self._read_configuration()
         if self.directory and not of_hub(model):  # there is no download to wait for, and damage is said at once
-            self.native_dtype = stored_dtype(self.directory / "transformer")
-        self.text_encoder = TextEncoder(self.directory, None if self.directory else self.native_dtype, self.text_length, self.text_width)
+            self.stored_dtype("transformer")
+        self.text_encoder = TextEncoder(self.directory, self.text_length, self.text_width)
 
     def fetch(self) -> None:
         """The download of the weights, if there is one. Raises UsageError."""
@@ -57,11 +56,17 @@ class CogVideoX:
             complete(self.name, self.directory)
             self._is_whole = True
 
-    @cached_property
+    @property
     def native_dtype(self) -> torch.dtype:
-        """What the weights were published in; they alone say it, so it may wait for a download."""
-        self.fetch()
-        return stored_dtype(self.directory / "transformer")
+        """What the transformer's weights were published in."""
+        return self.stored_dtype("transformer")
+
+    def stored_dtype(self, component: str) -> torch.dtype:
+        """What a component's weights were published in. Of a model of the hub that may take a request, at worst the download, and raises UsageError."""
+        if component not in self._dtypes:
+            self._dtypes[component] = (stored_dtype(self.name, self.directory, component) if self.directory
+                                       else getattr(torch, published.NATIVE_DTYPES[self.name]))
+        return self._dtypes[component]
 
     def _read_configuration(self) -> None:
         with torch.device("meta"):  # for its configuration with all defaults; one block is built in a moment

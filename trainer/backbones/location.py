@@ -15,11 +15,12 @@ from trainer.backbones import published
 from trainer.backbones.weights import open_shard, shards
 from trainer.config import expanded
 from trainer.errors import CheckpointError, TrainerError, UsageError
-from trainer.hub import fetch_description, fetch_weights, is_hub_id
+from trainer.hub import fetch_description, fetch_weights, has_weights, is_hub_id, read_header
 
 BUNDLED = Path(__file__).parent.parent / "shapes" / "pipeline"
 COMPONENTS = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")
 _WEIGHTED = ("transformer/", "vae/", "text_encoder/")
+_DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float32}
 _CLASSES = {"transformer": "CogVideoXTransformer3DModel", "vae": "AutoencoderKLCogVideoX"}
 
 
@@ -110,12 +111,22 @@ def reading(place: Path) -> Iterator[None]:
         raise CheckpointError(f"{place} cannot be read ({e}); copy the model again") from e
 
 
-def stored_dtype(directory: Path) -> torch.dtype:
-    """The dtype that the weights are stored in, a few small ones perhaps excepted: the model's native one."""
-    file = next(iter(shards(directory).values()))
-    with open_shard(file) as f:
-        stored = max(map(f.get_slice, f.keys()), key=lambda tensor: math.prod(tensor.get_shape())).get_dtype()
-    return {"F16": torch.float16, "BF16": torch.bfloat16}.get(stored, torch.float32)
+def stored_dtype(model: str, directory: Path, component: str) -> torch.dtype:
+    """The dtype that a component's weights are stored in, a few small ones perhaps excepted: its native one. Of weights that are still on
+    the hub, their header says it, where the hub gives that. Raises UsageError, also for other than 16 and 32 bits, and CheckpointError."""
+    header = None
+    if (hub_id := _hub_id(model)) and not has_weights(directory, component):
+        header = read_header(hub_id, directory, component)
+        if header is None:
+            complete(model, directory)
+    if header is None:
+        with open_shard(next(iter(shards(directory / component).values()))) as f:
+            tensors = {name: f.get_slice(name) for name in f.keys()}
+            header = {name: (tensor.get_shape(), tensor.get_dtype()) for name, tensor in tensors.items()}
+    _, stored = max(header.values(), key=lambda tensor: math.prod(tensor[0]))
+    if stored not in _DTYPES:
+        raise UsageError(f"--model {model}: the weights of {component} are stored in {stored}; name the model as it was in 16 or 32 bits")
+    return _DTYPES[stored]
 
 
 def fingerprint(files: Iterable[Path]) -> str:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from memory.offload import offload_blocks, place
 from trainer.backbones import published
-from trainer.backbones.location import fingerprint, read_config, reading, stored_dtype
+from trainer.backbones.location import fingerprint, read_config, reading
 from trainer.backbones.weights import allocate, assign
 from trainer.errors import CheckpointError
 
@@ -24,11 +24,9 @@ logger = logging.getLogger(__name__)
 class TextEncoder:
     """A frozen T5 encoder and its tokenizer. Weights are loaded by the methods."""
 
-    def __init__(self, directory: Path | None, native_dtype: torch.dtype | None, length: int, width: int):
-        """`directory`: the pipeline's. Without one it is T5-XXL in `native_dtype`, which has no words: its embeddings are random.
-        `length`, `width`: L and D."""
+    def __init__(self, directory: Path | None, length: int, width: int):
+        """`directory`: the pipeline's. Without one it is T5-XXL, which has no words: its embeddings are random. `length`, `width`: L and D."""
         self.directory, self.length, self.width = directory, length, width
-        self._native_dtype = native_dtype
 
     def tokenizer(self) -> Any:
         """The tokenizer, or None for random weights."""
@@ -98,11 +96,6 @@ class TextEncoder:
     @property
     def num_blocks(self) -> int:
         return self.config().num_layers
-
-    @property
-    def stored_dtype(self) -> torch.dtype:
-        """What the model's file holds: in any other dtype its weights are in memory, and not only mapped from there."""
-        return self._native_dtype if self.directory is None else stored_dtype(self.directory / "text_encoder")
 
     def config(self) -> Any:
         """A transformers T5Config."""

@@ -106,6 +106,8 @@ def _place(model: nn.Module, name: str, tensor: torch.Tensor, expected: torch.Te
            device: torch.device | str) -> None:
     if tensor.shape != expected.shape:
         raise CheckpointError(f"{name} has shape {tuple(tensor.shape)}, the configuration says {tuple(expected.shape)}")
+    if tensor.is_floating_point() != expected.is_floating_point():
+        raise CheckpointError(f"{name} is stored in {str(tensor.dtype).removeprefix('torch.')}; name the model as it was before that")
     tensor = tensor.to(device, dtype if tensor.is_floating_point() else None)
     path, _, leaf = name.rpartition(".")
     module = model.get_submodule(path)
