@@ -15,3 +15,8 @@ def markdown(header: list[str], rows: list[list[str]]) -> str:
     """A table whose first column is text and whose others are figures."""
     rule = ["---"] + ["--:"] * (len(header) - 1)
     return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, rule, *rows)) + "\n"
+
+
+def folded(summary: str, table: str) -> str:
+    """A long table, of which a reader sees the summary until it is opened."""
+    return f"<details><summary>{summary}</summary>\n\n{table}\n</details>\n"

@@ -10,6 +10,7 @@ import argparse
 import re
 import sys
 from collections.abc import Callable
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,8 @@ from bench import others
 from bench.card import tables as card
 from bench.emulated import tables as emulated
 from bench.erasure import VARIANTS, summary
-from bench.markdown import load, markdown
-from trainer.findings import codes_as_markdown
+from bench.markdown import folded, load, markdown
+from trainer.findings import CODES, codes_as_markdown
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = ("README.md", "MEMORY.md")
@@ -126,14 +127,14 @@ def overlap() -> str:
     sizes = "; ".join(f"{model}: {text}" for model, text in transfers.items())
     loads = ", ".join(f"{name} {times:.1f}" for name, times in result["loads"].items())
     header = ["card", *(f"{name.replace('cogvideox', '').strip('-')} frames" for name in cells)]
-    return (markdown(header, rows) + f"\nA cell: a block's forward pass, over its transfer by PCIe 3 / 4 / 5. A block's weights and their "
+    return (folded(f"{len(rows)} cards", markdown(header, rows)) + f"\nA cell: a block's forward pass, over its transfer by PCIe 3 / 4 / 5. A block's weights and their "
             f"transfers: {sizes}.\nHow often the streamed weights cross the link, counted: {loads} times.\n"
             f"Predicted, not measured, by `{result['provenance']['command']}`.\n")
 
 
 def codes() -> str:
     """Every finding that the watcher and `diagnose` know."""
-    return codes_as_markdown()
+    return folded(f"{len(CODES)} codes, with cause and fix", codes_as_markdown())
 
 
 def faults() -> str:
@@ -144,11 +145,13 @@ def faults() -> str:
         if case["code"] != "healthy":
             runs.setdefault((case["fault"].split(", block ")[0], case["code"]), []).append(case["right"])
     rows = [[fault, f"`{code}`", f"{sum(right)} of {len(right)}"] for (fault, code), right in runs.items()]
-    rows.append([f"nothing: {result['num_healthy']} sound settings", "healthy", f"{result['num_false_alarms']} false alarms"])
+    right = list(chain.from_iterable(runs.values()))
+    summary = (f"{len(runs)} faults, {len(right)} times put in: {sum(right)} named right, with their block; "
+               f"{result['num_healthy']} sound settings: {result['num_false_alarms']} false alarms")
     cost = load("health-cost")
     note = (f"\nThe norms that the watcher takes cost {cost['share']:.2%} of a block's forward and backward pass (2b, {cost['num_tokens']:,} "
             f"tokens, `{cost['provenance']['command']}` on {cost['provenance']['card'] or 'the CPU'}).\n")
-    return markdown(["put in", "named", "right, with its block"], rows) + note + _source(result)
+    return folded(summary, markdown(["put in", "named", "right, with its block"], rows)) + note + _source(result)
 
 
 GIB = 2**30
@@ -293,7 +296,8 @@ def reliability() -> str:
     rows = [[r["test"], r["target"], r["figure"] if r["holds"] else f"**does not hold**: {r['figure']}"] for r in result["rows"].values()]
     rule = "| test | target | measured |\n| --- | --- | --- |\n"
     source = _source(result).replace(result["provenance"]["command"], "python -m bench.reliability")
-    return rule + "".join("| " + " | ".join(row) + " |\n" for row in rows) + source
+    summary = f"{len(rows)} promises, of which {sum(r['holds'] for r in result['rows'].values())} hold"
+    return folded(summary, rule + "".join("| " + " | ".join(row) + " |\n" for row in rows)) + source
 
 
 TABLES: dict[str, Callable[[], str]] = {

@@ -6,7 +6,7 @@ from typing import Any
 
 from bench.card.feasibility import came_to
 from bench.card.session import goal_row
-from bench.markdown import load, markdown
+from bench.markdown import folded, load, markdown
 from bench.provenance import RESULTS
 from memory.cards import GIB
 
@@ -25,7 +25,7 @@ def peaks() -> str:
     ran = [cell for result in results for cell in result["peaks"]["cells"] if "reserved_error" in cell]
     off = [abs(cell["predicted"]["reserved_bytes"] - cell["measured"]["reserved_bytes"]) for cell in ran]
     grown = max(cell["measured"]["grown_bytes"] for cell in ran)
-    return markdown(header, rows) + (
+    return folded(f"{len(rows)} kinds of steps", markdown(header, rows)) + (
         f"\nReserved bytes are off by {max(off) / 2**20:.0f} MiB at most, the allocator takes 20 at a time, and in {off.count(0)} of {len(off)} cells by none; "
         f"no second step reserves more than {grown / 2**20:.0f} MiB more than the first. Expandable segments: of {requests:,} requests of "
         f"{len(replayed)} recorded runs, the simulator serves {alike:,} at the address that torch's allocator chose.\n" + _source(*results))
