@@ -4,6 +4,7 @@ import json
 import statistics
 from collections import Counter
 from collections.abc import Callable, Iterable
+from itertools import chain
 from typing import Any
 
 from bench.markdown import load, markdown
@@ -97,7 +98,13 @@ def steps() -> str:
     found = results("minimum", "speed", "cap")
     rows = [[_of(found, result, f"{part}: {name}"), *_bytes(cell), _seconds(cell, result["cells"].get(" ".join(name.split()[:2]) + " plain"))]
             for part, result in found for name, cell in result["cells"].items()]
-    return markdown(["a step of", "allocated", "reserved", "seconds"], rows) + _source(found)
+    repeats: dict[str, list[float]] = {}
+    for name, cell in chain.from_iterable(result["cells"].items() for _, result in found):
+        if len(times := cell.get("all_step_seconds", ())) > 1:
+            repeats.setdefault(name.split()[0], []).append(max(times) / min(times) - 1)
+    apart = "; ".join(f"the {model} by {statistics.median(shares):.1%} in the median and {max(shares):.1%} at most" for model, shares in repeats.items())
+    note = f"\nRepeats of a step differ: of {apart}.\n" if apart else ""
+    return markdown(["a step of", "allocated", "reserved", "seconds"], rows) + note + _source(found)
 
 
 def peaks() -> str:
