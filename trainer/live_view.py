@@ -14,8 +14,8 @@ from rich.text import Text
 
 LEVELS = "▁▂▃▄▅▆▇█"
 TERMS = ("loss", "unlearn", "loc", "pre")
-PHASES = {"teacher": "cyan", "student": "blue", "backward": "magenta", "optimizer": "yellow",
-          "waiting for transfers": "red"}
+PHASES = {"teacher": ("█", "cyan"), "student": ("▓", "blue"), "backward": ("▒", "magenta"), "optimizer": ("░", "yellow"),
+          "waiting for transfers": ("╳", "red")}
 # A block's norm against the median over blocks and recent steps. Healthy models spread over one or two decades.
 DEAD, EXPLODING = 1e-4, 1e2
 _LABEL = 9  # columns of the labels
@@ -204,10 +204,10 @@ def _step_time(records: Sequence[Mapping[str, Any]], room: int) -> list[Row]:
     shares = {name: share for name, share in shares.items() if share > 0}
     bar, legend, width, drawn = Text(), [], min(60, room), 0.0
     for name, share in shares.items():
-        style = PHASES.get(name, "white")
-        bar.append("█" * (round((drawn + share) * width) - round(drawn * width)), style)
+        mark, style = PHASES.get(name, ("▚", "white"))
+        bar.append(mark * (round((drawn + share) * width) - round(drawn * width)), style)
         drawn += share
-        legend.append(Text.assemble(("■ ", style), f"{name} {share:.0%}"))
+        legend.append(Text.assemble((f"{mark} ", style), f"{name} {share:.0%}"))
     return [("step time", bar), *_flow("", legend, room)]
 
 

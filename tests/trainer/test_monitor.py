@@ -66,6 +66,13 @@ def test_everything_that_is_asked_for_is_shown():
         assert wanted in text, wanted
 
 
+def test_the_step_time_is_read_without_colour():
+    lines = drawn(state([record(i) for i in range(30)])).splitlines()
+    line = next(i for i, line in enumerate(lines) if line.startswith("step time"))
+    assert lines[line].split()[-1] == 30 * "█" + 15 * "▓" + 12 * "▒" + "░" + 2 * "╳"
+    assert all(f"{mark} {name}" in "".join(lines[line + 1:line + 3]) for mark, name in zip("█▓▒░╳", ("teacher", "student", "backward", "optimizer", "waiting")))
+
+
 def test_without_a_card_it_shows_process_memory():
     text = drawn(state([record(0)], memory=HOST))
     assert "process 2.00" in text and "host 8.00 of 16.0 GiB" in text and "reserved" not in text
