@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -55,6 +56,10 @@ def wipe_attention(block: int) -> Inject:
 
 def wipe_feed_forward(block: int) -> Inject:
     return lambda subject, stack: _filled(subject.assembly.blocks[block].ff.net[2].weight, 0.0)
+
+
+def wipe_positions(subject: Subject, stack: ExitStack) -> None:
+    subject.assembly.transformer.patch_embed.pos_embedding.zero_()
 
 
 def half_adapters(subject: Subject, stack: ExitStack) -> Subject:
@@ -229,8 +234,8 @@ def swallow(block: int) -> Inject:
     return inject
 
 
-def run_away(block: int) -> Inject:
-    return lambda subject, stack: _filled(_adapter(subject, block).up.weight, 3e38)
+def run_away(block: int, weight: float = 3e38) -> Inject:
+    return lambda subject, stack: _filled(_adapter(subject, block).up.weight, weight)
 
 
 def no_optimizer_step(subject: Subject, stack: ExitStack) -> None:
@@ -314,6 +319,7 @@ def _each(name: str, code: str, make: Callable[[int], Inject], blocks: Iterable[
 FAULTS: tuple[Fault, ...] = (
     *_each("to_empty() on wrapped attention", "wiped-attention", wipe_attention),
     *_each("feed-forward never loaded", "wiped-weights", wipe_feed_forward),
+    Fault(name="positions wiped", code="wiped-weights", inject=wipe_positions),
     Fault(name="fp16 adapters under Adam", code="half-precision-adapters", block=0, inject=half_adapters),
     *_each("fp16 on a bf16-native model", "non-native-dtype", overflow, pipeline="bf16", settings=HALF, at=(0, 2)),
     *_each("overflow of an fp16-native model", "half-precision-overflow", overflow, pipeline="fp16", at=(0, 2)),
@@ -349,6 +355,7 @@ FAULTS: tuple[Fault, ...] = (
     Fault(name="gradients underflow in fp16", code="gradient-underflow", inject=underflow, pipeline="fp16", settings=DELTA),
     Fault(name="gradients overflow at any loss scale", code="loss-scale-collapse", inject=bad_flow(1, float("inf")), pipeline="fp16"),
     *_each("eraser diverged", "eraser-diverged", run_away, at=(2,)),
+    *_each("eraser diverged, all finite", "eraser-diverged", partial(run_away, weight=1e4), at=(2,)),
     Fault(name="optimizer step skipped", code="weights-never-move", inject=no_optimizer_step, at=(0, 2)),
     *_each("untrained eraser acts", "untrained-eraser-acts", always_acts),
     Fault(name="eraser without effect", code="no-op-adapter", inject=never_acts),

@@ -174,11 +174,12 @@ class _Area:
         return "M" + "L".join(f"{self.x(x):.1f} {self.y(y):.1f}" for x, y in points) if points else ""
 
     def axes(self, unit: str) -> str:
-        marks = []
-        for value in _ticks(self.y0, self.y1):
+        marks, values = [], _ticks(self.y0, self.y1)
+        digits = next((n for n in range(4, 12) if len({f"{value:.{n}g}" for value in values}) == len(values)), 12)
+        for value in values:
             y = self.y(value)
             marks.append(f'<line class="grid" x1="{self.left}" x2="{self.right}" y1="{y:.1f}" y2="{y:.1f}"/>'
-                         f'<text class="tick" x="{self.left - 6}" y="{y + 4:.1f}" text-anchor="end">{value:.4g}</text>')
+                         f'<text class="tick" x="{self.left - 6}" y="{y + 4:.1f}" text-anchor="end">{value:.{digits}g}</text>')
         if self.steps:
             marks += [f'<text class="tick" x="{self.x(v):.1f}" y="{self.bottom + 16}" text-anchor="middle">{v:g}</text>'
                       for v in _ticks(self.x0, self.x1) if v == int(v)]

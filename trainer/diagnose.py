@@ -13,7 +13,7 @@ from trainer.config import TrainConfig
 from trainer.eraser_files import WEIGHTS, EraserFile, load_eraser
 from trainer.errors import CheckpointError
 from trainer.findings import Bill, Finding, finding, from_json
-from trainer.health import FINDINGS, Judge
+from trainer.health import FINDINGS, Judge, non_finite
 from trainer.inspection import Subject
 from trainer.lora import WEIGHTS as LORA, load_updates
 from trainer.metrics import METRICS, read_metrics
@@ -42,12 +42,12 @@ def diagnose_run(run_dir: Path) -> Bill:
     written = read_metrics(run_dir)
     records = [record for record in written if "blocks" in record]
     try:
-        bill = bill.with_findings(_judged(records))
+        bill = bill.with_findings(_judged(records, named=bool(bill.fatal)))
         if records or not written:
             checked.append(f"{METRICS}: {len(records)} steps, loss terms, gradients, updates and erasers by block")
         else:  # a run of `forget`, which has no blocks
             checked.append(f"{METRICS}: {len(written)} steps, loss terms and gradients")
-            bill = bill.with_findings(finding(f"non-finite-{what}", "training", step=record["step"]) for record in written
+            bill = bill.with_findings(finding(f"non-finite-{what}", "training", step=record["step"] + 1) for record in written
                                       for what in ("loss", "gradient") if not _finite(record.get(_WHERE[what], 0.0)))
     except (LookupError, TypeError, ValueError, AttributeError) as e:
         raise CheckpointError(f"{run_dir / METRICS} is not what a run writes ({e!r})") from e
@@ -77,15 +77,13 @@ def _whole(run_dir: Path) -> list[str]:
 _WHERE = {"loss": "loss", "gradient": "gradient_norm"}
 
 
-def _judged(records: Sequence[dict]) -> list[Finding]:
+def _judged(records: Sequence[dict], *, named: bool) -> list[Finding]:
+    """`named`: the run itself said what stopped it, of which a record that is not finite only shows what followed."""
     judge, found = Judge(), []
     for record in records:
-        blocks = record["blocks"]
-        bad = [i for i, norm in enumerate(blocks["gradient"]) if not _finite(norm)]
-        if not _finite(record["loss"]):
-            found.append(finding("non-finite-loss", "training", step=record["step"], loss=record["loss"]))
-        elif bad and not record.get("skipped"):
-            found.append(finding("non-finite-gradient", "training", block=bad[-1], step=record["step"]))
+        gradients = () if record.get("skipped") else record["blocks"]["gradient"]
+        if not all(map(_finite, [record["loss"], *gradients])):
+            found += [] if named else [non_finite(record)]
         else:
             found += judge.see(record)
     return found

@@ -33,8 +33,8 @@ CODES: dict[str, Code] = {
         "meta device after loading",
         "load the weights after the last to_empty(): transformer.load_state_dict(state, assign=True)"),
     "wiped-weights": Code("fatal",
-        "a weight is constant: it was created but never loaded, or wiped by to_empty()",
-        "load the weights after the last to_empty(); copy the model again if its file is at fault"),
+        "a weight or a table of positions is constant: it was created but never loaded, or wiped by to_empty()",
+        "load the weights after the last to_empty(), and make anew what is not saved with them; copy the model again if its file is at fault"),
     "frozen-weights-changed": Code("fatal",
         "something wrote into the frozen model during training: the erasers fit a model that is gone",
         "freeze it, transformer.requires_grad_(False), and look for in-place operations on its weights"),
@@ -81,7 +81,7 @@ CODES: dict[str, Code] = {
         "gradients arrive, the optimizer has the parameters, and yet a step leaves them as they were",
         "raise --lr; look for a learning rate of 0, or an optimizer step that is skipped"),
     "eraser-diverged": Code("fatal",
-        "the model is sound without erasers and overflows with them: their output has run away",
+        "the eraser's output has run away: it is many times as large as what it is added to, or makes a model overflow that is sound without",
         "a new run with a lower --lr"),
     "learning-rate-too-high": Code("warning",
         "one optimizer step moves every weight by about the learning rate, which is as much as the weights are large",
@@ -230,10 +230,12 @@ class Bill:
         return [f for f in self.findings if f.severity == "fatal"]
 
     def with_findings(self, findings: Iterable[Finding]) -> "Bill":
-        """This bill and more findings; one of a code and a block that is there already is left out."""
+        """This bill and more findings; one of a code and a block that is there already is left out, unless it alone is fatal."""
         kept = {(f.code, f.block): f for f in self.findings}
         for f in findings:
-            kept.setdefault((f.code, f.block), f)
+            key = f.code, f.block
+            if key not in kept or f.severity == "fatal" != kept[key].severity:
+                kept[key] = f
         return replace(self, findings=tuple(kept.values()))
 
     def raise_if_fatal(self, where: str) -> None:
@@ -252,13 +254,12 @@ def print_bill(bill: Bill, file: TextIO, *, as_json: bool = False) -> None:
         print(json.dumps(bill.as_json(), indent=2), file=file)
         return
     from rich.console import Console
-    from rich.table import Table
+    from rich.table import Column, Table
     from rich.text import Text
 
-    console = Console(file=file)
+    console = Console(file=file, width=None if file.isatty() else 10**4)
     if bill.findings:
-        table = Table("finding", "evidence", "cause and fix", show_lines=True)
-        table.columns[0].no_wrap = True
+        table = Table(Column("finding", no_wrap=True), Column("evidence", overflow="fold"), Column("cause and fix", overflow="fold"), show_lines=True)
         for f in bill.findings:
             where = f.phase if f.block is None else f"{f.phase}, block {f.block}"
             evidence = "\n".join(filter(None, (f.module, evidence_text(f.evidence))))

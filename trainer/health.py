@@ -26,6 +26,7 @@ from trainer.tracing import scale_collapsed, trace
 logger = logging.getLogger(__name__)
 
 FINDINGS = "findings.json"
+LARGEST_ERASER = 10.0  # of the residual stream that its output is added to; the bundled model's reach 1
 MAX_SKIPS = 20  # in a row; a loss scale that starts at 65536 is below 1 after 17
 BLOCK_NORMS = ("gradient", "update", "weight", "eraser", "residual")
 
@@ -147,11 +148,12 @@ class Health:
             sink(record)
         before, found = self.bill, self._judge.see(record) if sound else [self._locate(record)]
         self.bill = before.with_findings(found)
-        where = f"step {record['step'] + 1}"  # as the progress line counts
-        for new in self.bill.findings[len(before.findings):]:
-            if new.severity != "fatal":  # such a one is raised, and said where the run ends
-                logger.warning("%s: %s", where, new)
-        if len(self.bill.findings) > len(before.findings):
+        where = f"step {record['step'] + 1}"
+        new = [f for f in self.bill.findings if f not in before.findings]
+        for f in new:
+            if f.severity != "fatal":  # such a one is raised, and said where the run ends
+                logger.warning("%s: %s", where, f)
+        if new:
             self._write()
         self.bill.raise_if_fatal(where + ("" if applied else " (no weight was changed)"))
 
@@ -176,7 +178,7 @@ class Health:
         found = list(adapter_findings(self.subject))
         without = [name for name, p in self.erasers.named_parameters() if p.grad is None]
         if without and not found:
-            found = [finding("detached-eraser", "backward", block=int(without[0].split(".")[0]), step=step,
+            found = [finding("detached-eraser", "backward", block=int(without[0].split(".")[0]), step=step + 1,
                              module=self.subject.adapter_name(without[0]), num_parameters=len(without))]
         if found:
             self.bill = self.bill.with_findings(found)
@@ -201,10 +203,7 @@ class Health:
         if self._skips and (found is None or scale_collapsed(found)):
             return finding("loss-scale-collapse", "backward", loss_scale=scale, num_skipped_steps=self._skips)
         if found is None:  # what happened does not happen again: say what was measured
-            blocks = [i for i, norm in enumerate(record["blocks"]["gradient"]) if not math.isfinite(norm)]
-            code = "non-finite-gradient" if math.isfinite(record["loss"]) and blocks else "non-finite-loss"
-            return finding(code, "training", block=blocks[-1] if blocks else None, loss=record["loss"],
-                           gradient_norm=record["gradient_norm"], second_pass="finite")
+            return non_finite(record, second_pass="finite")
         if record["unlearn"] == 0:
             return finding("swallowed-loss", found.phase, block=found.block, module=found.module, unlearn=0.0,
                            behind_it=found.code)
@@ -293,6 +292,20 @@ class _Pending:
         return record, all(map(math.isfinite, head))
 
 
+def non_finite(record: Mapping[str, Any], **evidence: Any) -> Finding:
+    """What a record that is not finite says by itself: the first on the way to an update that is not."""
+    predictions, gradients = record.get("prediction_norms", {}), record["blocks"]["gradient"]
+    block = None
+    if not all(map(math.isfinite, predictions.values())):
+        code = "non-finite-activation"
+    elif not math.isfinite(record["loss"]):
+        code = "non-finite-loss"
+    else:
+        code = "non-finite-gradient"
+        block = max((i for i, norm in enumerate(gradients) if not math.isfinite(norm)), default=None)  # backward meets the last one first
+    return finding(code, "training", block=block, step=record["step"] + 1, loss=record["loss"], gradient_norm=record["gradient_norm"], **evidence)
+
+
 class Judge:
     """What records say, live or read back from metrics.jsonl: trouble that is finite. Show it records in order."""
 
@@ -303,7 +316,7 @@ class Judge:
         """Warnings about one step. Nothing here is about the very first update, when `up` is still zero."""
         blocks, found = record["blocks"], []
         gradient, update = max(blocks["gradient"]), max(blocks["update"])
-        phase = dict(severity="warning", step=record["step"])
+        phase = dict(severity="warning", step=record["step"] + 1)  # as the progress line counts
         if record["loss"] == 0:
             found.append(finding("nothing-to-learn", "training", **phase, loss=0.0))
         elif gradient == 0:
@@ -313,9 +326,14 @@ class Judge:
             found += [finding("zero-gradient", "training", block=i, **phase, loss=record["loss"])
                       for i, norm in enumerate(blocks["gradient"]) if norm == 0]
         found += [finding("dead-gelu", "training", block=i, **phase) for i in record.get("bias_only", ())]
-        if gradient > 0 and update == 0 and record["lr"] > 0 and not record.get("skipped"):
+        if gradient > 0 and update == 0 and not record.get("skipped"):
             found.append(finding("weights-never-move", "training", **phase, gradient_norm=gradient, lr=record["lr"]))
         if self._moved and max(blocks["eraser"]) == 0:
             found.append(finding("no-op-adapter", "training", **phase, eraser_output_norm=0.0))
+        away = [(i, eraser / residual) for i, (eraser, residual) in enumerate(zip(blocks["eraser"], blocks["residual"]))
+                if eraser > LARGEST_ERASER * residual > 0]
+        if away:
+            found.append(finding("eraser-diverged", "training", block=away[0][0], **phase, eraser_over_residual=max(share for _, share in away),
+                                 num_blocks=len(away)))
         self._moved = self._moved or update > 0
         return found

@@ -95,10 +95,13 @@ def non_finite_embedding(subject: Subject) -> Finding | None:
 
 
 class Fingerprint:
-    """Sums of the bit patterns of every frozen parameter, and what is wrong with them. One pass over the weights."""
+    """Sums of the bit patterns of every frozen parameter and table, and what is wrong with them. One pass over the weights."""
 
     def __init__(self, subject: Subject):
-        frozen = {n: p for n, p in subject.assembly.transformer.named_parameters() if ".attn1.adapter." not in n}
+        transformer = subject.assembly.transformer
+        frozen = {n: p for n, p in transformer.named_parameters() if ".attn1.adapter." not in n}
+        tables = {n: b for n, b in transformer.named_buffers() if b.is_floating_point() and b.ndim > 1}  # of positions
+        self.tables, frozen = set(tables), frozen | tables
         sums, bounds = [], []
         for weight in (whole(p.detach()) for p in frozen.values()):
             sums.append(_bits(weight))
@@ -109,22 +112,23 @@ class Fingerprint:
         self.dims = {name: p.ndim for name, p in frozen.items()}
 
     def findings(self) -> list[Finding]:
-        """Wiped weights: constant matrices, and gains of zero. (A bias of zero is common, and so are gains of one.)"""
+        """Wiped weights: constant matrices, and gains of zero. (Biases of zero are common, gains of one, and LoRAs whose B is zero.)"""
         found = {}
         for name, (low, high) in self.ranges.items():
             gain = self.dims[name] == 1 and name.endswith(".weight")
-            if low == high and (self.dims[name] > 1 or (gain and low == 0)):
+            if low == high and (self.dims[name] > 1 and ".lora_B." not in name or gain and low == 0):
                 code = "wiped-attention" if ".attn1." in name else "wiped-weights"
                 key = code, block_of(name)
                 found.setdefault(key, finding(code, "weights", block=block_of(name), module=name, value=low))
         return list(found.values())
 
     def digest(self) -> str:
-        """Identifies these weights, whatever device they are on."""
-        return hashlib.sha256(repr(sorted(self.sums.values())).encode()).hexdigest()[:16]
+        """Identifies the weights, whatever device they are on; without what is computed and not stored."""
+        stored = sorted(bits for name, bits in self.sums.items() if name not in self.tables)
+        return hashlib.sha256(repr(stored).encode()).hexdigest()[:16]
 
     def changed(self, now: "Fingerprint") -> list[str]:
-        """Names of parameters whose bits differ."""
+        """Names of those whose bits differ."""
         return [name for name, bits in self.sums.items() if now.sums.get(name) != bits]
 
 

@@ -86,7 +86,7 @@ def _progress(state: Mapping[str, Any], room: int) -> list[Row]:
     fits = len(left) + 4 + len(right) <= room
     bar = max(4, room - len(left) - len(right if fits else share))
     filled = min(bar, round(bar * done / total))
-    line = Text.assemble(left, ("━" * filled, "green"), ("━" * (bar - filled), "bright_black"), right if fits else share)
+    line = Text.assemble(left, ("━" * filled, "green"), ("╌" * (bar - filled), "bright_black"), right if fits else share)
     return [(state["title"], line), *_flow("", [] if fits else list(map(Text, more)), room)]
 
 
@@ -142,8 +142,9 @@ def _losses(state: Mapping[str, Any], room: int) -> list[Row]:
         if values:
             text, style = trend(values, state["facts"].get("trajectory_steps", 1))
             value = (f"{values[-1]:10.3e} ", "" if math.isfinite(values[-1]) else "bold red")
-            line = sparkline(values, max(8, min(60, room - 23)))
-            rows.append((label, Text.assemble(value, (line, "cyan"), "  ", (text, style))))
+            line = sparkline(values, min(60, max(room - 23, min(8, room - 11))))
+            more = ["  ", (text, style)] if len(line) + len(text) + 13 <= room else []
+            rows.append((label, Text.assemble(value, (line, "cyan"), *more)))
     return rows
 
 

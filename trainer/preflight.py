@@ -52,7 +52,8 @@ class _Watch:
         self.output: dict[int, Tensor] = {}  # student: largest |output| of the eraser
         self.alive: dict[int, Tensor] = {}  # student: largest |GELU output| of the eraser
         self.calls: Counter[tuple[str, int]] = Counter()
-        self.attention_calls: Counter[tuple[str, int]] = Counter()
+        self.attention_calls: Counter[tuple[str, int]] = Counter()  # begun
+        self.returned: Counter[tuple[str, int]] = Counter()  # of those, without an error
         self.switch: dict[tuple[str, int], bool] = {}
         self.used: dict[int, list[int]] = {}
         self.detached: list[int] = []
@@ -101,7 +102,8 @@ class _Watch:
 
     def _after_attention(self, index: int):
         def after(module: nn.Module, args: tuple, output: tuple[Tensor, Tensor]) -> None:
-            if self.phase == "teacher":
+            self.returned[self._phase(), index] += 1
+            if self.phase == "teacher" and output[0].shape[1] > 1:
                 low, high = torch.aminmax(output[0].detach(), dim=1)  # (B, D) each
                 self.spread[index] = (high - low).max().float()
 
@@ -218,9 +220,10 @@ class Preflight:
                           block=watch.no_grad_blocks[0] if watch.grad_outside else None,
                           num_blocks=len(set(watch.no_grad_blocks)))
             return
-        yield from _first("student-without-erasers", "student", [i for i in blocks if not watch.calls["student", i]
-                          and (watch.attention_calls["student", i] or not self.failure)],
-                          enabled=watch.switch.get(("student", 0)))
+        without = [i for i in blocks if not watch.calls["student", i] and (watch.returned["student", i] or not self.failure)]
+        if without:
+            yield from _first("student-without-erasers", "student", without, enabled=watch.switch.get(("student", 0)))
+            return
         turned = [i for i in blocks if ("recompute", i) in watch.switch
                   and watch.switch["recompute", i] != watch.switch["student", i]]
         yield from _first("switched-before-recompute", "recompute", turned[::-1])  # backward meets the last one first

@@ -19,7 +19,7 @@ from memory.streams import pinning
 from trainer.backbones.text_encoder import TextEncoder
 from trainer.config import DataConfig, composed
 from trainer.config_file import read_lines
-from trainer.errors import UsageError
+from trainer.errors import CheckpointError, NonFinite, UsageError
 
 logger = logging.getLogger(__name__)
 
@@ -82,6 +82,8 @@ def require_concept(prompts: PromptSet) -> None:
 
 def warn_of_contradiction(prompts: PromptSet) -> None:
     """Where what is erased is also kept."""
+    if same := [prompt for prompt, safe in zip(prompts.prompts, prompts.safe) if prompt == safe]:
+        logger.warning("%d of %d prompts are their own safe prompt, and teach nothing, as %r", len(same), len(prompts.prompts), same[0])
     for prompt in (*prompts.safe, *prompts.preserved):
         if word(prompts.concept).search(prompt):
             logger.warning("%r is to be kept, or pushed towards, and holds %r, which is to be erased", prompt, prompts.concept)
@@ -237,6 +239,7 @@ def embed(encoder: TextEncoder, prompts: Sequence[str], *, dtype: torch.dtype, d
     """Embeddings of the distinct prompts; those that any earlier run computed come from the cache. No row is held twice.
 
     Keyed by the text encoder's weights, the dtype, the length and the prompt's text. Random weights are not cached.
+    Raises NonFinite, and CheckpointError for an encoder that tells no prompts apart.
     """
     prompts = sorted(set(prompts))
     cache = cache or cache_directory()
@@ -255,6 +258,11 @@ def embed(encoder: TextEncoder, prompts: Sequence[str], *, dtype: torch.dtype, d
             table[-len(known)] = row  # the missing ones come first
     if missing:
         rows = encoder.encode(missing, dtype=dtype, device=device, out=table[:len(missing)])
+        if bad := [prompt for prompt, row in zip(missing, rows) if not torch.isfinite(row).all()]:
+            raise NonFinite(f"the text encoder gives NaN or infinity for {len(bad)} of {len(missing)} prompts, as {bad[0]!r}: its weights are damaged, "
+                            f"or it leaves the range of {str(dtype).removeprefix('torch.')}; copy the model again, or take another --dtype")
+        if len(table) > 1 and all(torch.equal(row, table[0]) for row in table):
+            raise CheckpointError("the text encoder gives the same for every prompt: its weights were wiped, or never loaded; copy the model again")
         if fingerprint is not None:
             store({files[prompt]: {"embedding": row} for prompt, row in zip(missing, rows)}, "text embeddings")
     return Embeddings(table, [*missing, *reversed(known)])

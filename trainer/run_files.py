@@ -10,6 +10,7 @@ memory.json           what the run is predicted to need (trainer.memory_file)
 
 import json
 import logging
+import math
 import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -41,9 +42,9 @@ class RunFiles:
 
     @classmethod
     def read(cls, run: Path) -> "RunFiles":
-        """Raises CheckpointError if `run` holds neither settings nor metrics."""
-        if not (run / "config.json").exists() and not (run / METRICS).exists():
-            raise CheckpointError(f"{run}: not a run directory (neither config.json nor {METRICS} is in it)")
+        """Raises CheckpointError if `run` holds neither settings nor metrics, nor the findings of a run that the pre-flight stopped."""
+        if not any((run / name).exists() for name in ("config.json", METRICS, "findings.json")):
+            raise CheckpointError(f"{run}: not a run directory (none of config.json, {METRICS} and findings.json is in it)")
         return cls(run, read_object(run / "config.json"), read_metrics(run), read_object(run / "findings.json"),
                    read_object(run / "evaluation.json"), read_object(run / MEMORY),
                    sorted((run / "samples").glob("step-[0-9]*[0-9].png")))
@@ -58,8 +59,13 @@ class RunFiles:
         return lookup(self.config, "config", *path.split("."))
 
     def num_steps(self) -> int:
-        """Finished steps."""
-        return self.records[-1].get("step", -1) + 1 if self.records else 0
+        """Finished steps; one that was not finite was not applied."""
+        if not self.records:
+            return 0
+        last = self.records[-1]
+        said = (lookup(last, *keys) for keys in (("loss",), ("gradient_norm",), ("prediction_norms", "teacher"), ("prediction_norms", "student")))
+        refused = not last.get("skipped") and any(isinstance(value, float) and not math.isfinite(value) for value in said)
+        return last.get("step", -1) + (0 if refused else 1)
 
     def series(self, *keys: str) -> list[tuple[float, float]]:
         """(step, value) of a number that records hold, possibly inside of dicts; steps are counted from 1, as progress is."""

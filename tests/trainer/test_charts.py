@@ -49,6 +49,12 @@ def test_small_numbers_have_ticks_of_their_own():
     assert len([label for label in labels if "e-15" in label]) > 2
 
 
+@pytest.mark.parametrize("low, high", [(121.9, 121.939), (1e6, 1e6 + 3), (1 - 1e-9, 1.0)])
+def test_ticks_that_lie_close_are_told_apart(low, high):
+    ticks = list(texts(line_chart("a", [(0, low), (1, high)]), text_anchor="end"))
+    assert len(ticks) > 2 and all(low - (high - low) <= float(tick) <= high + (high - low) for tick in ticks if tick)
+
+
 def test_a_spike_survives_thinning():
     points = [(i, 100.0 if i == 4321 else 1.0) for i in range(10_000)]
     path = re.search(r'class="raw" d="([^"]*)"', line_chart("a", points))[1]

@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from trainer import tracing
+from trainer.assemble import open_backbone
 from trainer.checkpoint import STATE
 from trainer.cli import main
 from trainer.config import TrainConfig
@@ -24,6 +25,7 @@ from trainer.eraser_files import WEIGHTS, save_released
 from trainer.errors import CheckpointError
 from trainer.findings import CODES, Bill, Unhealthy, codes_as_markdown, finding, from_json, gone_by, print_bill
 from trainer.health import FINDINGS
+from trainer.inspection import Fingerprint
 from trainer.loop import train
 from trainer.manifest import MANIFEST, write_manifest
 from trainer.metrics import METRICS, read_metrics
@@ -62,6 +64,28 @@ def test_a_finding_of_other_types_is_left_out_of_a_run_that_goes_on(damage: dict
 @pytest.mark.parametrize("content", [{"findings": None}, {"findings": 3}, {"findings": {"a": 1}}, {"findings": [None]}, {}])
 def test_findings_that_are_none_are_none(content: dict) -> None:
     assert gone_by(content) == []
+
+
+def test_what_is_fatal_takes_the_place_of_a_warning_alone() -> None:
+    warned = finding("eraser-diverged", "training", severity="warning", block=1)
+    fatal, again = finding("eraser-diverged", "student", block=1), finding("eraser-diverged", "backward", block=1)
+    assert Bill(findings=(warned,)).with_findings([fatal, again, warned]).findings == (fatal,)
+
+
+def test_a_bill_that_is_piped_or_narrow_is_whole() -> None:
+    embedding = finding("non-finite-embedding", "embeddings", prompt="x")
+    out = io.StringIO()
+    print_bill(Bill(findings=(embedding,)), out)
+    assert embedding.fix in out.getvalue()
+
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    out = Terminal()
+    print_bill(Bill(findings=(embedding,)), out)
+    cells = "".join(line.split("│")[3].strip() for line in out.getvalue().splitlines() if line.count("│") == 4)
+    assert embedding.fix.replace(" ", "") in cells.replace(" ", "") and "…" not in cells
 
 
 def test_a_bill_is_healthy_with_expected_findings_only() -> None:
@@ -114,6 +138,40 @@ def test_a_failure_that_no_check_explains_is_not_hidden(tiny_config: Make, monke
         diagnose_settings(tiny_config())
 
 
+@pytest.mark.parametrize("where", ["attention", "norms"])
+def test_a_failure_inside_of_attention_is_its_own(tiny_config: Make, where: str) -> None:
+    subject = prepare(tiny_config())
+
+    def fail(*args) -> None:
+        if torch.is_grad_enabled():
+            raise RuntimeError("no kernel for this")
+
+    if where == "attention":
+        subject.assembly.blocks[1].attn1.to_q.register_forward_pre_hook(fail)
+    else:
+        subject.assembly.transformer.requires_grad_(True)
+    with subject.assembly, pytest.raises(RuntimeError, match="no kernel for this" if where == "attention" else "norms of queries and keys are frozen"):
+        Preflight(subject).run()
+
+
+def test_a_video_of_one_token_is_not_taken_for_wiped_attention(tiny_config: Make) -> None:
+    backbone = open_backbone(tiny_config().model)
+    side = backbone.spatial_ratio * backbone.config.patch_size
+    config = tiny_config(model__frames=1, model__height=side, model__width=side)
+    assert torch.Size(backbone.token_grid(backbone.latent_shape(1, side, side))).numel() == 1
+    assert "wiped-attention" not in [f.code for f in diagnose_settings(config).findings]
+
+
+def test_a_fresh_lora_is_not_taken_for_wiped(tiny_config: Make) -> None:
+    subject = prepare(tiny_config())
+    to_q = subject.assembly.blocks[1].attn1.to_q
+    to_q.register_module("lora_B", torch.nn.ModuleDict({"default": torch.nn.Linear(2, 2, bias=False)}).requires_grad_(False))
+    to_q.lora_B["default"].weight.zero_()
+    assert not Fingerprint(subject).findings()
+    subject.assembly.transformer.patch_embed.pos_embedding.zero_()
+    assert [(f.code, f.module) for f in Fingerprint(subject).findings()] == [("wiped-weights", "patch_embed.pos_embedding")]
+
+
 def test_diagnose_looks_at_the_very_step_that_training_takes(tiny_config: Make) -> None:
     config = tiny_config(optim__steps=1)
     subject = prepare(config)
@@ -135,7 +193,7 @@ def test_a_sound_run_and_its_eraser_are_healthy(run_dir: Path) -> None:
 
 
 def test_what_a_run_found_and_measured_is_told_again(run_dir: Path) -> None:
-    (run_dir / FINDINGS).write_text(json.dumps(Bill(findings=(finding("dead-gelu", "student", block=1),)).as_json()))
+    (run_dir / FINDINGS).write_text(json.dumps(Bill(findings=(finding("dead-gelu", "training", severity="warning", block=1),)).as_json()))
     records = read_metrics(run_dir)
     records[1]["blocks"]["gradient"] = [0.5, float("nan")]
     (run_dir / METRICS).write_text("".join(json.dumps(r) + "\n" for r in records))
@@ -146,6 +204,9 @@ def test_what_a_run_found_and_measured_is_told_again(run_dir: Path) -> None:
     records[1]["loss"] = float("inf")
     (run_dir / METRICS).write_text("".join(json.dumps(r) + "\n" for r in records))
     assert diagnose_run(run_dir).findings[1].code == "non-finite-loss"
+    named = Bill(findings=(finding("eraser-diverged", "student", block=1),))  # which is why the loss is not finite
+    (run_dir / FINDINGS).write_text(json.dumps(named.as_json()))
+    assert [f.code for f in diagnose_run(run_dir).findings] == ["eraser-diverged"]
     for damaged in ({"blocks": 3}, records[0] | {"blocks": {"gradient": [None, 1.0]}}):
         (run_dir / METRICS).write_text(json.dumps({"step": 0, "loss": 1.0, **damaged}) + "\n")
         with pytest.raises(CheckpointError, match="metrics.jsonl is not what a run writes"):

@@ -17,7 +17,8 @@ from trainer.checkpoint import latest_checkpoint
 from trainer.config import TrainConfig
 from trainer.diagnose import prepare
 from trainer.findings import Unhealthy
-from trainer.health import BLOCK_NORMS, FINDINGS, MAX_SKIPS, Health, Judge
+from trainer.health import BLOCK_NORMS, FINDINGS, MAX_SKIPS, Health, Judge, non_finite
+from trainer.inspection import Fingerprint
 from trainer.loop import train
 from trainer.losses import Teacher, student_backward
 from trainer.metrics import read_metrics
@@ -260,6 +261,32 @@ def test_a_changed_frozen_weight_is_found_at_the_end(tiny_config: Make) -> None:
     assert (found.code, found.module) == ("frozen-weights-changed", "transformer_blocks.1.attn1.to_q.weight")
 
 
+def test_a_table_of_positions_that_changed_is_found_at_the_end(tiny_config: Make) -> None:
+    subject = prepare(tiny_config())
+    with subject.assembly, Health(subject) as health:
+        health.before_training()
+        frozen, positions = health.frozen(), subject.assembly.transformer.patch_embed.pos_embedding
+        positions.mul_(1.5)
+        with pytest.raises(Unhealthy, match="frozen-weights-changed .weights, patch_embed.pos_embedding"):
+            health.after_training()
+        assert Fingerprint(subject).digest() == frozen  # of what is stored
+
+
+def test_a_warning_does_not_keep_what_is_fatal_from_stopping_the_run(tiny_config: Make) -> None:
+    subject = prepare(tiny_config())
+    with subject.assembly, Health(subject) as health:
+        one_step(subject, health, 0)
+        for step, weight in ((1, 1e4), (2, 3e38)):
+            health.flush()
+            subject.assembly.erasers.adapters[1].up.weight.data.fill_(weight)
+            one_step(subject, health, step)
+            if step == 1:
+                health.flush()
+                assert [(f["code"], f["severity"], f["block"]) for f in health.findings()] == [("eraser-diverged", "warning", 1)]
+        with pytest.raises(Unhealthy, match="^step 3 .no weight was changed.: eraser-diverged"):
+            health.flush()
+
+
 def test_a_loss_that_is_only_rounding_is_nothing_to_learn(tiny_config: Make, tmp_path: Path,
                                                                  monkeypatch: pytest.MonkeyPatch) -> None:
     """The same prompt in another row of a batch comes out different by an ulp or so."""
@@ -298,13 +325,28 @@ def test_a_run_that_stops_keeps_its_last_checkpoint_and_says_why(tiny_config: Ma
 
 
 def test_judge_explains_the_first_update_and_warns_later() -> None:
-    sound = {"step": 0, "loss": 1.0, "lr": 1e-3, "blocks": {"gradient": [1.0, 1.0], "update": [0.1, 0.1], "eraser": [0.0, 0.0]}}
+    sound = {"step": 0, "loss": 1.0, "lr": 1e-3,
+             "blocks": {"gradient": [1.0, 1.0], "update": [0.1, 0.1], "eraser": [0.0, 0.0], "residual": [2.0, 2.0]}}
     judge = Judge()
     assert judge.see(sound) == []  # `up` is zero before the first update
     assert [f.code for f in judge.see(sound)] == ["no-op-adapter"]
     stuck = sound | {"blocks": sound["blocks"] | {"update": [0.0, 0.0]}}
     assert [f.code for f in Judge().see(stuck)] == ["weights-never-move"]
     assert Judge().see(stuck | {"skipped": True}) == []
+    assert [f.code for f in Judge().see(stuck | {"lr": 0.0})] == ["weights-never-move"]  # no schedule comes to zero
+    for eraser, diverged in (([20.0, 19.0], []), ([1.0, 21.0], [("eraser-diverged", "warning", 1, 10.5)])):
+        found = Judge().see(sound | {"blocks": sound["blocks"] | {"eraser": eraser}})
+        assert [(f.code, f.severity, f.block, f.evidence["eraser_over_residual"]) for f in found] == diverged
+
+
+@pytest.mark.parametrize("change, code, block", [
+    ({"prediction_norms": {"teacher": 1.0, "student": math.nan}, "loss": math.nan}, "non-finite-activation", None),
+    ({"loss": math.inf}, "non-finite-loss", None), ({}, "non-finite-gradient", 1)])
+def test_what_a_record_says_by_itself_is_the_first_that_is_not_finite(change: dict, code: str, block: int | None) -> None:
+    record = {"step": 4, "loss": 1.0, "gradient_norm": math.nan, "prediction_norms": {"teacher": 1.0, "student": 1.0},
+              "blocks": {"gradient": [math.nan, math.nan, 1.0]}}
+    found = non_finite(record | change, second_pass="finite")
+    assert (found.code, found.block, found.evidence["step"], found.evidence["second_pass"]) == (code, block, 5, "finite")
 
 
 @pytest.mark.slow

@@ -66,6 +66,17 @@ def test_everything_that_is_asked_for_is_shown():
         assert wanted in text, wanted
 
 
+def test_progress_is_read_without_colour():
+    line = drawn(state([record(i) for i in range(30)])).splitlines()[0]
+    assert 0 < line.count("━") < line.count("╌")
+
+
+def test_where_there_is_little_room_the_newest_value_is_in_the_line():
+    values = [0.0] * 29 + [1.0]
+    lines = drawn(state([record(i, loss=value) for i, value in enumerate(values)]), 26).splitlines()
+    assert "█" in next(line for line in lines if line.startswith("loss"))
+
+
 def test_the_step_time_is_read_without_colour():
     lines = drawn(state([record(i) for i in range(30)])).splitlines()
     line = next(i for i, line in enumerate(lines) if line.startswith("step time"))

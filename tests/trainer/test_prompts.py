@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from trainer.backbones.text_encoder import TextEncoder
 from trainer.config import DataConfig
-from trainer.errors import UsageError
+from trainer.errors import CheckpointError, NonFinite, UsageError
 from trainer.prompts import Embeddings, PromptSet, collect, embed, require_concept, warn_of_contradiction, word
 from trainer.shapes import world
 
@@ -140,6 +141,12 @@ def test_what_is_to_be_erased_is_not_preserved(tmp_path, caplog):
     assert not caplog.records
     warn_of_contradiction(collect(DataConfig(concept="ball", preserve=("football", "a tennis ball")), bundled=False))
     assert [r.getMessage() for r in caplog.records] == ["'a tennis ball' is to be kept, or pushed towards, and holds 'ball', which is to be erased"]
+
+
+def test_a_prompt_that_is_its_own_safe_prompt_is_said(tmp_path, caplog):
+    path = _file(tmp_path, "p.csv", "prompt,safe\na ball,a box\na red ball, a red ball\n")
+    warn_of_contradiction(collect(DataConfig(concept="giraffe", prompts=path), bundled=False))
+    assert [r.getMessage() for r in caplog.records] == ["1 of 2 prompts are their own safe prompt, and teach nothing, as 'a red ball'"]
 
 
 @pytest.mark.parametrize("concept", ["crimson", "giraffe", "supercalifragilisticexpialidocious", "circle red"])
@@ -306,6 +313,24 @@ def test_cache_that_cannot_be_written_is_a_warning(tmp_path, caplog):
     found = _embed(_Counting(), ["a", "bb"], tmp_path / "file" / "cache")
     assert found(["bb"]).sum() == 30
     assert len(caplog.records) == 1 and "XDG_CACHE_HOME" in caplog.text
+
+
+@pytest.mark.parametrize("fill, error, why", [
+    (float("nan"), NonFinite, "the text encoder gives NaN or infinity for 2 of 2 prompts, as 'a'.*copy the model again"),
+    (0.0, CheckpointError, "the text encoder gives the same for every prompt: its weights were wiped")])
+def test_a_damaged_text_encoder_is_named_and_nothing_of_it_is_cached(sincos, tmp_path, monkeypatch, fill, error, why):
+    load = TextEncoder.load
+
+    def damaged(encoder, **how):
+        model = load(encoder, **how)
+        for parameter in model.parameters():
+            parameter.data.fill_(fill)
+        return model
+
+    monkeypatch.setattr(TextEncoder, "load", damaged)
+    with pytest.raises(error, match=why):
+        embed(sincos.text_encoder, ["a", "b"], dtype=torch.float32, device="cpu", cache=tmp_path)
+    assert not os.listdir(tmp_path)
 
 
 def test_real_embeddings_from_the_cache_equal_fresh_ones_bitwise(sincos, tmp_path):

@@ -26,6 +26,7 @@ from trainer.findings import Bill, finding
 from trainer.metrics import read_metrics
 from trainer.report import write_report
 from trainer.run_directory import require_place, write_config
+from trainer.run_files import RunFiles
 
 GIB = 2**30
 
@@ -203,6 +204,10 @@ def test_a_run_that_became_non_finite(run):
                                      blocks={"gradient": [math.nan, 1e-3, 0.0]})) + "\n")
     _, text = read(write_report(run))
     assert "step 61: not finite" in text and "Cannot be shown" not in text
+    assert RunFiles.read(run).num_steps() == 60  # the last was not applied
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps(record(61, gradient_norm=math.inf, skipped=True)) + "\n")
+    assert RunFiles.read(run).num_steps() == 62
 
 
 @pytest.mark.parametrize("losses, shown", [([1e308, -1e308], True), ([10**400], False)])
@@ -257,6 +262,12 @@ def test_a_name_that_is_no_text_is_shown_as_far_as_it_is(run, tmp_path):
     assert "caf?" in write_report(odd).read_text(encoding="utf-8")
     with pytest.raises(UsageError, match="--out .*caf.*: the name is not UTF-8; choose another directory"):
         require_place(odd / "run")
+
+
+def test_a_run_that_the_preflight_stopped_is_one(tmp_path):
+    bill = Bill(findings=(finding("wiped-weights", "weights", module="proj_out.weight"),))
+    (tmp_path / "findings.json").write_text(json.dumps(bill.as_json()))
+    assert "proj_out.weight" in write_report(tmp_path).read_text()
 
 
 def test_no_run_and_no_place(run, tmp_path):
