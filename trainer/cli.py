@@ -83,11 +83,14 @@ def _train(argv: Sequence[str]) -> None:
     from trainer.distributed import joined, num_ranks, rows_of
     from trainer.loop import train
     from trainer.memory_file import Forecast
+    from trainer.metrics import require_tensorboard
     from trainer.recovery import train_in_memory
     from trainer.run_directory import read_config, restarted_run
 
     with joined(config.model.device) as rank:
         trainable_prompts(config)  # before the planner's seconds
+        if config.output.tensorboard:
+            require_tensorboard()
         rows_of(config.data.batch_size)
         if config.memory.num_shards not in (1, num_ranks()):
             raise UsageError(f"--num-shards {config.memory.num_shards}: all processes of a run share its blocks, here {num_ranks()}; start "

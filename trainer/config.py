@@ -14,7 +14,6 @@ import tyro
 
 from memory.plan import MemoryPlan
 from trainer.errors import UsageError
-from trainer.metrics import require_tensorboard
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,8 +163,6 @@ class OutputConfig:
         _at_least("sample-every", self.sample_every, 0)
         _at_least("sample-steps", self.sample_steps, 1)
         _at_least("guidance-scale", self.guidance_scale, 0)
-        if self.tensorboard:
-            require_tensorboard()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -104,12 +104,11 @@ def scalars(record: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
 def require_tensorboard() -> None:
     """UsageError unless the package that writes TensorBoard's event files is installed."""
     if importlib.util.find_spec("tensorboard") is None:
-        raise UsageError("--tensorboard: the package tensorboard is not installed; pip install tensorboard, or leave "
-                         f"the flag out: {METRICS} and `run.py report` need nothing else")
+        raise UsageError("--tensorboard: the package tensorboard is not installed; pip install tensorboard, or say "
+                         f"--no-tensorboard: {METRICS} and `run.py report` need nothing else")
 
 
 def _open_events(run_dir: Path, first_step: int) -> Any:
-    require_tensorboard()
     from torch.utils.tensorboard import SummaryWriter
 
     return SummaryWriter(str(run_dir / EVENTS), purge_step=first_step)

@@ -6,10 +6,11 @@ import types
 
 import pytest
 
-from trainer import metrics
-from trainer.config import OutputConfig
+from trainer import cli
+from trainer.config import TrainConfig, replaced
 from trainer.errors import InputOutputError, UsageError
 from trainer.metrics import METRICS, MetricsLog, read_metrics, scalars
+from trainer.run_directory import read_config, write_config
 
 
 def test_floats_come_back_exactly(tmp_path):
@@ -108,10 +109,14 @@ def test_scalars_by_tag():
                                "gradient_norm_by_block/01": 2.0}
 
 
-def test_without_the_package_tensorboard_the_flag_says_what_to_install(monkeypatch):
-    monkeypatch.setattr(metrics.importlib.util, "find_spec", lambda name: None)
+def test_without_the_package_tensorboard_the_flag_says_what_to_install(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    with pytest.raises(UsageError, match="pip install tensorboard, or say --no-tensorboard"):
+        cli.main(["--tensorboard", "--device", "cpu", "--out", str(tmp_path / "new")])
+    write_config(tmp_path, replaced(TrainConfig(), {"output.tensorboard": True}), {})
+    assert read_config(tmp_path)[0].output.tensorboard  # it can still be generated from, and go on without
     with pytest.raises(UsageError, match="pip install tensorboard"):
-        OutputConfig(tensorboard=True)
+        cli.main(["--resume", str(tmp_path)])
 
 
 def test_tensorboard_gets_every_number(tmp_path, monkeypatch):
@@ -130,7 +135,6 @@ def test_tensorboard_gets_every_number(tmp_path, monkeypatch):
     module = types.ModuleType("torch.utils.tensorboard")
     module.SummaryWriter = SummaryWriter
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
-    monkeypatch.setattr(metrics.importlib.util, "find_spec", lambda name: object())
     log = MetricsLog(tmp_path, first_step=3, tensorboard=True)
     log.write({"step": 3, "loss": 0.5, "phase_seconds": {"teacher": 1.5}})
     log.close()
