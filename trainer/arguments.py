@@ -135,6 +135,10 @@ def resolve(argv: Sequence[str], kind: type = TrainCommand) -> tuple[Any, dict[s
         origins |= dict.fromkeys(file, f"file {toml}")
     command = parse(kind, argv, "plan" if kind is PlanCommand else "", kind(settings=base))
     origins |= {path: "flag" for path in origins if path.split(".")[1] in given(argv)}
+    then, now = base.model.model, command.settings.model.model
+    if resume and then != now and "shapes" in (then, now):
+        raise CheckpointError(f"cannot resume: --model was {then!r} and is {now!r} now, and prompts are made in another way for shapes than for "
+                              "other models, copies of it too; go on with the --model that it began with")
     data, loss = command.settings.data, command.settings.loss
     if data.instead and loss.anchor == "empty" and not resume:
         raise UsageError(f"--instead {data.instead}: --anchor empty uses no safe prompts; leave one of the two out")

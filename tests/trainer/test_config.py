@@ -83,6 +83,13 @@ def test_a_resumed_run_is_planned_anew_where_a_profile_is_given(tmp_path):
     assert fixed(origins) == ["resident_blocks"] and origins["optim.rank"] == "file a.toml"
 
 
+@pytest.mark.parametrize("then, now", [("shapes", "dir/copy"), ("dir/copy", "shapes")])
+def test_prompts_are_made_for_the_model_that_a_run_began_with(tmp_path, then, now):
+    write_config(tmp_path, replaced(TrainConfig(), {"model.model": then}), {})
+    with pytest.raises(CheckpointError, match=f"cannot resume: --model was '{then}' and is '{now}' now.*; go on with the --model that it began with"):
+        resolve(["--resume", str(tmp_path), "--model", now])
+
+
 def test_config_beside_resume_is_not_ignored(toml, tmp_path):
     write_config(tmp_path, TrainConfig(), {})
     with pytest.raises(UsageError, match="--config beside --resume"):
