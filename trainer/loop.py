@@ -77,19 +77,19 @@ def train(config: TrainConfig, origins: Mapping[str, str], *, resume: Path | Non
     rescue = Rescue(run_dir, state, health, meter)
     with ExitStack() as files, StopFlag() as stop, watch(config, stop, meter) as monitor, assembly, health, rescue:
         on_main(files.enter_context, RunLock(run_dir))
+        checkpoint = shared(latest_checkpoint, run_dir) if resume else None
         if resume:
-            checkpoint = shared(latest_checkpoint, run_dir)
             earlier = checkpoint.state if checkpoint else shared(state.earlier, run_dir)
             state.check(earlier)  # before anything is written
         meter.phase("pre-flight")(health.before_training)()  # one step, looked at from all sides and taken back
         state.frozen = health.frozen()
         if resume:
             state.check(earlier)  # the weights, too, are known now
-            if checkpoint:
-                state.restore(checkpoint)
+        if checkpoint:
+            state.restore(checkpoint)
         facts = state.described() | {"base_model": backbone.identity(), "first_step": state.step}
         on_main(write_config, run_dir, config, origins, **facts)
-        saver = Saver(run_dir, last_step=state.step if resume else None)
+        saver = Saver(run_dir, last_step=checkpoint and checkpoint.step)
         log = on_main(MetricsLog, run_dir, first_step=state.step, tensorboard=config.output.tensorboard, events=events)
         files.callback(log.close if log else bool)
         monitor.facts |= shared(keep_forecast, run_dir, config, forecast)

@@ -148,6 +148,16 @@ def test_interrupted_and_resumed_equals_straight_bitwise(straight, tiny_config, 
     _same_run(one, train(config, {}, resume=config.output.out), pooled=config.data.pool > 0)
 
 
+def test_a_run_stopped_before_its_first_step_is_saved_as_it_says(straight, tiny_config, monkeypatch):
+    run_dir = straight(optim__steps=1)
+    shutil.rmtree(run_dir / "ckpt")  # as if it had been killed
+    monkeypatch.setattr(loop, "keep_forecast", lambda *_: os.kill(os.getpid(), signal.SIGTERM) or {})
+    for _ in ("not saved yet", "saved"):
+        with pytest.raises(Interrupted, match="stopped at step 0 and saved"):
+            train(tiny_config(optim__steps=1), {}, resume=run_dir)
+        assert [p.name for p in (run_dir / "ckpt").iterdir()] == ["step-000000"]
+
+
 def test_a_signal_in_the_last_samples_is_told(tiny_config, monkeypatch):
     def run(self, run_dir, step, assembly, embeddings, stop):
         stop.signal_number = signal.SIGINT if step == 6 else None
