@@ -135,14 +135,14 @@ class TrainState:
         ours = as_json(self.config)
         for section, names in _COMPARED.items():
             for name in names or ours[section]:
-                if name == "steps" and self.config.optim.schedule == "constant":
+                if name == "steps" and "constant" in (saved["optim"].get("schedule"), ours["optim"]["schedule"]):  # if not both are, that differs
                     continue
                 then, now = saved[section].get(name), ours[section][name]
                 if files_by_content and name in ("prompts", "preserve_file") and then and now:  # wherever they are now
                     continue
                 if then != now:
                     why = "a resumed run keeps what it trains on"
-                    if name == "steps" and saved[section].get("schedule") == "cosine":
+                    if name == "steps":
                         why = f"its cosine schedule ends at step {then}, and only a run with --schedule constant goes further"
                     raise CheckpointError(f"cannot resume: --{name.replace('_', '-')} was {then!r} and is {now!r} now; {why}")
 

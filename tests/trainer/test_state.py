@@ -225,6 +225,13 @@ def test_more_steps_with_a_cosine_are_another_run(straight, tiny_config):
         train(tiny_config(output__out=run_dir, optim__schedule="cosine", optim__steps=9), {}, resume=run_dir)
 
 
+@pytest.mark.parametrize("then, now", [("constant", "cosine"), ("cosine", "constant")])
+def test_another_schedule_is_named_before_more_steps(straight, tiny_config, then, now):
+    run_dir = straight(optim__schedule=then)
+    with pytest.raises(CheckpointError, match=f"--schedule was '{then}' and is '{now}' now"):
+        train(tiny_config(optim__schedule=now, optim__steps=9), {}, resume=run_dir)
+
+
 def test_resume_with_another_model_is_refused(straight, tiny_config, pipelines):
     run_dir = straight()
     with pytest.raises(CheckpointError, match="--model .its configuration"):
