@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import dropwhile
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from trainer.config_file import read_lines
 from trainer.errors import CheckpointError, NonFinite, UsageError
 
 logger = logging.getLogger(__name__)
+_warn_once = lru_cache(logger.warning)  # prompts are read several times on the way to a run
 
 _TEMPLATES = ("{}", "a video of {}", "a scene with {}", "{} in motion", "a close shot of {}")
 _UNSPACED = re.compile("[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3005-\u30ff\u3400-\u9fff\uac00-\ud7a3\uf900-\ufaff]")
@@ -193,7 +195,7 @@ def _pairs(path: Path) -> list[tuple[str, str]]:
                         (sum(None in record for record in records), "have more values than there are columns, which are left out; "
                                                                     "a prompt with a comma needs quotes around it")):
         if count:
-            logger.warning("--prompts %s: %d of %d rows %s", path, count, len(rows), what)
+            _warn_once("--prompts %s: %d of %d rows %s", path, count, len(rows), what)
     return kept
 
 

@@ -87,9 +87,10 @@ def test_missing_files_name_their_flag(tmp_path):
         collect(DataConfig(preserve_file=tmp_path), bundled=False)
 
 
-def test_rows_and_values_that_are_left_out_are_counted(tmp_path, caplog):
+def test_rows_and_values_that_are_left_out_are_counted_and_said_once(tmp_path, caplog):
     path = _file(tmp_path, "p.csv", "prompt,safe\na red ball, rolling,a ball\n,a box\na red box,a box\n")
-    assert collect(DataConfig(prompts=path), bundled=False).prompts == ("a red ball", "a red box")
+    for _ in ("before anything is loaded", "for the run"):
+        assert collect(DataConfig(prompts=path), bundled=False).prompts == ("a red ball", "a red box")
     assert [r.getMessage().removeprefix(f"--prompts {path}: ") for r in caplog.records if "rows" in r.getMessage()] == [
         "1 of 3 rows have no prompt and are left out",
         "1 of 3 rows have more values than there are columns, which are left out; a prompt with a comma needs quotes around it"]
