@@ -105,7 +105,7 @@ def _train(argv: Sequence[str]) -> None:
                 require_room(config, card, on_cpu)
             assessment = assessment or on_cpu
         measures = not rank and _will_measure(config)
-        if config.optim.warmup > config.optim.steps and origins["optim.warmup"] != "default":
+        if config.optim.warmup > config.optim.steps and origins["optim.warmup"] != "default" and not command.resume:
             logger.warning("--warmup %d: the run ends after %d --steps, at %.2g of --lr", config.optim.warmup, config.optim.steps,
                            config.optim.steps / config.optim.warmup)
         run_dir = train_in_memory(partial(train, forecast=Forecast(card, assessment)), config, origins, card=card,

@@ -87,6 +87,8 @@ def train(config: TrainConfig, origins: Mapping[str, str], *, resume: Path | Non
             state.check(earlier)  # the weights, too, are known now
         if checkpoint:
             state.restore(checkpoint)
+        elif resume:
+            on_main(logger.warning, "%s ended before its first checkpoint: it begins anew, and arrives at the same", run_dir)
         facts = state.described() | {"base_model": backbone.identity(), "first_step": state.step}
         on_main(write_config, run_dir, config, origins, **facts)
         saver = Saver(run_dir, last_step=checkpoint and checkpoint.step)

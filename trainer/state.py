@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import logging
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -27,7 +26,6 @@ from trainer.prompts import PromptSet
 from trainer.run_directory import CONFIG, read_config
 from trainer.run_files import lookup
 
-logger = logging.getLogger(__name__)
 PACKAGES = ("torch", "diffusers", "transformers", "bitsandbytes", "safetensors")
 # A resumed run may differ in memory plan, model location and output, and, with a constant learning rate, be longer.
 _COMPARED = {"data": (), "loss": (), "optim": (), "model": ("frames", "height", "width"), "memory": ("dtype",)}  # (): all
@@ -97,7 +95,6 @@ class TrainState:
         """
         if not (run_dir / CONFIG).exists() or len(read_metrics(run_dir)) > read_config(run_dir)[0].output.save_every:
             raise CheckpointError(f"--resume {run_dir}: there is no checkpoint; start again with another --out")
-        logger.warning("%s ended before its first checkpoint: it begins anew, and arrives at the same", run_dir)
         return read_config(run_dir)[1]
 
     def restore(self, checkpoint: Checkpoint) -> None:

@@ -324,6 +324,9 @@ def test_diagnose_examines_what_the_planner_chose_for_the_card_in_this_machine(m
 def test_a_rate_that_never_arrives_is_said(settings, call, caplog):
     assert call(*settings, "--warmup", "1000")[0] == 0
     assert "--warmup 1000: the run ends after 1 --steps, at 0.001 of --lr" in caplog.text
+    caplog.clear()
+    assert call("--resume", settings[-1], "--warmup", "1001")[0] == 5
+    assert "--warmup" not in caplog.text
 
 
 def test_the_card_is_the_one_that_the_device_names(monkeypatch):

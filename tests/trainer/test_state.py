@@ -148,7 +148,7 @@ def test_interrupted_and_resumed_equals_straight_bitwise(straight, tiny_config, 
     _same_run(one, train(config, {}, resume=config.output.out), pooled=config.data.pool > 0)
 
 
-def test_a_run_stopped_before_its_first_step_is_saved_as_it_says(straight, tiny_config, monkeypatch):
+def test_a_run_stopped_before_its_first_step_is_saved_as_it_says(straight, tiny_config, monkeypatch, caplog):
     run_dir = straight(optim__steps=1)
     shutil.rmtree(run_dir / "ckpt")  # as if it had been killed
     monkeypatch.setattr(loop, "keep_forecast", lambda *_: os.kill(os.getpid(), signal.SIGTERM) or {})
@@ -156,6 +156,7 @@ def test_a_run_stopped_before_its_first_step_is_saved_as_it_says(straight, tiny_
         with pytest.raises(Interrupted, match="stopped at step 0 and saved"):
             train(tiny_config(optim__steps=1), {}, resume=run_dir)
         assert [p.name for p in (run_dir / "ckpt").iterdir()] == ["step-000000"]
+    assert caplog.text.count("it begins anew, and arrives at the same") == 1
 
 
 def test_a_signal_in_the_last_samples_is_told(tiny_config, monkeypatch):
@@ -208,14 +209,14 @@ def test_resumed_under_another_memory_plan_equals_straight_bitwise(straight, tin
                                               ({"loss__eta": 2.0}, "--eta was"),
                                               ({"memory__optimizer": "adamw8bit"}, "--optimizer was 'adamw'")])
 @pytest.mark.parametrize("saved", [True, False], ids=["saved", "not saved yet"])
-def test_resume_with_other_settings_is_refused(straight, tiny_config, overrides, field, saved):
+def test_resume_with_other_settings_is_refused(straight, tiny_config, caplog, overrides, field, saved):
     run_dir = straight(optim__steps=1)
     if not saved:
         shutil.rmtree(run_dir / "ckpt")
     before = {p: p.read_bytes() for p in run_dir.rglob("*") if p.is_file() and p.name != "run.lock"}
     with pytest.raises(CheckpointError, match=f"cannot resume: {field}") as raised:
         train(tiny_config(output__out=run_dir, **overrides), {}, resume=run_dir)
-    assert raised.value.exit_code == 5
+    assert raised.value.exit_code == 5 and "begins anew" not in caplog.text
     assert {p: p.read_bytes() for p in run_dir.rglob("*") if p.is_file() and p.name != "run.lock"} == before
 
 
