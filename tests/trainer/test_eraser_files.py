@@ -213,13 +213,22 @@ def test_of_several_in_a_directory_each_has_its_own_description(saved):
     assert load_eraser(directory / "circle.safetensors").training["data"]["concept"] == "circle"
 
 
+@pytest.mark.parametrize("description, weights", [(DESCRIPTION, WEIGHTS), (RELEASED_CONFIG, RELEASED_WEIGHTS)])
+def test_the_description_in_place_of_the_weights(saved, description, weights):
+    directory, erasers, _ = saved
+    save_released(directory, erasers.state_dict(), RANK)
+    with pytest.raises(CheckpointError, match=f"{description}: is the description; name the weights beside it, .*/{weights}, or the directory"):
+        load_eraser(directory / description)
+
+
 def test_foreign_safetensors(saved):
     directory, _, _ = saved
     save_file({"model.weight": torch.ones(2, 2)}, directory / WEIGHTS)
     with pytest.raises(CheckpointError, match="holds no eraser"):
         load_eraser(directory)
+    shutil.copy(directory / DESCRIPTION, directory / WEIGHTS)
     with pytest.raises(CheckpointError, match="not safetensors"):
-        load_eraser(directory / DESCRIPTION)
+        load_eraser(directory / WEIGHTS)
 
 
 @pytest.mark.parametrize("description", [
