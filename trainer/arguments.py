@@ -35,7 +35,9 @@ def in_flags(error: Exception) -> str:
     return re.sub(r"^\w+|\w+(?= = )|\w+_\w+", lambda word: flags.get(word[0], word[0]), text).replace(" = ", " ")
 
 
-def parse(kind: type, argv: Sequence[str], command: str, default: Any = None) -> Any:
+def parse(kind: type, argv: Sequence[str], command: str, default: Any = None, *, named: str | None = None) -> Any:
+    """The settings that `argv` asks a command for. `named`: the flag whose value may stand alone (`positional`)."""
+    argv = positional(argv, named) if named else argv
     program, complaint = f"run.py {command}".strip(), io.StringIO()
     try:
         with contextlib.redirect_stderr(complaint):
@@ -43,7 +45,10 @@ def parse(kind: type, argv: Sequence[str], command: str, default: Any = None) ->
     except SystemExit as e:
         if not e.code:  # --help
             raise
-        raise UsageError(f"{_unboxed(complaint.getvalue())}; {program} --help says more") from e
+        said = _unboxed(complaint.getvalue())
+        if said == f"{named} is missing":
+            said += f"; {named[2:].upper()} stands first or last, or after {named}"
+        raise UsageError(f"{said}; {program} --help says more") from e
     if unknown and not unknown[0].startswith("-"):
         raise UsageError(_superfluous(unknown[0], argv, parsed, program))
     if unknown:

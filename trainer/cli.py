@@ -173,7 +173,7 @@ def _measured(run_dir: Path) -> bool:
 
 
 def _evaluate(argv: Sequence[str]) -> None:
-    _measure(parse(EvaluateConfig, positional(argv, "--run"), "evaluate"))
+    _measure(parse(EvaluateConfig, argv, "evaluate", named="--run"))
 
 
 def _generate(argv: Sequence[str]) -> None:
@@ -187,14 +187,14 @@ def _generate(argv: Sequence[str]) -> None:
 
 
 def _report(argv: Sequence[str]) -> None:
-    command = parse(ReportCommand, positional(argv, "--run"), "report")
+    command = parse(ReportCommand, argv, "report", named="--run")
     from trainer.report import write_report
 
     print(write_report(command.run, command.out))
 
 
 def _export(argv: Sequence[str]) -> None:
-    command = parse(ExportCommand, positional(argv, "--eraser"), "export")
+    command = parse(ExportCommand, argv, "export", named="--eraser")
     from trainer.eraser_files import load_eraser, save_released
 
     eraser = load_eraser(command.eraser)

@@ -239,6 +239,8 @@ def test_damaged_eraser_files(sincos, call, pipelines, tmp_path, damage, message
     (["plan", "--batch-size", "99999999999999999999"], "--batch-size 99999999999999999999: must fit 32 bits"),
     (["diagnose", "--on-oom", "stop"], "--on-oom: diagnose looks at one step"),
     (["export", "somewhere"], "error: --out is missing; run.py export --help says more"),
+    (["evaluate", "--num-videos", "2", "runs/a", "--concept", "blue"], "error: --run is missing; RUN stands first or last, or after --run; run.py"),
+    (["export", "--out", "x"], "error: --eraser is missing; ERASER stands first or last, or after --eraser; run.py export --help says more"),
     (["report", "a", "b"], "error: 'b' is one word too many (quotes keep words together); run.py report --help says what it takes"),
     (["generate", "--no-eraser", "--prompt", "x", "--seed", "1", "2"], "'2' is one word too many (quotes keep words together)"),
     (["generate", "--no-eraser", "--prompt", "x", "--backbone-copies", "2"], "--backbone-copies 2 and --text-encoder-resident exist for planning"),
