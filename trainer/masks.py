@@ -138,13 +138,14 @@ def prompt_columns(backbone: CogVideoX, prompts: PromptSet, *, localised: bool =
     tokens = tokenizer(list(prompts.prompts), truncation=True, max_length=backbone.text_length, return_offsets_mapping=True)
     concept, found = word(prompts.concept), {}
     for index, (prompt, ids, places) in enumerate(zip(prompts.prompts, tokens.input_ids, tokens.offset_mapping)):
-        spans = [match.span() for match in concept.finditer(prompt)]
-        columns = [i for i, (start, stop) in enumerate(places) if any(start < end and begin < stop for begin, end in spans)]
-        if spans and not columns:
+        matches = list(concept.finditer(prompt))
+        columns = {i: match[0] for match in matches for i, (start, stop) in enumerate(places) if start < match.end() and match.start() < stop}
+        if matches and not columns:
             raise UsageError(f"--concept {prompts.concept}: {prompts.concept!r} comes after the first {backbone.text_length} tokens, which are all "
                              f"that the model reads, of {prompts.named(index)}; shorten it")
-        if localised and tokenizer.unk_token_id in (ids[i] for i in columns):
-            raise UsageError(f"the concept {prompts.concept!r} has characters that the model's tokenizer does not know, in {prompts.named(index)}; "
+        unknown = [words for i, words in columns.items() if ids[i] == tokenizer.unk_token_id]
+        if localised and unknown:
+            raise UsageError(f"the concept {unknown[0]!r} has characters that the model's tokenizer does not know, in {prompts.named(index)}; "
                              f"use other words, or copy {backbone.directory / 'tokenizer'} again if these are common ones")
-        found[prompt] = torch.tensor(columns, dtype=torch.int64)
+        found[prompt] = torch.tensor(list(columns), dtype=torch.int64)
     return found

@@ -239,9 +239,10 @@ def test_columns_are_those_of_words_in_the_plural_too_and_beside_any_sign(sincos
     assert spelled.replace(" ", "").startswith(words.replace(" ", "")) and "wood" not in spelled and "circle" not in spelled
 
 
-def test_words_that_the_tokenizer_does_not_know(sincos):
-    with pytest.raises(UsageError, match="the concept '红色' has characters that the model's tokenizer does not know, in the prompt 'a 红色 circle'"):
-        prompt_columns(sincos, _prompts("红色", "a 红色 circle"))
+@pytest.mark.parametrize("concept, words, prompt", [("红色", "红色", "a 红色 circle"), ("red", "RED", "red A RED square")])
+def test_words_that_the_tokenizer_does_not_know(sincos, concept, words, prompt):
+    with pytest.raises(UsageError, match=f"the concept '{words}' has characters that the model's tokenizer does not know, in the prompt '{prompt}'"):
+        prompt_columns(sincos, _prompts(concept, prompt))
 
 
 @pytest.mark.parametrize("localised", [True, False])
