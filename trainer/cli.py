@@ -4,7 +4,7 @@ import gc
 import json
 import logging
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -121,7 +121,7 @@ def _train(argv: Sequence[str]) -> None:
     print(f"eraser: {run_dir / 'eraser.safetensors'}")
     print(f"run: {run_dir}", flush=True)  # whatever becomes of the measurement
     if measures and not (untouched and _measured(run_dir)):
-        _measure(EvaluateConfig(run=run_dir, model=config.model, memory=replace(config.memory, num_shards=1)))
+        _measure(EvaluateConfig(run=run_dir, model=config.model))
 
 
 def _plan(argv: Sequence[str]) -> None:
@@ -154,10 +154,11 @@ def _forecast(command: PlanCommand, origins: dict[str, str]) -> None:
         raise DoesNotFit(planning.verdict(found))
 
 
-def _measure(config: EvaluateConfig) -> None:
+def _measure(config: EvaluateConfig, by_flag: Collection[str] = ()) -> None:
     from trainer.evaluate import EVALUATION, PICTURES, evaluate, print_table
+    from trainer.generate import as_trained
 
-    print_table(evaluate(config))
+    print_table(evaluate(as_trained(config, by_flag)))
     directory = config.run if config.run.is_dir() else config.run.parent
     print(f"evaluation: {directory / EVALUATION}\npictures: {directory / PICTURES}")
 
@@ -173,7 +174,7 @@ def _measured(run_dir: Path) -> bool:
 
 
 def _evaluate(argv: Sequence[str]) -> None:
-    _measure(parse(EvaluateConfig, argv, "evaluate", named="--run"))
+    _measure(parse(EvaluateConfig, argv, "evaluate", named="--run"), given(argv))
 
 
 def _generate(argv: Sequence[str]) -> None:

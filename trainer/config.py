@@ -228,7 +228,8 @@ class EvaluateConfig:
     """Measure an erasure on the bundled model: is the concept gone, and is the rest still there?"""
 
     run: Path
-    """A run directory or an eraser file; `evaluate RUN` says the same."""
+    """A run directory or an eraser file; `evaluate RUN` says the same.
+    A run is measured by the memory plan that it was trained by, unless flags say otherwise."""
     concept: str | None = None
     """What was erased; a run knows, an export does not."""
     num_videos: int = 64

@@ -142,7 +142,8 @@ def measure(assembly: Assembly, backbone: CogVideoX, embeddings: Embeddings, con
                                        guidance=config.memory.guidance)
         videos[when] = torch.cat([decode(part) for part in latents.split(16)])
     found = {when: [world.detect(v) for v in clip] for when, clip in videos.items()}
-    result = {"concept": concept, **_table(concept, chosen, found, videos), "num_videos": config.num_videos,
+    result = {"concept": concept, **_table(concept, chosen, found, videos), "num_videos": config.num_videos, "num_steps": config.num_steps,
+              "guidance_scale": config.guidance_scale, "dtype": str(assembly.dtype).removeprefix("torch."),
               "seeds": [config.seed, config.seed + len(chosen) - 1]}
     shown = [next(i for i, c in enumerate(chosen) if c.group == group) for group in ("target", "synonyms", "preserved")]
     shown.append(len(chosen) - 1)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from trainer.assemble import assemble, embed_prompts, named_scheduler, open_backbone, require_real, video_size
 from trainer.backbones import Predict
-from trainer.config import GenerateConfig, TrainConfig, leaves, replaced
+from trainer.config import EvaluateConfig, GenerateConfig, TrainConfig, leaves, replaced
 from trainer.config_file import from_json
 from trainer.diffusion import sample
 from trainer.eraser_files import load_eraser, refuse_forgetting
@@ -49,22 +49,26 @@ def generate_latents(predict: Predict, scheduler: Any, embeddings: Embeddings, p
     return latents
 
 
-def as_trained(config: GenerateConfig, given: Collection[str]) -> GenerateConfig:
-    """With the model, the size and the memory plan of the run that `config.eraser` comes from, which fit there; what was `given` by flag
-    stays. An eraser that does not say, or a run of another version, has none."""
-    if config.eraser is None:
+def as_trained(config: GenerateConfig | EvaluateConfig, given: Collection[str]) -> GenerateConfig | EvaluateConfig:
+    """With the memory plan of the run that the eraser comes from and, to generate, its model and size, which fit there; what was `given` by
+    flag stays. An eraser that does not say, or a run of another version, has none."""
+    if isinstance(config, EvaluateConfig):  # of whose videos the size is the bundled model's
+        path, sections = config.run, ("memory.",)
+    else:
+        path, sections = config.eraser, ("model.", "memory.")
+    if path is None:
         return config
-    if (config.eraser / CONFIG).is_file():
-        refuse_forgetting(config.eraser)
-        run = read_config(config.eraser)[0]
+    if (path / CONFIG).is_file():
+        refuse_forgetting(path)
+        run = read_config(path)[0]
     else:
         try:
-            run = from_json(load_eraser(config.eraser).training)
+            run = from_json(load_eraser(path).training)
         except (CheckpointError, UsageError, TypeError, AttributeError, ValueError):
             return config
     own = {"device", "guidance", "num_shards", *given} | ({"weights", "force_dtype"} if "model" in given else set())
     return replaced(config, {path: value for path, value in leaves(run).items()
-                             if path.startswith(("model.", "memory.")) and path.split(".")[1] not in own})
+                             if path.startswith(sections) and path.split(".")[1] not in own})
 
 
 def generate(config: GenerateConfig) -> list[Path]:

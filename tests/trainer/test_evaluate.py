@@ -11,16 +11,18 @@ import torch
 from safetensors.torch import load_file, save_file
 from test_erasers import shake
 
+from memory.plan import MemoryPlan
 from trainer import cli
 from trainer import evaluate as module
 from trainer.backbones.cogvideox import CogVideoX
 from trainer.backbones.location import BUNDLED
-from trainer.config import EvaluateConfig, ModelConfig
+from trainer.config import EvaluateConfig, ModelConfig, TrainConfig
 from trainer.eraser_files import save_eraser, save_released
 from trainer.erasers import Erasers
 from trainer.errors import CheckpointError, InputOutputError, UsageError
 from trainer.evaluate import cases, evaluate, print_table, require_measurable, wilson
 from trainer.lock import RunLock
+from trainer.run_directory import write_config
 from trainer.shapes import world
 
 
@@ -189,6 +191,14 @@ def test_evaluation_is_written_with_the_agreed_fields(eraser, capsys):
                         if line.strip(" │").startswith(("motion", "distance")))
     assert motion == [f"{result['motion'][when]:.1f}" for when in ("before", "after")]
     assert distance[-1] == f"{result['distance']['preserved_rms']:.3f}"
+
+
+@pytest.mark.parametrize("flags, dtype", [([], "bfloat16"), (["--dtype", "float32"], "float32")])
+def test_a_run_is_measured_by_its_own_plan_unless_flags_say_otherwise(eraser, flags, dtype):
+    write_config(eraser, TrainConfig(model=ModelConfig(frames=17), memory=MemoryPlan(dtype="bfloat16")), {})
+    cli.main(["evaluate", str(eraser), "--num-videos", "1", "--num-steps", "2", "--device", "cpu", *flags])
+    result = json.loads((eraser / "evaluation.json").read_text())
+    assert (result["dtype"], result["num_steps"], result["guidance_scale"]) == (dtype, 2, 1.0)
 
 
 def test_the_sheet_shows_each_group_before_and_after(eraser, monkeypatch):
