@@ -147,6 +147,8 @@ def resolve(argv: Sequence[str], kind: type = TrainCommand) -> tuple[Any, dict[s
     data, loss = command.settings.data, command.settings.loss
     if data.instead and loss.anchor == "empty" and not resume:
         raise UsageError(f"--instead {data.instead}: --anchor empty uses no safe prompts; leave one of the two out")
+    if data.latents == "noise" and data.trajectory_guidance != 1 and not resume:
+        raise UsageError(f"--trajectory-guidance {data.trajectory_guidance}: --latents noise follows no trajectory; leave one of the two out")
     return command, origins
 
 

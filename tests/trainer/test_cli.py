@@ -165,6 +165,7 @@ WRONG = {
     "value of a flag without one": (["--evaluate", "false"], 2, "--evaluate false: it takes no value; say --evaluate or --no-evaluate"),
     "the same after =": (["--no-evaluate=true"], 2, "--evaluate or --no-evaluate"),
     "safe prompts that are not used": (["--instead", "blue", "--anchor", "empty"], 2, "--instead blue: --anchor empty uses no safe prompts"),
+    "guidance of no trajectory": (["--latents", "noise", "--trajectory-guidance", "6"], 2, "--trajectory-guidance 6.0: --latents noise follows no"),
     "processes that are not there": (["--num-shards", "2"], 2, "here 1; start with torchrun --nproc-per-node=2"),
     "mask of everything": (["--mask-threshold", "0"], 2, "--mask-threshold 0.0: above 0 and at most 1; --alpha 0"),
     "rank 0": (["--rank", "0"], 2, "--rank 0: must be 1 or more"),
