@@ -227,6 +227,8 @@ def _diagnose(argv: Sequence[str]) -> None:
     else:
         if "on_oom" in given(argv):
             raise UsageError("--on-oom: diagnose looks at one step and goes on from none; leave it out")
+        if "resume" in given(argv):
+            raise UsageError("--resume: diagnose goes on with no run; `diagnose RUN` looks at one")
         run, origins = resolve(argv)
         config, _ = _planned(run, origins, _card_here(run), argv)
     from trainer.diagnose import diagnose_path, diagnose_settings

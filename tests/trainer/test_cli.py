@@ -239,6 +239,7 @@ def test_damaged_eraser_files(sincos, call, pipelines, tmp_path, damage, message
     (["plan", "--profile", "24gb", "--cards", "2", "--num-shards", "3"], "--num-shards 3: blocks are divided among the cards of a run, here 2"),
     (["plan", "--batch-size", "99999999999999999999"], "--batch-size 99999999999999999999: must fit 32 bits"),
     (["diagnose", "--on-oom", "stop"], "--on-oom: diagnose looks at one step"),
+    (["diagnose", "--resume", "runs/a"], "--resume: diagnose goes on with no run; `diagnose RUN` looks at one"),
     (["export", "somewhere"], "error: --out is missing; run.py export --help says more"),
     (["evaluate", "--num-videos", "2", "runs/a", "--concept", "blue"], "error: --run is missing; RUN stands first or last, or after --run; run.py"),
     (["export", "--out", "x"], "error: --eraser is missing; ERASER stands first or last, or after --eraser; run.py export --help says more"),
