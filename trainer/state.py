@@ -43,6 +43,8 @@ class TrainState:
     optimizer: Optimizer
     scaler: torch.amp.GradScaler
     latents: list[Latents]
+    native_dtype: torch.dtype
+    """What `--dtype native` stands for."""
     step: int = 0
     frozen: str | None = None
     """Identifies the frozen weights, once they have been looked at."""
@@ -135,6 +137,8 @@ class TrainState:
                 if name == "steps" and "constant" in (saved["optim"].get("schedule"), ours["optim"]["schedule"]):  # if not both are, that differs
                     continue
                 then, now = saved[section].get(name), ours[section][name]
+                if name == "dtype" and {then, now} == {"native", str(self.native_dtype).removeprefix("torch.")}:  # two names of one
+                    continue
                 if files_by_content and name in ("prompts", "preserve_file") and then and now:  # wherever they are now
                     continue
                 if then != now:

@@ -196,7 +196,7 @@ def test_resuming_a_finished_run_adds_nothing(straight, tiny_config):
 
 @pytest.mark.parametrize("plan", [
     {"memory__checkpoint": "none"}, {"memory__resident_blocks": 0, "memory__boundaries": "host"},
-    {"memory__num_keep_attention": 1, "memory__kept": "host"}],
+    {"memory__num_keep_attention": 1, "memory__kept": "host"}, {"memory__dtype": "float32"}],
     ids=lambda p: "-".join(map(str, p.values())))
 def test_resumed_under_another_memory_plan_equals_straight_bitwise(straight, tiny_config, plan):
     first = train(tiny_config(optim__steps=3), {})
