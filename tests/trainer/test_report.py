@@ -267,7 +267,7 @@ def test_a_name_that_is_no_text_is_shown_as_far_as_it_is(run, tmp_path):
 def test_a_run_that_the_preflight_stopped_is_one(tmp_path):
     bill = Bill(findings=(finding("wiped-weights", "weights", module="proj_out.weight"),))
     (tmp_path / "findings.json").write_text(json.dumps(bill.as_json()))
-    assert "proj_out.weight" in write_report(tmp_path).read_text()
+    assert "proj_out.weight" in write_report(tmp_path).read_text() and RunFiles.read(tmp_path).num_steps() == 0
 
 
 def test_no_run_and_no_place(run, tmp_path):
