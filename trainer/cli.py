@@ -158,7 +158,7 @@ def _measure(config: EvaluateConfig, by_flag: Collection[str] = ()) -> None:
     from trainer.evaluate import EVALUATION, PICTURES, evaluate, print_table
     from trainer.generate import as_trained
 
-    print_table(evaluate(as_trained(config, by_flag)))
+    print_table(evaluate(as_trained(config, config.run, by_flag, sections=("memory.",))))  # the videos are of the model's own size
     directory = config.run if config.run.is_dir() else config.run.parent
     print(f"evaluation: {directory / EVALUATION}\npictures: {directory / PICTURES}")
 
@@ -181,7 +181,7 @@ def _generate(argv: Sequence[str]) -> None:
     config = parse(GenerateConfig, argv, "generate")
     from trainer.generate import as_trained, generate
 
-    config = as_trained(config, given(argv))
+    config = as_trained(config, config.eraser, given(argv))
 
     for path in generate(config):
         print(path)

@@ -49,21 +49,18 @@ def generate_latents(predict: Predict, scheduler: Any, embeddings: Embeddings, p
     return latents
 
 
-def as_trained(config: GenerateConfig | EvaluateConfig, given: Collection[str]) -> GenerateConfig | EvaluateConfig:
-    """With the memory plan of the run that the eraser comes from and, to generate, its model and size, which fit there; what was `given` by
-    flag stays. An eraser that does not say, or a run of another version, has none."""
-    if isinstance(config, EvaluateConfig):  # of whose videos the size is the bundled model's
-        path, sections = config.run, ("memory.",)
-    else:
-        path, sections = config.eraser, ("model.", "memory.")
-    if path is None:
+def as_trained(config: GenerateConfig | EvaluateConfig, eraser: Path | None, given: Collection[str], *,
+               sections: tuple[str, ...] = ("model.", "memory.")) -> GenerateConfig | EvaluateConfig:
+    """With the model, the size and the memory plan of the run that `eraser` comes from, which fit there, or those `sections` of them; what
+    was `given` by flag stays. An eraser that does not say, or a run of another version, has none."""
+    if eraser is None:
         return config
-    if (path / CONFIG).is_file():
-        refuse_forgetting(path)
-        run = read_config(path)[0]
+    if (eraser / CONFIG).is_file():
+        refuse_forgetting(eraser)
+        run = read_config(eraser)[0]
     else:
         try:
-            run = from_json(load_eraser(path).training)
+            run = from_json(load_eraser(eraser).training)
         except (CheckpointError, UsageError, TypeError, AttributeError, ValueError):
             return config
     own = {"device", "guidance", "num_shards", *given} | ({"weights", "force_dtype"} if "model" in given else set())

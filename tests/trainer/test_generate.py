@@ -140,24 +140,24 @@ def test_a_run_gives_its_sizes_and_its_plan_where_flags_do_not(sincos, eraser, t
     run = GenerateConfig(prompt=(PROMPT,), eraser=tmp_path)
     model = ModelConfig(model=str(sincos.directory), frames=FRAMES, height=SIDE, device="cuda:1")
     trained = TrainConfig(model=model, memory=MemoryPlan(resident_blocks=0, guidance="batched", feed_forward_chunks=2))
-    assert module.as_trained(run, ()) == run  # an export, which says nothing of a run
+    assert module.as_trained(run, run.eraser, ()) == run  # an export, which says nothing of a run
     write_config(tmp_path, trained, {}, base_model={}, first_step=0)
-    found = module.as_trained(run, {"eraser", "resident_blocks"})
+    found = module.as_trained(run, run.eraser, {"eraser", "resident_blocks"})
     assert found == replace(run, model=replace(model, device="auto"), memory=MemoryPlan(feed_forward_chunks=2))
-    assert module.as_trained(run, {"model", "height"}) == replace(  # which lies elsewhere
+    assert module.as_trained(run, run.eraser, {"model", "height"}) == replace(  # which lies elsewhere
         run, model=ModelConfig(frames=FRAMES), memory=MemoryPlan(resident_blocks=0, feed_forward_chunks=2))
-    assert module.as_trained(replace(run, eraser=eraser), ()) == replace(run, eraser=eraser)
+    assert module.as_trained(replace(run, eraser=eraser), eraser, ()) == replace(run, eraser=eraser)
     description = json.loads((eraser / "eraser.json").read_text())
     (eraser / "eraser.json").write_text(json.dumps(description | {"training": as_json(trained)}))
     for named in (eraser, eraser / "eraser.safetensors"):  # a file says it, too
-        found = module.as_trained(replace(run, eraser=named), {"resident_blocks"})
+        found = module.as_trained(replace(run, eraser=named), named, {"resident_blocks"})
         assert found.model == replace(model, device="auto") and found.memory == MemoryPlan(feed_forward_chunks=2)
 
 
 def test_a_run_of_forget_is_no_eraser(tmp_path):
     (tmp_path / "config.json").write_text('{"config": {}, "command": "forget"}')
     with pytest.raises(CheckpointError, match="is a run of forget: it holds a LoRA, which peft loads, and no eraser"):
-        module.as_trained(GenerateConfig(prompt=(PROMPT,), eraser=tmp_path), ())
+        module.as_trained(GenerateConfig(prompt=(PROMPT,), eraser=tmp_path), tmp_path, ())
 
 
 def test_eraser_of_another_model_is_refused_before_anything_is_written(eraser, pipelines, written, tmp_path):
