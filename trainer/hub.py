@@ -42,11 +42,11 @@ def fetch_weights(hub_id: str, directory: Path, *, named: str, parts: Sequence[s
 
 
 def read_header(hub_id: str, directory: Path, part: str) -> dict[str, tuple[list[int], str]] | None:
-    """Shape and dtype, as safetensors writes it, by tensor of a file with the weights of a part, which stays on the hub; None where
-    there is no plain variant, or the hub does not answer."""
+    """Shape and dtype, as safetensors writes it, by tensor of a file with the weights of a part, as "vae/", which stays on the hub; None
+    where there is no plain variant, or the hub does not answer."""
     from huggingface_hub import parse_safetensors_file_metadata
 
-    for name in _plain_files(directory, f"{part}/")[:len(_PLAIN)]:
+    for name in _plain_files(directory, part)[:len(_PLAIN)]:
         with suppress(Exception):
             tensors = parse_safetensors_file_metadata(hub_id, name, revision=directory.name).tensors
             return {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}

@@ -114,9 +114,9 @@ def reading(place: Path) -> Iterator[None]:
 def stored_dtype(model: str, directory: Path, component: str) -> torch.dtype:
     """The dtype that a component's weights are stored in, a few small ones perhaps excepted: its native one. Of weights that are still on
     the hub, their header says it, where the hub gives that. Raises UsageError, also for other than 16 and 32 bits, and CheckpointError."""
-    header = None
-    if (hub_id := _hub_id(model)) and not has_weights(directory, component):
-        header = read_header(hub_id, directory, component)
+    header, part = None, f"{component}/"
+    if (hub_id := _hub_id(model)) and not has_weights(directory, part):
+        header = read_header(hub_id, directory, part)
         if header is None:
             complete(model, directory)
     if header is None:
