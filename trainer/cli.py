@@ -182,8 +182,7 @@ def _generate(argv: Sequence[str]) -> None:
     from trainer.generate import as_trained, generate
 
     config = as_trained(config, config.eraser, given(argv))
-
-    for path in generate(config):
+    for path in generate(config, None if "resident_blocks" in given(argv) else chosen_card("auto", config.model.device)):
         print(path)
 
 

@@ -205,6 +205,8 @@ class GenerateConfig:
     """Frames a second of the written video."""
     model: ModelConfig = field(default_factory=ModelConfig)
     memory: MemoryPlan = field(default_factory=MemoryPlan)
+    """How the model is made to fit. On a card as many blocks are resident as it holds, unless resident-blocks is given.
+    What only training needs changes nothing here: checkpoint, num-keep-…, boundaries, kept, optimizer."""
 
     def __post_init__(self):
         expand(self, "out", "eraser")
@@ -242,6 +244,8 @@ class EvaluateConfig:
     """First seed; every video has its own, the same before and after."""
     model: ModelConfig = field(default_factory=ModelConfig)
     memory: MemoryPlan = field(default_factory=MemoryPlan)
+    """How the model is made to fit.
+    What only training needs changes nothing here: checkpoint, num-keep-…, boundaries, kept, optimizer."""
 
     def __post_init__(self):
         expand(self, "run")

@@ -11,13 +11,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trainer.assemble import assemble, embed_prompts, named_scheduler, open_backbone, require_real, video_size
+from memory.cards import Card
+from memory.plan import MemoryPlan
+from trainer.assemble import (assemble, embed_prompts, named_scheduler, open_backbone, require_real, resolve_device, resolve_dtype,
+                              video_size)
 from trainer.backbones import Predict
-from trainer.config import EvaluateConfig, GenerateConfig, TrainConfig, leaves, replaced
+from trainer.backbones.cogvideox import CogVideoX
+from trainer.config import EvaluateConfig, GenerateConfig, ModelConfig, OptimConfig, OutputConfig, TrainConfig, leaves, replaced
 from trainer.config_file import from_json
 from trainer.diffusion import sample
 from trainer.eraser_files import load_eraser, refuse_forgetting
 from trainer.errors import CheckpointError, InputOutputError, NonFinite, UsageError
+from trainer.phases import fit_to_generate
 from trainer.planning import require_sense
 from trainer.prompts import Embeddings
 from trainer.run_directory import CONFIG, probe, read_config
@@ -68,8 +73,9 @@ def as_trained(config: GenerateConfig | EvaluateConfig, eraser: Path | None, giv
                              if path.startswith(sections) and path.split(".")[1] not in own})
 
 
-def generate(config: GenerateConfig) -> list[Path]:
-    """Write one video a prompt, and with `compare` a before/after sheet; returns the paths."""
+def generate(config: GenerateConfig, card: Card | None = None) -> list[Path]:
+    """Write one video a prompt, and with `compare` a before/after sheet; returns the paths. With as many resident blocks as `card` holds;
+    None: as configured."""
     require_real(config.memory)
     if config.out.is_dir():
         raise InputOutputError(f"--out {config.out}: is a directory; name a file in it, as {config.out / 'x.mp4'}")
@@ -84,8 +90,20 @@ def generate(config: GenerateConfig) -> list[Path]:
     backbone = open_backbone(model)
     size = video_size(backbone, model)
     backbone.latent_shape(*size)  # before a download
-    embeddings = embed_prompts(backbone, model, config.memory, [*config.prompt, ""])
-    assembly = assemble(backbone, model, config.memory, eraser=eraser and config.eraser)
+    plan = config.memory
+    if card:
+        plan = fit_to_generate(backbone, TrainConfig(model=model, memory=plan, optim=OptimConfig(rank=eraser.rank if eraser else 1),
+                                                     output=OutputConfig(guidance_scale=config.guidance_scale)), card)
+    embeddings = embed_prompts(backbone, model, plan, [*config.prompt, ""])
+    after, before = _latents(config, backbone, model, plan, embeddings)
+    decode = backbone.decoder(size[0], dtype=resolve_dtype(backbone, plan, insist=True), device=resolve_device(model.device))
+    return _write(config, decode(after), None if before is None else decode(before))
+
+
+def _latents(config: GenerateConfig, backbone: CogVideoX, model: ModelConfig, plan: MemoryPlan, embeddings: Embeddings
+             ) -> tuple[Tensor, Tensor | None]:
+    """Latents (B,F,C,H,W) of all prompts with the eraser, if there is one, and with `compare` without."""
+    assembly = assemble(backbone, model, plan, eraser=None if config.no_eraser else config.eraser)
     scheduler = named_scheduler(backbone, config.scheduler)
     seeds = [config.seed + i for i in range(len(config.prompt))]
 
@@ -94,13 +112,10 @@ def generate(config: GenerateConfig) -> list[Path]:
         with switch:
             return generate_latents(assembly.predict, scheduler, embeddings.to(assembly.device), config.prompt, seeds,
                                     assembly.latent_shape, num_steps=config.num_steps, batch_size=1,
-                                    guidance_scale=config.guidance_scale, guidance=config.memory.guidance)
+                                    guidance_scale=config.guidance_scale, guidance=plan.guidance)
 
     with assembly:
-        after = run(True)
-        before = run(False) if config.compare else None
-    decode = backbone.decoder(size[0], dtype=assembly.dtype, device=assembly.device)
-    return _write(config, decode(after), None if before is None else decode(before))
+        return run(True), run(False) if config.compare else None
 
 
 def _write(config: GenerateConfig, after: Tensor, before: Tensor | None) -> list[Path]:

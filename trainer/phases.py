@@ -2,21 +2,26 @@
 tensors. Everything here is predicted.
 """
 
+from dataclasses import replace
 from functools import lru_cache
 
 import torch
 from torch.utils._pytree import tree_leaves
 
-from memory.assess import PhaseNeed
+from memory.assess import Limits, PhaseNeed, Workload, other_phases
+from memory.cards import GIB, Card
 from memory.chunking import chunk_feed_forwards
 from memory.fake import FakeMode
 from memory.offload import offload_blocks
 from memory.plan import MemoryPlan
 from memory.pools import round_request
+from memory.ranking import CHUNKS
 from memory.simulate import recording
+from memory.timeline import pinned_bytes
 from trainer.assemble import resolve_dtype, video_size
 from trainer.backbones.cogvideox import CogVideoX, enable_tiles
 from trainer.config import TrainConfig
+from trainer.errors import DoesNotFit
 from trainer.rehearse import peak_beyond
 
 _PROMPT_BATCH = 16
@@ -28,17 +33,53 @@ def phases_around(backbone: CogVideoX, config: TrainConfig, plan: MemoryPlan) ->
     shape = backbone.latent_shape(frames, height, width)
     dtype = resolve_dtype(backbone, plan, insist=True)
     guided = config.output.guidance_scale != 1.0 and plan.guidance == "batched"
-    adapter_bytes = 4 * backbone.num_blocks * 2 * backbone.width * config.optim.rank
     return (
         PhaseNeed(name="encode prompts", with_backbone=False, **_encoding_bytes(backbone, dtype)),
         PhaseNeed(name="sample", with_backbone=True,
                   device_bytes=_sampling_bytes(backbone, dtype, shape, 1 + guided, plan.feed_forward_chunks)),
         PhaseNeed(name="decode", device_bytes=_decoding_bytes(backbone, dtype, frames, shape), with_backbone=True),
-        PhaseNeed(name="save", device_bytes=0, with_backbone=True, host_bytes=3 * adapter_bytes),  # with both moments
+        PhaseNeed(name="save", device_bytes=0, with_backbone=True, host_bytes=3 * _adapter_bytes(backbone, config.optim.rank)),  # with both moments
         # Every process reads the whole model before it gives away all but its part.
         PhaseNeed(name="read weights", device_bytes=0, with_backbone=False,
                   host_bytes=_transformer_bytes(backbone, dtype) if plan.num_shards > 1 else 0),
     )
+
+
+def fit_to_generate(backbone: CogVideoX, config: TrainConfig, card: Card) -> MemoryPlan:
+    """The configured plan with as many resident blocks as `card` holds while a video is made, and feed-forwards in chunks if no other
+    fits. On the CPU, which has one memory, the plan as it is. Raises DoesNotFit.
+    """
+    plan, num_blocks = config.memory, backbone.num_blocks
+    if card.is_cpu:
+        return plan
+    with FakeMode():
+        transformer = backbone.fake_transformer(dtype=resolve_dtype(backbone, plan, insist=True))
+        backbone.predictor(transformer, backbone.latent_shape(*video_size(backbone, config.model)))  # has positions of that size
+        sizes = [_num_bytes(block) for block in backbone.blocks(transformer)]
+        outside = _num_bytes(transformer) - sum(sizes) + _adapter_bytes(backbone, config.optim.rank)
+    workspace, limits = card.cublas_workspace_bytes, Limits(card)
+    for plan in (plan, replace(plan, feed_forward_chunks=max(plan.feed_forward_chunks, CHUNKS))):
+        # The transformer is gone when videos are decoded.
+        needs = [replace(need, with_backbone=need.name == "sample") for need in phases_around(backbone, config, plan)]
+        for streamed in range(num_blocks + 1):
+            on_card = num_blocks - streamed + min(plan.offload_buffers, streamed)
+            found = other_phases(needs, standing_bytes=outside + on_card * max(sizes) + workspace, workspace_bytes=workspace,
+                                 masters_bytes=streamed * pinned_bytes(max(sizes)))
+            short = limits.shortage(found.reserved_bytes, found.host_bytes + Workload.host_bytes)
+            if not any(short):
+                return replace(plan, resident_blocks=num_blocks - streamed if streamed else None)
+    where = f"on the card in {max(found.by_phase, key=found.by_phase.get)}" if short[0] else "of host memory"
+    raise DoesNotFit(f"{backbone.name} does not fit {card.label}: a video needs {max(short) / GIB:.2f} GiB more {where} (predicted); fewer "
+                     "--frames, a smaller --height and --width need less, and --resident-blocks 0 tries nevertheless")
+
+
+def _num_bytes(model: torch.nn.Module) -> int:
+    return sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
+
+
+def _adapter_bytes(backbone: CogVideoX, rank: int) -> int:
+    """Weights of all erasers in float32, biases excepted."""
+    return 4 * backbone.num_blocks * 2 * backbone.width * rank
 
 
 @lru_cache(maxsize=8)

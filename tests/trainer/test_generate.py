@@ -1,6 +1,7 @@
 """`generate` without an eraser is diffusers' own pipeline; with one, it is not."""
 
 import json
+import weakref
 from dataclasses import replace
 
 import numpy as np
@@ -9,15 +10,20 @@ import torch
 from tiny_pipelines import FRAMES, SIDE
 from test_erasers import shake
 
+from memory.assess import assess
+from memory.cards import GIB, lookup
 from memory.plan import MemoryPlan, apply_plan
 from trainer import generate as module
-from trainer.assemble import named_scheduler
-from trainer.config import GenerateConfig, ModelConfig, TrainConfig
+from trainer.assemble import named_scheduler, open_backbone
+from trainer.cli import main
+from trainer.config import GenerateConfig, ModelConfig, OptimConfig, TrainConfig
 from trainer.config_file import as_json
 from trainer.diffusion import sample
 from trainer.eraser_files import save_eraser
 from trainer.erasers import Erasers
-from trainer.errors import CheckpointError, InputOutputError, NonFinite, UsageError
+from trainer.errors import CheckpointError, DoesNotFit, InputOutputError, NonFinite, UsageError
+from trainer.phases import fit_to_generate
+from trainer.planning import workload
 from trainer.run_directory import write_config
 from trainer.video import contact_sheet
 
@@ -203,3 +209,54 @@ def test_png_is_a_contact_sheet(sincos, tmp_path):
     [path] = module.generate(_config(sincos.directory, tmp_path / "deep" / "x.png"))
     with Image.open(path) as sheet:
         assert sheet.size[0] > 400
+
+
+def _card(gib: float):
+    return replace(lookup("4090"), usable_bytes=int(gib * GIB), context_bytes=0)
+
+
+@pytest.mark.parametrize("resident", [0, 3, None])
+def test_as_many_blocks_are_resident_as_fit(monkeypatch, resident):
+    """On a card that holds what the planner says of sampling with so many, and little more."""
+    monkeypatch.setattr("trainer.phases._decoding_bytes", lambda *_: 0)  # of so small a model the largest phase
+    config = TrainConfig(optim=OptimConfig(rank=1))
+    plan, card = replace(config.memory, resident_blocks=resident), replace(_card(1.0), cublas_workspace_bytes=0)
+    needed = assess(workload(config), plan, card).by_phase["sample"]
+    assert fit_to_generate(open_backbone(config.model), config, replace(card, usable_bytes=int(1.01 * needed * 1.06 / 0.97))) == plan
+
+
+def test_what_cannot_be_made_is_said_before_weights_are_read(sincos, eraser, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "embed_prompts", None)
+    with pytest.raises(DoesNotFit, match=r"does not fit GeForce RTX 4090: a video needs .* more on the card in sample \(predicted\); fewer --frames"):
+        module.generate(_config(sincos.directory, tmp_path / "x.mp4", no_eraser=False, eraser=eraser), _card(0.001))
+
+
+def test_a_card_decides_what_streams_unless_a_flag_does(sincos, eraser, tmp_path, written, monkeypatch):
+    plans = []
+    monkeypatch.setattr("trainer.assemble.apply_plan", lambda transformer, blocks, plan, **more: [
+        plans.append(plan), apply_plan(transformer, blocks, plan, **more)][1])
+    monkeypatch.setattr("trainer.cli.chosen_card", lambda profile, device: _card(1.0 if device == "auto" else 0.0))
+    words = ["generate", "--model", str(sincos.directory), "--eraser", str(eraser), "--prompt", PROMPT, "--out", str(tmp_path / "x.mp4"),
+             "--frames", str(FRAMES), "--height", str(SIDE), "--width", str(SIDE), "--num-steps", "1"]
+    main(words)
+    main([*words, "--resident-blocks", "1", "--device", "cpu"])
+    assert [plan.resident_blocks for plan in plans] == [None, 1]
+
+
+@pytest.mark.parametrize("plan", [MemoryPlan(), MemoryPlan(resident_blocks=1, feed_forward_chunks=2, passes="lockstep")], ids=["resident", "streamed"])
+def test_the_transformer_is_gone_when_videos_are_decoded(sincos, eraser, tmp_path, written, monkeypatch, plan):
+    load, decoder, transformers = type(sincos).load_transformer, type(sincos).load_vae, []
+
+    def load_transformer(self, **how):
+        transformer = load(self, **how)
+        transformers.append(weakref.ref(transformer))
+        return transformer
+
+    def load_vae(self, **how):
+        assert [reference() for reference in transformers] == [None]
+        return decoder(self, **how)
+
+    monkeypatch.setattr(type(sincos), "load_transformer", load_transformer)
+    monkeypatch.setattr(type(sincos), "load_vae", load_vae)
+    module.generate(_config(sincos.directory, tmp_path / "x.mp4", no_eraser=False, eraser=eraser, memory=plan))
+    assert "x.mp4" in written
