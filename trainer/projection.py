@@ -82,7 +82,7 @@ class Run:
         for code, value in (("non-finite-loss", values[0]), ("non-finite-gradient", values[-1])):
             if not math.isfinite(value):
                 Bill(findings=(finding(code, "training", module=self.problem.layer.name, loss=values[0]),)).raise_if_fatal(
-                    f"step {self.step} (no weight was changed)")
+                    f"step {self.step + 1} (no weight was changed)")
         self._keep_if_best(record["loss"])  # the loss of the weights as they are now, before they move on
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
