@@ -79,10 +79,6 @@ def generate(config: GenerateConfig, card: Card | None = None) -> list[Path]:
     require_real(config.memory)
     if config.out.is_dir():
         raise InputOutputError(f"--out {config.out}: is a directory; name a file in it, as {config.out / 'x.mp4'}")
-    try:
-        probe(config.out.parent)  # before minutes of sampling
-    except OSError as e:
-        raise InputOutputError(f"--out {config.out}: cannot be written ({e.strerror}); choose another --out") from e
     eraser = None if config.no_eraser else load_eraser(config.eraser)
     model = eraser.model(config.model) if eraser else config.model
     if model.model != "shapes":
@@ -94,6 +90,10 @@ def generate(config: GenerateConfig, card: Card | None = None) -> list[Path]:
     if card:
         plan = fit_to_generate(backbone, TrainConfig(model=model, memory=plan, optim=OptimConfig(rank=eraser.rank if eraser else 1),
                                                      output=OutputConfig(guidance_scale=config.guidance_scale)), card)
+    try:
+        probe(config.out.parent)  # makes it: after what can be refused, before minutes of sampling
+    except OSError as e:
+        raise InputOutputError(f"--out {config.out}: cannot be written ({e.strerror}); choose another --out") from e
     embeddings = embed_prompts(backbone, model, plan, [*config.prompt, ""])
     after, before = _latents(config, backbone, model, plan, embeddings)
     decode = backbone.decoder(size[0], dtype=resolve_dtype(backbone, plan, insist=True), device=resolve_device(model.device))

@@ -124,6 +124,14 @@ def test_a_place_that_cannot_be_written_is_told_before_anything_is_sampled(sinco
         module.generate(_config(sincos.directory, tmp_path / out))
 
 
+def test_what_is_refused_makes_no_directory(sincos, tmp_path):
+    config = _config(sincos.directory, tmp_path / "new" / "x.mp4")
+    for wrong in (dict(no_eraser=False, eraser=tmp_path / "nothing"), dict(model=replace(config.model, frames=10))):
+        with pytest.raises((CheckpointError, UsageError)):
+            module.generate(replace(config, **wrong))
+    assert not (tmp_path / "new").exists()
+
+
 def test_erasers_are_where_blocks_compute(sincos, eraser, tmp_path, written, monkeypatch):
     """A plan moves what is not streamed to the device: erasers that come after it would stay with the blocks on the host."""
     def applied(transformer, blocks, plan, **more):
