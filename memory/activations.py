@@ -23,6 +23,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from memory.handle import Handle
+from memory.masters import is_dense
 from memory.patching import replace_forward, require_modules
 from memory.saving import packing, values_of
 from memory.streams import Lane, pinning, release_pinned, resolve_device
@@ -68,17 +69,6 @@ class _Arena:
 
     def give_back(self, buffer: _HostBuffer) -> None:
         self._free.setdefault(buffer.flat.numel(), []).append(buffer)
-
-
-def _is_dense(tensor: torch.Tensor) -> bool:
-    """Whether the tensor covers its stretch of storage without gaps or overlaps, in whatever order of dimensions."""
-    expected = 1
-    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
-        if size != 1:
-            if stride != expected:
-                return False
-            expected *= size
-    return True
 
 
 class _Parked:
@@ -173,7 +163,7 @@ class _Group:
 
     def park(self, parking: "ActivationOffload", tensor: torch.Tensor) -> _Parked:
         """`tensor` on its way to the host; the same one if several operators save the same tensor."""
-        source = tensor if _is_dense(tensor) else tensor.contiguous()
+        source = tensor if is_dense(tensor) else tensor.contiguous()
         key = (*_identity(tensor), tensor.stride(), tensor._version)
         known = self._by_tensor.get(key)
         # An entry lives as long as its storage is held on the device, so the identity is not of a later tensor.

@@ -19,17 +19,32 @@ class Entry:
     offset: int
     dtype: torch.dtype
     shape: torch.Size
+    stride: tuple[int, ...] | None
+    """Where dimensions lie in another order than the shape's, as kernels choose by that, too; else None."""
 
     def view(self, flat: torch.Tensor) -> torch.Tensor:
         num_bytes = self.shape.numel() * self.dtype.itemsize
-        return flat[self.offset : self.offset + num_bytes].view(self.dtype).view(self.shape)
+        values = flat[self.offset : self.offset + num_bytes].view(self.dtype)
+        return values.view(self.shape) if self.stride is None else values.as_strided(self.shape, self.stride, values.storage_offset())
+
+
+def is_dense(tensor: torch.Tensor) -> bool:
+    """Whether the tensor covers its stretch of storage without gaps or overlaps, in whatever order of dimensions."""
+    expected = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size != 1:
+            if stride != expected:
+                return False
+            expected *= size
+    return True
 
 
 def _layout(parameters: Sequence[nn.Parameter]) -> tuple[tuple[Entry, ...], int]:
     """The entries of `parameters` in a flat buffer, and the bytes of that buffer."""
     entries, end = [], 0
     for parameter in parameters:
-        entries.append(Entry(end, parameter.dtype, parameter.shape))
+        stride = parameter.stride() if is_dense(parameter) and not parameter.is_contiguous() else None
+        entries.append(Entry(end, parameter.dtype, parameter.shape, stride))
         end += -(-parameter.nbytes // ALIGNMENT) * ALIGNMENT
     return tuple(entries), end
 

@@ -7,8 +7,9 @@ import torch.nn.functional as F
 from tiny_transformer import BOUNDARY_NAMES, assert_equal, make_tiny, plain_run
 from torch import nn
 
-from memory.activations import _Arena, _is_dense, _Parked, offload_activations
+from memory.activations import _Arena, _Parked, offload_activations
 from memory.checkpointing import checkpoint_blocks
+from memory.masters import is_dense
 from memory.streams import Lane
 
 CPU = torch.device("cpu")
@@ -251,7 +252,7 @@ def test_layout_survives_the_trip():
     ],
 )
 def test_dense(tensor, expected):
-    assert _is_dense(tensor) is expected
+    assert is_dense(tensor) is expected
 
 
 def test_arena_slabs_are_powers_of_two_and_shared():

@@ -278,6 +278,24 @@ def test_parameters_that_share_storage_inside_a_block_or_across_blocks():
     assert torch.equal(blocks(torch.ones(2, 8)), expected)
 
 
+@pytest.mark.parametrize("gathered", [True, False])
+def test_weights_keep_the_order_of_their_dimensions(gathered):
+    """Else products of other kernels, which round otherwise."""
+    blocks, seen = make_blocks(3), []
+    weights = [block.linear.weight for block in blocks]
+    weights[1].data = weights[1].data.t().contiguous().t()
+    weights[2].data = torch.randn(8, 16)[:, ::2]  # with gaps, which nobody needs
+    expected = blocks[:2](torch.ones(2, 8))
+    handle = offload_blocks(blocks, device="cpu", gathered=gathered)
+    for block in blocks:
+        block.linear.register_forward_pre_hook(lambda module, _: seen.append(module.weight.stride()))
+    assert torch.equal(blocks[:2](torch.ones(2, 8)), expected)
+    blocks[2](expected)
+    assert seen == [(8, 1), (1, 8), (8, 1)]
+    handle.undo()
+    assert [weight.stride() for weight in weights[:2]] == [(8, 1), (1, 8)]
+
+
 def raises(message, blocks, **settings):
     with pytest.raises((PlanError, ValueError), match=message):
         offload_blocks(blocks, device="cpu", **settings)
