@@ -28,6 +28,8 @@ class PhaseNeed:
     """Whether the transformer's resident blocks and slots are on the device meanwhile."""
     host_bytes: int = 0
     """Peak on the host, without the transformer's masters."""
+    of_streaming: bool = False
+    """Whether it needs that of the host only where blocks stream."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,14 +105,14 @@ class OtherPhases:
 
 
 def other_phases(
-    needs: Sequence[PhaseNeed], *, standing_bytes: int, workspace_bytes: int, masters_bytes: int
+    needs: Sequence[PhaseNeed], *, streams: bool, standing_bytes: int, workspace_bytes: int, masters_bytes: int
 ) -> OtherPhases:
-    """The needs of all phases but the step. `standing_bytes`: what the plan leaves on the device between steps; `workspace_bytes`:
-    both workspaces of matrix products, of which the one of backward is not there before the transformer is."""
+    """The needs of all phases but the step. `streams`: whether blocks do; `standing_bytes`: what the plan leaves on the device between
+    steps; `workspace_bytes`: both workspaces of matrix products, of which the one of backward is not there before the transformer is."""
     by_phase = {
         need.name: need.device_bytes + (standing_bytes if need.with_backbone else workspace_bytes // 2) for need in needs
     }
-    hosts = [need.host_bytes + (masters_bytes if need.with_backbone else 0) for need in needs]
+    hosts = [need.host_bytes + (masters_bytes if need.with_backbone else 0) for need in needs if streams or not need.of_streaming]
     return OtherPhases(
         by_phase=by_phase,
         reserved_bytes=int(max(by_phase.values(), default=0) * _PHASE_FRAGMENTATION),
@@ -126,6 +128,7 @@ def assess_trace(
     prediction = trace.prediction(workspace_bytes=workspace, expandable_segments=environment.expandable_segments())
     others = other_phases(
         workload.phases(plan),
+        streams=plan.resident_blocks is not None,
         standing_bytes=prediction.by_phase["load"],
         workspace_bytes=workspace,
         masters_bytes=prediction.host_bytes,

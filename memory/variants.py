@@ -72,6 +72,7 @@ class Variant:
                 chosen = dataclasses.replace(plan, resident_blocks=num_resident)
                 others = other_phases(
                     needs,
+                    streams=num_resident is not None,
                     standing_bytes=device,
                     workspace_bytes=self.workspace,
                     masters_bytes=host + slabs,

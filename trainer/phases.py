@@ -39,9 +39,10 @@ def phases_around(backbone: CogVideoX, config: TrainConfig, plan: MemoryPlan) ->
                   device_bytes=_sampling_bytes(backbone, dtype, shape, 1 + guided, plan.feed_forward_chunks)),
         PhaseNeed(name="decode", device_bytes=_decoding_bytes(backbone, dtype, frames, shape), with_backbone=True),
         PhaseNeed(name="save", device_bytes=0, with_backbone=True, host_bytes=3 * _adapter_bytes(backbone, config.optim.rank)),  # with both moments
-        # Every process reads the whole model before it gives away all but its part.
-        PhaseNeed(name="read weights", device_bytes=0, with_backbone=False,
-                  host_bytes=_transformer_bytes(backbone, dtype) if plan.num_shards > 1 else 0),
+        # Every process reads the whole model before it gives away all but its part, and where blocks stream, before any of it goes to
+        # the card: what is not converted is mapped then, as the text encoder is.
+        PhaseNeed(name="read weights", device_bytes=0, with_backbone=False, of_streaming=plan.num_shards == 1,
+                  host_bytes=_transformer_bytes(backbone, dtype) if plan.num_shards > 1 or dtype != backbone.native_dtype else 0),
     )
 
 
@@ -63,7 +64,7 @@ def fit_to_generate(backbone: CogVideoX, config: TrainConfig, card: Card) -> Mem
         needs = [replace(need, with_backbone=need.name == "sample") for need in phases_around(backbone, config, plan)]
         for streamed in range(num_blocks + 1):
             on_card = num_blocks - streamed + min(plan.offload_buffers, streamed)
-            found = other_phases(needs, standing_bytes=outside + on_card * max(sizes) + workspace, workspace_bytes=workspace,
+            found = other_phases(needs, streams=streamed > 0, standing_bytes=outside + on_card * max(sizes) + workspace, workspace_bytes=workspace,
                                  masters_bytes=streamed * pinned_bytes(max(sizes)))
             short = limits.shortage(found.reserved_bytes, found.host_bytes + Workload.host_bytes)
             if not any(short):

@@ -267,6 +267,15 @@ def test_what_a_phase_needs_of_the_host_comes_on_top_of_streamed_weights(workloa
     assert masters + 9 * MIB < 2000 * MIB
 
 
+def test_what_streaming_alone_asks_of_the_host_is_no_matter_where_all_is_resident(workload):
+    need = PhaseNeed(name="read weights", device_bytes=0, with_backbone=False, host_bytes=2000 * MIB, of_streaming=True)
+    busy = dataclasses.replace(workload, phases=lambda plan: [need])
+    for num_resident, expected in ((None, 0), (3, 2000 * MIB)):
+        assert assess(busy, MemoryPlan(resident_blocks=num_resident), fixed_card(GIB)).host_bytes == expected
+    assert plan_for(workload, 220).best.plan.resident_blocks is not None
+    assert plan_for(busy, 220).best is None and plan_for(busy, 450).best.plan.resident_blocks is None
+
+
 def test_reserved_bytes_are_those_of_the_allocator_that_was_asked_for(workload, monkeypatch):
     for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
         monkeypatch.delenv(name, raising=False)

@@ -198,6 +198,15 @@ def test_a_text_encoder_in_its_files_dtype_takes_nothing_of_the_host(pipelines):
     assert converted > block_bytes[torch.bfloat16]
 
 
+@pytest.mark.parametrize("dtype, converted", [("native", False), ("float32", False), ("bfloat16", True)])
+def test_a_model_that_streams_is_on_the_host_as_a_whole_when_it_is_read_and_converted(dtype, converted):
+    """However many of its blocks go to the card afterwards; what is not converted is mapped."""
+    needs = planning.workload(TrainConfig()).phases(MemoryPlan(dtype=dtype))
+    need = next(need for need in needs if need.name == "read weights")
+    whole = phases._transformer_bytes(planning._opened(TrainConfig().model), torch.bfloat16)
+    assert need.of_streaming and not need.with_backbone and need.host_bytes == (whole if converted else 0)
+
+
 def test_samples_are_planned_with_the_feed_forwards_in_the_chunks_of_the_plan():
     """A sample is what the teacher does, but for the little that it keeps."""
     data = replace(TrainConfig().data, batch_size=1)
