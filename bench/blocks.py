@@ -63,8 +63,7 @@ def _prepared(kind: str, plan: MemoryPlan, device: str) -> tuple[AppliedPlan, _S
 
     def step() -> None:
         stack().square().mean().backward()
-        for parameter in erasers.parameters():
-            parameter.grad = None
+        erasers.zero_grad()
 
     return applied, stack, step
 

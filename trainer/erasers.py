@@ -238,6 +238,11 @@ class Erasers:
         return [(f"{i}.{layer}.{n}", p) for i, adapter in enumerate(self.adapters)
                 for layer, linear in adapter._modules.items() for n, p in linear._parameters.items()]
 
+    def zero_grad(self) -> None:
+        """Forget all gradients, also of parameters that an optimizer does not have."""
+        for parameter in self.parameters():
+            parameter.grad = None
+
     def state_dict(self) -> dict[str, Tensor]:
         """fp32 copies on the host, named `{block}.down.weight` and so on."""
         return {name: p.detach().to("cpu", torch.float32, copy=True) for name, p in self.named_parameters()}

@@ -150,8 +150,7 @@ class Preflight:
                     return bill
         finally:
             self.erasers.load_state_dict(weights)
-            for parameter in self.erasers.parameters():
-                parameter.grad = None
+            self.erasers.zero_grad()
         return Bill(findings=bill.findings, checked=CHECKED)
 
     def _still(self) -> Iterator[Finding]:
@@ -192,8 +191,7 @@ class Preflight:
 
     def _backward(self, scale: float) -> dict[str, Tensor | None]:
         """Gradients by name, unscaled; None where there are none. A failing step is kept for judgement."""
-        for parameter in self.erasers.parameters():
-            parameter.grad = None
+        self.erasers.zero_grad()
         try:
             terms = student_backward(self.predict, self.erasers, self.sample, self.subject.config.loss, scale=scale)
             self.terms = {name: value.item() for name, value in terms.items()}

@@ -43,7 +43,7 @@ def trace(subject: Subject, index: int, *, scale: float = 1.0, loss: float = 0.0
     if known:
         return known
     erasers, first = subject.assembly.erasers, _First()
-    _clear_gradients(erasers)
+    erasers.zero_grad()
     try:
         with subject.assembly.applied.hooked(), _hooked(subject, first):
             teacher = subject.teacher_copy()
@@ -56,17 +56,12 @@ def trace(subject: Subject, index: int, *, scale: float = 1.0, loss: float = 0.0
             return first.found
         return (_bad_gradient(subject) if math.isfinite(loss) else None) or _bad_term(terms)
     finally:
-        _clear_gradients(erasers)
+        erasers.zero_grad()
 
 
 def scale_collapsed(found: Finding) -> bool:
     """Whether it is an overflow on the way back through a float16 model, as against a NaN of another origin."""
     return found.code == "non-finite-gradient" and found.evidence.get("dtype") == "torch.float16"
-
-
-def _clear_gradients(erasers) -> None:
-    for parameter in erasers.parameters():
-        parameter.grad = None
 
 
 def _check_target(first: _First, target: Tensor | None, name: str) -> None:

@@ -299,8 +299,7 @@ def test_recompute_under_the_same_state_gives_the_plain_gradients_bitwise(model)
     gradients = []
     for prepare in (lambda: None, lambda: _checkpointed(model)):
         prepare()
-        for p in erasers.parameters():
-            p.grad = None
+        erasers.zero_grad()
         model.predict(*model.inputs).square().mean().backward()
         gradients.append([p.grad for p in erasers.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*gradients))
@@ -320,8 +319,7 @@ def test_localised_equals_autograd_on_an_explicit_joint_loss(model, plan):
     expected = [p.grad.clone() for p in erasers.parameters()]
     for handle in handles:
         handle.remove()
-    for p in erasers.parameters():
-        p.grad = None
+    erasers.zero_grad()
 
     if plan:
         apply_plan(model.transformer, model.blocks, MemoryPlan(checkpoint=plan), device="cpu")
@@ -341,13 +339,11 @@ def test_localisation_alone_has_gradients_that_differ_from_none(model):
     mask = torch.zeros(2, model.num_tokens)
     found = {}
     for weight in (0.0, 5.0):
-        for p in erasers.parameters():
-            p.grad = None
+        erasers.zero_grad()
         with erasers.localised(Localisation(mask, weight)):
             model.predict(*model.inputs).square().mean().backward()
         found[weight] = torch.cat([p.grad.flatten() for p in erasers.parameters()])
-    for p in erasers.parameters():
-        p.grad = None
+    erasers.zero_grad()
     model.predict(*model.inputs).square().mean().backward()
     assert torch.equal(found[0.0], torch.cat([p.grad.flatten() for p in erasers.parameters()]))
     assert (found[5.0] - found[0.0]).norm() > 0.1 * found[0.0].norm()

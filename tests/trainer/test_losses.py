@@ -51,20 +51,16 @@ class Setup:
                                trajectory_guidance=trajectory_guidance)
 
     def backward(self, sample, **more):
-        self.erasers_zero()
+        self.erasers.zero_grad()
         terms = student_backward(self.predict, self.erasers, sample, self.loss, **more)
         return terms, self.gradients()
-
-    def erasers_zero(self):
-        for p in self.erasers.parameters():
-            p.grad = None
 
     def gradients(self):
         return {n: p.grad.clone() for n, p in self.erasers.named_parameters()}
 
     def joint(self, sample):
         """The three terms written out, in one graph, differentiated once."""
-        self.erasers_zero()
+        self.erasers.zero_grad()
         outputs = []
         handles = [a.register_forward_hook(lambda m, args, out: outputs.append(out)) for a in self.erasers.adapters]
         unlearn = ((self.predict(sample.latents, sample.timestep, sample.text) - sample.target) ** 2).mean()
@@ -107,7 +103,7 @@ def test_scale_is_a_factor_of_the_gradient_and_not_of_the_terms(setup):
 def test_two_half_passes_accumulate_to_the_mean_of_their_gradients(setup):
     samples = [setup.teacher.sample(step).parked() for step in range(2)]
     separate = [setup.backward(s)[1] for s in samples]
-    setup.erasers_zero()
+    setup.erasers.zero_grad()
     for s in samples:
         student_backward(setup.predict, setup.erasers, s, setup.loss, scale=0.5)
     for name, gradient in setup.gradients().items():
@@ -124,7 +120,7 @@ def test_weights_of_zero_leave_their_terms_out(backbone):
     assert sample.mask is None and sample.preserved_target is None
     terms, found = setup.backward(sample)
     assert set(terms) == {"unlearn", "loss"} and torch.equal(terms["loss"], terms["unlearn"])
-    setup.erasers_zero()
+    setup.erasers.zero_grad()
     F.mse_loss(setup.predict(sample.latents, sample.timestep, sample.text), sample.target).backward()
     assert all(torch.equal(found[n], g) for n, g in setup.gradients().items())
 
@@ -146,7 +142,7 @@ def test_target_is_the_published_formula_with_erasers_off(backbone, anchor, guid
 
 
 def test_teacher_leaves_no_gradients_no_graph_and_the_erasers_on(setup):
-    setup.erasers_zero()
+    setup.erasers.zero_grad()
     sample = setup.teacher.sample(0)
     assert all(p.grad is None for p in setup.erasers.parameters()) and setup.erasers.enabled
     for value in vars(sample).values():
@@ -256,7 +252,7 @@ def test_lockstep_learns_what_the_passes_one_by_one_learn(sincos, options, pool,
     scale = torch.tensor(0.5)
     for step in range(4):
         terms, expected = one_by_one.backward(samples(step), scale=scale)
-        together.erasers_zero()
+        together.erasers.zero_grad()
         found = lockstep_backward(applied[1].lockstep, together.predict, together.erasers, together.teacher, drawn.drawn(step), together.loss,
                                   scale=scale)
         assert found.keys() == terms.keys() and all(torch.equal(found[name], terms[name]) for name in terms), step
