@@ -48,12 +48,6 @@ def require_real(plan: MemoryPlan) -> None:
         raise UsageError("--backbone-copies 2 and --text-encoder-resident exist for planning and benchmarks only")
 
 
-def require_trainable(config: TrainConfig) -> None:
-    """Raises UsageError for what can be planned at most."""
-    require_guidance(config)
-    require_real(config.memory)
-
-
 def collect_prompts(config: TrainConfig) -> PromptSet:
     """What a run is planned for. Raises UsageError."""
     prompts = collect(config.data, bundled=config.model.model == "shapes")
@@ -64,7 +58,8 @@ def collect_prompts(config: TrainConfig) -> PromptSet:
 
 def trainable_prompts(config: TrainConfig) -> PromptSet:
     """What a run trains on. Raises UsageError; also for what can be planned at most, and for a model that is not there."""
-    require_trainable(config)
+    require_guidance(config)
+    require_real(config.memory)
     if config.model.weights == "stored":
         require_there(config.model.model)
     prompts = collect_prompts(config)

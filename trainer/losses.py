@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from memory.guidance import predict_pair
+from memory.guidance import guide, predict_pair
 from memory.lockstep import Pass
 from memory.streams import pinning
 from trainer.backbones import Predict
@@ -166,7 +166,7 @@ class Teacher:
 
     def _advance(self, latents: Latents, step: int, v: Tensor, empty: Tensor | None) -> None:
         if self._guided:
-            v = empty.float() + self.trajectory_guidance * (v - empty.float())
+            v = guide(v, empty.float(), self.trajectory_guidance)
         latents.advance(step, v)
 
 

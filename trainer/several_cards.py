@@ -57,8 +57,4 @@ def assess_sharded(run: Workload, card: Card, base: MemoryPlan, num_cards: int, 
 
 def faster(one: SearchResult, two: SearchResult) -> SearchResult:
     """The result with the faster plan that fits; if none does, that which needs least."""
-    if one.best and two.best:
-        return min(one, two, key=lambda result: result.best.time.seconds)
-    if one.best or two.best:
-        return one if one.best else two
-    return min(one, two, key=lambda result: result.smallest.needed_bytes)
+    return min(one, two, key=lambda result: (0, result.best.time.seconds) if result.best else (1, result.smallest.needed_bytes))
