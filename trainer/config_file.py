@@ -88,14 +88,11 @@ def from_json(values: dict[str, Any]) -> TrainConfig:
 
 def _setting(value: Any, dotted: str) -> Any:
     section, name = dotted.split(".")
-    try:
-        return typed(value, typing.get_type_hints(typing.get_type_hints(TrainConfig)[section])[name])
-    except TypeError as e:
-        raise TypeError(f"{dotted} = {value!r} is not {e}") from e
+    return typed(value, typing.get_type_hints(typing.get_type_hints(TrainConfig)[section])[name], dotted)
 
 
-def typed(value: Any, hint: Any) -> Any:
-    """A value of TOML or JSON in the type that an annotation asks for. Raises TypeError with what that is, in words."""
+def typed(value: Any, hint: Any, name: str) -> Any:
+    """The value of a setting, of TOML or JSON, in the type that an annotation asks for. Raises TypeError with what that is, in words."""
     options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     for option in options:
         origin = typing.get_origin(option)
@@ -109,4 +106,5 @@ def typed(value: Any, hint: Any) -> Any:
         if origin is tuple and isinstance(value, list) and all(type(item) is typing.get_args(option)[0] for item in value):
             return tuple(value)
     option = options[0]  # the other one is None
-    raise TypeError(f"one of {', '.join(map(repr, typing.get_args(option)))}" if typing.get_origin(option) is Literal else _WORDS[option])
+    wanted = f"one of {', '.join(map(repr, typing.get_args(option)))}" if typing.get_origin(option) is Literal else _WORDS[option]
+    raise TypeError(f"{name} = {value!r} is not {wanted}")

@@ -4,7 +4,7 @@ import math
 import typing
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from memory.plan import MemoryPlan, PlanError
 from trainer.config import check_seed, expand
@@ -126,13 +126,6 @@ def read_forget_config(run_dir: Path) -> ForgetConfig:
     try:
         values, hints = content["config"], typing.get_type_hints(ForgetConfig)
         memory = from_json({"memory": values["memory"]}).memory
-        return ForgetConfig(memory=memory, **{name: _setting(values[name], name, hints[name]) for name in hints if name != "memory"})
+        return ForgetConfig(memory=memory, **{name: typed(values[name], hints[name], name) for name in hints if name != "memory"})
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError, PlanError, UsageError) as e:
         raise CheckpointError(f"{run_dir}: not a run of `forget` ({CONFIG}: {e!r})") from e
-
-
-def _setting(value: Any, name: str, hint: Any) -> Any:
-    try:
-        return typed(value, hint)
-    except TypeError as e:
-        raise TypeError(f"{name} is {value!r}, not {e}") from e

@@ -65,7 +65,7 @@ def evaluate_forgetting(run_dir: Path, config: ForgetConfig, case: Case, problem
                 "forget_fall": 1 - problem.distance(change).item() / old if old else 0.0,
                 "preserved_rms": (problem.preserve @ change.t()).square().mean().sqrt().item()}
     result["distance"]["preserved_rms"] = result["distance"][next(iter(problems))]["after"]["preserved_rms"]
-    result |= {"attempts": list(attempts), "accepted": all(a["accepted"] for a in _last(attempts)),
+    result |= {"attempts": list(attempts), "accepted": all({a["layer"]: a["accepted"] for a in attempts}.values()),  # of each layer the last
                "num_images": sum(row["num_images"] for row in (result["target"], *result["preserved"])),
                "seeds": [config.seed, config.seed]}
     if config.encoder == "qwen3-vl" and config.num_answers:
@@ -92,16 +92,16 @@ class _ZeroShot:
         self.case = case
 
     def __call__(self, updates: Mapping[str, Tensor]) -> Assigned:
-        return self._assign(self._classes(updates, "train"), range(len(self.case.pictures)))
+        return self._assign(self._classes(updates), range(len(self.case.pictures)))
 
     def unseen(self, updates: Mapping[str, Tensor]) -> Assigned:
         """The forgotten class alone, named as training never named it: other words, other wordings."""
-        vectors = self._classes(updates, "train")
+        vectors = self._classes(updates)
         vectors[0] = self._class(self.case.forget, updates, ("test", "synonyms"))
         return self._assign(vectors, [i for i, e in enumerate(self.case.pictures) if e.name == self.case.forget])
 
-    def _classes(self, updates: Mapping[str, Tensor], split: str) -> Tensor:
-        return torch.stack([self._class(name, updates, (split,)) for name in (self.case.forget, *self.case.kept)])
+    def _classes(self, updates: Mapping[str, Tensor]) -> Tensor:
+        return torch.stack([self._class(name, updates, ("train",)) for name in (self.case.forget, *self.case.kept)])
 
     def _class(self, name: str, updates: Mapping[str, Tensor], splits: Sequence[str]) -> Tensor:
         """The mean of a class' normalised text embeddings (E,), normalised."""
@@ -161,8 +161,9 @@ def leak(config: ForgetConfig, case: Case, updates: Mapping[str, Tensor], closed
             right = [says(text, e.name) for e, text in zip(asked, said)]
             ours = [r for r, e in zip(right, asked) if e.name == case.forget]
             theirs = [r for r, e in zip(right, asked) if e.name != case.forget]
+            often = Counter(t for t, e in zip(said, asked) if e.name == case.forget).most_common(5)
             table.append({"edited": edit, "deepstack": "cut" if cut else "whole", **_interval("target", ours),
-                          **_interval("preserved", theirs), "said": _counts(t for t, e in zip(said, asked) if e.name == case.forget)})
+                          **_interval("preserved", theirs), "said": dict(often)})
     return table
 
 
@@ -170,11 +171,6 @@ def says(text: str, name: str) -> bool:
     """Whether a text names a class: golf_ball is "golf ball" or "Golf balls", and a football is no ball."""
     text, name = (re.sub(r"[\W_]+", " ", words).strip() for words in (text, name))
     return word(name).search(text) is not None
-
-
-def _counts(texts) -> dict[str, int]:
-    """How often each text came, the five most frequent."""
-    return dict(Counter(texts).most_common(5))
 
 
 def _interval(label: str, hits: Sequence[bool]) -> dict[str, Any]:
@@ -203,11 +199,6 @@ def _rate(before: Assigned, after: Assigned) -> dict[str, Any]:
             hits = sum(name == chosen for name, chosen in pairs)
             row |= {when: hits / len(pairs), f"{when}_interval": wilson(hits, len(pairs))}
     return row
-
-
-def _last(attempts: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """The last attempt of every layer."""
-    return list({a["layer"]: a for a in attempts}.values())
 
 
 def print_forgetting(result: Mapping[str, Any]) -> None:

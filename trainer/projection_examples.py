@@ -56,16 +56,15 @@ def classes(config: ForgetConfig) -> tuple[str, tuple[str, ...]]:
     if config.encoder == "qwen3-vl" and (config.forget_images or config.preserve_images):
         return _folder_classes(config)
     bundled = config.model == "shapes"
+    if not bundled and config.encoder == "qwen3-vl":
+        raise UsageError("--forget-images and --preserve-images are missing; only the bundled encoder has pictures of its own")
     forget = (config.forget or ("red circle" if bundled else "")).strip()
     if not forget:
-        raise UsageError("--forget is missing; name the class to forget" if config.encoder == "clip" else
-                         "--forget-images and --preserve-images are missing; only the bundled encoder has pictures of its own")
+        raise UsageError("--forget is missing; name the class to forget")
     kept = [name.strip() for name in config.preserve]
     if not all(kept):
         raise UsageError("--preserve: an empty class names nothing; leave it out")
     kept += read_lines(config.preserve_file, "--preserve-file", "class") if config.preserve_file else []
-    if not bundled and config.encoder == "qwen3-vl":
-        raise UsageError("--forget-images and --preserve-images are missing; only the bundled encoder has pictures of its own")
     if bundled:
         for flag, name in (("forget", forget), *(("preserve", name) for name in kept)):
             if name not in pictures.CLASSES:
