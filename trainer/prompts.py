@@ -21,6 +21,7 @@ from trainer.backbones.text_encoder import TextEncoder
 from trainer.config import DataConfig, composed
 from trainer.config_file import read_lines
 from trainer.errors import CheckpointError, NonFinite, UsageError
+from trainer.run_files import part_of
 
 logger = logging.getLogger(__name__)
 _warn_once = lru_cache(logger.warning)  # prompts are read several times on the way to a run
@@ -279,9 +280,8 @@ def store(files: Mapping[Path, Mapping[str, Tensor]], what: str) -> None:
     try:
         for file, tensors in files.items():
             file.parent.mkdir(parents=True, exist_ok=True)
-            part = file.with_suffix(f".{os.getpid()}.part")
-            save_file(dict(tensors), part)
-            part.replace(file)
+            with part_of(file, f".{os.getpid()}") as part:
+                save_file(dict(tensors), part)
     except (OSError, SafetensorError) as e:
         logger.warning("%s are not cached: %s; XDG_CACHE_HOME names another place", what, e)
 

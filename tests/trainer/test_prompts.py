@@ -316,6 +316,16 @@ def test_cache_that_cannot_be_written_is_a_warning(tmp_path, caplog):
     assert len(caplog.records) == 1 and "XDG_CACHE_HOME" in caplog.text
 
 
+def test_a_full_disk_leaves_nothing_half_written_in_the_cache(tmp_path, monkeypatch):
+    def full(tensors, file):
+        file.write_bytes(b"\0" * 10)
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("trainer.prompts.save_file", full)
+    _embed(_Counting(), ["a"], tmp_path)
+    assert not os.listdir(tmp_path)
+
+
 @pytest.mark.parametrize("fill, error, why", [
     (float("nan"), NonFinite, "the text encoder gives NaN or infinity for 2 of 2 prompts, as 'a'.*copy the model again"),
     (0.0, CheckpointError, "the text encoder gives the same for every prompt: its weights were wiped")])
