@@ -34,16 +34,20 @@ class Advice:
                     at = arguments.index(flag)
                     del arguments[at : at + (1 if isinstance(value, bool) else 2)]
                 arguments = [argument for argument in arguments if not argument.startswith(f"{flag}=")]
-            if isinstance(value, bool):
-                arguments.append(flag_of(name) if value else f"--no-{flag_of(name)[2:]}")
-            else:
-                arguments += [flag_of(name), str(value)]
+            arguments += words_of(name, value)
         return shlex.join(arguments)
 
 
 def flag_of(name: str) -> str:
     """The option that sets a field of the plan."""
     return f"--{name.replace('_', '-')}"
+
+
+def words_of(name: str, value: object) -> list[str]:
+    """The words that set a field to a value."""
+    if isinstance(value, bool):
+        return [flag_of(name if value else f"no_{name}")]
+    return [flag_of(name), *map(str, value if isinstance(value, tuple) else (value,))]
 
 
 def next_cheaper(

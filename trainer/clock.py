@@ -16,7 +16,7 @@ WAITING = "waiting for transfers"
 
 
 class PhaseClock:
-    """Call `phase(name)` where a phase begins and `end_step()` where the step does; `read()` has the seconds."""
+    """Call `phase(name)` where a phase begins and `end_step()` where the step ends; `read()` has the seconds."""
 
     def __init__(self, device: torch.device, *, on_phase: Callable[[str | None], object] = lambda name: None):
         """`on_phase` is called where a phase begins, with None where a step ends: who measures by phase listens there."""

@@ -8,6 +8,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from memory.advice import words_of
 from memory.assess import MARGIN, Assessment, Workload, assess, compiled_fragmentation
 from memory.cards import GIB, Card, card_names, lookup
 from memory.plan import MemoryPlan
@@ -238,7 +239,7 @@ def command(config: TrainConfig, plan: MemoryPlan, origins: dict[str, str], num_
     given = [path.split(".") for path, origin in origins.items() if origin == "flag" or origin.startswith("file ")]
     for section, name in given:
         if section != "memory":
-            words += _flag(name, getattr(getattr(config, section), name))
+            words += words_of(name, getattr(getattr(config, section), name))
     if config.model.model != "shapes":
         if not {("data", "concept"), ("data", "prompts")} & {*map(tuple, given)}:
             words += ["--concept", "WORD"]
@@ -247,17 +248,8 @@ def command(config: TrainConfig, plan: MemoryPlan, origins: dict[str, str], num_
     default = MemoryPlan()
     for f in fields(MemoryPlan):  # what was given is not to be planned anew, whatever it is
         if getattr(plan, f.name) != getattr(default, f.name) or ["memory", f.name] in given:
-            words += _flag(f.name, getattr(plan, f.name))
+            words += words_of(f.name, getattr(plan, f.name))
     return shlex.join(words)
-
-
-def _flag(name: str, value: Any) -> list[str]:
-    flag = name.replace("_", "-")
-    if isinstance(value, bool):
-        return [f"--{flag}" if value else f"--no-{flag}"]
-    if isinstance(value, tuple):
-        return [f"--{flag}", *map(str, value)]
-    return [f"--{flag}", str(value)]
 
 
 def as_json(found: Forecast, origins: dict[str, str]) -> dict[str, Any]:
