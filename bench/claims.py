@@ -14,11 +14,11 @@ from diffusers import CogVideoXTransformer3DModel
 
 from bench.erasure import summary
 from bench.provenance import RESULTS, of_cards, take_no_arguments, write_result
+from memory.cards import GIB
 from trainer.backbones import published
 from trainer.config import SHAPES
 
 HOLDS, CONTRADICTED, PREDICTED, MEASURED = "holds", "contradicted", "predicted here", "measured here"
-GIB = 2**30
 _DOCUMENTS = "documents' 5b"
 
 
@@ -65,12 +65,8 @@ def _on_card(part: str, *cells: str) -> tuple[str, list[float]]:
     return found["provenance"]["card"], [found["cells"][cell]["allocated_bytes"] / GIB for cell in cells]
 
 
-def _story(name: str) -> dict[str, Any]:
-    return _load("story")["variants"][name]
-
-
 def _fits(name: str, card: str) -> str:
-    s = _story(name)
+    s = _load("story")["variants"][name]
     where = s["cards"][card]
     end = "fits" if where["fits"] else f"breaks in {where['breaks_in'] or 'reserving'}"
     return f"{s['peak_bytes'] / GIB:.1f} GiB, {end}"

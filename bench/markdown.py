@@ -11,9 +11,9 @@ def load(name: str) -> dict[str, Any]:
     return json.loads((RESULTS / f"{name}.json").read_text())
 
 
-def markdown(header: list[str], rows: list[list[str]]) -> str:
-    """A table whose first column is text and whose others are figures."""
-    rule = ["---"] + ["--:"] * (len(header) - 1)
+def markdown(header: list[str], rows: list[list[str]], *, words: bool = False) -> str:
+    """A table whose first column is text and whose others are figures, or `words` like the first."""
+    rule = ["---"] + ["---" if words else "--:"] * (len(header) - 1)
     return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, rule, *rows)) + "\n"
 
 

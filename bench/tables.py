@@ -19,7 +19,8 @@ from bench.card import tables as card
 from bench.emulated import tables as emulated
 from bench.erasure import VARIANTS, summary
 from bench.markdown import folded, load, markdown
-from trainer.findings import CODES, codes_as_markdown
+from memory.cards import GIB
+from trainer.findings import CODES, Code
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = ("README.md", "MEMORY.md")
@@ -134,7 +135,8 @@ def overlap() -> str:
 
 def codes() -> str:
     """Every finding that the watcher and `diagnose` know."""
-    return folded(f"{len(CODES)} codes, with cause and fix", codes_as_markdown())
+    rows = [[f"`{code}`", *known] for code, known in CODES.items()]
+    return folded(f"{len(CODES)} codes, with cause and fix", markdown(["code", *Code._fields], rows, words=True))
 
 
 def faults() -> str:
@@ -152,9 +154,6 @@ def faults() -> str:
     note = (f"\nThe norms that the watcher takes cost {cost['share']:.2%} of a block's forward and backward pass (2b, {cost['num_tokens']:,} "
             f"tokens, `{cost['provenance']['command']}` on {cost['provenance']['card'] or 'the CPU'}).\n")
     return folded(summary, markdown(["put in", "named", "right, with its block"], rows)) + note + _source(result)
-
-
-GIB = 2**30
 
 
 def _predicted(result: dict[str, Any]) -> str:
@@ -286,18 +285,16 @@ def claims() -> str:
     """A verdict for every figure of the documents."""
     result = load("claims")
     rows = [[f"`{name}`", c["document"], c["claim"], c["verdict"], c["figure"]] for name, c in result["claims"].items()]
-    rule = "| id | document | claim | verdict | figure |\n| --- | --- | --- | --- | --- |\n"
-    return rule + "".join("| " + " | ".join(row) + " |\n" for row in rows)
+    return markdown(["id", "document", "claim", "verdict", "figure"], rows, words=True)
 
 
 def reliability() -> str:
     """Every promise, its target and what was measured."""
     result = load("reliability")
     rows = [[r["test"], r["target"], r["figure"] if r["holds"] else f"**does not hold**: {r['figure']}"] for r in result["rows"].values()]
-    rule = "| test | target | measured |\n| --- | --- | --- |\n"
     source = _source(result).replace(result["provenance"]["command"], "python -m bench.reliability")
     summary = f"{len(rows)} promises, of which {sum(r['holds'] for r in result['rows'].values())} hold"
-    return folded(summary, rule + "".join("| " + " | ".join(row) + " |\n" for row in rows)) + source
+    return folded(summary, markdown(["test", "target", "measured"], rows, words=True)) + source
 
 
 TABLES: dict[str, Callable[[], str]] = {

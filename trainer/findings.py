@@ -275,12 +275,6 @@ def evidence_text(evidence: Mapping[str, Any]) -> str:
     return ", ".join(f"{k.replace('_', ' ')} {f'{v:.4g}' if isinstance(v, float) else v}" for k, v in evidence.items())
 
 
-def codes_as_markdown() -> str:
-    """The table of codes for the README."""
-    rows = [f"| `{code}` | {c.severity} | {c.cause} | {c.fix} |" for code, c in CODES.items()]
-    return "\n".join(["| code | severity | cause | fix |", "| --- | --- | --- | --- |", *rows]) + "\n"
-
-
 def _plain(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
