@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from trainer.backbones import published
 from trainer.config import TrainConfig, replaced
 from trainer.diagnose import prepare
 from trainer.findings import Bill, Unhealthy
@@ -19,9 +20,7 @@ from trainer.losses import student_backward
 
 NUM_BLOCKS, TEXT_LENGTH, TEXT_WIDTH = 3, 8, 16
 WORDS = "a the red blue circle square moving left up".split()
-SCHEDULER = dict(num_train_timesteps=1000, beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012,
-                 prediction_type="v_prediction", rescale_betas_zero_snr=True, snr_shift_scale=3.0,
-                 timestep_spacing="trailing", clip_sample=False, set_alpha_to_one=True)
+SCHEDULER = published.SCHEDULERS["cogvideox-2b"][1]
 
 
 def tiny_pipeline(directory: Path, *, rotary: bool = False, dtype: torch.dtype = torch.float32) -> Path:

@@ -26,14 +26,11 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import T5Config, T5EncoderModel, T5TokenizerFast
 
+from trainer.backbones import published
 from trainer.shapes import world
 
 TEXT_LENGTH, TEXT_WIDTH = 16, 64
-SCHEDULER = dict(
-    num_train_timesteps=1000, beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012,
-    prediction_type="v_prediction", rescale_betas_zero_snr=True, timestep_spacing="trailing",
-    snr_shift_scale=1.0, clip_sample=False, set_alpha_to_one=True,
-)
+SCHEDULER = published.SCHEDULERS["cogvideox-5b"][1]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +65,7 @@ def _tokenizer() -> T5TokenizerFast:
     words |= {w for names in world.ATTRIBUTES.values() for synonyms in names.values() for w in synonyms}
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -10.0)]
     pieces += [(f"▁{w}", -1.0) for w in sorted(words)]
-    pieces += [(c, -10.0) for c in "abcdefghijklmnopqrstuvwxyz0123456789.,-'" if f"▁{c}" != "▁"]
+    pieces += [(c, -10.0) for c in "abcdefghijklmnopqrstuvwxyz0123456789.,-'"]
     return T5TokenizerFast(vocab=pieces, extra_ids=0, model_max_length=TEXT_LENGTH)
 
 
