@@ -21,9 +21,8 @@ from trainer.config import TrainConfig
 from trainer.erasers import Erasers, Localisation
 from trainer.latents import make_latents
 from trainer.losses import Teacher
-from trainer.prompts import Embeddings, PromptSet
-
-_PROMPTS = PromptSet("concept", ("concept",), ("safe",), ("preserved",))
+from trainer.prompts import Embeddings
+from trainer.rehearse import PROMPTS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,12 +62,12 @@ class Naive:
         self.models = (student, teacher)
         self.erasers = Erasers(backbone.blocks(student), config.optim.rank)
         self.predict = backbone.predictor(student, shape[1:])
-        names = _PROMPTS.texts
+        names = PROMPTS.texts
         table = torch.randn(len(names), backbone.text_length, backbone.text_width).to(dtype)
         with unset_fake_temporarily():  # a schedule's values are read
             latents, preserved = (make_latents(config, backbone.scheduler(), shape, stream, device) for stream in ("target", "preserved"))
         self.teacher = Teacher(backbone.predictor(teacher, shape[1:]), self.erasers, list(backbone.blocks(teacher)), loss=config.loss,
-                               prompts=_PROMPTS, embeddings=Embeddings(table, names).to(device), columns={"concept": torch.zeros(1, dtype=torch.int64)},
+                               prompts=PROMPTS, embeddings=Embeddings(table, names).to(device), columns={"concept": torch.zeros(1, dtype=torch.int64)},
                                latents=latents, preserved_latents=preserved, seed=0, guidance="batched")
         self.optimizer = torch.optim.AdamW(self.erasers.parameters(), lr=config.optim.lr, foreach=True)
         self.num_steps, self.recomputed = 0, False

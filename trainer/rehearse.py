@@ -28,7 +28,8 @@ from trainer.latents import make_latents
 from trainer.losses import Teacher, lockstep_backward, student_backward
 from trainer.prompts import Embeddings, PromptSet
 
-_PROMPTS = PromptSet("concept", ("concept",), ("safe",), ("preserved",))
+PROMPTS = PromptSet("concept", ("concept",), ("safe",), ("preserved",))
+"""For embeddings that are made up."""
 
 
 def rehearse(backbone: CogVideoX, config: TrainConfig, plan: MemoryPlan, num_blocks: int | None = None,
@@ -58,11 +59,11 @@ def rehearse(backbone: CogVideoX, config: TrainConfig, plan: MemoryPlan, num_blo
         applied = apply_plan(transformer, blocks, applicable, device=device, feed_forwards=[b.ff for b in blocks],
                              boundary_names=BOUNDARY_NAMES)
         predict = backbone.predictor(transformer, shape[1:])
-        table = torch.empty(len(_PROMPTS.texts), backbone.text_length, backbone.text_width, dtype=dtype)
-        embeddings = Embeddings(table, _PROMPTS.texts)
+        table = torch.empty(len(PROMPTS.texts), backbone.text_length, backbone.text_width, dtype=dtype)
+        embeddings = Embeddings(table, PROMPTS.texts)
         columns = {"concept": torch.zeros(1, dtype=torch.int64)} if config.loss.alpha > 0 else None
         # Whichever blocks make the mask: were it only some, blocks would not be alike. A map is (B, N), and its time is small.
-        teacher = Teacher(predict, erasers, list(blocks), loss=config.loss, prompts=_PROMPTS, embeddings=embeddings,
+        teacher = Teacher(predict, erasers, list(blocks), loss=config.loss, prompts=PROMPTS, embeddings=embeddings,
                           columns=columns, latents=latents, preserved_latents=preserved, seed=0,
                           guidance=plan.guidance, trajectory_guidance=config.data.trajectory_guidance)
         optimizer = make_optimizer(erasers.parameters(), kind="adamw", lr=config.optim.lr)

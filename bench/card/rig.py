@@ -30,9 +30,8 @@ from trainer.health import Health
 from trainer.inspection import Subject
 from trainer.latents import make_latents
 from trainer.losses import Samples, Teacher, lockstep_backward, student_backward
-from trainer.prompts import Embeddings, PromptSet
-
-PROMPTS = PromptSet("concept", ("concept",), ("safe",), ("preserved",))
+from trainer.prompts import Embeddings
+from trainer.rehearse import PROMPTS
 
 Apply = Callable[[nn.Module, nn.ModuleList, MemoryPlan, torch.device], AppliedPlan | None]
 _backbones: dict[str, CogVideoX] = {}
@@ -95,7 +94,7 @@ class Rig:
     the host from there. Set it up before capping the device."""
 
     def __init__(self, cell: Cell, gauge: Gauge, *, apply: Apply = _apply_plan, watched: bool = False, bare: bool = False,
-                 around_student: Callable[[], AbstractContextManager] = nullcontext, seed: int = 0):
+                 around_student: Callable[[], AbstractContextManager] = nullcontext):
         """`apply`: in place of the memory plan (peers). `watched`: the health checks of a run around every step; `bare`: not even
         the norms of updates, for which a run holds a copy of the erasers meanwhile.
         `around_student`: a context in which the student's forward pass runs (peers)."""
@@ -106,20 +105,20 @@ class Rig:
         shape = (config.data.batch_size, *backbone.latent_shape(*size))
         transformer = backbone.load_transformer(dtype=dtype, device=device)
         blocks = backbone.blocks(transformer)
-        self.erasers = Erasers(blocks, config.optim.rank, seed=seed)
+        self.erasers = Erasers(blocks, config.optim.rank)
         # The predictor places its position tables where the weights are: before a peer takes those away.
         self.predict, self._around_student = backbone.predictor(transformer, shape[1:]), around_student
         self.applied = apply(transformer, blocks, config.memory, device)
         if self.applied is not None and self.applied.offload is not None:
             _close_ranks(transformer, gauge)
-        names = sorted({*PROMPTS.prompts, *PROMPTS.safe, *PROMPTS.preserved, ""})
+        names = sorted(PROMPTS.texts)
         table = torch.randn(len(names), backbone.text_length, backbone.text_width,
-                            generator=torch.Generator().manual_seed(seed)).to(dtype)
+                            generator=torch.Generator().manual_seed(0)).to(dtype)
         latents = make_latents(config, backbone.scheduler(), shape, "target", device)
         preserved = make_latents(config, backbone.scheduler(), shape, "preserved", device) if config.loss.beta > 0 else None
         teacher = Teacher(self.predict, self.erasers, list(blocks), loss=config.loss, prompts=PROMPTS,
                           embeddings=Embeddings(table, names).to(device), columns={"concept": torch.zeros(1, dtype=torch.int64)},
-                          latents=latents, preserved_latents=preserved, seed=seed, guidance=config.memory.guidance)
+                          latents=latents, preserved_latents=preserved, seed=0, guidance=config.memory.guidance)
         self.samples = Samples(teacher, config.data.pool, device)
         self.optimizer = make_optimizer(self.erasers.parameters(), kind=config.memory.optimizer, lr=config.optim.lr)
         self.scaler, self.clock = make_scaler(dtype, device), PhaseClock(device)
