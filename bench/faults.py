@@ -184,19 +184,19 @@ def nan_in_embedding(subject: Subject, stack: ExitStack) -> None:
     subject.teacher.embeddings.table.fill_(float("nan"))
 
 
-def nan_in_gradient(block: int, *, value: float = float("nan")) -> Inject:
+def nan_in_gradient(block: int) -> Inject:
     def inject(subject, stack):
-        stack.callback(_adapter(subject, block).up.weight.register_hook(lambda gradient: gradient * value).remove)
+        stack.callback(_adapter(subject, block).up.weight.register_hook(lambda gradient: gradient * float("nan")).remove)
 
     return inject
 
 
-def bad_flow(block: int, value: float) -> Inject:
-    """The gradient that flows back out of a block's attention is multiplied."""
+def infinite_flow(block: int) -> Inject:
+    """The gradient that flows back out of a block's attention is infinite."""
     def inject(subject, stack):
         def spoil(module, args, output):
             if output.requires_grad:
-                output.register_hook(lambda gradient: gradient * value)
+                output.register_hook(lambda gradient: gradient * float("inf"))
 
         stack.callback(_attention(subject, block).to_out[0].register_forward_hook(spoil).remove)
 
@@ -347,13 +347,12 @@ FAULTS: tuple[Fault, ...] = (
     *_each("NaN in one weight", "non-finite-weight", nan_in_weight, at=(0, 2)),
     *_each("NaN in one gradient", "non-finite-gradient", nan_in_gradient, at=(0, 2)),
     *_each("NaN in one gradient, fp16 with a scaler", "non-finite-gradient", nan_in_gradient, pipeline="fp16"),
-    *_each("infinite flow back out of attention", "non-finite-gradient", lambda k: bad_flow(k, float("inf")), (1, 2),
-           at=(0, 2)),  # nothing that flows back beyond block 0 reaches an eraser
+    *_each("infinite flow back out of attention", "non-finite-gradient", infinite_flow, (1, 2), at=(0, 2)),  # beyond block 0 there is no eraser
     *_each("NaN in the student alone", "non-finite-activation", nan_in_student, at=(0, 2)),
     *_each("loss swallowed to 0", "swallowed-loss", swallow, at=(0, 2)),
     *_each("dead GELU", "dead-gelu", dead_gelu, at=(0, 2)),
     Fault(name="gradients underflow in fp16", code="gradient-underflow", inject=underflow, pipeline="fp16", settings=DELTA),
-    Fault(name="gradients overflow at any loss scale", code="loss-scale-collapse", inject=bad_flow(1, float("inf")), pipeline="fp16"),
+    Fault(name="gradients overflow at any loss scale", code="loss-scale-collapse", inject=infinite_flow(1), pipeline="fp16"),
     *_each("eraser diverged", "eraser-diverged", run_away, at=(2,)),
     *_each("eraser diverged, all finite", "eraser-diverged", partial(run_away, weight=1e4), at=(2,)),
     Fault(name="optimizer step skipped", code="weights-never-move", inject=no_optimizer_step, at=(0, 2)),

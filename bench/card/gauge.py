@@ -6,6 +6,8 @@ run's figures mean nothing.
 """
 
 import gc
+import statistics
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -168,9 +170,6 @@ class Gauge:
 
     def seconds(self, run: Callable[[], object], *, repeats: int) -> float:
         """Median seconds of `run`, one warm-up excluded."""
-        import statistics
-        import time
-
         run()
         if not self.is_card:
             taken = []
