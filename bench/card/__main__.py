@@ -175,9 +175,8 @@ def main(config: Card) -> int:
             if time.monotonic() > session.deadline or session.gauge.lost:
                 break
             if name not in QUIET and (not i or todo[i - 1] in QUIET):  # all that is to come is predicted ahead, once nothing is disturbed
-                for other in todo[i:]:
-                    if hasattr(PARTS[other], "prepare"):
-                        PARTS[other].prepare(session)
+                for part in (PARTS[other] for other in todo[i:] if hasattr(PARTS[other], "prepare")):
+                    part.prepare(session)
             try:
                 results[name] = run_part(name, session, out)
             except Exception:  # said aloud, and the parts after it are measured

@@ -4,9 +4,12 @@ import io
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from bench.card.gauge import Gauge
 from bench.card.rig import Rig, rigged
 from bench.card.session import Session, failures, goal
 from memory.meter import Meter
@@ -31,6 +34,16 @@ def _read(meter: Meter, readings: Readings, rig: Rig) -> None:
     readings(), meter.highest(), rig.clock.read()
 
 
+def _round(gauge: Gauge, rig: Rig, between: Callable[[], object]) -> float:
+    """Seconds a step, of a few; as in a run: what the host does `between` steps is beside the card's work."""
+    started = time.perf_counter()
+    for _ in range(STEPS_A_ROUND):
+        rig.step()
+        between()
+    gauge.synchronize()
+    return (time.perf_counter() - started) / STEPS_A_ROUND
+
+
 def _compare(session: Session, kind: str, frames: int, num_rounds: int, directory: Path) -> dict[str, Any]:
     """Steps with and without all that watches, a few in turns, so that a drift of the clock rate is in both."""
     gauge, cell, num_drawn = session.gauge, session.cell(kind, frames), 0
@@ -39,20 +52,13 @@ def _compare(session: Session, kind: str, frames: int, num_rounds: int, director
     with rigged(cell, gauge, bare=True) as plain, rigged(cell, gauge, watched=True) as watched:
         taken: dict[str, list[float]] = {"plain": [], "watched": []}
         with watched.health:
-            for i in range(num_rounds + 1):  # the first one warms up
+            for i in range(num_rounds + 1):
                 for name, rig in (("plain", plain), ("watched", watched))[::1 if i % 2 else -1]:
                     monitor = Monitor(100, mode="auto" if rig is watched else "off", stream=_Terminal(),
                                       read_memory=lambda: read_memory(meter) | sensors(gauge.device))
                     watched.health.sinks = (log.write, monitor.step)
                     with monitor:
-                        started = time.perf_counter()
-                        for _ in range(STEPS_A_ROUND):  # as in a run: what the host does between steps is beside the card's work
-                            rig.step()
-                            if rig is watched:
-                                _read(meter, readings, rig)
-                        gauge.synchronize()
-                        if i:
-                            taken[name].append((time.perf_counter() - started) / STEPS_A_ROUND)
+                        taken[name].append(_round(gauge, rig, partial(_read, meter, readings, rig) if rig is watched else lambda: None))
                     num_drawn += len(monitor.stream.getvalue()) > 0
             with gauge.unsynchronised():
                 for _ in range(2):
@@ -61,6 +67,7 @@ def _compare(session: Session, kind: str, frames: int, num_rounds: int, director
             gauge.synchronize()
             watched.health.flush()
     log.close()
+    taken = {name: seconds[1:] for name, seconds in taken.items()}  # the first one warms up
     # A round's ratio: what drifts from round to round is in both of its halves.
     costs = [watched / plain - 1 for plain, watched in zip(taken["plain"], taken["watched"])]
     return {"step_seconds_by_round": taken, "step_seconds": {name: statistics.median(values) for name, values in taken.items()},
