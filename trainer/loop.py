@@ -93,7 +93,8 @@ def train(config: TrainConfig, origins: Mapping[str, str], *, resume: Path | Non
         on_main(write_config, run_dir, config, origins, **facts)
         saver = Saver(run_dir, last_step=checkpoint and checkpoint.step)
         log = on_main(MetricsLog, run_dir, first_step=state.step, tensorboard=config.output.tensorboard, events=events)
-        files.callback(log.close if log else bool)
+        if log:
+            files.callback(log.close)
         monitor.facts |= shared(keep_forecast, run_dir, config, forecast)
         monitor.done, monitor.findings, health.sinks = state.step, health.findings, (log.write, monitor.step) if log else ()
         if state.step == 0 and config.output.sample_every:
