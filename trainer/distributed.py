@@ -83,12 +83,18 @@ def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
+def divided(batch_size: int, count: int, whom: str) -> int:
+    """How many samples of a batch each of `count` takes. Raises UsageError if it cannot be divided evenly among `whom`."""
+    share, left = divmod(batch_size, count)
+    if left:
+        raise UsageError(f"--batch-size {batch_size} cannot be divided among {count} {whom}: it counts the samples of all of them; "
+                         f"use --batch-size {(share + 1) * count}")
+    return share
+
+
 def rows_of(batch_size: int, of_rank: int | None = None) -> slice:
     """The rows of every batch that a process trains on. Raises UsageError if they cannot be divided evenly."""
-    count, left = divmod(batch_size, num_ranks())
-    if left:
-        raise UsageError(f"--batch-size {batch_size} cannot be divided among {num_ranks()} processes: it counts the samples of "
-                         f"all of them; use --batch-size {(count + 1) * num_ranks()}")
+    count = divided(batch_size, num_ranks(), "processes")
     first = (rank() if of_rank is None else of_rank) * count
     return slice(first, first + count)
 

@@ -21,12 +21,12 @@ from trainer.backbones import published
 from trainer.backbones.cogvideox import CogVideoX
 from trainer.beside import Beside
 from trainer.config import ModelConfig, TrainConfig
-from trainer.distributed import num_ranks
+from trainer.distributed import divided, num_ranks
 from trainer.errors import DoesNotFit, UsageError
 from trainer.phases import phases_around
 from trainer.prompts import PromptSet
 from trainer.rehearse import num_rehearsed, rehearse, teacher_share
-from trainer.several_cards import assess_sharded, check_batch, faster, host_share
+from trainer.several_cards import assess_sharded, faster, host_share
 
 _LONG_STEP = 600.0
 """Seconds that no step of a run that somebody waits for takes."""
@@ -146,7 +146,7 @@ def forecast(config: TrainConfig, card: Card, fixed: Collection[str] = (), *, nu
     config, num_cards = without_weights(config), num_cards or num_ranks()
     run = workload(config, num_cards=num_cards)
     check_card(config, card)
-    check_batch(config, num_cards)
+    divided(config.data.batch_size, num_cards, "cards")
     check_attention(config, card, num_cards)
     sharded = unsharded = None
     divisible = "resident_blocks" not in fixed and config.memory.passes == "sequential"

@@ -9,16 +9,6 @@ from memory.assess import Workload, assess
 from memory.cards import Card
 from memory.plan import MemoryPlan, resolve_keeps, varied
 from memory.ranking import CHUNKS, SEARCHED, SearchResult
-from trainer.config import TrainConfig
-from trainer.errors import UsageError
-
-
-def check_batch(config: TrainConfig, num_cards: int) -> None:
-    """Raises UsageError for a batch that cannot be divided among the cards."""
-    if config.data.batch_size % num_cards:
-        more = (config.data.batch_size // num_cards + 1) * num_cards
-        raise UsageError(f"--batch-size {config.data.batch_size} cannot be divided among {num_cards} cards: it counts the samples "
-                         f"of all of them; use --batch-size {more}")
 
 
 def host_share(card: Card, num_cards: int) -> int | None:
