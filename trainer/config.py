@@ -70,10 +70,10 @@ class DataConfig:
         expand(self, "prompts", "preserve_file")
         if not self.concept:
             raise UsageError("--concept is empty; name what to erase, e.g. --concept red")
-        _at_least("trajectory-steps", self.trajectory_steps, 1)
-        _at_least("batch-size", self.batch_size, 1, 32)
-        _at_least("pool", self.pool, 0)
-        _at_least("trajectory-guidance", self.trajectory_guidance, 0)
+        at_least("trajectory-steps", self.trajectory_steps, 1)
+        at_least("batch-size", self.batch_size, 1, 32)
+        at_least("pool", self.pool, 0)
+        at_least("trajectory-guidance", self.trajectory_guidance, 0)
         if self.latents == "trajectory" and self.pool % self.trajectory_steps:
             raise UsageError(f"--pool {self.pool}: with trajectory latents, a multiple of --trajectory-steps "
                              f"({self.trajectory_steps})")
@@ -96,9 +96,9 @@ class LossConfig:
 
     def __post_init__(self):
         for name in ("eta", "alpha", "beta"):
-            _at_least(name, getattr(self, name), 0)
+            at_least(name, getattr(self, name), 0)
         for block in self.mask_blocks:
-            _at_least("mask-blocks", block, 0)
+            at_least("mask-blocks", block, 0)
         if not 0 < self.mask_threshold <= 1:
             raise UsageError(f"--mask-threshold {self.mask_threshold}: above 0 and at most 1; --alpha 0 trains without localisation")
 
@@ -125,12 +125,12 @@ class OptimConfig:
     """Seed of weights, noise, timesteps and prompt order."""
 
     def __post_init__(self):
-        _at_least("rank", self.rank, 1, 32)
-        _at_least("steps", self.steps, 1)
-        _at_least("accumulation", self.accumulation, 1)
-        _at_least("warmup", self.warmup, 0)
-        _at_least("clip", self.clip, 0)
-        _at_least("weight-decay", self.weight_decay, 0)
+        at_least("rank", self.rank, 1, 32)
+        at_least("steps", self.steps, 1)
+        at_least("accumulation", self.accumulation, 1)
+        at_least("warmup", self.warmup, 0)
+        at_least("clip", self.clip, 0)
+        at_least("weight-decay", self.weight_decay, 0)
         check_seed(self.seed)
         if not 0 < self.lr < math.inf:
             raise UsageError(f"--lr {self.lr}: must be above 0, and finite; 1e-4 is the published choice")
@@ -159,10 +159,10 @@ class OutputConfig:
 
     def __post_init__(self):
         expand(self, "out")
-        _at_least("save-every", self.save_every, 1)
-        _at_least("sample-every", self.sample_every, 0)
-        _at_least("sample-steps", self.sample_steps, 1)
-        _at_least("guidance-scale", self.guidance_scale, 0)
+        at_least("save-every", self.save_every, 1)
+        at_least("sample-every", self.sample_every, 0)
+        at_least("sample-steps", self.sample_steps, 1)
+        at_least("guidance-scale", self.guidance_scale, 0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -214,7 +214,7 @@ class GenerateConfig:
             raise UsageError("--prompt is missing; say what to generate, e.g. --prompt 'a red circle moving left'")
         if self.out.suffix not in (".mp4", ".png"):
             raise UsageError(f"--out {self.out}: ends in .mp4 or .png")
-        _at_least("num-steps", self.num_steps, 1)
+        at_least("num-steps", self.num_steps, 1)
         if not 1 <= self.fps <= 1000:
             raise UsageError(f"--fps {self.fps}: from 1 to 1000")
         check_seed(self.seed)
@@ -249,9 +249,9 @@ class EvaluateConfig:
 
     def __post_init__(self):
         expand(self, "run")
-        _at_least("num-videos", self.num_videos, 1)
+        at_least("num-videos", self.num_videos, 1)
         check_seed(self.seed)
-        _at_least("num-steps", self.num_steps, 1)
+        at_least("num-steps", self.num_steps, 1)
         _check_guidance(self.guidance_scale, self.memory)
 
 
@@ -276,7 +276,7 @@ def expand(config: Any, *names: str) -> None:
 
 
 def _check_guidance(scale: float, memory: MemoryPlan) -> None:
-    _at_least("guidance-scale", scale, 0)
+    at_least("guidance-scale", scale, 0)
     if memory.guidance == "none" and scale != 1.0:
         raise UsageError(f"--guidance none leaves --guidance-scale {scale} without effect; use --guidance sequential, "
                          "or --guidance-scale 1")
@@ -292,8 +292,8 @@ def _fits(flag: str, value: int, num_bits: int) -> None:
         raise UsageError(f"--{flag} {value}: must fit {num_bits} bits")
 
 
-def _at_least(flag: str, value: float, least: float, num_bits: int = 64) -> None:
-    """`num_bits`: what a whole number must fit; 32 where it is a tensor's size, whose bytes must be countable too."""
+def at_least(flag: str, value: float, least: float, num_bits: int = 64) -> None:
+    """Raises UsageError for less, and for what is not finite. `num_bits`: what a whole number must fit; 32 where it is a tensor's size, whose bytes must be countable too."""
     if not least <= value < math.inf:
         raise UsageError(f"--{flag} {value}: must be {least} or more")
     if isinstance(value, int):

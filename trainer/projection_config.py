@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from memory.plan import MemoryPlan, PlanError
-from trainer.config import check_seed, expand
+from trainer.config import at_least, check_seed, expand
 from trainer.config_file import from_json, typed
 from trainer.errors import CheckpointError, UsageError
 from trainer.run_directory import CONFIG, read_content
@@ -87,16 +87,12 @@ class ForgetConfig:
     def __post_init__(self):
         expand(self, "out", "images", "forget_images", "preserve_images", "preserve_file")
         for name in ("rank", "steps", "max_attempts", "num_images", "batch_size", "save_every"):
-            if getattr(self, name) < 1:
-                raise UsageError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be 1 or more")
-        if self.num_answers < 0:
-            raise UsageError(f"--num-answers {self.num_answers}: must be 0 or more")
+            at_least(name.replace("_", "-"), getattr(self, name), 1)
+        for name in ("num_answers", "lambda_forget", "lambda_preserve", "lambda_weight"):
+            at_least(name.replace("_", "-"), getattr(self, name), 0)
         for name in ("lr", "alpha"):
             if not 0 < getattr(self, name) < math.inf:
                 raise UsageError(f"--{name} {getattr(self, name)}: must be above 0, and finite")
-        for name in ("lambda_forget", "lambda_preserve", "lambda_weight"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise UsageError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be 0 or more, and finite")
         if not 0 <= self.acceptance < 1:
             raise UsageError(f"--acceptance {self.acceptance}: from 0 to below 1")
         if self.forget is not None and not self.forget.strip():
