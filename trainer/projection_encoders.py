@@ -42,11 +42,13 @@ class Tower(Protocol):
     def blocks(self, part: nn.Module) -> Sequence[nn.Module]:
         """Its transformer blocks, in order."""
 
-    def layer(self, part: nn.Module, name: str) -> nn.Module:
-        """One of the linear layers."""
-
     def run(self, part: nn.Module, contents: Sequence[Any], device: torch.device) -> list[int]:
         """One forward pass; how many rows of the layers' inputs belong to each of the contents."""
+
+
+def layer_of(part: nn.Module, name: str) -> nn.Module:
+    """One of a tower's linear layers, by its name in the model's files."""
+    return part.get_submodule(name.removeprefix("model.visual."))
 
 
 def locate(encoder: str, model: str) -> Path:
@@ -82,9 +84,6 @@ class ClipText:
     def blocks(self, part: nn.Module) -> Sequence[nn.Module]:
         return part.text_model.encoder.layers
 
-    def layer(self, part: nn.Module, name: str) -> nn.Module:
-        return part.get_submodule(name)
-
     def run(self, part: nn.Module, contents: Sequence[str], device: torch.device) -> list[int]:
         tokens = load_tokenizer(self.directory)(
             list(contents), padding=True, truncation=True, max_length=part.config.max_position_embeddings, return_tensors="pt")
@@ -106,9 +105,6 @@ class ClipVision:
 
     def blocks(self, part: nn.Module) -> Sequence[nn.Module]:
         return part.vision_model.encoder.layers
-
-    def layer(self, part: nn.Module, name: str) -> nn.Module:
-        return part.get_submodule(name)
 
     def run(self, part: nn.Module, contents: Sequence[Any], device: torch.device) -> list[int]:
         from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
@@ -142,9 +138,6 @@ class QwenVision:
 
     def blocks(self, part: nn.Module) -> Sequence[nn.Module]:
         return part.blocks
-
-    def layer(self, part: nn.Module, name: str) -> nn.Module:
-        return part.get_submodule(name.removeprefix("model.visual."))
 
     def run(self, part: nn.Module, contents: Sequence[Any], device: torch.device) -> list[int]:
         inputs = self.preprocess(contents)

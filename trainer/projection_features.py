@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from memory.plan import MemoryPlan, apply_plan
 from trainer.errors import NonFinite
-from trainer.projection_encoders import Tower, encoder_fingerprint
+from trainer.projection_encoders import Tower, encoder_fingerprint, layer_of
 from trainer.projection_examples import Example
 from trainer.prompts import cache_directory, store
 
@@ -59,7 +59,7 @@ def compute(tower: Tower, examples: Sequence[Example], *, plan: MemoryPlan, devi
     applied = apply_plan(part, tower.blocks(part), plan, device=device)
     try:
         for start in range(0, len(examples), batch_size):
-            with inputs_of({name: tower.layer(part, name) for name in tower.layer_names}) as seen:
+            with inputs_of({name: layer_of(part, name) for name in tower.layer_names}) as seen:
                 counts = tower.run(part, [e.content for e in examples[start:start + batch_size]], device)
             for name, calls in seen.items():
                 rows[name] += [tokens.float().mean(0).cpu() for tokens in torch.cat(calls).split(counts)]

@@ -71,7 +71,7 @@ def _new_directory(concept: str) -> Path:
                 raise  # something else is in the way
 
 
-def write_config(run_dir: Path, config: TrainConfig, origins: Mapping[str, str], **facts: Any) -> None:
+def write_config(run_dir: Path, config: Any, origins: Mapping[str, str], **facts: Any) -> None:
     """RUN/config.json: the resolved settings, where each came from, and facts about the run."""
     content = {"config": as_json(config), "origins": dict(origins), "launch": launch(), **facts}
     write_json(run_dir / CONFIG, content)
