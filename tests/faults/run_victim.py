@@ -30,20 +30,19 @@ from diffusers import AutoencoderKLCogVideoX, CogVideoXDDIMScheduler, CogVideoXT
 from transformers import T5EncoderModel  # noqa: F401
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "trainer"))
+from compared_runs import differences
 from tiny_pipelines import build_pipeline
 
 from memory.meter import resident_bytes
 from trainer import checkpoint, loop, losses, samples
 from trainer.checkpoint import latest_checkpoint
 from trainer.config import TrainConfig, replaced
-from trainer.eraser_files import load_eraser
 from trainer.errors import InputOutputError, Interrupted
 from trainer.loop import train
 from trainer.metrics import MetricsLog, read_metrics
 from trainer.run_directory import CONFIG
 from trainer.signals import ONE_STROKE, SIGNALS
 
-NO_SEED_DECIDES = ("seconds", "phase_seconds", "memory", "peak_bytes_by_phase")
 SAVE_EVERY = 5
 
 
@@ -110,24 +109,6 @@ class Progress:
         return run
 
 
-def numbers(run_dir: Path) -> list[dict]:
-    return [{k: v for k, v in record.items() if k not in NO_SEED_DECIDES} for record in read_metrics(run_dir)]
-
-
-def differences(one: Path, two: Path) -> list[str]:
-    """What of two finished runs is not the same to the bit: eraser, last checkpoint, metrics."""
-    found = []
-    a, b = load_eraser(one).state, load_eraser(two).state
-    found += [f"eraser {name}" for name in a.keys() | b.keys() if name not in a or name not in b or not torch.equal(a[name], b[name])]
-    left, right = latest_checkpoint(one, rename_bad=False), latest_checkpoint(two, rename_bad=False)
-    for file in ("adapter", "optimizer", "latents", "rng"):
-        a, b = left.tensors(file), right.tensors(file)
-        found += [f"{file} {name}" for name in a.keys() | b.keys() if name not in a or name not in b or not torch.equal(a[name], b[name])]
-    if numbers(one) != numbers(two):
-        found.append("metrics")
-    return found + ["step"] * (left.step != right.step)
-
-
 def killed(directory: Path, num_steps: int, seed: int, *, steps_between: int, num_kills: int | None) -> dict[str, Any]:
     """One run that nobody disturbs, and one that is killed at random moments and goes on; then both, bit for bit.
 
@@ -170,7 +151,7 @@ def killed(directory: Path, num_steps: int, seed: int, *, steps_between: int, nu
         died_after_steps.append(progress.step - newest + 1)
         newest = step
     return {"kills": len(died_after_steps), "num_steps": num_steps, "died_after_steps": died_after_steps, "went_back": went_back,
-            "different": differences(straight.output.out, run_dir)}
+            "different": differences(straight.output.out, run_dir, more=("rng",))}
 
 
 # --- signals ----------------------------------------------------------------------------------------------------------------------------

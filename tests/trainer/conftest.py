@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from huggingface_hub.utils import SafetensorsFileMetadata, TensorInfo
+from projection_models import save_encoder
 from safetensors import safe_open
 from tiny_pipelines import KINDS, build_pipeline
 
@@ -30,6 +31,13 @@ def pipelines(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     found["5b-bf16"] = build_pipeline(root / "5b-bf16", "5b", dtype=torch.bfloat16)
     found["1.5-ofs"] = build_pipeline(root / "1.5-ofs", "1.5", ofs=True)
     return found
+
+
+@pytest.fixture(scope="session")
+def encoders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Directories of encoders of `forget`, by name. Read only."""
+    root = tmp_path_factory.mktemp("encoders")
+    return {name: save_encoder(root / name, name) for name in ("clip", "qwen3-vl")}
 
 
 @pytest.fixture

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from compared_runs import differences, numbers
 from processes import in_processes
 from safetensors.torch import load_file
 
@@ -26,33 +27,19 @@ from trainer.errors import InputOutputError, UsageError
 from trainer.health import Health
 from trainer.lock import RunLock
 from trainer.loop import train
-from trainer.metrics import read_metrics
 from trainer.run_directory import restarted_run, write_config
 
 # A batch of one rounds otherwise than a batch of two, and Adam divides small gradients by themselves.
 LOSS_TOLERANCE, WEIGHT_TOLERANCE = 1e-4, 2e-3
-TIMES = ("seconds", "phase_seconds", "memory", "peak_bytes_by_phase")
 REPOSITORY = Path(__file__).parents[2]
-
-
-def _numbers(run_dir: Path) -> list[dict]:
-    return [{k: v for k, v in record.items() if k not in TIMES} for record in read_metrics(run_dir)]
 
 
 def _newest(run_dir: Path) -> Path:
     return sorted((run_dir / "ckpt").glob("step-*"))[-1]
 
 
-def _same_bits(one: Path, two: Path) -> None:
-    assert _numbers(one) == _numbers(two)
-    assert _newest(one).name == _newest(two).name
-    for name in ("adapter", "optimizer", "latents"):
-        a, b = (load_file(_newest(d) / f"{name}.safetensors") for d in (one, two))
-        assert a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a), name
-
-
 def _nearly_the_same(one: Path, two: Path) -> None:
-    for a, b in zip(_numbers(one), _numbers(two), strict=True):
+    for a, b in zip(numbers(one), numbers(two), strict=True):
         for name in ("loss", "unlearn", "loc", "pre", "gradient_norm"):
             assert a[name] == pytest.approx(b[name], rel=LOSS_TOLERANCE, abs=1e-9), (a["step"], name)
         for name, norms in a["blocks"].items():
@@ -176,7 +163,7 @@ shards = pytest.mark.skipif(not can_shard(), reason="of torch 2.13")
 def test_sharded_weights_train_to_the_same_bits(two):
     whole = two("whole", output__sample_every=2)
     sharded = two("sharded", output__sample_every=2, memory__num_shards=2)
-    _same_bits(whole, sharded)
+    assert not differences(whole, sharded)
     assert _files(whole) == _files(sharded)
 
 
@@ -201,8 +188,8 @@ def test_a_signal_to_one_stops_all_and_they_go_on_bitwise(two, by):
     straight = two("straight")
     stopped = two("stopped", _signal_in_step(3, by), expect=(143, 143))
     assert all("stopped at step 3 and saved" in error for error in two.errors)
-    assert _newest(stopped).name == "step-000003" and len(_numbers(stopped)) == 3
-    _same_bits(straight, two("stopped", resume=True))
+    assert _newest(stopped).name == "step-000003" and len(numbers(stopped)) == 3
+    assert not differences(straight, two("stopped", resume=True))
 
 
 def test_another_number_of_processes_goes_on(two, tiny_config, pipelines, tmp_path):
@@ -306,7 +293,7 @@ def test_the_death_of_one_ends_all_with_a_valid_checkpoint(two):
     assert time.monotonic() - started < 60
     assert "lost the others" in two.errors[0] and "--resume" in two.errors[0]
     assert latest_checkpoint(run_dir).step == 2
-    _same_bits(two("straight"), two("dead", resume=True))
+    assert not differences(two("straight"), two("dead", resume=True))
 
 
 def test_what_fails_where_files_are_written_fails_everywhere(two):
@@ -422,4 +409,4 @@ def test_torchrun_starts_again_and_the_run_goes_on_by_itself(two, tiny_config, p
     again = torchrun(tmp_path / "again", "--max-restarts=1")
     assert again.returncode == 0, again.stderr
     assert again.stdout.count("run: ") == 1  # one process speaks
-    _same_bits(two("straight"), tmp_path / "again")
+    assert not differences(two("straight"), tmp_path / "again")

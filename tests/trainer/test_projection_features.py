@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from memory.plan import MemoryPlan
-from projection_models import save_encoder
 from trainer import projection_features
 from trainer.errors import CheckpointError, NonFinite, UsageError
 from trainer.projection_encoders import ClipText, ClipVision, QwenVision, locate, read_layer
@@ -20,12 +19,6 @@ from trainer.shapes.pictures import CLASSES, picture
 CPU = torch.device("cpu")
 HOW = dict(plan=MemoryPlan(), device=CPU, batch_size=3)
 MAIN = "model.visual.merger.linear_fc2"
-
-
-@pytest.fixture(scope="module")
-def encoders(tmp_path_factory):
-    root = tmp_path_factory.mktemp("encoders")
-    return {name: save_encoder(root / name, name) for name in ("clip", "qwen3-vl")}
 
 
 @pytest.fixture

@@ -8,7 +8,6 @@ import signal
 import pytest
 import torch
 from PIL import Image
-from projection_models import save_encoder
 from safetensors.torch import load_file, save_file
 from test_cli import call  # noqa: F401  fixture
 
@@ -24,12 +23,6 @@ from trainer.run_directory import CONFIG, write_config
 from trainer.shapes.pictures import picture
 
 FAST = ["--steps", "6", "--max-attempts", "1", "--save-every", "2", "--monitor", "off", "--device", "cpu"]
-
-
-@pytest.fixture(scope="module")
-def encoders(tmp_path_factory):
-    root = tmp_path_factory.mktemp("encoders")
-    return {name: save_encoder(root / name, name) for name in ("clip", "qwen3-vl")}
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from compared_runs import differences, numbers
 from safetensors.torch import load_file, save_file
 
 from trainer import loop
@@ -22,27 +23,6 @@ from trainer.loop import train
 from trainer.metrics import read_metrics
 from trainer.run_directory import read_config
 from trainer.state import learning_rate
-
-TIMES = ("seconds", "phase_seconds", "memory", "peak_bytes_by_phase")  # what no seed decides
-
-
-def _numbers(run_dir) -> list[dict]:
-    return [{k: v for k, v in record.items() if k not in TIMES} for record in read_metrics(run_dir)]
-
-
-def _same_run(one, two, *, pooled: bool = False) -> None:
-    """Bitwise: eraser, metrics, and the last checkpoint. A pool that is full has no teacher pass and no trajectory."""
-    numbers = [_numbers(d) for d in (one, two)]
-    for record in (*numbers[0], *numbers[1]) if pooled else ():
-        del record["prediction_norms"]
-    assert numbers[0] == numbers[1]
-    files = [load_eraser(d).state for d in (one, two)]
-    assert all(torch.equal(files[0][n], t) for n, t in files[1].items())
-    checkpoints = [sorted((d / "ckpt").glob("step-*"))[-1] for d in (one, two)]
-    assert checkpoints[0].name == checkpoints[1].name
-    for name in ("adapter", "optimizer", *([] if pooled else ["latents"])):
-        a, b = (load_file(c / f"{name}.safetensors") for c in checkpoints)
-        assert a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a), name
 
 
 def _stop_after(monkeypatch, num_steps: int) -> None:
@@ -92,7 +72,7 @@ def test_first_steps_have_the_recorded_losses(straight):
 
     From the second step on Adam has divided gradients near zero by themselves, and another processor's rounding shows.
     """
-    for record, golden in zip(_numbers(straight(optim__steps=len(GOLDEN))), GOLDEN):
+    for record, golden in zip(numbers(straight(optim__steps=len(GOLDEN))), GOLDEN):
         for name, value in golden.items():
             tolerance = 1e-4 if record["step"] else 1e-5
             assert record[name] == pytest.approx(value, rel=tolerance), (record["step"], name)
@@ -128,7 +108,7 @@ def test_what_a_run_leaves(straight, capsys):
 def test_sampling_and_saving_change_nothing(straight, tiny_config):
     other = train(tiny_config(output__sample_every=1, output__save_every=1, output__sample_prompts=("a blue box", "x")), {})
     one = straight()
-    assert _numbers(one) == _numbers(other)
+    assert numbers(one) == numbers(other)
     assert all(torch.equal(load_eraser(one).state[n], t) for n, t in load_eraser(other).state.items())
 
 
@@ -144,8 +124,8 @@ def test_interrupted_and_resumed_equals_straight_bitwise(straight, tiny_config, 
         with pytest.raises(Interrupted, match=f"stopped at step {stop} and saved; go on with --resume") as raised:
             train(config, {})
     assert raised.value.exit_code == 143
-    assert len(_numbers(config.output.out)) == stop
-    _same_run(one, train(config, {}, resume=config.output.out), pooled=config.data.pool > 0)
+    assert len(numbers(config.output.out)) == stop
+    assert not differences(one, train(config, {}, resume=config.output.out), pooled=config.data.pool > 0)
 
 
 def test_a_run_stopped_before_its_first_step_is_saved_as_it_says(straight, tiny_config, monkeypatch, caplog):
@@ -179,19 +159,19 @@ def test_samples_that_cannot_be_made_are_a_warning(straight, tiny_config, monkey
     monkeypatch.setattr(what, spoilt)
     other = train(tiny_config(output__sample_every=2), {})
     assert f"sampling at step 2 failed, training is not affected: {error}" in caplog.text
-    assert _numbers(straight()) == _numbers(other)
+    assert numbers(straight()) == numbers(other)
 
 
 def test_longer_run_goes_on_from_a_finished_one(straight, tiny_config):
     first = train(tiny_config(optim__steps=3), {})
-    _same_run(straight(), train(tiny_config(), {}, resume=first))
+    assert not differences(straight(), train(tiny_config(), {}, resume=first))
 
 
 def test_resuming_a_finished_run_adds_nothing(straight, tiny_config):
     run_dir = straight()
-    before = _numbers(run_dir)
+    before = numbers(run_dir)
     train(tiny_config(output__out=run_dir), {}, resume=run_dir)
-    assert _numbers(run_dir) == before
+    assert numbers(run_dir) == before
 
 
 @pytest.mark.parametrize("plan", [
@@ -200,7 +180,7 @@ def test_resuming_a_finished_run_adds_nothing(straight, tiny_config):
     ids=lambda p: "-".join(map(str, p.values())))
 def test_resumed_under_another_memory_plan_equals_straight_bitwise(straight, tiny_config, plan):
     first = train(tiny_config(optim__steps=3), {})
-    _same_run(straight(), train(tiny_config(**plan), {}, resume=first))
+    assert not differences(straight(), train(tiny_config(**plan), {}, resume=first))
 
 
 @pytest.mark.parametrize("overrides, field", [({"optim__lr": 2e-2}, "--lr was 0.01 and is 0.02 now"),
@@ -263,7 +243,7 @@ def test_a_prompt_file_that_is_read_otherwise_is_another_run(tiny_config, tmp_pa
 
 def test_a_model_at_another_place_is_the_same_run_and_other_weights_are_not(straight, tiny_config, copied):
     model, run_dir = copied("2b"), straight()
-    _same_run(run_dir, train(tiny_config(model__model=str(model)), {}, resume=train(tiny_config(optim__steps=3), {})))
+    assert not differences(run_dir, train(tiny_config(model__model=str(model)), {}, resume=train(tiny_config(optim__steps=3), {})))
     file = model / "transformer" / "diffusion_pytorch_model.safetensors"
     weights = load_file(file)
     weights["proj_out.bias"][0] += 1
@@ -294,7 +274,7 @@ def test_a_prompt_file_at_another_place_is_the_same_run(straight, tiny_config, t
     expected, first = straight(), train(tiny_config(optim__steps=3), {})
     config = tiny_config()
     moved = Path(shutil.copy(config.data.prompts, tmp_path / "moved.csv"))
-    _same_run(expected, train(replace(config, data=replace(config.data, prompts=moved)), {}, resume=first))
+    assert not differences(expected, train(replace(config, data=replace(config.data, prompts=moved)), {}, resume=first))
 
 
 def test_run_without_a_checkpoint_cannot_resume(tiny_config):
@@ -316,7 +296,7 @@ def test_accumulation_is_the_mean_over_its_passes(tiny_config, tmp_path):
     """Two passes of one step see the samples of two steps; the recorded loss is their mean."""
     one = train(tiny_config(optim__lr=1e-12, output__out=tmp_path / "one", optim__steps=4), {})
     two = train(tiny_config(optim__lr=1e-12, output__out=tmp_path / "two", optim__steps=2, optim__accumulation=2), {})
-    singles, doubles = _numbers(one), _numbers(two)
+    singles, doubles = numbers(one), numbers(two)
     for i, record in enumerate(doubles):
         for name in ("loss", "unlearn", "loc", "pre"):
             mean = (singles[2 * i][name] + singles[2 * i + 1][name]) / 2
@@ -335,15 +315,15 @@ def test_other_kinds_train(tiny_config, pipelines, kind):
 
 def test_same_seed_same_run_other_seed_another(straight, tiny_config, tmp_path):
     one, two = straight(), train(tiny_config(), {})
-    _same_run(one, two)
+    assert not differences(one, two)
     other = train(tiny_config(optim__seed=1, output__out=tmp_path / "other"), {})
-    assert _numbers(other)[0]["loss"] != _numbers(one)[0]["loss"]
+    assert numbers(other)[0]["loss"] != numbers(one)[0]["loss"]
 
 
 def test_clipping_bounds_what_is_applied_not_what_is_recorded(tiny_config, tmp_path):
     free = train(tiny_config(optim__clip=0.0, optim__steps=1, output__out=tmp_path / "free"), {})
     bound = train(tiny_config(optim__clip=1e-9, optim__steps=1, output__out=tmp_path / "bound"), {})
-    assert _numbers(free)[0]["gradient_norm"] == _numbers(bound)[0]["gradient_norm"] > 1e-6
+    assert numbers(free)[0]["gradient_norm"] == numbers(bound)[0]["gradient_norm"] > 1e-6
 
 
 def test_learning_rate_is_a_function_of_the_step(tiny_config):
