@@ -67,7 +67,8 @@ def examine() -> list[Check]:
     card, found = the_card()
     checks += [found, *host(card), *disk()]
     if not any(check.status == "problem" and check.name in ("torch", "diffusers", "transformers", "card") for check in checks):
-        checks += [*kernels(card), *link(card), bundled_model()]
+        checks += [kernels(), link(card)] if card else []
+        checks.append(bundled_model())
     return checks
 
 
@@ -134,10 +135,8 @@ def the_card() -> tuple[Card | None, Check]:
         fix="other processes hold much of the card: end them, or plan for what is left" if crowded else "")
 
 
-def kernels(card: Card | None) -> Iterator[Check]:
+def kernels() -> Check:
     """Whether Triton's kernels work on this card: without them a step takes up to a fifth longer."""
-    if card is None:
-        return
     import torch
 
     from trainer.backbones import norm_rotate
@@ -146,9 +145,9 @@ def kernels(card: Card | None) -> Iterator[Check]:
         warnings.simplefilter("always")
         work = norm_rotate.working_kernels(torch.device("cuda", torch.cuda.current_device())) is not None
     why = str(said[-1].message) if said else "Triton is not installed, or does not know this card"
-    yield Check(name="kernels", status="ok" if work else "warning", values={"triton": work},
-                found="Triton's norm and rotate queries and keys, as torch's operators do" if work else why,
-                fix="" if work else "install the triton of this torch, and a C compiler with Python's headers (apt install gcc python3-dev)")
+    return Check(name="kernels", status="ok" if work else "warning", values={"triton": work},
+                 found="Triton's norm and rotate queries and keys, as torch's operators do" if work else why,
+                 fix="" if work else "install the triton of this torch, and a C compiler with Python's headers (apt install gcc python3-dev)")
 
 
 def _driver() -> str:
@@ -224,10 +223,8 @@ def disk() -> Iterator[Check]:
                         fix=f"less than {least // GIB} GiB: make room there, or {elsewhere}" if short else "")
 
 
-def link(card: Card | None) -> Iterator[Check]:
-    """Bandwidth between host and card, measured with pinned memory; nothing without a card."""
-    if card is None:
-        return
+def link(card: Card) -> Check:
+    """Bandwidth between host and card, measured with pinned memory."""
     import torch
 
     pinned = torch.empty(_COPIED_BYTES, dtype=torch.uint8, pin_memory=True)
@@ -235,10 +232,10 @@ def link(card: Card | None) -> Iterator[Check]:
     to_card = _COPIED_BYTES / _best_seconds(lambda: there.copy_(pinned, non_blocking=True), torch.cuda.synchronize)
     to_host = _COPIED_BYTES / _best_seconds(lambda: pinned.copy_(there, non_blocking=True), torch.cuda.synchronize)
     slow = to_card < LEAST_LINK_SHARE * card.host_link_bandwidth
-    yield Check(name="link", status="warning" if slow else "ok", found=f"{to_card / 1e9:.1f} GB/s to the card, {to_host / 1e9:.1f} back "
-                f"({card.host_link_bandwidth / 1e9:.0f} expected)",
-                values={"to_card_bytes_per_second": to_card, "to_host_bytes_per_second": to_host},
-                fix="the card may sit in a slot with fewer lanes, or share them; streaming blocks will cost more than planned" if slow else "")
+    return Check(name="link", status="warning" if slow else "ok", found=f"{to_card / 1e9:.1f} GB/s to the card, {to_host / 1e9:.1f} back "
+                 f"({card.host_link_bandwidth / 1e9:.0f} expected)",
+                 values={"to_card_bytes_per_second": to_card, "to_host_bytes_per_second": to_host},
+                 fix="the card may sit in a slot with fewer lanes, or share them; streaming blocks will cost more than planned" if slow else "")
 
 
 def _best_seconds(work: Callable[[], object], wait: Callable[[], object]) -> float:
