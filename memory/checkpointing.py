@@ -134,6 +134,10 @@ class _Kept:
 
 
 class _AttentionMode(TorchDispatchMode):
+    def __init__(self, kept: list):
+        super().__init__()
+        self.kept = kept
+
     @classmethod
     def ignore_compile_internals(cls) -> bool:
         return True  # compiled code has no attention in it (memory.compiling)
@@ -141,10 +145,6 @@ class _AttentionMode(TorchDispatchMode):
 
 class _KeepAttention(_AttentionMode):
     """Forward: remember what fused attention returned."""
-
-    def __init__(self, kept: list):
-        super().__init__()
-        self.kept = kept
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         outputs = func(*args, **(kwargs or {}))
@@ -155,10 +155,6 @@ class _KeepAttention(_AttentionMode):
 
 class _ReuseAttention(_AttentionMode):
     """Recomputation: return what was remembered, in the same order, in place of running attention again."""
-
-    def __init__(self, kept: list):
-        super().__init__()
-        self.kept = kept
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func not in ATTENTION_OPS:

@@ -55,7 +55,7 @@ def grow(short: Trace, longer: Trace, keep: str, num_blocks: int) -> Recipe:
     """A recipe for `num_blocks` blocks that all keep `keep`, from traces of fewer, everything resident. Raises SpliceError."""
     if longer.num_blocks != short.num_blocks + 1 or short.num_blocks <= 2 * EDGE:
         raise ValueError(f"traces of {short.num_blocks} and {longer.num_blocks} blocks: one more, and a middle, are needed")
-    segments = [[(walk, list(spans)) for walk, spans in groupby(_layout(trace), _walk_of)] for trace in (short, longer)]
+    segments = [[(walk, list(spans)) for walk, spans in groupby(cells_of(trace), _walk_of)] for trace in (short, longer)]
     if [walk for walk, _ in segments[0]] != [walk for walk, _ in segments[1]]:
         raise SpliceError("one more block changes what is walked over")
     num_more = num_blocks - short.num_blocks
@@ -69,10 +69,6 @@ def grow(short: Trace, longer: Trace, keep: str, num_blocks: int) -> Recipe:
         else:
             layout += _stretched(walk, here, there, num_blocks)
     return Recipe(layout, _standing(short, longer, num_more), [keep] * num_blocks)
-
-
-def _layout(trace: Trace) -> Layout:
-    return [(span.visit, cell) for span, cell in cells_of(trace)]
 
 
 def _walk_of(entry: tuple[Visit | None, Cell]) -> int | None:

@@ -10,6 +10,7 @@ they are taken as given.
 """
 
 import dataclasses
+import functools
 from collections.abc import Collection
 
 from memory.assess import MARGIN, Assessment, Limits, Workload
@@ -42,9 +43,7 @@ def search(
     if card.is_cpu:  # it has one memory, in which nothing is gained by moving
         fixed |= {"resident_blocks", "passes", "boundaries", "kept"}
 
-    def ranking(base: MemoryPlan, fixed: frozenset[str]) -> Ranking:
-        return Ranking(workload, card, base, fixed)
-
+    ranking = functools.partial(Ranking, workload, card)
     try:
         found = ranking(base, fixed).run(limits)
         if found.best is not None and "passes" not in fixed and _waits_for_link(found.best):

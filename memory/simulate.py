@@ -83,7 +83,7 @@ class Recorder(TorchDispatchMode):
             self.adopt(applied.host_buffers, "weights", place="pinned")
             self.adopt(applied.device_buffers, "transfer buffers")
         owners = {id(tensor): index for index, block in enumerate(blocks) for tensor in block.parameters()}
-        for tensor in _tensors(model):
+        for tensor in (*model.parameters(), *model.buffers()):
             trainable = tensor.requires_grad
             if self._find(tensor) is None:
                 block = None if trainable else owners.get(id(tensor))
@@ -245,10 +245,6 @@ def recording(*, device: str = "cuda") -> Iterator[Recorder]:
     finally:
         if enabled:
             gc.enable()
-
-
-def _tensors(module: nn.Module) -> list[torch.Tensor]:
-    return [*module.parameters(), *module.buffers()]
 
 
 def _is_accumulation() -> bool:

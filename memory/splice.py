@@ -12,7 +12,7 @@ everything exactly once; such a plan has to be traced in full.
 
 import copy
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -64,8 +64,8 @@ class Cell:
         return (self.storages, self.deaths, self.phase) == (other.storages, other.deaths, other.phase)
 
 
-def cells_of(trace: Trace) -> Iterator[tuple[Span, Cell]]:
-    """Every span of a trace beside its cell."""
+def cells_of(trace: Trace) -> Iterator[tuple[Visit | None, Cell]]:
+    """Visit and cell of every span of a trace, in order."""
     born: dict[int, tuple[int, int]] = {}  # storage -> (span, birth number in it)
     births = [[e for e in trace.events[span.start : span.stop] if e >= 0] for span in trace.spans]
     dies_in: dict[int, int] = {}
@@ -98,7 +98,7 @@ def cells_of(trace: Trace) -> Iterator[tuple[Span, Cell]]:
                 relative = block - (span.visit.block if span.visit else 0)
                 reference = ("walk", walk, relative, part, *_kind(storage), len(left))
             deaths.append((num_births, reference))
-        yield span, Cell(
+        yield span.visit, Cell(
             storages=tuple(trace.storages[storage] for storage in births[number]),
             deaths=tuple(deaths),
             work=span.work,
@@ -135,16 +135,15 @@ class Recipe:
     @classmethod
     def of(cls, trace: Trace, keeps: Sequence[str]) -> "Recipe":
         """A recipe from a full trace."""
-        layout = [(span.visit, cell) for span, cell in cells_of(trace)]
-        return cls(layout, [trace.storages[index] for index in trace.standing], keeps)
+        return cls(list(cells_of(trace)), [trace.storages[index] for index in trace.standing], keeps)
 
     def learn(self, trace: Trace, keeps: Sequence[str]) -> None:
         """Remember the visits of a trace, perhaps of a shorter model, whose blocks keep `keeps`."""
         if len(keeps) != trace.num_blocks:
             raise ValueError(f"{len(keeps)} choices for {trace.num_blocks} blocks")
-        self._learn([(span.visit, cell) for span, cell in cells_of(trace)], keeps)
+        self._learn(cells_of(trace), keeps)
 
-    def _learn(self, layout: Layout, keeps: Sequence[str]) -> None:
+    def _learn(self, layout: Iterable[tuple[Visit | None, Cell]], keeps: Sequence[str]) -> None:
         for visit, cell in layout:
             if visit is None:
                 continue
@@ -162,7 +161,7 @@ class Recipe:
         """
         spans = [
             [cell for visit, cell in self._layout if visit is None],
-            *([cell for span, cell in cells_of(trace) if span.visit is None] for trace in (short, variant)),
+            *([cell for visit, cell in cells_of(trace) if visit is None] for trace in (short, variant)),
         ]
         if len({len(cells) for cells in spans}) > 1:
             return None
