@@ -20,11 +20,10 @@ from memory.simulate import recording
 from memory.timeline import pinned_bytes
 from trainer.assemble import resolve_dtype, video_size
 from trainer.backbones.cogvideox import CogVideoX, enable_tiles
+from trainer.backbones.text_encoder import PROMPT_BATCH
 from trainer.config import TrainConfig
 from trainer.errors import DoesNotFit
 from trainer.rehearse import peak_beyond
-
-_PROMPT_BATCH = 16
 
 
 def phases_around(backbone: CogVideoX, config: TrainConfig, plan: MemoryPlan) -> tuple[PhaseNeed, ...]:
@@ -98,7 +97,7 @@ def _encoding_bytes(backbone: CogVideoX, dtype: torch.dtype) -> dict[str, int]:
     with FakeMode(), torch.no_grad():
         encoder = backbone.text_encoder.fake(dtype=dtype, num_blocks=3)  # the others are like the last of them
         offload = offload_blocks(encoder.encoder.block, device="cpu", gathered=False)
-        ids = torch.zeros(_PROMPT_BATCH, backbone.text_length, dtype=torch.int64)
+        ids = torch.zeros(PROMPT_BATCH, backbone.text_length, dtype=torch.int64)
         beyond = peak_beyond([encoder], lambda: encoder(ids))
         streamed = {id(p) for p in encoder.encoder.block.parameters()}
         standing = sum(p.nbytes for p in encoder.parameters() if id(p) not in streamed)

@@ -51,9 +51,9 @@ class Case:
                 digest.update(f"{example.name}\0".encode() + example.digest())
         return digest.hexdigest()[:16]
 
-    def rows(self, name: str, split: str, *, forgotten: bool) -> Tensor:
-        """The inputs (N, D) of a layer, of the class to forget or of those to keep."""
-        members = [i for i, e in enumerate(self.examples) if e.split == split and (e.name == self.forget) == forgotten]
+    def rows(self, name: str, *, forgotten: bool) -> Tensor:
+        """The inputs (N, D) of a layer to train on, of the class to forget or of those to keep."""
+        members = [i for i, e in enumerate(self.examples) if e.split == "train" and (e.name == self.forget) == forgotten]
         return self.inputs[name][members]
 
 
@@ -126,7 +126,7 @@ def _require_told_apart(inputs: Tensor, examples: list[Example], forget: str, ke
 def make_problem(case: Case, name: str, config: ForgetConfig, device: torch.device) -> Problem:
     """One layer's problem, on the device."""
     layer = case.layers[name]
-    forget, preserve = (case.rows(name, "train", forgotten=f) for f in (True, False))
+    forget, preserve = (case.rows(name, forgotten=f) for f in (True, False))
     kind = {"clip": "empty", "qwen3-vl": "random"}[config.encoder] if config.target == "auto" else config.target
     if kind == "empty":
         empty = layer(case.inputs[name][[i for i, e in enumerate(case.examples) if e.split == "empty"]])[0]

@@ -19,6 +19,7 @@ from trainer.backbones.weights import allocate, assign
 from trainer.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
+PROMPT_BATCH = 16  # prompts a pass
 
 
 class TextEncoder:
@@ -44,7 +45,7 @@ class TextEncoder:
         """Padded token ids (B, L), as CogVideoXPipeline makes them."""
         return tokenizer(prompts, padding="max_length", max_length=self.length, truncation=True, return_tensors="pt").input_ids
 
-    def encode(self, prompts: list[str], *, dtype: torch.dtype, device: torch.device | str = "cpu", batch_size: int = 16,
+    def encode(self, prompts: list[str], *, dtype: torch.dtype, device: torch.device | str = "cpu", batch_size: int = PROMPT_BATCH,
                stream: bool | None = None, out: Tensor | None = None) -> Tensor:
         """Text embeddings (B, L, D) on the host, in `out` if that is given; the model is loaded for this call and gone after it.
 
