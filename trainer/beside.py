@@ -36,7 +36,7 @@ class Beside:
         self._results: dict[Hashable, Any] = {}
 
     def announce(self, calls: Sequence[Hashable]) -> None:
-        """Calls that will be made, the first of them at once; they take the place of those announced before. None: no more."""
+        """Calls that will be made, the first of them at once; they take the place of those announced before. Empty: no more."""
         if self._process is not None:
             self._theirs |= {call for index, call in enumerate(self._announced[-1]) if not self._take(index)}
             while self._process is not None and self._pipe.poll():

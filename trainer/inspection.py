@@ -115,11 +115,11 @@ class Fingerprint:
         """Wiped weights: constant matrices, and gains of zero. (Biases of zero are common, gains of one, and LoRAs whose B is zero.)"""
         found = {}
         for name, (low, high) in self.ranges.items():
+            matrix = self.dims[name] > 1 and ".lora_B." not in name
             gain = self.dims[name] == 1 and name.endswith(".weight")
-            if low == high and (self.dims[name] > 1 and ".lora_B." not in name or gain and low == 0):
-                code = "wiped-attention" if ".attn1." in name else "wiped-weights"
-                key = code, block_of(name)
-                found.setdefault(key, finding(code, "weights", block=block_of(name), module=name, value=low))
+            if low == high and (matrix or (gain and low == 0)):
+                code, block = "wiped-attention" if ".attn1." in name else "wiped-weights", block_of(name)
+                found.setdefault((code, block), finding(code, "weights", block=block, module=name, value=low))
         return list(found.values())
 
     def digest(self) -> str:

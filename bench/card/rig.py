@@ -129,7 +129,6 @@ class Rig:
             assembly = Assembly(transformer, blocks, self.predict, self.applied, self.erasers, device, dtype, shape[1:])
             self.health = Health(Subject(config=config, native_dtype=backbone.native_dtype, assembly=assembly,
                                          teacher=teacher, optimizer=self.optimizer, scaler=self.scaler))
-        self.transformer, self.blocks = transformer, blocks
         self.num_steps, self.loss = 0, torch.zeros((), device=device)
 
     def step(self) -> None:
