@@ -293,7 +293,8 @@ def _fits(flag: str, value: int, num_bits: int) -> None:
 
 
 def at_least(flag: str, value: float, least: float, num_bits: int = 64) -> None:
-    """Raises UsageError for less, and for what is not finite. `num_bits`: what a whole number must fit; 32 where it is a tensor's size, whose bytes must be countable too."""
+    """Raises UsageError for less, and for what is not finite. `num_bits`: what a whole number must fit; 32 where it is a tensor's size,
+    whose bytes must be countable too."""
     if not least <= value < math.inf:
         raise UsageError(f"--{flag} {value}: must be {least} or more")
     if isinstance(value, int):

@@ -4,6 +4,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from trainer.errors import CheckpointError, Interrupted
 from trainer.findings import Bill, Unhealthy, finding
 from trainer.lock import RunLock
 from trainer.lora import Lora, save_lora, save_merged
-from trainer.metrics import MetricsLog
+from trainer.metrics import MetricsLog, read_metrics
 from trainer.monitor import Monitor, read_memory
 from trainer.optimizer_state import export_optimizer, import_optimizer
 from trainer.projection_config import ForgetConfig
@@ -29,7 +30,7 @@ from trainer.projection_evaluate import evaluate_forgetting
 from trainer.projection_health import conclude, examine, keep_findings
 from trainer.projection_memory import keep_prediction, predict_step
 from trainer.projection_problem import Problem, make_problem, prepare
-from trainer.run_directory import make_run_directory, require_place, write_config
+from trainer.run_directory import make_run_directory, read_content, require_place, write_config
 from trainer.signals import StopFlag
 
 logger = logging.getLogger(__name__)
@@ -169,16 +170,17 @@ def forget(config: ForgetConfig, origins: Mapping[str, str], *,
     monitor = Monitor(config.steps * len(problems), mode=config.monitor, title=case.forget,
                       facts={"predicted_peak_bytes": trace.prediction().peak_bytes})
     with RunLock(run_dir):
-        with StopFlag() as stop, monitor:
+        with ExitStack() as files, StopFlag() as stop, monitor:
             facts = {"base_model": identity, "examples": examples, "config": as_json(config)}
             if resume:  # before anything is written
                 _restore(run, run_dir, identity, examples, config, device)
             bill = examine(problems)
             keep_findings(run_dir, bill)
             bill.raise_if_fatal("before training (nothing was changed)")
-            write_config(run_dir, config, origins, command="forget", first_step=run.step, base_model=identity)
+            write_config(run_dir, config, origins, command="forget", first_step=run.step, base_model=identity, examples=examples)
             keep_prediction(run_dir, trace)
-            log, saver = MetricsLog(run_dir, first_step=run.step), Saver(run_dir, last_step=run.step if resume else None)
+            log, saver = MetricsLog(run_dir, first_step=run.step), Saver(run_dir, last_step=run.step or None)
+            files.callback(log.close)
             monitor.done, monitor.findings = run.step, lambda: [f.as_json() for f in bill.findings]
             while not run.finished and not stop:
                 try:
@@ -197,7 +199,6 @@ def forget(config: ForgetConfig, origins: Mapping[str, str], *,
                     tensors, state = run.export()
                     saver.save(run.step, tensors=tensors, state=state | facts)
             monitor.close()
-            log.close()
             tensors, state = run.export()
             saver.save(run.step, tensors=tensors, state=state | facts, final=True)
             if stop:
@@ -220,17 +221,21 @@ _KEPT = ("dtype", "optimizer")  # of the memory plan, what may not
 
 def _restore(run: Run, run_dir: Path, identity: str, examples: str, config: ForgetConfig, device: torch.device) -> None:
     checkpoint = latest_checkpoint(run_dir)
-    if checkpoint is None:
+    earlier = checkpoint.state if checkpoint else read_content(run_dir)
+    if not checkpoint and len(read_metrics(run_dir)) > earlier["config"]["save_every"]:
         raise CheckpointError(f"--resume {run_dir}: there is no checkpoint; start again with another --out")
-    if checkpoint.state.get("base_model") != identity:
+    if earlier.get("base_model") != identity:
         raise CheckpointError(f"--resume {run_dir}: the model is not the one that the run began with; give that one back")
-    if checkpoint.state.get("examples", examples) != examples:
+    if earlier.get("examples", examples) != examples:
         raise CheckpointError(f"--resume {run_dir}: the texts or pictures are not those that the run began with; give those back")
-    ours, saved = as_json(config), checkpoint.state["config"]
+    ours, saved = as_json(config), earlier["config"]
     pairs = {name: (saved.get(name), value) for name, value in ours.items() if name not in _FREE}
     pairs |= {f"memory.{name}": (saved["memory"].get(name), ours["memory"][name]) for name in _KEPT}
     for name, (then, now) in pairs.items():
         if then != now:
             raise CheckpointError(f"cannot resume: {name} was {then!r} and is {now!r} now; "
                                   "a resumed run keeps what it trains on")
-    run.restore(checkpoint, device)
+    if checkpoint:
+        run.restore(checkpoint, device)
+    else:
+        logger.warning("%s ended before its first checkpoint: it begins anew, and arrives at the same", run_dir)

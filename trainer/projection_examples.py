@@ -8,6 +8,7 @@ from typing import Literal
 
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from trainer.config import composed
 from trainer.config_file import read_lines
 from trainer.errors import UsageError
 from trainer.projection_config import ForgetConfig
@@ -58,10 +59,10 @@ def classes(config: ForgetConfig) -> tuple[str, tuple[str, ...]]:
     bundled = config.model == "shapes"
     if not bundled and config.encoder == "qwen3-vl":
         raise UsageError("--forget-images and --preserve-images are missing; only the bundled encoder has pictures of its own")
-    forget = (config.forget or ("red circle" if bundled else "")).strip()
+    forget = composed(config.forget or ("red circle" if bundled else ""))
     if not forget:
         raise UsageError("--forget is missing; name the class to forget")
-    kept = [name.strip() for name in config.preserve]
+    kept = [composed(name) for name in config.preserve]
     if not all(kept):
         raise UsageError("--preserve: an empty class names nothing; leave it out")
     kept += read_lines(config.preserve_file, "--preserve-file", "class") if config.preserve_file else []

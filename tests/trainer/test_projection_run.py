@@ -241,6 +241,23 @@ def test_an_interrupted_run_goes_on_to_the_same_end(encoders, tmp_path, monkeypa
     assert records[0] == records[1]
 
 
+def test_a_run_killed_before_its_first_checkpoint_begins_anew(encoders, tmp_path, monkeypatch, caplog):
+    main(clip(encoders, tmp_path / "whole"))
+    with monkeypatch.context() as patch:
+        patch.setattr(projection.Saver, "save", lambda *args, **more: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            main(clip(encoders, tmp_path / "run"))
+    with pytest.raises(CheckpointError, match="cannot resume: rank was"):
+        main(["forget", "--resume", str(tmp_path / "run"), "--rank", "3"])
+    main(["forget", "--resume", str(tmp_path / "run")])
+    assert caplog.text.count("run ended before its first checkpoint: it begins anew, and arrives at the same") == 1
+    weights = [(tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("whole", "run")]
+    assert weights[0] == weights[1]
+    shutil.rmtree(tmp_path / "run" / "ckpt")  # lost later
+    with pytest.raises(CheckpointError, match="there is no checkpoint; start again"):
+        main(["forget", "--resume", str(tmp_path / "run")])
+
+
 def test_a_resumed_run_keeps_what_it_trains_on(encoders, tmp_path):
     main(clip(encoders, tmp_path / "run"))
     for flag, value, said in (("--lr", "0.5", "lr was 0.01"), ("--dtype", "bfloat16", "memory.dtype was 'native'"),

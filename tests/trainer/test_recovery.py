@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from test_state import _same_run
+from compared_runs import differences
 from torch._subclasses.fake_tensor import FakeTensor
 
 import memory.lockstep
@@ -120,7 +120,7 @@ def test_a_step_down_in_any_phase_ends_with_the_same_bits(phase, config, referen
     assert set(events[0][1]["change"]) == changed and events[0][1]["predicted_bytes"] > 0
     metrics = (run_dir / "metrics.jsonl").read_text()
     (run_dir / "metrics.jsonl").write_text(re.sub(r', "events": \[\{.*?\}\]', "", metrics))
-    _same_run(straight, run_dir)
+    assert not differences(straight, run_dir)
 
 
 def test_a_step_down_gives_pinned_memory_back_before_it_goes_on(config, monkeypatch, tmp_path):
@@ -194,7 +194,7 @@ def test_the_pasted_command_goes_on(config, reference, tmp_path_factory, monkeyp
     monkeypatch.setattr(sys, "argv", shlex.split(str(raised.value).splitlines()[-1])[1:])
     assert run.main() == 0
     run_dir = capsys.readouterr().out.splitlines()[-1].removeprefix("run: ")
-    _same_run(straight, config().output.out)
+    assert not differences(straight, config().output.out)
     assert run_dir == str(config().output.out)
 
 
@@ -238,7 +238,7 @@ def test_in_sampling_it_is_a_warning_and_training_goes_on_as_if_it_had_not_been(
         patch.setattr(*_failing(samples, "generate_latents", call=1))
         run_dir = _in_memory(config(output__sample_every=2), step_down=False)
     assert "sampling at step 0 failed, training is not affected" in caplog.text
-    _same_run(straight, run_dir)
+    assert not differences(straight, run_dir)
 
 
 def test_where_the_second_look_runs_out_too_the_run_is_known_all_the_same(config, monkeypatch):
