@@ -31,7 +31,7 @@ from trainer.memory_file import Forecast, keep_forecast
 from trainer.monitor import Readings, watch
 from trainer.recovery import Rescue
 from trainer.run_directory import make_run_directory, require_place, write_config
-from trainer.samples import Sampling
+from trainer.samples import Sampling, picture
 from trainer.signals import StopFlag
 from trainer.state import TrainState, learning_rate
 
@@ -97,8 +97,8 @@ def train(config: TrainConfig, origins: Mapping[str, str], *, resume: Path | Non
             files.callback(log.close)
         monitor.facts |= shared(keep_forecast, run_dir, config, forecast)
         monitor.done, monitor.findings, health.sinks = state.step, health.findings, (log.write, monitor.step) if log else ()
-        if state.step == 0 and config.output.sample_every:
-            sampling.run(run_dir, 0, assembly, embeddings, stop)
+        if sampling.due(state.step) and not shared(picture(run_dir, state.step).exists):
+            sampling.run(run_dir, state.step, assembly, embeddings, stop)
 
         # Step by step.
         num_passes, scaler = config.optim.accumulation, state.scaler
@@ -135,8 +135,7 @@ def train(config: TrainConfig, origins: Mapping[str, str], *, resume: Path | Non
                 health.flush()  # nothing unsound is saved
                 tensors, description = state.export()
                 on_main(saver.save, state.step, tensors=tensors, state=description)
-            every = config.output.sample_every
-            if every and state.step % every == 0 and state.step < config.optim.steps:
+            if sampling.due(state.step):
                 sampling.run(run_dir, state.step, assembly, embeddings, stop)
 
         # The end, or an interruption: saved either way.

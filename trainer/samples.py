@@ -25,6 +25,11 @@ logger = logging.getLogger(__name__)
 _FAILED = (InputOutputError, NonFinite, CheckpointError)
 
 
+def picture(run_dir: Path, step: int) -> Path:
+    """Where the sheet of a step is."""
+    return run_dir / "samples" / f"step-{step:06d}.png"
+
+
 class _Stopped(Exception):
     """A signal came while sampling."""
 
@@ -40,6 +45,11 @@ class Sampling:
         Sampler(backbone.scheduler(), config.output.sample_steps)  # what cannot be sampled is refused now, not after training
         if backbone.directory is not None:
             shards(backbone.directory / "vae")
+
+    def due(self, step: int) -> bool:
+        """Whether pictures belong to that step; those of the last one come after training."""
+        every = self.config.output.sample_every
+        return bool(every) and step % every == 0 and step < self.config.optim.steps
 
     def run(self, run_dir: Path, step: int, assembly: Assembly, embeddings: Embeddings, stop: StopFlag) -> None:
         """Sample every prompt with the erasers on and write the sheet; stops early, without one, on a signal.
@@ -82,7 +92,7 @@ class Sampling:
                     for one in latents:
                         videos.append(decode(one[None])[0])
                         tell()
-                contact_sheet(run_dir / "samples" / f"step-{step:06d}.png", list(zip(self.prompts, videos)))
+                contact_sheet(picture(run_dir, step), list(zip(self.prompts, videos)))
         except _Stopped:
             return
         except (RuntimeError, MemoryError, *_FAILED) as e:

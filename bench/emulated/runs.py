@@ -1,7 +1,8 @@
 """Whole runs on the emulated card, from weight files to samples, by the planner's plan and in the memory of the card it was made for.
 
 Prompts go through T5-XXL, the watcher looks before the first step, steps are saved, latents are sampled and decoded: `trainer.loop` does
-it all, from models of the published sizes whose weight files are holes. Only what the watcher thinks of such values is disregarded.
+it all, from models of the published sizes whose weight files are holes. Only what the watcher thinks of such values is disregarded. Then
+`trainer.generate` makes a video with what the run left, on the same card.
 """
 
 import ctypes
@@ -25,10 +26,11 @@ from bench.card.forecasts import shrunk
 from bench.card.session import Session, goal
 from memory.assess import MARGIN
 from memory.meter import Meter
+from trainer import generate as generating
 from trainer import loop
 from trainer.backbones import published
 from trainer.backbones.location import BUNDLED
-from trainer.config import TrainConfig, replaced
+from trainer.config import GenerateConfig, TrainConfig, replaced
 from trainer.findings import Bill
 from trainer.memory_file import Forecast
 from trainer.planning import planned
@@ -47,6 +49,7 @@ def measure(session: Session) -> dict[str, Any]:
     errors = [phase["predicted_bytes"] / phase["allocated_bytes"] - 1 for run in ended for phase in run["phases"].values() if "predicted_bytes" in phase]
     return {"runs": found, "goals": [
         goal("runs said to fit that did not end", len(found) - len(ended), 0),
+        goal("videos said to fit that were not made", sum("reserved_bytes" not in run.get("video", {}) for run in ended), 0),
         goal("largest error of allocated in any phase", max(map(abs, errors), default=None), 0.01, unit="%"),
         goal("reserved, over what was predicted for the whole run",
              max((run["reserved_bytes"] / run["predicted_reserved_bytes"] for run in ended), default=None), 1 + MARGIN),
@@ -81,12 +84,21 @@ def _run(session: Session, gib: float, model: str, frames: int, scratch: Path) -
         return {"phases": peaks, "reserved_bytes": max(peak["reserved_bytes"] for peak in peaks.values()),
                 "num_retries": session.gauge.counters()["num_retries"] - before["num_retries"]}
 
+    def video() -> dict[str, Any]:
+        wanted = GenerateConfig(prompt=("red",), eraser=out, out=out / "video.png", num_steps=2, model=config.model, memory=config.memory)
+        session.gauge.begin()
+        with patch.object(generating, "assemble", wraps=generating.assemble) as assemble, _sized(session, card.available_bytes):
+            session.gauge.phase("video")
+            generating.generate(wanted, card)
+        return {"resident_blocks": assemble.call_args.args[2].resident_blocks, **session.gauge.end()["video"]}
+
     attempt = session.gauge.attempt(run)
+    made = {"video": session.gauge.attempt(video).as_json()} if attempt.worked else {}
     shutil.rmtree(out, ignore_errors=True)
     shutil.rmtree(scratch / "cache", ignore_errors=True)  # the next run encodes its prompts, too
     settings = {name: value for name, value in vars(known.plan).items() if value != getattr(TrainConfig().memory, name)}
     return {"cap_bytes": card.available_bytes, "settings": settings,
-            "predicted_reserved_bytes": known.needed_bytes - card.context_bytes, **attempt.as_json()}
+            "predicted_reserved_bytes": known.needed_bytes - card.context_bytes, **attempt.as_json(), **made}
 
 
 @contextmanager

@@ -62,15 +62,23 @@ def runs() -> str:
     result, phases = load("emulated"), ("encode prompts", "pre-flight", "sample", "decode")
     rows = []
     for run_of, run in result["runs"]["runs"].items():
-        cells = [""] * (len(phases) + 2)
+        cells = [""] * (len(phases) + 3)
         if "phases" in run:
             step = max((peak for name, peak in run["phases"].items() if name not in (*phases, "load")), key=lambda peak: peak["allocated_bytes"])
             cells = [*(_beside(peak["allocated_bytes"], peak["predicted_bytes"], 2) for peak in (*map(run["phases"].get, phases), step)),
-                     _beside(run["reserved_bytes"], run["predicted_reserved_bytes"], 1)]
+                     _beside(run["reserved_bytes"], run["predicted_reserved_bytes"], 1), _video(run["video"])]
         model, frames, size = run_of.split()
         rows.append([f"{model} {frames} for {size}", f"{run['cap_bytes'] / GIB:.2f} GiB", *cells, f"ends, retries: {run['num_retries']}" if "phases" in run else _outcome(run)[0]])
-    header = ["a run of", "reservable", *phases, "steps", "reserved in all", ""]
-    return markdown(header, rows) + "\nAllocated at peak, in brackets by how much the prediction is off.\n" + _source(result)
+    header = ["a run of", "reservable", *phases, "steps", "reserved in all", "a video with it: reserved", ""]
+    return (markdown(header, rows) + "\nAllocated at peak, in brackets by how much the prediction is off. A video (`generate`): with as many blocks on the "
+            "card as are said to fit.\n" + _source(result))
+
+
+def _video(made: dict[str, Any]) -> str:
+    if "reserved_bytes" not in made:
+        return _outcome(made)[0]
+    resident = "all" if made["resident_blocks"] is None else made["resident_blocks"]
+    return f"{made['reserved_bytes'] / GIB:.2f} GiB, {resident} blocks on the card"
 
 
 def _beside(seen: int, predicted: int, digits: int) -> str:

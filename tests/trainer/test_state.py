@@ -162,6 +162,20 @@ def test_samples_that_cannot_be_made_are_a_warning(straight, tiny_config, monkey
     assert numbers(straight()) == numbers(other)
 
 
+def test_pictures_that_a_signal_cut_short_are_made_when_the_run_goes_on(straight, tiny_config, monkeypatch):
+    config = tiny_config(output__sample_every=3)
+    with monkeypatch.context() as patch:
+        _stop_after(patch, 3)
+        with pytest.raises(Interrupted):
+            train(config, {})
+    pictures = config.output.out / "samples"
+    assert [file.name for file in pictures.iterdir()] == ["step-000000.png"]
+    before = (pictures / "step-000000.png").stat().st_mtime_ns
+    assert not differences(straight(), train(config, {}, resume=config.output.out))
+    assert sorted(file.name for file in pictures.iterdir()) == ["step-000000.png", "step-000003.png", "step-000006.png"]
+    assert (pictures / "step-000000.png").stat().st_mtime_ns == before
+
+
 def test_longer_run_goes_on_from_a_finished_one(straight, tiny_config):
     first = train(tiny_config(optim__steps=3), {})
     assert not differences(straight(), train(tiny_config(), {}, resume=first))
