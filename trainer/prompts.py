@@ -261,14 +261,19 @@ def embed(encoder: TextEncoder, prompts: Sequence[str], *, dtype: torch.dtype, d
             table[-len(known)] = row  # the missing ones come first
     if missing:
         rows = encoder.encode(missing, dtype=dtype, device=device, out=table[:len(missing)])
-        if bad := [prompt for prompt, row in zip(missing, rows) if not torch.isfinite(row).all()]:
-            raise NonFinite(f"the text encoder gives NaN or infinity for {len(bad)} of {len(missing)} prompts, as {bad[0]!r}: its weights are damaged, "
-                            f"or it leaves the range of {str(dtype).removeprefix('torch.')}; copy the model again, or take another --dtype")
-        if len(table) > 1 and all(torch.equal(row, table[0]) for row in table):
-            raise CheckpointError("the text encoder gives the same for every prompt: its weights were wiped, or never loaded; copy the model again")
+        _require_sense(missing, table)
         if fingerprint is not None:
             store({files[prompt]: {"embedding": row} for prompt, row in zip(missing, rows)}, "text embeddings")
     return Embeddings(table, [*missing, *reversed(known)])
+
+
+def _require_sense(prompts: Sequence[str], table: Tensor) -> None:
+    """Raises NonFinite or CheckpointError where what was just encoded, the first rows of the table, tells of a damaged encoder."""
+    if bad := [prompt for prompt, row in zip(prompts, table) if not torch.isfinite(row).all()]:
+        raise NonFinite(f"the text encoder gives NaN or infinity for {len(bad)} of {len(prompts)} prompts, as {bad[0]!r}: its weights are damaged, "
+                        f"or it leaves the range of {str(table.dtype).removeprefix('torch.')}; copy the model again, or take another --dtype")
+    if len(table) > 1 and all(torch.equal(row, table[0]) for row in table):
+        raise CheckpointError("the text encoder gives the same for every prompt: its weights were wiped, or never loaded; copy the model again")
 
 
 def _key(fingerprint: str | None, length: int, dtype: torch.dtype, prompt: str) -> str:

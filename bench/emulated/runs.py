@@ -125,6 +125,7 @@ def _indifferent() -> Iterator[None]:
 
     with ExitStack() as patches:
         patches.enter_context(patch.object(Bill, "with_findings", nothing))
+        patches.enter_context(patch("trainer.prompts._require_sense", lambda prompts, table: None))
         patches.enter_context(patch("trainer.preflight._finite", lambda tensors: True))
         patches.enter_context(patch.object(Preflight, "_underflow", lambda self, zero: None))
         yield
