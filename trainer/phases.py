@@ -47,11 +47,11 @@ def phases_around(backbone: CogVideoX, config: TrainConfig, plan: MemoryPlan) ->
 
 def fit_to_generate(backbone: CogVideoX, config: TrainConfig, card: Card) -> MemoryPlan:
     """The configured plan with as many resident blocks as `card` holds while a video is made, and feed-forwards in chunks if no other
-    fits. On the CPU, which has one memory, the plan as it is. Raises DoesNotFit.
+    fits. On the CPU, which has one memory, all are. Raises DoesNotFit.
     """
     plan, num_blocks = config.memory, backbone.num_blocks
     if card.is_cpu:
-        return plan
+        return replace(plan, resident_blocks=None)
     with FakeMode():
         transformer = backbone.fake_transformer(dtype=resolve_dtype(backbone, plan, insist=True))
         backbone.predictor(transformer, backbone.latent_shape(*video_size(backbone, config.model)))  # has positions of that size

@@ -233,6 +233,11 @@ def test_as_many_blocks_are_resident_as_fit(monkeypatch, resident):
     assert fit_to_generate(open_backbone(config.model), config, replace(card, usable_bytes=int(1.01 * needed * 1.06 / 0.97))) == plan
 
 
+def test_on_the_cpu_nothing_streams_whatever_the_run_did_on_its_card(sincos):
+    plan = MemoryPlan(resident_blocks=0, feed_forward_chunks=2)
+    assert fit_to_generate(sincos, TrainConfig(memory=plan), lookup("cpu")) == replace(plan, resident_blocks=None)
+
+
 def test_what_cannot_be_made_is_said_before_weights_are_read(sincos, eraser, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "embed_prompts", None)
     with pytest.raises(DoesNotFit, match=r"does not fit GeForce RTX 4090: a video needs .* more on the card in sample \(predicted\); fewer --frames"):
