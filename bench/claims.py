@@ -140,7 +140,8 @@ def _variant(name: str) -> dict[str, float]:
 def erase() -> tuple[str, str]:
     two, whole = _variant("two-steps"), _variant("unlearn-trajectory")
     holds = two["target"] > 0.8 * two["target_before"] and whole["target"] < 0.2 * whole["target_before"]
-    return (HOLDS if holds else CONTRADICTED), f"bundled model: target detected after 2 steps {two['target']:.0%}, after {SHAPES['optim.steps']} {whole['target']:.0%}"
+    return (HOLDS if holds else CONTRADICTED), (f"bundled model: target detected after 2 steps {two['target']:.0%}, "
+                                                f"after {SHAPES['optim.steps']} {whole['target']:.0%}")
 
 
 def preserve() -> tuple[str, str]:

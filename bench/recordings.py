@@ -54,7 +54,8 @@ SOURCES: dict[str, tuple[str, str, tuple[str, ...]]] = {  # repository: (commit,
         "b63fb8c71bc0019205404d1b979a519ee8a748d0", "a linear layer, from the first allocation on", (
             "model_memory_usage/profile_grad.pkl", "model_memory_usage/profile_no_grad.pkl")),
     "JasperSolt/EoR_NN": ("10cd0b497ace3272c4a808c774480f3a15b7fb4f", "convolutional network", ("snapshot.pickle",)),
-    "silmont2000/assignment2-systems": ("75d09aad44d65bcf350114d4beaf1d3a7cde42db", "attention forward and back, from the first allocation on; a model's forward pass", (
+    "silmont2000/assignment2-systems": ("75d09aad44d65bcf350114d4beaf1d3a7cde42db",
+                                       "attention forward and back, from the first allocation on; a model's forward pass", (
         "mem_snapshot.pickle", "memory_forward_bf16_128.pickle", "memory_forward_fp32_128.pickle")),
 }  # fmt: skip
 TRACED = "Wedsonlin/assignment2-systems"

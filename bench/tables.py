@@ -128,7 +128,8 @@ def overlap() -> str:
     sizes = "; ".join(f"{model}: {text}" for model, text in transfers.items())
     loads = ", ".join(f"{name} {times:.1f}" for name, times in result["loads"].items())
     header = ["card", *(f"{name.replace('cogvideox', '').strip('-')} frames" for name in cells)]
-    return (folded(f"{len(rows)} cards", markdown(header, rows)) + f"\nA cell: a block's forward pass, over its transfer by PCIe 3 / 4 / 5. A block's weights and their "
+    return (folded(f"{len(rows)} cards", markdown(header, rows))
+            + f"\nA cell: a block's forward pass, over its transfer by PCIe 3 / 4 / 5. A block's weights and their "
             f"transfers: {sizes}.\nHow often the streamed weights cross the link, counted: {loads} times.\n"
             f"Predicted, not measured, by `{result['provenance']['command']}`.\n")
 

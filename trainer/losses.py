@@ -226,7 +226,8 @@ def lockstep_backward(together: Callable[[Sequence[Pass]], list[Any]], predict: 
                       drawn: Draw | Sample, loss: LossConfig, *, scale: float | Tensor = 1.0) -> dict[str, Tensor]:
     """A step's teacher and student in one, block by block: `together` runs passes so (memory.lockstep). Else as `student_backward`.
 
-    `drawn`: of a draw the teacher is asked as well, of a sample it has been. Both student passes' gradients are added up before they meet what was there: the same to the last bit, if nothing was.
+    `drawn`: of a draw the teacher is asked as well, of a sample it has been. Both student passes' gradients are added up before they meet what
+    was there: the same to the last bit, if nothing was.
     """
     asked = teacher.passes(drawn) if isinstance(drawn, Draw) else {}
     # The mask is made of what this very pass shows, and wanted in backward only.

@@ -305,7 +305,8 @@ def print_forecast(found: Forecast, origins: dict[str, str], *, explain: bool) -
             table.add_row(name, f"{num_bytes / GIB:.3f}")
         console.print(table)
     console.print(f"reserved {a.prediction.reserved_bytes / GIB:.2f} GiB, context {found.card.context_bytes / GIB:.2f} GiB, "
-                  f"host {a.host_bytes / GIB:.2f} GiB" + (" (--host 64gb: faster plans may use what it has)" if found.result.near_misses and found.card.host_bytes is None else ""),
+                  f"host {a.host_bytes / GIB:.2f} GiB"
+                  + (" (--host 64gb: faster plans may use what it has)" if found.result.near_misses and found.card.host_bytes is None else ""),
                   highlight=False)
     if found.num_cards > 1:
         table = Table(f"on each of {found.num_cards} cards", "GiB", "host GiB", "s a step", "", title="frozen blocks", title_justify="left")

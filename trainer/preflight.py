@@ -295,7 +295,8 @@ class Preflight:
         if before >= best / 2:
             return None
         some = 0 < len(zero) < len(self.erasers.adapters)
-        return finding("gradient-underflow", "backward", block=zero[-1] if some else None, loss_scale=self.scale, gradient_norm=before, larger_by=factor, gradient_norm_then=best)
+        return finding("gradient-underflow", "backward", block=zero[-1] if some else None, loss_scale=self.scale, gradient_norm=before,
+                       larger_by=factor, gradient_norm_then=best)
 
     def _trial(self) -> Iterator[Finding]:
         """One optimizer step, taken back afterwards: do weights move, and does the output follow?"""

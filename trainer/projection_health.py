@@ -35,7 +35,8 @@ def examine(problems: Mapping[str, Problem]) -> Bill:
 def conclude(bill: Bill, problems: Mapping[str, Problem], updates: Mapping[str, Tensor], before: Mapping[str, Tensor],
              num_steps: int) -> Bill:
     """After training: updates that are something, and layers that are what they were (`before`: copies of their weights)."""
-    found = [replace(finding("no-op-adapter", "adapters", module=name, norm=0.0), fix="no step lowered the loss: a higher --lambda-forget") for name, update in updates.items() if not update.any()]
+    found = [replace(finding("no-op-adapter", "adapters", module=name, norm=0.0), fix="no step lowered the loss: a higher --lambda-forget")
+             for name, update in updates.items() if not update.any()]
     found += [finding("frozen-weights-changed", "weights", module=f"{name}.weight") for name, problem in problems.items()
               if not torch.equal(problem.layer.weight, before[name])]
     return Bill(findings=(*bill.findings, *found), checked=(

@@ -17,8 +17,8 @@ class StopFlag:
     step. Under `nohup`, SIGHUP stays ignored.
 
     Truthy once a signal came; `signal_number` says which. A second signal of any kind, no sooner than ONE_STROKE after the first, ends
-    the process within a second with status 128 + its number and without clean-up: the checkpoint protocol leaves nothing half-written at any moment. Must be entered in the main
-    thread; on exit the former handlers are back.
+    the process within a second with status 128 + its number and without clean-up: the checkpoint protocol leaves nothing half-written at
+    any moment. Must be entered in the main thread; on exit the former handlers are back.
     """
 
     def __init__(self):

@@ -25,7 +25,8 @@ def cells(session: Session) -> list[Cell]:
     for kind, frames in (("2b", 17), ("5b", 9)):
         plans += [(kind, frames, fields) for fields in (
             {}, ring, host, dict(boundaries="host"), dict(resident_blocks=10), dict(resident_blocks=0, offload_buffers=3),
-            dict(guidance="batched"), ring | dict(passes="lockstep"), host | dict(passes="lockstep"), ring | dict(feed_forward_chunks=4), host | dict(feed_forward_chunks=4),
+            dict(guidance="batched"), ring | dict(passes="lockstep"), host | dict(passes="lockstep"), ring | dict(feed_forward_chunks=4),
+            host | dict(feed_forward_chunks=4),
             ring | dict(optimizer="adamw8bit"), ring | dict(rank=16), dict(num_keep_attention=15))]
     plans += [("2b", 9, fields) for fields in (
         dict(dtype="float32"), dict(dtype="bfloat16"), host | dict(dtype="bfloat16", rank=256), dict(checkpoint="none"),

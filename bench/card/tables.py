@@ -133,7 +133,8 @@ def times() -> str:
     """Seconds of a step against the planner's, by model and size."""
     result = load("times")
     rows = [[f"{label}, {card}", str(len(cells)), " to ".join(f"{edge(cell['measured_seconds'] for cell in cells):.2f}" for edge in (min, max)) + " s",
-             f"{min((cell['error'] for cell in cells), key=abs):+.1%}", f"{statistics.median(cell['error'] for cell in cells):+.1%}", f"{max((cell['error'] for cell in cells), key=abs):+.1%}"]
+             f"{min((cell['error'] for cell in cells), key=abs):+.1%}", f"{statistics.median(cell['error'] for cell in cells):+.1%}",
+             f"{max((cell['error'] for cell in cells), key=abs):+.1%}"]
             for card in dict.fromkeys(cell["card"] for cell in result["cells"])
             for label, cells in _by_size([cell for cell in result["cells"] if cell["card"] == card])]
     return markdown(["steps of", "plans", "measured", "predicted: off by at least", "median", "at most"], rows) + (
@@ -151,7 +152,8 @@ def norms() -> str:
              f"{ours[f'{short}_TBps']:.1f} TB/s"] for way, before, short in zip(("forward", "backward"), alone, ("fw", "bw"))]
     for name in ("5b 49f", "5b 17f", "2b 17f"):
         before, after = (result["student_only"][f"{name} {kind}"]["step_seconds"] for kind in ("torch", "kernels"))
-        rows.append([f"{name.replace(' ', ', ').replace('f', ' frames')}: the student's pass, forward and backward", f"{before:.3f} s", f"{after:.3f} s", f"{after / before - 1:+.1%}"])
+        rows.append([f"{name.replace(' ', ', ').replace('f', ' frames')}: the student's pass, forward and backward",
+                     f"{before:.3f} s", f"{after:.3f} s", f"{after / before - 1:+.1%}"])
     errors = result["norm_rotate"]["errors"]["bfloat16"]
     rows.append(["off from float64, bfloat16: forward / backward", *(f"{errors[kind]:.2e} / {errors[kind + ' backward']:.2e}" for kind in ("torch", "kernel")), ""])
     return markdown(["", "torch's operators", "`eraser::norm_rotate`", ""], rows) + (
@@ -195,5 +197,5 @@ def _source(found: list[tuple[str, dict[str, Any]]]) -> str:
     return "\nMeasured by `python -m bench.card` on " + "; on ".join(f"{card} ({'; '.join(parts)})" for card, parts in by_card.items()) + ".\n"
 
 
-TABLES: dict[str, Callable[[], str]] = {"card": headline, "card-goals": goals, "card-offload": offload, "card-steps": steps, "card-peaks": peaks, "card-times": times,
-                                       "card-norms": norms}
+TABLES: dict[str, Callable[[], str]] = {"card": headline, "card-goals": goals, "card-offload": offload, "card-steps": steps, "card-peaks": peaks,
+                                       "card-times": times, "card-norms": norms}

@@ -26,7 +26,8 @@ def main() -> int:
     parser.add_argument("--card", default=DEFAULT_CARD, help="whose name and capability it has: torch takes the kernels that it takes there (%(default)s)")
     parser.add_argument("--gib", type=float, default=96, help="its memory (%(default)s)")
     parser.add_argument("--out", type=Path, default=RESULTS, help="directory of the result")
-    parser.add_argument("--only", nargs="+", metavar="PART", default=[], help="some of peaks, minimum, feasibility, runs, steps, compiled, schedule; the others stay as they are in the result")
+    parser.add_argument("--only", nargs="+", metavar="PART", default=[],
+                        help="some of peaks, minimum, feasibility, runs, steps, compiled, schedule; the others stay as they are in the result")
     parser.add_argument("--toy", action="store_true", help="toy models: the code runs, the figures mean nothing")
     parser.add_argument("python", nargs="*", help="after --: arguments for Python, in place of measuring")
     options = parser.parse_args()
@@ -43,7 +44,8 @@ def main() -> int:
     except (CannotEmulate, UnknownCard) as e:
         print(f"error: {e}", file=sys.stderr)
         return 2
-    measuring = ["-m", "bench.emulated.measure", "--card", card.name, "--out", str(options.out), *["--toy"] * options.toy, *["--only"] * bool(options.only), *options.only]
+    measuring = ["-m", "bench.emulated.measure", "--card", card.name, "--out", str(options.out),
+                 *["--toy"] * options.toy, *["--only"] * bool(options.only), *options.only]
     return subprocess.call([sys.executable, "-m", "bench.emulated.within", *(options.python or measuring)], env=os.environ | emulated)
 
 

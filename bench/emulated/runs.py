@@ -61,7 +61,8 @@ def _run(session: Session, gib: float, model: str, frames: int, scratch: Path) -
     if not session.dry and not directory.exists():
         _write_hollow(model, directory)
     config = replaced(TrainConfig(), {
-        "model.model": model if session.dry else str(directory), "model.frames": frames, "data.concept": "red", "data.preserve": ("circle", "square", "triangle", "left"),
+        "model.model": model if session.dry else str(directory), "model.frames": frames, "data.concept": "red",
+        "data.preserve": ("circle", "square", "triangle", "left"),
         "optim.steps": 3, "output.out": out, "output.save_every": 2, "output.sample_every": 2, "output.sample_steps": 2, "output.monitor": "off"})
     card = shrunk(session.card, gib)
     config, _, known = planned(config, card, ())

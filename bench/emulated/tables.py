@@ -68,7 +68,8 @@ def runs() -> str:
             cells = [*(_beside(peak["allocated_bytes"], peak["predicted_bytes"], 2) for peak in (*map(run["phases"].get, phases), step)),
                      _beside(run["reserved_bytes"], run["predicted_reserved_bytes"], 1), _video(run["video"])]
         model, frames, size = run_of.split()
-        rows.append([f"{model} {frames} for {size}", f"{run['cap_bytes'] / GIB:.2f} GiB", *cells, f"ends, retries: {run['num_retries']}" if "phases" in run else _outcome(run)[0]])
+        rows.append([f"{model} {frames} for {size}", f"{run['cap_bytes'] / GIB:.2f} GiB", *cells,
+                     f"ends, retries: {run['num_retries']}" if "phases" in run else _outcome(run)[0]])
     header = ["a run of", "reservable", *phases, "steps", "reserved in all", "a video with it: reserved", ""]
     return (markdown(header, rows) + "\nAllocated at peak, in brackets by how much the prediction is off. A video (`generate`): with as many blocks on the "
             "card as are said to fit.\n" + _source(result))
@@ -102,7 +103,8 @@ def compiled() -> str:
     columns = [{cell["settings"].replace(" compile=True", ""): _compiled_peaks(cell) for cell in result["compiled"]["cells"]} for result in results]
     cards = [result["card"].removeprefix("Emulated ") for result in results]
     rows = [[settings, *(column.get(settings, "") for column in columns)] for settings in columns[0]]
-    return markdown(["compiled, a step of", *(f"{card}: allocated / reserved (predicted: off by)" for card in cards)], rows) + _missed(*results, part="compiled") + _source(*results)
+    header = ["compiled, a step of", *(f"{card}: allocated / reserved (predicted: off by)" for card in cards)]
+    return markdown(header, rows) + _missed(*results, part="compiled") + _source(*results)
 
 
 def _compiled_peaks(cell: dict[str, Any]) -> str:
@@ -137,7 +139,8 @@ def schedule() -> str:
     caps = " and ".join(name.rsplit("-", 1)[1].removesuffix("gb") for name in choices[0]["regret"])
     return markdown(["a step of", "allocated", *by_card], rows) + (
         f"\nIn brackets: against the group's first, all blocks resident and checkpointed. A step at 49 frames is the student's pass alone.\n"
-        f"The planner's own time is off by {min(errors):+.1%} to {max(errors):+.1%} ({len(errors) // len(by_card)} plans, each at the rates of {len(by_card)} cards); its choice under caps of {caps} GB takes "
+        f"The planner's own time is off by {min(errors):+.1%} to {max(errors):+.1%} ({len(errors) // len(by_card)} plans, each at the rates of {len(by_card)} cards); "
+        f"its choice under caps of {caps} GB takes "
         f"{max(regrets):+.1%} at most against the fastest of a grid of {len(choices[0]['grid'])} plans.\n" + _missed(result, part="schedule") + _source(result))
 
 
@@ -169,4 +172,5 @@ def _source(*results: dict[str, Any]) -> str:
             f"by {commands}, {max(result['provenance']['date'] for result in results)}.\n")
 
 
-TABLES: dict[str, Callable[[], str]] = {"emulated-peaks": peaks, "emulated-caps": caps, "emulated-runs": runs, "emulated-steps": steps, "emulated-compiled": compiled, "emulated-schedule": schedule}
+TABLES: dict[str, Callable[[], str]] = {"emulated-peaks": peaks, "emulated-caps": caps, "emulated-runs": runs,
+                                       "emulated-steps": steps, "emulated-compiled": compiled, "emulated-schedule": schedule}
