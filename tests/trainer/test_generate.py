@@ -10,9 +10,10 @@ import torch
 from tiny_pipelines import FRAMES, SIDE
 from test_erasers import shake
 
-from memory.assess import assess
+from memory.assess import Workload, assess
 from memory.cards import GIB, lookup
 from memory.plan import MemoryPlan, apply_plan
+from memory.timeline import pinned_bytes
 from trainer import generate as module
 from trainer.assemble import named_scheduler, open_backbone
 from trainer.cli import main
@@ -231,6 +232,19 @@ def test_as_many_blocks_are_resident_as_fit(monkeypatch, resident):
     plan, card = replace(config.memory, resident_blocks=resident), replace(_card(1.0), cublas_workspace_bytes=0)
     needed = assess(workload(config), plan, card).by_phase["sample"]
     assert fit_to_generate(open_backbone(config.model), config, replace(card, usable_bytes=int(1.01 * needed * 1.06 / 0.97))) == plan
+
+
+def test_what_streams_must_fit_the_host(monkeypatch):
+    monkeypatch.setattr("trainer.phases._decoding_bytes", lambda *_: 0)
+    config = TrainConfig(optim=OptimConfig(rank=1))
+    backbone, card = open_backbone(config.model), replace(_card(1.0), cublas_workspace_bytes=0)
+    needed = assess(workload(config), replace(config.memory, resident_blocks=0), card).by_phase["sample"]
+    blocks = backbone.blocks(backbone.load_transformer(dtype=torch.float32))
+    host_bytes = Workload.host_bytes + len(blocks) * pinned_bytes(sum(p.nbytes for p in blocks[0].parameters()))
+    card = replace(card, usable_bytes=int(1.01 * needed * 1.06 / 0.97), host_bytes=host_bytes)
+    assert fit_to_generate(backbone, config, card).resident_blocks == 0
+    with pytest.raises(DoesNotFit, match="a video needs 0.00 GiB more of host memory"):
+        fit_to_generate(backbone, config, replace(card, host_bytes=host_bytes - 1))
 
 
 def test_on_the_cpu_nothing_streams_whatever_the_run_did_on_its_card(sincos):
