@@ -15,10 +15,9 @@ from memory.host import available_host_bytes
 from memory.plan import PlanError
 from trainer import config as settings
 from trainer.arguments import chosen_card, early, fixed, given, in_flags, parse, positional, refuse_out, resolve
-from trainer.commands import DiagnoseCommand, DoctorCommand, ExportCommand, ForgetCommand, PlanCommand, ReportCommand, TrainCommand
+from trainer.commands import DiagnoseCommand, DoctorCommand, ExportCommand, PlanCommand, ReportCommand, TrainCommand
 from trainer.config import EvaluateConfig, GenerateConfig, TrainConfig
 from trainer.errors import DoesNotFit, UsageError
-from trainer.projection_config import ForgetConfig, read_forget_config
 
 if TYPE_CHECKING:
     from memory.assess import Assessment
@@ -203,6 +202,8 @@ def _export(argv: Sequence[str]) -> None:
 
 
 def _forget(argv: Sequence[str]) -> None:
+    from trainer.projection_config import ForgetCommand, ForgetConfig, read_forget_config
+
     resume = early(argv, "--resume")
     if resume:
         refuse_out(argv)

@@ -7,7 +7,6 @@ from typing import Literal
 from memory.cards import size_bytes
 from trainer.config import TrainConfig
 from trainer.errors import UsageError
-from trainer.projection_config import ForgetConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,12 +98,3 @@ class PlanCommand:
             raise UsageError(f"--cards {self.cards}: from 1 to 1024, in one machine")
         if self.host is not None and not size_bytes(self.host):
             raise UsageError(f"--host {self.host}: a size such as 64gb")
-
-
-@dataclass(frozen=True, kw_only=True)
-class ForgetCommand:
-    """Forget a class in the linear layer after a frozen encoder: CLIP's text_projection, or Qwen3-VL's merger."""
-
-    resume: Path | None = None
-    """Go on with the run in this directory, with its settings."""
-    settings: ForgetConfig = field(default_factory=ForgetConfig)

@@ -114,6 +114,15 @@ class ForgetConfig:
             raise UsageError("--target empty: an image has no empty string; random and mean would work")
 
 
+@dataclass(frozen=True, kw_only=True)
+class ForgetCommand:
+    """Forget a class in the linear layer after a frozen encoder: CLIP's text_projection, or Qwen3-VL's merger."""
+
+    resume: Path | None = None
+    """Go on with the run in this directory, with its settings."""
+    settings: ForgetConfig = field(default_factory=ForgetConfig)
+
+
 def read_forget_config(run_dir: Path) -> ForgetConfig:
     """The settings of a run of this command. Raises CheckpointError if it is none."""
     content = read_content(run_dir)
