@@ -4,7 +4,6 @@
 import ast
 import contextlib
 import errno
-import gc
 import io
 import logging
 import os
@@ -62,7 +61,6 @@ def _bench() -> int:
 
 def _train() -> int:
     """Any other command."""
-    gc.disable()  # until it is known what is to be done (trainer.arguments.parse): --help is there sooner
     from trainer.cli import main as run
 
     run(sys.argv[1:])

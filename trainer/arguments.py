@@ -5,7 +5,6 @@ Heavy imports wait until a run's configuration has to be read.
 
 import contextlib
 import difflib
-import gc
 import io
 import itertools
 import re
@@ -58,7 +57,6 @@ def parse(kind: type, argv: Sequence[str], command: str, default: Any = None, *,
         hint = f"did you mean {near[0]}?" if near else f"{program} --help lists them all"
         raise UsageError(f"there is no option {unknown[0]}; {hint}")
     _require_text(parsed)
-    gc.enable()  # run.py starts without
     return parsed
 
 

@@ -50,12 +50,6 @@ def test_help_imports_no_torch():
     assert done.returncode == 0, done.stderr
 
 
-def test_a_command_collects_garbage_though_the_program_starts_without():
-    code = ("import gc, runpy, sys; sys.argv = ['run.py', 'export', '--eraser', 'x', '--out', 'y']; import trainer.eraser_files as files\n"
-            "files.load_eraser = lambda path: sys.exit(10 + gc.isenabled())\nrunpy.run_path('run.py', run_name='__main__')")
-    assert _python("-c", code).returncode == 11
-
-
 @pytest.mark.parametrize("command", [["doctor"], ["bench", "published"]])
 def test_a_python_without_what_is_needed_is_named(command):
     done = _python("-S", "run.py", *command)  # without its packages
