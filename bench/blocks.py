@@ -13,7 +13,7 @@ from diffusers.models.transformers.cogvideox_transformer_3d import CogVideoXBloc
 from torch import Tensor, nn
 from torch._inductor.utils import fresh_cache
 
-from bench.card.gauge import profiled_peak
+from bench.card.gauge import predicted_peak, profiled_peak
 from bench.provenance import take_no_arguments, write_result
 from memory.applied import AppliedPlan
 from memory.fake import FakeMode
@@ -98,8 +98,7 @@ def predict(kind: str, plan: MemoryPlan) -> int:
             recorder.adopt_model(stack, stack.blocks, applied)
             recorder.adopt([stack.text, stack.embedding, stack.video, *(stack.positions or ())], "other")
             step()
-    levels = [total for _, total, _ in recorder.trace().timeline(rounded=ON_CARD)]  # what stands first
-    return max(levels) - (0 if ON_CARD else levels[0])
+    return predicted_peak(recorder.trace(), on_card=ON_CARD)
 
 
 def main() -> None:

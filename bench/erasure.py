@@ -17,7 +17,7 @@ from typing import Any
 
 import tyro
 
-from bench.provenance import RESULTS, require_known, write_result
+from bench.provenance import RESULTS, ROOT, require_known, write_result
 from trainer.config import SHAPES, EvaluateConfig, TrainConfig, replaced
 from trainer.evaluate import evaluate
 from trainer.loop import train
@@ -45,7 +45,7 @@ class Erasure:
     """Videos a row of each evaluation."""
     out: Path = RESULTS
     """Directory of the result."""
-    assets: Path = RESULTS.parent.parent / "assets"
+    assets: Path = ROOT / "assets"
     """Directory of the picture."""
 
     def __post_init__(self):

@@ -18,7 +18,7 @@ def recordings() -> str:
         error = max(abs(row["simulated_peak_reserved_bytes"] / row["recorded_peak_reserved_bytes"] - 1) for row in found)
         workspaces = max((row["workspaces_bytes"] for row in found), key=len)
         rows.append([f"{repository}: {found[0]['runs']}", str(len(found)), f"{events:,}", f"{alike:,} of {requests:,}",
-                     " to ".join(f"{b / 2**30:.2f}" for b in sorted({min(reserved), max(reserved)})) + " GiB", f"{error:.2%}",
+                     " to ".join(f"{b / GIB:.2f}" for b in sorted({min(reserved), max(reserved)})) + " GiB", f"{error:.2%}",
                      f"{len(workspaces)} of {workspaces[0] / 2**20:g} MiB" if workspaces else ""])
     return markdown(["recorded", "histories", "events", "requests served at the card's address", "reserved at peak", "largest error",
                      "cuBLAS workspaces, where they were taken in it"], rows) + _recorded(result)

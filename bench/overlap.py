@@ -6,7 +6,6 @@ A forward pass of one block of width D over S tokens takes 24 S D² FLOPs in its
 cross the host link once. Rates, links and the fractions of them that are reached are those of memory/cards.toml.
 """
 
-import math
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -23,13 +22,6 @@ def block_seconds(card: Card, num_tokens: int, width: int) -> float:
     """Seconds of one block's forward pass on `card`, predicted."""
     linear, attention = 24.0 * num_tokens * width**2, 4.0 * num_tokens**2 * width
     return linear / (card.tensor_rate * card.matmul_fraction) + attention / (card.tensor_rate * card.attention_fraction)
-
-
-def hiding_tokens(card: Card, width: int, transfer_seconds: float) -> int:
-    """The fewest tokens whose computation is as long as a transfer: the positive root of a quadratic in S."""
-    a = 4.0 * width / (card.tensor_rate * card.attention_fraction)
-    b = 24.0 * width**2 / (card.tensor_rate * card.matmul_fraction)
-    return math.ceil((math.sqrt(b * b + 4 * a * transfer_seconds) - b) / (2 * a))
 
 
 def link_rates() -> dict[str, float]:
@@ -60,8 +52,7 @@ def predict() -> dict[str, Any]:
             seconds = block_seconds(card, num_tokens, backbone.width)
             cards[card.name] = {
                 "compute_seconds": seconds,
-                "compute_over_transfer": {link: seconds / t for link, t in transfer.items()},
-                "hiding_tokens": {link: hiding_tokens(card, backbone.width, t) for link, t in transfer.items()}}
+                "compute_over_transfer": {link: seconds / t for link, t in transfer.items()}}
         cells[f"{model} {frames}"] = {"num_tokens": num_tokens, "block_bytes": num_bytes, "transfer_seconds": transfer, "cards": cards}
     return {"predicted": True, "cells": cells}
 

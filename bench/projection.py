@@ -18,9 +18,8 @@ from pathlib import Path
 
 import tyro
 
-from bench.provenance import RESULTS, require_known, write_result
+from bench.provenance import RESULTS, ROOT, require_known, write_result
 
-ROOT = Path(__file__).parent.parent
 TARGETS = {"clip": ("empty", "random", "mean"), "qwen3-vl": ("random", "mean")}
 
 

@@ -15,7 +15,8 @@ from typing import Any
 
 from trainer.run_files import write_whole
 
-RESULTS = Path(__file__).parent / "results"
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "bench" / "results"
 _PACKAGES = ("torch", "diffusers", "transformers", "bitsandbytes", "safetensors")
 
 
@@ -26,7 +27,7 @@ def provenance() -> dict[str, Any]:
     card = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     try:
         commit = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True,
-                                cwd=Path(__file__).parent).stdout.strip()
+                                cwd=ROOT).stdout.strip()
     except FileNotFoundError:  # a copy of the tree on a machine without git
         commit = ""
     module = getattr(sys.modules["__main__"], "__spec__", None)

@@ -21,9 +21,8 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
-from bench.provenance import RESULTS, provenance, write_result
+from bench.provenance import RESULTS, ROOT, provenance, write_result
 
-ROOT = Path(__file__).parent.parent
 Properties = dict[str, Any]
 _SAVING, _RUNS, _STATE = "tests/faults/test_checkpoint_faults.py", "tests/faults/test_run_faults.py", "tests/trainer/test_state.py"
 

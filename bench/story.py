@@ -14,15 +14,15 @@ from memory.fake import FakeMode
 
 from bench.naive import Naive, Recipe
 from bench.provenance import take_no_arguments, write_result
-from memory.cards import lookup
+from memory.cards import GIB, lookup
 from memory.checkpointing import checkpoint_blocks
 from memory.optimizers import make_optimizer
 from memory.plan import MemoryPlan
 from memory.simulate import recording
 from memory.timeline import Trace
+from trainer.assemble import open_backbone
 from trainer.config import TrainConfig, replaced
 from trainer.rehearse import rehearse
-from trainer.assemble import open_backbone
 
 CARDS = ("24gb", "96gb")
 LOG = replaced(TrainConfig(), {"model.model": "cogvideox-2b", "model.weights": "random", "model.frames": 17})
@@ -96,7 +96,7 @@ def main() -> None:
     found: dict[str, Any] = {}
     for name, trace in variants().items():
         found[name] = described(trace())
-        print(name, f"{found[name]['peak_bytes'] / 2**30:.2f} GiB", found[name]["cards"], flush=True)
+        print(name, f"{found[name]['peak_bytes'] / GIB:.2f} GiB", found[name]["cards"], flush=True)
     write_result("story", {"basis": "predicted", "model": "cogvideox-2b", "frames": 17, "variants": found})
 
 

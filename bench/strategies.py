@@ -10,7 +10,7 @@ from typing import Any
 
 from bench.feasibility import settings
 from bench.provenance import take_no_arguments, write_result
-from memory.cards import lookup
+from memory.cards import GIB, lookup
 from memory.ranking import SEARCHED
 from trainer.backbones.published import TRANSFORMERS
 from trainer.config import replaced
@@ -60,7 +60,7 @@ def main() -> None:
         for name, changes in strategies(TRANSFORMERS[model]["num_layers"]).items():
             a = forecast(replaced(settings(model, frames), changes), card, SEARCHED).chosen
             found[name] = described(a) | {"step_peak_bytes": a.prediction.peak_bytes}
-            print(model, frames, name, f"{a.prediction.peak_bytes / 2**30:.2f} GiB {a.time.seconds:.2f} s", flush=True)
+            print(model, frames, name, f"{a.prediction.peak_bytes / GIB:.2f} GiB {a.time.seconds:.2f} s", flush=True)
     write_result("strategies", {"basis": "predicted", "card": card.label, "cells": cells})
 
 

@@ -3,7 +3,7 @@
     python -m bench.tables           rewrite the tables between `<!-- table: NAME -->` and `<!-- end -->`
     python -m bench.tables --check   exit 1 if a document differs from its results
 
-A figure in a document is written by this file or not at all.
+A figure in a table is written by this file or not at all.
 """
 
 import argparse
@@ -11,7 +11,6 @@ import re
 import sys
 from collections.abc import Callable
 from itertools import chain
-from pathlib import Path
 from typing import Any
 
 from bench import others
@@ -19,10 +18,10 @@ from bench.card import tables as card
 from bench.emulated import tables as emulated
 from bench.erasure import VARIANTS, summary
 from bench.markdown import folded, load, markdown
+from bench.provenance import ROOT
 from memory.cards import GIB
 from trainer.findings import CODES, Code
 
-ROOT = Path(__file__).parent.parent
 DOCUMENTS = ("README.md", "MEMORY.md")
 MARK = re.compile(r"(<!-- table: (?P<name>[a-z0-9-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -293,7 +292,7 @@ def reliability() -> str:
     """Every promise, its target and what was measured."""
     result = load("reliability")
     rows = [[r["test"], r["target"], r["figure"] if r["holds"] else f"**does not hold**: {r['figure']}"] for r in result["rows"].values()]
-    source = _source(result).replace(result["provenance"]["command"], "python -m bench.reliability")
+    source = _source(result)
     summary = f"{len(rows)} promises, of which {sum(r['holds'] for r in result['rows'].values())} hold"
     return folded(summary, markdown(["test", "target", "measured"], rows, words=True)) + source
 

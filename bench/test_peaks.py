@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from bench.card.gauge import Gauge, profiled_peak
+from bench.card.gauge import Gauge, predicted_peak, profiled_peak
 from bench.card.rig import Cell, backbone_of, rigged
 from bench.card.session import register_toys
 from memory.plan import MemoryPlan
@@ -42,7 +42,6 @@ def measure(benchmark: Any, cell: Cell) -> dict[str, Any]:
     if not ON_CARD:
         register_toys()
     trace = rehearse(backbone_of(cell), cell.config(), cell.plan)
-    levels = [total for _, total, _ in trace.timeline(rounded=ON_CARD)]  # what stands first
     with rigged(cell, gauge) as rig:
         rig.step()  # makes what stands: optimizer state, host slabs
         if ON_CARD:
@@ -52,8 +51,7 @@ def measure(benchmark: Any, cell: Cell) -> dict[str, Any]:
         else:
             measured = profiled_peak(rig.step)
         benchmark.pedantic(rig.step, rounds=3)
-    predicted = max(levels) - (0 if ON_CARD else levels[0])
-    benchmark.extra_info.update(cell=cell.name(), peak_bytes=measured, predicted_bytes=predicted,
+    benchmark.extra_info.update(cell=cell.name(), peak_bytes=measured, predicted_bytes=predicted_peak(trace, on_card=ON_CARD),
                                 basis="allocated" if ON_CARD else "beyond what stands, no card")
     assert measured > 0
     return benchmark.extra_info

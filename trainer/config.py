@@ -44,7 +44,8 @@ class DataConfig:
     """The concept to erase: one or more words, as they stand in the prompts."""
     prompts: Path | None = None
     """Prompts that show the concept: a text file, one a line; or a CSV or TSV with a column prompt and, if you can, a column safe.
-    A safe prompt is the same one without the concept. Left out: five short sentences about the concept."""
+    A safe prompt is the same one without the concept.
+    Left out: captions of the concept on the bundled model, five short sentences about it on others."""
     instead: str = ""
     """What safe prompts name in the concept's place (--concept circle --instead square), where the file has none.
     Left out: captions without the concept on the bundled model, the empty prompt on others."""
@@ -188,7 +189,7 @@ class GenerateConfig:
     eraser: Path | None = None
     """A run directory or an eraser file. Needed, or --no-eraser in its place.
     Its base model is used, unless --model names another than shapes.
-    A run's videos are as large as those it was trained on, by the same memory plan, unless flags say otherwise."""
+    A run's videos are as large as those it was trained on and follow its memory plan, but for resident-blocks and guidance, unless flags say otherwise."""
     no_eraser: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """Leave the eraser out: the frozen model alone."""
     compare: bool = False
@@ -206,7 +207,7 @@ class GenerateConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     memory: MemoryPlan = field(default_factory=MemoryPlan)
     """How the model is made to fit. On a card as many blocks are resident as it holds, unless resident-blocks is given.
-    What only training needs changes nothing here: checkpoint, num-keep-…, boundaries, kept, optimizer."""
+    What only training needs changes nothing here: checkpoint, num-keep-…, boundaries, kept, passes, optimizer."""
 
     def __post_init__(self):
         expand(self, "out", "eraser")
@@ -245,7 +246,7 @@ class EvaluateConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     memory: MemoryPlan = field(default_factory=MemoryPlan)
     """How the model is made to fit.
-    What only training needs changes nothing here: checkpoint, num-keep-…, boundaries, kept, optimizer."""
+    What only training needs changes nothing here: checkpoint, num-keep-…, boundaries, kept, passes, optimizer."""
 
     def __post_init__(self):
         expand(self, "run")

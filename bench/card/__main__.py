@@ -1,6 +1,6 @@
 """The suite for one card: what is predicted is measured, beside its peers. Random weights; no network, no video files.
 
-    python -m bench.card                       parts that have no result yet, as many as 9 minutes hold; once more for the next
+    python -m bench.card                       parts that have no result yet, as many as 8 minutes hold; once more for the next
     python -m bench.card --only offload speed  some parts; --again measures parts that have a result anew
     python -m bench.card --dry                 every part at toy size on the CPU; the figures mean nothing
 
@@ -39,7 +39,7 @@ from bench.provenance import RESULTS, write_result
 from memory.streams import release_pinned
 from trainer.run_directory import probe
 
-# Such that parts that follow each other fill nine minutes.
+# Such that parts that follow each other fill eight minutes.
 PARTS: dict[str, ModuleType] = {"short": short, "health": health, "peaks": peaks, "cap": cap, "feasibility": feasibility, "minimum": minimum,
                                 "speed": speed, "choice": choice, "offload": offload}
 QUIET = ("short", "health")
@@ -116,6 +116,7 @@ def run_part(name: str, session: Session, out: Path) -> dict[str, Any]:
 
 
 def print_table(title: str, rows: list[list[str]]) -> None:
+    """A title and rows of cells on stdout, the first column flush left, the others right."""
     print(f"\n{title}")
     widths = [max(len(row[i]) for row in rows if i < len(row)) for i in range(max(map(len, rows), default=0))]
     for row in rows:
@@ -136,6 +137,20 @@ def stored(path: Path) -> dict[str, Any] | None:
         print(f"{path}: left out, it cannot be read ({e})", file=sys.stderr)
         return None
     return content if isinstance(content, dict) and isinstance(content.get("goals"), list) else None
+
+
+def _conclude(out: Path, results: dict[str, Any], *, measured: Sequence[str], left: Sequence[str], again: bool) -> None:
+    """Print the goals, how old the results of parts that were not `measured` are, and what is `left` to measure."""
+    print_table(f"goals ({out})", [goal_row(name, g) for name, result in results.items() for g in result["goals"]])
+    for name in (name for name in results if name not in measured):
+        source = results[name].get("provenance", {})
+        print(f"{name}: measured {source.get('date')} by {source.get('commit')}; --again --only {name} measures it by the program of today")
+    for name, result in results.items():
+        if skipped := result.get("skipped"):
+            print(f"{name}: {len(skipped)} cells were not measured, as the time ended or a signal came; --again --only {name} measures all")
+    if left:
+        how = f"the same with --only {' '.join(left)}" if again else "the same command again"
+        print(f"not begun: {', '.join(left)}; {how} measures {'them' if len(left) > 1 else 'it'}")
 
 
 def main(config: Card) -> int:
@@ -190,16 +205,8 @@ def main(config: Card) -> int:
         session.forecaster.close()
         for number, handler in before.items():
             signal.signal(number, handler)
-    print_table(f"goals ({out})", [goal_row(name, g) for name in wanted if name in results for g in results[name]["goals"]])
-    for name in (name for name in results if name not in todo):
-        source = results[name].get("provenance", {})
-        print(f"{name}: measured {source.get('date')} by {source.get('commit')}; --again --only {name} measures it by the program of today")
-    for name in results:
-        if skipped := results[name].get("skipped"):
-            print(f"{name}: {len(skipped)} cells were not measured, as the time ended or a signal came; --again --only {name} measures all")
-    if left := [name for name in missing if name not in results and name not in failed]:
-        how = f"the same with --only {' '.join(left)}" if config.again else "the same command again"
-        print(f"not begun: {', '.join(left)}; {how} measures {'them' if len(left) > 1 else 'it'}")
+    left = [name for name in missing if name not in results and name not in failed]
+    _conclude(out, {name: results[name] for name in wanted if name in results}, measured=todo, left=left, again=config.again)
     if session.gauge.lost:
         print(f"error: the device does not answer any more: {session.gauge.lost}", file=sys.stderr)
     if failed:

@@ -28,6 +28,7 @@ def _plain(session: Session, kind: str, frames: int) -> Cell:
 
 
 def prepare(session: Session) -> None:
+    """Ask for all predictions ahead."""
     for kind, frames in MODELS:
         session.forecaster.ask(plans_of, _plain(session, kind, frames), _cards(session))
 

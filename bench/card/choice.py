@@ -34,6 +34,7 @@ def _grid(session: Session) -> list[Cell]:
 
 
 def prepare(session: Session) -> None:
+    """Ask for all predictions ahead."""
     session.forecaster.ask(plans_of, _plain(session), _cards(session))
 
 

@@ -26,6 +26,7 @@ def _plans(session: Session, frames: int) -> tuple[Cell, tuple[Card, ...]]:
 
 
 def prepare(session: Session) -> None:
+    """Ask for all predictions ahead."""
     for frames in dict.fromkeys(frames for _, frames in _cases(session)):
         session.forecaster.ask(plans_of, *_plans(session, frames))
 

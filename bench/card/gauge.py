@@ -17,6 +17,7 @@ import torch
 
 from memory.exhaustion import first_line
 from memory.meter import resident_bytes
+from memory.timeline import Trace
 
 
 @dataclass(frozen=True)
@@ -248,6 +249,12 @@ def covered(spans: list[tuple[float, float]]) -> float:
 def overlap(left: list[tuple[float, float]], right: list[tuple[float, float]]) -> float:
     """Time that both sets of intervals cover."""
     return covered(left) + covered(right) - covered([*left, *right])
+
+
+def predicted_peak(trace: Trace, *, on_card: bool) -> int:
+    """What `Gauge` should find of a step on a card, in bytes; without one, what `profiled_peak` should."""
+    levels = [total for _, total, _ in trace.timeline(rounded=on_card)]  # what stands first
+    return max(levels) - (0 if on_card else levels[0])
 
 
 def profiled_peak(run: Callable[[], object]) -> int:

@@ -6,6 +6,7 @@ from typing import Any
 from bench.card.forecasts import peaks_of
 from bench.card.rig import Cell
 from bench.card.session import Session, goal, rows
+from memory.cards import GIB
 
 SECONDS = 115
 _SMALLEST = dict(resident_blocks=0, boundaries="host", feed_forward_chunks=8)
@@ -20,6 +21,7 @@ def _cells(session: Session) -> dict[tuple[str, int], list[Cell]]:
 
 
 def prepare(session: Session) -> None:
+    """Ask for all predictions ahead."""
     for cells in _cells(session).values():
         session.forecaster.ask(peaks_of, cells[0], session.workspace_bytes)
 
@@ -39,5 +41,5 @@ def measure(session: Session, out: Path) -> dict[str, Any]:
             predicted[f"{key[0]} {key[1]}f"] = told.value[0].allocator.peak_allocated_bytes
         peaks = [cell["allocated_bytes"] for name, cell in found.items()
                  if name.startswith(f"{key[0]} {key[1]}f ") and "allocated_bytes" in cell]
-        goals.append(goal(f"GiB allocated, {key[0]} at {key[1]} frames", min(peaks) / 2**30 if peaks else None, GOALS[key]))
+        goals.append(goal(f"GiB allocated, {key[0]} at {key[1]} frames", min(peaks) / GIB if peaks else None, GOALS[key]))
     return {"cells": found, "predicted_allocated_bytes": predicted, "skipped": skipped, "goals": goals, "table": rows(found)}

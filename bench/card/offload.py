@@ -39,6 +39,7 @@ def _residency(session: Session) -> tuple[Cell, tuple[Card, ...], tuple[str, ...
 
 
 def prepare(session: Session) -> None:
+    """Ask for all predictions ahead."""
     session.forecaster.ask(plans_of, *_residency(session))
 
 
@@ -174,6 +175,7 @@ def _match(found: dict[str, Any], ours: dict[str, Any], peer: str) -> tuple[floa
 
 
 def goals(found: dict[str, Any], equality: dict[str, Any], overlap: dict[str, Any]) -> list[dict[str, Any]]:
+    """The goals of the part, of what `side_by_side`, `_equality` and `hidden` found; what is empty leaves its goals without a measurement."""
     ours = {name: cell for name, cell in found.items() if any(word in name for word in ("ring", "buffers", "residen"))}
     steady = [cell["num_retries"] + cell["num_driver_allocations"] + max(0, cell["grown_bytes"])
               for name, cell in ours.items() if "step_seconds" in cell]

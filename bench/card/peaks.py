@@ -13,6 +13,7 @@ from bench.card.forecasts import peaks_of
 from bench.card.rig import Cell, rigged
 from bench.card.session import Session, failures, goal
 from memory.assess import MARGIN
+from memory.cards import GIB
 from memory.snapshots import replay_snapshot
 
 SECONDS = 270
@@ -151,6 +152,6 @@ def measure(session: Session, out: Path) -> dict[str, Any]:
                   goal("requests that the simulator serves at another address", max(elsewhere, default=None), 0),
                   goal("plans said to fit that failed at their cap",
                        failures([not c["ran"] for c in caps.values()], complete=not skipped), 0)],
-        "table": [[r["settings"], f"{r['measured']['allocated_bytes'] / 2**30:.3f} GiB", f"{r['allocated_error']:+.2%}",
+        "table": [[r["settings"], f"{r['measured']['allocated_bytes'] / GIB:.3f} GiB", f"{r['allocated_error']:+.2%}",
                    f"{r['reserved_error']:+.2%}"] for r in ran],
     }

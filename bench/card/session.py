@@ -46,7 +46,7 @@ class Session:
     fixed: dict[str, Any] = field(default_factory=dict)
     """Terms of this card that no simulator knows, measured once a process."""
     deadline: float = float("inf")
-    """When the part under way has used up its time, by time.monotonic()."""
+    """When the call's time is used up, by time.monotonic(): no cell starts after it."""
 
     def cell(self, kind: str, frames: int, *, rank: int = 128, student_only: bool = False, **plan: Any) -> Cell:
         """A cell of a published model; in a dry run of the toy of that kind, with everything in its scale."""
@@ -72,7 +72,7 @@ class Session:
         return [gib for gib in sizes if total is None or gib * GIB <= 1.25 * total]
 
     def within_budget(self, cells: Sequence[Any], skipped: list[str], *, name: Callable[[Any], str] = str) -> Iterator[Any]:
-        """The cells until the part's time is used up, or the device lost; the names of the others go to `skipped`."""
+        """The cells until the call's time is used up, or the device lost; the names of the others go to `skipped`."""
         for cell in cells:
             if time.monotonic() > self.deadline or self.gauge.lost:
                 skipped.append(name(cell))
@@ -120,8 +120,8 @@ def rows(attempts: dict[str, dict[str, Any]]) -> list[list[str]]:
     found = []
     for name, cell in attempts.items():
         if "step_seconds" in cell:
-            found.append([name, f"{cell['step_seconds']:.3f} s", f"{cell['allocated_bytes'] / 2**30:.3f}",
-                          f"{cell['reserved_bytes'] / 2**30:.3f} GiB"])
+            found.append([name, f"{cell['step_seconds']:.3f} s", f"{cell['allocated_bytes'] / GIB:.3f}",
+                          f"{cell['reserved_bytes'] / GIB:.3f} GiB"])
         else:
             found.append([name, "out of memory" if cell.get("out_of_memory") else f"failed: {cell['failed']}"[:60], "", ""])
     return found

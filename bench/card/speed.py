@@ -123,6 +123,7 @@ def _variants(session: Session) -> list[tuple[str, Any]]:
 
 
 def prepare(session: Session) -> None:
+    """Ask for all predictions ahead."""
     session.forecaster.ask(peaks_of, session.cell("5b", 49), session.workspace_bytes)
     session.forecaster.ask(plans_of, session.cell("5b", 49), (session.card,))
 

@@ -1,6 +1,6 @@
 """A card where there is none: torch's CUDA build on a card that has memory and computes nothing.
 
-    python -m bench.emulated                       peaks of whole steps against the simulator, into bench/results/emulated.json
+    python -m bench.emulated                       all parts, into bench/results/emulated.json
     python -m bench.emulated --card h100 --only peaks                       the same with a Hopper's kernels, into emulated-h100.json
     python -m bench.emulated -- -m pytest tests/memory/test_contract.py -m gpu -k steady_state
                                                    anything else that Python runs, on that card

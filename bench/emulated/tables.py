@@ -38,12 +38,12 @@ def _by_card() -> list[dict[str, Any]]:
 def caps() -> str:
     """Plans under the caps they were made for, the smallest peaks, and where the naive recipe breaks."""
     result = load("emulated")
-    rows = [[f"the planner's plan: {_short(name)}", f"{cell['cap_bytes'] / GIB:.2f} GiB", *_outcome(cell)]
+    rows = [[f"three steps of the planner's plan: {_short(name)}", f"{cell['cap_bytes'] / GIB:.2f} GiB", *_outcome(cell)]
             for name, cell in result["feasibility"]["cells"].items()]
     rows += [[f"the naive recipe: {_short('2b 17f ' + name)}", f"{cell['cap_bytes'] / GIB:.2f} GiB", came_to(cell), ""]
              for name, cell in result["feasibility"]["naive"].items()]
     rows += [[f"the smallest: {name}", "none", *_outcome(cell)] for name, cell in result["minimum"]["cells"].items()]
-    return markdown(["three steps of", "reservable", "", "allocated / reserved"], rows) + _source(result)
+    return markdown(["what ran", "reservable", "", "allocated / reserved"], rows) + _source(result)
 
 
 def _short(name: str) -> str:
@@ -141,7 +141,7 @@ def schedule() -> str:
         f"\nIn brackets: against the group's first, all blocks resident and checkpointed. A step at 49 frames is the student's pass alone.\n"
         f"The planner's own time is off by {min(errors):+.1%} to {max(errors):+.1%} ({len(errors) // len(by_card)} plans, each at the rates of {len(by_card)} cards); "
         f"its choice under caps of {caps} GB takes "
-        f"{max(regrets):+.1%} at most against the fastest of a grid of {len(choices[0]['grid'])} plans.\n" + _missed(result, part="schedule") + _source(result))
+        f"{abs(max(regrets)):.1%} {'longer at most' if max(regrets) > 0 else 'less at least'} than the fastest of a grid of {len(choices[0]['grid'])} plans.\n" + _missed(result, part="schedule") + _source(result))
 
 
 def _allocated(cell: dict[str, Any]) -> str:

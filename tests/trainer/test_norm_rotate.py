@@ -94,10 +94,11 @@ def test_a_norm_to_be_trained_is_refused():
         norm(x, positions, L)
 
 
-@pytest.mark.parametrize("rotated", [True, False])
-def test_what_the_operators_take_inside_is_what_a_trace_counts(rotated):
+@pytest.mark.parametrize("rotated, heads_at_once", [(True, 8), (True, 3), (False, 8)])
+def test_what_the_operators_take_inside_is_what_a_trace_counts(rotated, heads_at_once, monkeypatch):
     from bench.card.gauge import profiled_peak
 
+    monkeypatch.setattr(norm_rotate, "CHUNK_BYTES", heads_at_once * 4 * 280 * 64)
     norm = RotatingNorm(64).requires_grad_(False)
     x, grad = torch.randn(2, 1, 300, 8, 64)
     cos, sin = torch.randn(2, 280, 64) if rotated else (None, None)

@@ -110,6 +110,7 @@ def _rotate_(x: Tensor, cos: Tensor, sin: Tensor, length: int) -> None:
         part = x[:, length:, heads].to(torch.float32, copy=True, memory_format=torch.contiguous_format)  # (B, N, step, d)
         torch.view_as_complex(part.unflatten(-1, (-1, 2))).mul_(turn)
         x[:, length:, heads] = part
+        del part  # it would stand beside the next
 
 
 def _heads_at_once(shape: torch.Size, length: int) -> int:
