@@ -51,9 +51,10 @@ def measure(benchmark: Any, cell: Cell) -> dict[str, Any]:
         else:
             measured = profiled_peak(rig.step)
         benchmark.pedantic(rig.step, rounds=3)
-    benchmark.extra_info.update(cell=cell.name(), peak_bytes=measured, predicted_bytes=predicted_peak(trace, on_card=ON_CARD),
+    predicted = predicted_peak(trace, on_card=ON_CARD)
+    benchmark.extra_info.update(cell=cell.name(), peak_bytes=measured, predicted_bytes=predicted,
                                 basis="allocated" if ON_CARD else "beyond what stands, no card")
-    assert measured > 0
+    assert ON_CARD or measured == pytest.approx(predicted, rel=0.01)  # a card's are judged by part peaks of its suite
     return benchmark.extra_info
 
 

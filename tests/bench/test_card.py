@@ -13,6 +13,7 @@ from unittest.mock import patch
 import pytest
 import torch
 
+from bench import test_peaks
 from bench.card import __main__ as suite
 from bench.card import minimum, offload, peaks, rig, speed
 from bench.card.feasibility import came_to
@@ -240,10 +241,23 @@ def test_where_bits_are_compared_no_kernel_adds_in_an_order_of_its_own():
     assert state() == before == (False, False, True)
 
 
-def test_how_often_streamed_weights_cross_the_link_in_a_step(monkeypatch):
+@pytest.fixture
+def toys_may_come(monkeypatch):
+    """Toy models that a test registers are gone after it."""
     for name in ("TRANSFORMERS", "SIZES", "NATIVE_DTYPES", "VAES", "SCHEDULERS"):
         monkeypatch.setattr(published, name, dict(getattr(published, name)))
     monkeypatch.setattr(rig, "_backbones", {})
+
+
+@pytest.mark.skipif(test_peaks.ON_CARD, reason="measures at toy size, without a card")
+@pytest.mark.parametrize("name", ["checkpoint all", "keep all on host", "stream, boundaries on host, chunks", "stream, lockstep"])
+def test_a_whole_step_peaks_where_it_is_predicted_to(name, benchmark, toys_may_come):
+    cell = Cell(model="toy-5b", frames=9, rank=64, plan=MemoryPlan(**test_peaks.PLANS[name]))
+    found = test_peaks.measure(benchmark, cell)
+    assert found["peak_bytes"] == pytest.approx(found["predicted_bytes"], rel=1e-3)
+
+
+def test_how_often_streamed_weights_cross_the_link_in_a_step(toys_may_come):
     loads = count_loads(10)
     # There and back, what the ring's two buffers still hold at either end left out; three passes of the teacher, and two of those.
     assert loads["a student's pass alone"] == pytest.approx((2 * 10 - 4) / 10)
