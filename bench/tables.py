@@ -152,7 +152,7 @@ def faults() -> str:
                f"{result['num_healthy']} sound settings: {result['num_false_alarms']} false alarms")
     cost = load("health-cost")
     note = (f"\nThe norms that the watcher takes cost {cost['share']:.2%} of a block's forward and backward pass (2b, {cost['num_tokens']:,} "
-            f"tokens, `{cost['provenance']['command']}` on {cost['provenance']['card'] or 'the CPU'}).\n")
+            f"tokens, `{cost['provenance']['command']}` on {cost['provenance']['card'] or 'the CPU'}, {cost['provenance']['date']}).\n")
     return folded(summary, markdown(["put in", "named", "right, with its block"], rows)) + note + _source(result)
 
 
