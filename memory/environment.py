@@ -19,6 +19,7 @@ def prepare() -> None:
     """
     if not any(name in os.environ for name in _ALLOCATOR):
         os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
+    os.environ.setdefault("TORCH_CUBLAS_WORKSPACE_CACHE", "1")  # else torch takes them anew for every product, from 2.15 on
     os.environ.setdefault("TORCH_CUBLASLT_UNIFIED_WORKSPACE", "1")  # else products with a bias keep a MiB a thread besides
     os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")  # else the fastest is torch's first, and the plan is for another
     os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")  # some processors' kernels differ by alignment without it
