@@ -1,4 +1,4 @@
-"""What torch's allocator, cuBLAS and MKL read from the environment when they start, and what the planner reckons with.
+"""What torch's allocator, cuBLAS, Triton and MKL read from the environment when they start, and what the planner reckons with.
 
 Importable without torch, and to be called before torch is imported.
 """
@@ -11,8 +11,9 @@ _CUBLAS_KIB = 2 * 4096 + 8 * 16
 
 
 def prepare() -> None:
-    """Set what was not set: segments that grow waste least, cuBLAS' workspaces are those that are planned, cards are counted as NVML and
-    nvidia-smi count them, and MKL's products on the CPU do not depend on where their operands lie, which every plan does in its own way.
+    """Set what was not set: segments that grow waste least, cuBLAS' workspaces are those that are planned, Triton's kernels round alike,
+    cards are counted as NVML and nvidia-smi count them, and MKL's products on the CPU do not depend on where their operands lie, which every plan
+    does in its own way.
 
     CUBLAS_WORKSPACE_CONFIG is not for us to set: torch 2.11 parses it for every product, which takes the host longer than
     all else that a product does (`python -m bench.emulated`).
@@ -21,6 +22,7 @@ def prepare() -> None:
         os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
     os.environ.setdefault("TORCH_CUBLAS_WORKSPACE_CACHE", "1")  # else torch takes them anew for every product, from 2.15 on
     os.environ.setdefault("TORCH_CUBLASLT_UNIFIED_WORKSPACE", "1")  # else products with a bias keep a MiB a thread besides
+    os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # as up to Triton 3.9, which warns that 3.10 rounds otherwise
     os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")  # else the fastest is torch's first, and the plan is for another
     os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")  # some processors' kernels differ by alignment without it
 

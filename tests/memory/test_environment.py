@@ -12,8 +12,8 @@ MIB = 1 << 20
 
 def test_what_was_set_stays(monkeypatch):
     monkeypatch.setattr(os, "environ", {"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:64", "CUBLAS_WORKSPACE_CONFIG": ":16:8",
-                                      "TORCH_CUBLASLT_UNIFIED_WORKSPACE": "0", "TORCH_CUBLAS_WORKSPACE_CACHE": "0", "MKL_CBWR": "COMPATIBLE",
-                                      "CUDA_DEVICE_ORDER": "FASTEST_FIRST"})
+                                      "TORCH_CUBLASLT_UNIFIED_WORKSPACE": "0", "TORCH_CUBLAS_WORKSPACE_CACHE": "0",
+                                      "TRITON_DEFAULT_FP_FUSION": "0", "MKL_CBWR": "COMPATIBLE", "CUDA_DEVICE_ORDER": "FASTEST_FIRST"})
     before = dict(os.environ)
     environment.prepare()
     assert os.environ == before
