@@ -141,7 +141,8 @@ def schedule() -> str:
         f"\nIn brackets: against the group's first, all blocks resident and checkpointed. A step at 49 frames is the student's pass alone.\n"
         f"The planner's own time is off by {min(errors):+.1%} to {max(errors):+.1%} ({len(errors) // len(by_card)} plans, each at the rates of {len(by_card)} cards); "
         f"its choice under caps of {caps} GB takes "
-        f"{abs(max(regrets)):.1%} {'longer at most' if max(regrets) > 0 else 'less at least'} than the fastest of a grid of {len(choices[0]['grid'])} plans.\n" + _missed(result, part="schedule") + _source(result))
+        f"{abs(max(regrets)):.1%} {'longer at most' if max(regrets) > 0 else 'less at least'} than the fastest of a grid of "
+        f"{len(choices[0]['grid'])} plans.\n" + _missed(result, part="schedule") + _source(result))
 
 
 def _allocated(cell: dict[str, Any]) -> str:

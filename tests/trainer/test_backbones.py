@@ -429,7 +429,10 @@ def test_a_cache_without_lists_of_files_serves_where_the_hub_is_not_reached(pipe
     opened.load_transformer(dtype=torch.float32)
 
     (opened.directory / "vae" / "diffusion_pytorch_model.safetensors").unlink()
-    with pytest.raises(UsageError, match="the hub cannot be reached|files that have come are kept|HF_HUB_OFFLINE|in the cache where the hub is not reached"):
+    said = "the hub cannot be reached|files that have come are kept|HF_HUB_OFFLINE"
+    if int(huggingface_hub.__version__.split(".")[0]) > 1:  # gives what the cache has, and says nothing
+        said = "no vae/.* on the hub, or in the cache where the hub is not reached"
+    with pytest.raises(UsageError, match=said):
         CogVideoX("some/one").fetch()
 
 
