@@ -19,8 +19,6 @@ import tyro
 
 from bench.provenance import RESULTS, ROOT, require_known, write_result
 
-
-
 RUNS: dict[str, tuple[str, ...]] = {
     "red": ("--concept", "red"),
     "circle": ("--concept", "circle"),

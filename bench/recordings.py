@@ -3,9 +3,9 @@
     python -m bench.recordings [--clones DIR]      into bench/results/recordings.json
 
 Public repositories hold histories of CUDA's caching allocator (`torch.cuda.memory._dump_snapshot`). Each is replayed: the simulator
-gets the requests and has to serve them at the addresses that the card's allocator chose. Of two whole
-training steps of a transformer, which ran without autocast, the code is beside them: that program runs on fake tensors, and what is
-predicted for it stands beside what was recorded.
+gets the requests and has to serve them at the addresses that the card's allocator chose. Of two whole training steps of a
+transformer, which ran without autocast, the code is beside them: that program runs on fake tensors, and what is predicted for it stands
+beside what was recorded.
 
 Clones are made in DIR as OWNER/NAME, or used where they are. The traced program (commit below) is imported from its clone and needs
 `pip install einops einx jaxtyping`. Pickles are read without any class being looked up.

@@ -292,9 +292,8 @@ def reliability() -> str:
     """Every promise, its target and what was measured."""
     result = load("reliability")
     rows = [[r["test"], r["target"], r["figure"] if r["holds"] else f"**does not hold**: {r['figure']}"] for r in result["rows"].values()]
-    source = _source(result)
     summary = f"{len(rows)} promises, of which {sum(r['holds'] for r in result['rows'].values())} hold"
-    return folded(summary, markdown(["test", "target", "measured"], rows, words=True)) + source
+    return folded(summary, markdown(["test", "target", "measured"], rows, words=True)) + _source(result)
 
 
 TABLES: dict[str, Callable[[], str]] = {

@@ -123,8 +123,8 @@ def peaks() -> str:
     twins = [(cell["measured"], twin) for _, result in found for cell in result["cells"] if (twin := emulated.get((result["card"], cell["settings"])))]
     equal = sum(all(real.get(key) == twin.get(key) is not None for key in ("allocated_bytes", "reserved_bytes")) for real, twin in twins)
     fitted = [result["fit"]["reserved_bytes"] for _, result in found]
-    fit = " ".join(f"With a constant fitted to the card ({f['offset_bytes'] / 2**20:+.0f} MiB, the median of what {f['num_fitted']} plans reserve more than predicted) "
-                   f"reserved bytes of the other {f['num_checked']} are off by {f['largest_error_with_offset']:.2%} at most, without it by "
+    fit = " ".join(f"With a constant fitted to the card ({f['offset_bytes'] / 2**20:+.0f} MiB, the median of what {f['num_fitted']} plans "
+                   f"reserve more than predicted) reserved bytes of the other {f['num_checked']} are off by {f['largest_error_with_offset']:.2%} at most, without it by "
                    f"{f['largest_error']:.2%}." for f in fitted)
     return markdown(["steps of", "plans", "measured at peak", "predicted: allocated off by at most", "reserved"], rows) + (
         f"\nOf {requests:,} requests in {len(replayed)} recorded runs the simulator serves {alike:,} at the address that the card's allocator chose. "

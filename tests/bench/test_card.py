@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 from unittest.mock import patch
 
 import pytest
@@ -24,14 +23,13 @@ from bench.card.peaks import thick, thin
 from bench.card.rig import Cell
 from bench.card.session import Session, failures, goal
 from bench.overlap import block_seconds, count_loads
-from bench.provenance import RESULTS, of_cards
+from bench.provenance import RESULTS, ROOT, of_cards
 from bench.times import cell_of
 from memory.cards import lookup
 from memory.plan import MemoryPlan
 from memory.snapshots import replay_snapshot
 from trainer.backbones import published
 
-ROOT = Path(__file__).parent.parent.parent
 PARTS = ("short", "health", "peaks", "cap", "feasibility", "minimum", "speed", "choice", "offload")
 
 
