@@ -120,13 +120,36 @@ def test_kernels_that_are_broken_or_wrong_are_not_used(monkeypatch, kernels, sai
         assert norm_rotate.working_kernels.__wrapped__(torch.device("cpu")) is None
 
 
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+has_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+
+
+@has_triton
 def test_the_kernels_interpreted_compute_what_torch_does():
     code = ("import torch; from trainer.backbones import kernels, norm_rotate; "
             "print(norm_rotate._difference(kernels, torch.device('cpu')))")
     done = subprocess.run([sys.executable, "-c", code], env=os.environ | {"TRITON_INTERPRET": "1"},
                           capture_output=True, text=True, check=True)
     assert 0 < float(done.stdout) < 1e-6
+
+
+@has_triton
+@pytest.mark.parametrize("capability", [75, 80, 86, 89, 90, 100, 120])
+def test_the_kernels_compile_for_every_kind_of_card(capability, tmp_path, monkeypatch):
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from trainer.backbones import kernels
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    constants = {"ROTATED": True, "WIDTH": 64, "ROWS": kernels.ROWS}
+    types = dict.fromkeys(("x", "weight", "bias", "grad", "out"), "*bf16") | {"cos": "*fp32", "sin": "*fp32", "eps": "fp32"}
+    for kernel in (kernels._forward, kernels._backward):
+        signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in kernel.arg_names}
+        aligned = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(signature.values()) if kind.startswith("*")}
+        source = ASTSource(kernel, signature, constants, aligned)
+        made = triton.compile(source, GPUTarget("cuda", capability, 32), {"num_warps": kernels.NUM_WARPS})
+        assert made.asm["cubin"] and made.metadata.shared == 0  # rows stay in registers
 
 
 @pytest.mark.gpu
