@@ -43,12 +43,16 @@ class SearchResult:
     near_misses: tuple[Assessment, ...]
     """Plans that are faster, than the smallest if none fits, and do not fit: the one that misses by least first."""
     smallest: Assessment
-    """The plan that needs least of the device: says what card would do if nothing fits."""
+    """The plan that needs least of the device, or, where it is the host that lacks room, least of that: says what would do if nothing fits."""
     num_candidates: int
     num_unknown: int
     """Choices of what blocks keep that were left out, because no recorded visit tells what they would do."""
     num_replays: int
     num_traces: int
+
+
+def _device_bytes(candidate: Candidate) -> tuple[int, float]:
+    return max(candidate.device_bytes, candidate.phases_bytes), -candidate.seconds
 
 
 class Ranking:
@@ -79,11 +83,20 @@ class Ranking:
             best = self._first_that_fits(sorted(candidates), limits)
             if best is not None and self._is_settled(variant, best.plan):
                 break
-        # Of plans with the same peak, the slowest keeps least, and leaves least in pieces.
-        smallest = self._assess(min(candidates, key=lambda c: (max(c.device_bytes, c.phases_bytes), -c.seconds)), limits)
+        smallest = self._smallest(candidates, limits)
         if best is None and smallest.fits:  # what was seen of faster ones made it look too large
             best = smallest
         return self._result(candidates, best, smallest, limits)
+
+    def _smallest(self, candidates: list[Candidate], limits: Limits) -> Assessment:
+        # Of plans with the same peak, the slowest keeps least, and leaves least in pieces.
+        smallest = self._assess(min(candidates, key=_device_bytes), limits)
+        if smallest.fits_card and not smallest.fits:
+            for _, alike in itertools.groupby(sorted(candidates, key=lambda c: c.host_bytes), key=lambda c: c.host_bytes):
+                candidate = min(alike, key=_device_bytes)
+                if _device_bytes(candidate)[0] <= limits.reservable_bytes and (found := self._assess(candidate, limits)).fits_card:
+                    return found
+        return smallest
 
     def parked(self, limits: Limits) -> SearchResult:
         """The same of plans that keep in host memory what they keep: everything, or else of as many blocks as there is room for."""

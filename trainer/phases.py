@@ -57,7 +57,7 @@ def fit_to_generate(backbone: CogVideoX, config: TrainConfig, card: Card) -> Mem
         backbone.predictor(transformer, backbone.latent_shape(*video_size(backbone, config.model)))  # has positions of that size
         sizes = [_num_bytes(block) for block in backbone.blocks(transformer)]
         outside = _num_bytes(transformer) - sum(sizes) + _adapter_bytes(backbone, config.optim.rank)
-    workspace, limits = card.cublas_workspace_bytes, Limits(card)
+    workspace, limits, misses = card.cublas_workspace_bytes, Limits(card), []
     for plan in (plan, replace(plan, feed_forward_chunks=max(plan.feed_forward_chunks, CHUNKS))):
         # The transformer is gone when videos are decoded.
         needs = [replace(need, with_backbone=need.name == "sample") for need in phases_around(backbone, config, plan)]
@@ -68,8 +68,10 @@ def fit_to_generate(backbone: CogVideoX, config: TrainConfig, card: Card) -> Mem
             short = limits.shortage(found.reserved_bytes, found.host_bytes + Workload.host_bytes)
             if not any(short):
                 return replace(plan, resident_blocks=num_blocks - streamed if streamed else None)
-    where = f"on the card in {max(found.by_phase, key=found.by_phase.get)}" if short[0] else "of host memory"
-    raise DoesNotFit(f"{backbone.name} does not fit {card.label}: a video needs {max(short) / GIB:.2f} GiB more {where} (predicted); fewer "
+            where = f"on the card in {max(found.by_phase, key=found.by_phase.get)}" if short[0] else "of host memory"
+            misses.append((max(short), where))
+    missing, where = min(misses)
+    raise DoesNotFit(f"{backbone.name} does not fit {card.label}: a video needs {missing / GIB:.2f} GiB more {where} (predicted); fewer "
                      "--frames, a smaller --height and --width need less, and --resident-blocks 0 tries nevertheless")
 
 

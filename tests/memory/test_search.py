@@ -228,6 +228,16 @@ def test_the_host_has_limits_too(workload):
     assert bare.best.host_bytes == 0 and bare.best.time.seconds > ample.best.time.seconds
 
 
+@pytest.mark.parametrize("mib", [150, 210])
+def test_where_the_host_is_too_small_it_is_said_what_would_do(workload, mib):
+    """Not what the plan takes that needs least of the card: resident blocks need nothing of the host."""
+    found = plan_for(workload, mib, host_bytes=0)
+    enough = found.smallest.host_bytes
+    assert found.best is None and found.smallest.fits_card and "of host memory" in found.smallest.reason
+    assert plan_for(workload, mib, host_bytes=enough).best is not None
+    assert plan_for(workload, mib, host_bytes=enough - 1).best is None
+
+
 def test_every_phase_has_to_fit(workload):
     def phases(plan):
         return [
