@@ -213,12 +213,16 @@ def verdict(found: Forecast) -> str:
         beside = f" beside the {others / GIB:.2f} GiB of other processes" if others else ""
         return (f"{found.config.model.model} fits {c.label}: predicted {a.needed_bytes / GIB:.2f} GiB of "
                 f"{c.usable_bytes / GIB:.2f} GiB usable{beside}, {a.time.seconds:.2f} s a step ({a.time.bottleneck})")
+    room = _room(a, c) + f" for each of the {found.num_cards} cards' processes" * (found.num_cards > 1)
     if a.fits_card or c.is_cpu:  # whose memory is the host's
-        would_do = _room(a, c) + f" for each of the {found.num_cards} cards' processes" * (found.num_cards > 1)
+        would_do = room
     elif others and a.needed_bytes <= (1 - MARGIN) * (c.usable_bytes + others):
         would_do = f"it would if other processes did not hold {others / GIB:.2f} GiB, which nvidia-smi shows"
     else:
-        would_do = f"the smallest listed card that would do: {smallest_card(found)}"
+        larger, host = smallest_card(found), host_share(c, found.num_cards)
+        would_do = f"the smallest listed card that would do: {larger}"
+        if larger != "none" and host is not None and a.host_bytes > host:
+            would_do += f", and of host memory {room}"
     return f"{found.config.model.model} does not fit {c.label}: the smallest plan {a.reason}; {would_do}"
 
 

@@ -147,12 +147,13 @@ def test_of_a_cpu_the_verdict_names_no_card(tiny_config):
                                             "4 GiB free would do")
 
 
-def test_where_the_host_is_short_no_card_is_named(tiny_config):
+def test_where_the_host_is_short_too_that_is_said(tiny_config):
     found = planning.forecast(tiny_config(), replace(lookup("4090"), host_bytes=2**30))
     assert found.result.best is None and found.chosen.fits_card
     assert planning.verdict(found).endswith("GiB more of host memory; 4 GiB free would do")
-    found = planning.forecast(tiny_config(), replace(lookup("4090"), usable_bytes=lookup("4090").context_bytes))
-    assert not found.chosen.fits_card and "the smallest listed card that would do: " in planning.verdict(found)
+    for host_bytes, more in ((None, ""), (2**40, ""), (2**30, ", and of host memory 4 GiB free would do")):
+        found = planning.forecast(tiny_config(), replace(lookup("4090"), usable_bytes=lookup("4090").context_bytes, host_bytes=host_bytes))
+        assert not found.chosen.fits_card and planning.verdict(found).endswith("the smallest listed card that would do: rtx-2060" + more)
 
 
 def test_a_card_that_would_do_has_room_for_its_own_context_too(forecast):
