@@ -60,6 +60,11 @@ class Cell:
                 found.setdefault(_kind(storage), []).append(number)
         return found
 
+    @cached_property
+    def transfers(self) -> list[Work]:
+        """The work of copies to the host and from there."""
+        return [work for work in self.work if work.kind in ("to host", "to device")]
+
     def same_as(self, other: "Cell") -> bool:
         return (self.storages, self.deaths, self.phase) == (other.storages, other.deaths, other.phase)
 
@@ -230,13 +235,13 @@ class Recipe:
 
         slabs: list[int] = []
         used, free = 0, Counter()
-        for work in (work for _, cell in self.visits(keeps) for work in cell.work):
+        for work in (work for _, cell in self.visits(keeps) for work in cell.transfers):
             num_bytes = -(-work.num_bytes // ALIGNMENT) * ALIGNMENT
             if work.kind == "to device":
                 free[num_bytes] += 1  # brought back, and not stored again by the same pass
-            elif work.kind == "to host" and free[num_bytes]:
+            elif free[num_bytes]:
                 free[num_bytes] -= 1
-            elif work.kind == "to host":
+            else:
                 if not slabs or used + num_bytes > slabs[-1]:
                     slabs.append(slab_bytes(num_bytes, self.num_blocks))
                     used = 0
