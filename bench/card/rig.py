@@ -47,6 +47,7 @@ class Cell:
     """Height and width in pixels; None: the model's own."""
     plan: MemoryPlan = field(default_factory=MemoryPlan)
     rank: int = 128
+    batch_size: int = 1
     student_only: bool = False
     """The teacher's sample is cached and nothing is preserved: a step is one student pass, forward and backward."""
 
@@ -54,17 +55,18 @@ class Cell:
         """The training run's settings. All three losses are trained, unless the student's pass is looked at alone."""
         height, width = self.side or (None, None)
         values = {"model.model": self.model, "model.weights": "random", "model.frames": self.frames,
-                  "model.height": height, "model.width": width, "optim.rank": self.rank, "memory": self.plan}
+                  "model.height": height, "model.width": width, "optim.rank": self.rank, "data.batch_size": self.batch_size, "memory": self.plan}
         if self.student_only:
             values |= {"data.pool": 1, "data.latents": "noise", "loss.beta": 0.0}
         return replaced(TrainConfig(), values)
 
     def name(self) -> str:
-        """Model, frames, and what differs from the plain plan."""
+        """Model, size, and what differs from the plain plan."""
         plain, plan = MemoryPlan(), self.plan
-        words = [f"{k}={getattr(plan, k)}" for k in MemoryPlan.__dataclass_fields__ if getattr(plan, k) != getattr(plain, k)]
-        words += [f"rank={self.rank}"] * (self.rank != 128) + ["student only"] * self.student_only
-        return " ".join([self.model, f"{self.frames}f", *words])
+        words = [self.model, f"{self.frames}f"] + ([f"{self.side[0]}x{self.side[1]}"] if self.side else [])
+        words += [f"{k}={getattr(plan, k)}" for k in MemoryPlan.__dataclass_fields__ if getattr(plan, k) != getattr(plain, k)]
+        words += [f"rank={self.rank}"] * (self.rank != 128) + [f"batch={self.batch_size}"] * (self.batch_size > 1)
+        return " ".join(words + ["student only"] * self.student_only)
 
 
 def backbone_of(cell: Cell) -> CogVideoX:

@@ -27,7 +27,7 @@ def main() -> int:
     parser.add_argument("--gib", type=float, default=96, help="its memory (%(default)s)")
     parser.add_argument("--out", type=Path, default=RESULTS, help="directory of the result")
     parser.add_argument("--only", nargs="+", metavar="PART", default=[],
-                        help="some of peaks, minimum, feasibility, runs, steps, compiled, schedule; the others stay as they are in the result")
+                        help="some of peaks, minimum, feasibility, drawn, runs, steps, compiled, schedule; the others stay as they are in the result")
     parser.add_argument("--toy", action="store_true", help="toy models: the code runs, the figures mean nothing")
     parser.add_argument("python", nargs="*", help="after --: arguments for Python, in place of measuring")
     options = parser.parse_args()

@@ -26,7 +26,7 @@ from bench.card.forecasts import Forecaster, card_here
 from bench.card.gauge import Gauge
 from bench.card.rig import Cell, rigged
 from bench.card.session import Session, goal, goal_row, register_toys
-from bench.emulated import runs, schedule
+from bench.emulated import drawn, runs, schedule
 from bench.emulated.library import DEFAULT_CARD
 from bench.provenance import write_result
 from memory.assess import MARGIN, compiled_fragmentation
@@ -132,7 +132,7 @@ def main() -> int:
 
 PARTS: dict[str, Callable[[Session], Any]] = {
     "peaks": partial(part_of_suite, peaks), "minimum": partial(part_of_suite, minimum), "feasibility": partial(part_of_suite, feasibility),
-    "runs": runs.measure, "steps": steps, "compiled": compiled, "schedule": lambda session: without((*_MEANINGLESS, "peaks"), schedule.measure(session))}
+    "drawn": lambda session: without(("second", *_MEANINGLESS), drawn.measure(session)), "runs": runs.measure, "steps": steps, "compiled": compiled, "schedule": lambda session: without((*_MEANINGLESS, "peaks"), schedule.measure(session))}
 
 if __name__ == "__main__":
     sys.exit(main())
