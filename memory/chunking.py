@@ -23,11 +23,11 @@ from memory.handle import Handle
 from memory.patching import replace_forward, require_modules
 from memory.saving import keep
 
-TOKENS = 1  # the dimension of N
+TOKENS = 1  # the dimension of those of all samples
 
 
 def chunk_feed_forwards(modules: Sequence[nn.Module], num_chunks: int) -> Handle:
-    """Run each of `modules`, which map (B, N, D) to (B, N, D') token by token, in `num_chunks` chunks of N.
+    """Run each of `modules`, which map (B, N, D) to (B, N, D') token by token, in `num_chunks` chunks of all B N tokens.
 
     Apply it before strategies around the blocks. Raises ValueError for no modules, fewer than two chunks, or
     trainable parameters inside (backward gives gradients to the input only); RuntimeError if applied already, and in
@@ -68,13 +68,18 @@ def _chunked_forward(module: nn.Module, num_chunks: int, inner):
     return forward
 
 
+def _tokens(x: torch.Tensor) -> torch.Tensor:
+    """x (B, N, D) as (1, B N, D), of which chunks are contiguous: of others a linear layer adds its bias in a pass of its own."""
+    return x.reshape(1, -1, x.shape[-1])
+
+
 def _run_chunks(run: Callable[[torch.Tensor], torch.Tensor], hidden: torch.Tensor, num_chunks: int) -> torch.Tensor:
     output, start = None, 0
-    for chunk in hidden.chunk(num_chunks, TOKENS):
+    for chunk in _tokens(hidden).chunk(num_chunks, TOKENS):
         result = run(chunk)
         if output is None:
-            output = result.new_empty(hidden.shape[0], hidden.shape[TOKENS], result.shape[-1])  # (B, N, D')
-        output.narrow(TOKENS, start, chunk.shape[TOKENS]).copy_(result)
+            output = result.new_empty(*hidden.shape[:2], result.shape[-1])  # (B, N, D')
+        _tokens(output).narrow(TOKENS, start, chunk.shape[TOKENS]).copy_(result)
         start += chunk.shape[TOKENS]
     return output
 
@@ -97,8 +102,8 @@ class _Chunked(torch.autograd.Function):
     def backward(ctx, grad_output):
         hidden, *weights = ctx.kept.saved_tensors
         weights = dict(zip(ctx.names, weights, strict=True))
-        grad_hidden = torch.empty_like(hidden)
-        chunks = (tensor.chunk(ctx.num_chunks, TOKENS) for tensor in (hidden, grad_output, grad_hidden))
+        grad_hidden = hidden.new_empty(hidden.shape)
+        chunks = (_tokens(tensor).chunk(ctx.num_chunks, TOKENS) for tensor in (hidden, grad_output, grad_hidden))
         for chunk, grad_result, grad_chunk in zip(*chunks, strict=True):
             with torch.enable_grad(), _Linears(skipped=weights.get(ctx.last)):
                 chunk = chunk.detach().requires_grad_()

@@ -21,6 +21,8 @@ import gc
 import sys
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
+from types import FrameType
+from typing import Any
 
 import torch
 from torch import nn
@@ -52,7 +54,8 @@ class Recorder(TorchDispatchMode):
         self._copies: dict[int, tuple[int, int, int]] = {}  # number of a copy's work -> (to record, from record, bytes)
         self._live: dict[int, tuple[int, weakref.ref]] = {}  # storage's C++ address -> (record, its weak reference)
         self._phase = OUTSIDE
-        self._sum: tuple[int, int] | None = None  # records of a sum of gradients and of its first summand, until something else happens
+        self._sum: tuple[int, int] | None = None  # records of what torch's C++ sums up and of its first summand, until something else happens
+        self._product: int | None = None  # record of what the operator before has reshaped, as a matrix product's result is
         self._marks = [Mark(event=0, work=0, phase=OUTSIDE, visit=None, records_graph=False)]
         self._num_blocks = 0
         self._hooks: list = []
@@ -143,8 +146,9 @@ class Recorder(TorchDispatchMode):
             for output in outputs:
                 if isinstance(output, torch.Tensor):
                     self._see(output, standing=not fresh)
-        if func is torch.ops.aten.add.Tensor and _is_accumulation() and not args[0]._is_view():
+        if func is torch.ops.aten.add.Tensor and (_is_accumulation() and not args[0]._is_view() or self._adds_bias(*args)):
             self._sum = self._find(outputs), self._find(args[0])
+        self._product = self._find(outputs) if func is torch.ops.aten._unsafe_view.default else None
         if func is torch.ops.aten.native_layer_norm.default and self._device == "cuda":
             for statistic in outputs[1:]:  # a card's are in float32, whatever the input is
                 self._records[self._find(statistic)].num_bytes = 4 * statistic.numel()
@@ -192,10 +196,18 @@ class Recorder(TorchDispatchMode):
         self._live[key] = (index, weakref.ref(storage, died))
         return index
 
-    def _sum_in_place(self, index: int) -> None:
-        """Let a sum of gradients take the memory of storage `index`, which has just died, if it is the first of the two.
+    def _adds_bias(self, x: torch.Tensor, bias: Any) -> bool:
+        """Whether a linear layer adds its bias, as it does in a step of its own where its input is not contiguous."""
+        if self._product is None or self._find(x) != self._product or not isinstance(bias, torch.Tensor) or bias.dim() != 1:
+            return False
+        frame = _caller(2)
+        return frame is None or frame.f_code.co_name != "__torch_dispatch__"  # under another mode a real one adds as a fake one does
 
-        Autograd adds in place to what nothing else refers to, except to fake tensors: then both live when the sum is born.
+    def _sum_in_place(self, index: int) -> None:
+        """Let a sum take the memory of storage `index`, which has just died, if it is the first of the two.
+
+        Autograd adds in place to what nothing else refers to, and a linear layer its bias, except to fake tensors: then both live when the
+        sum is born.
         A view refers to its base, so that nothing is added in place to what a linear layer's backward has reshaped.
         """
         (total, first), self._sum = self._sum or (None, None), None
@@ -251,10 +263,16 @@ def _is_accumulation() -> bool:
     """Whether autograd itself is adding two gradients: no line of Python is between its engine and this operator."""
     if torch._C._current_graph_task_id() == -1:
         return False
-    frame = sys._getframe(2)
-    while frame is not None and frame.f_code.co_filename.endswith(("torch/_compile.py", "torch/_dynamo/eval_frame.py")):
-        frame = frame.f_back  # what torch wraps around a dispatch mode
+    frame = _caller(2)
     return frame is None or frame.f_code is torch.autograd.graph._engine_run_backward.__code__
+
+
+def _caller(depth: int) -> FrameType | None:
+    """The frame from which the operator was called that the function `depth` frames up dispatches."""
+    frame = sys._getframe(depth + 1)
+    while frame is not None and frame.f_code.co_filename.endswith(("torch/_compile.py", "torch/_dynamo/eval_frame.py", "torch/_ops.py")):
+        frame = frame.f_back  # what torch wraps around a dispatch mode
+    return frame
 
 
 @functools.cache

@@ -6,7 +6,7 @@
                                                    anything else that Python runs, on that card
 
 Allocations are those of torch's own allocator and operators; no kernel runs, so there are no values, and times are those of a clock
-that takes rates from cards.toml (part schedule). Needs a CUDA build of torch (Linux, x86-64) and a C++ compiler; about fifty minutes
+that takes rates from cards.toml (part schedule). Needs a CUDA build of torch (Linux, x86-64) and a C++ compiler; about an hour
 on two cores.
 """
 

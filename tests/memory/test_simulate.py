@@ -9,7 +9,8 @@ from tiny_transformer import BOUNDARY_NAMES, _make
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from bench.card.gauge import profiled_peak
+from bench.card.gauge import predicted_peak, profiled_peak
+from memory.checkpointing import _KeepAttention
 from memory.fake import FakeMode
 from memory.growth import grow
 from memory.lockstep import Pass
@@ -312,6 +313,22 @@ def test_autograd_adds_gradients_in_place():
     real = torch.ones(1000, requires_grad=True)
     predicted = max(level for _, level, _ in trace.timeline(rounded=False)) - real.nbytes
     assert predicted == profiled_peak(lambda: run(real))
+
+
+@pytest.mark.parametrize("around, in_place", [(nullcontext, True), (lambda: _KeepAttention([]), False)], ids=["plain", "under a mode"])
+def test_a_linear_layer_adds_its_bias_in_place_to_what_is_not_contiguous(around, in_place):
+    """Unless torch's dispatch is looked at, as by what keeps attention: then a real layer makes another tensor, too."""
+    def run(layer):
+        with around():
+            return layer(torch.ones(2, 200, 64)[:, :100])
+
+    with FakeTensorMode(), recording(device="cpu") as recorder:
+        layer = nn.Linear(64, 512).requires_grad_(False)
+        recorder.adopt([*layer.parameters()], "weights")
+        run(layer)
+    trace, real = recorder.trace(), nn.Linear(64, 512).requires_grad_(False)
+    assert sum(s.in_place for s in trace.storages) == in_place
+    assert profiled_peak(lambda: run(real)) == predicted_peak(trace, on_card=False)
 
 
 @pytest.mark.parametrize("shape, num_in_place", [((10, 64), 2), ((2, 5, 64), 1)])
