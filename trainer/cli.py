@@ -83,6 +83,7 @@ def _train(argv: Sequence[str]) -> None:
     from trainer.loop import train
     from trainer.memory_file import Forecast
     from trainer.metrics import require_tensorboard
+    from trainer.planning import program
     from trainer.recovery import train_in_memory
     from trainer.run_directory import read_config, restarted_run
 
@@ -109,7 +110,7 @@ def _train(argv: Sequence[str]) -> None:
                            config.optim.steps / config.optim.warmup)
         run_dir = train_in_memory(partial(train, forecast=Forecast(card, assessment)), config, origins, card=card,
                                   resume=command.resume or restarted_run(config),
-                                  step_down=command.on_oom == "step-down", command=("python", "run.py", *argv))
+                                  step_down=command.on_oom == "step-down", command=(*program(num_ranks()), *argv))
     if rank:
         return  # the first process speaks for all
     config, content = read_config(run_dir)

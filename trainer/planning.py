@@ -236,10 +236,15 @@ def smallest_card(found: Forecast) -> str:
     return min(cards, key=lambda card: card.capacity_bytes).name if cards else "none"
 
 
+def program(num_processes: int) -> tuple[str, ...]:
+    """How training is started, but for its flags."""
+    return ("python", "run.py") if num_processes == 1 else ("torchrun", f"--nproc-per-node={num_processes}", "--", "run.py")
+
+
 def command(config: TrainConfig, plan: MemoryPlan, origins: dict[str, str], num_cards: int = 1) -> str:
     """A command line that asks for this plan; what is at its default there, --profile chooses anew. WORD stands for what has to be said of
     published models, and was not."""
-    words = ["python", "run.py"] if num_cards == 1 else ["torchrun", f"--nproc-per-node={num_cards}", "--", "run.py"]
+    words = [*program(num_cards)]
     given = [path.split(".") for path, origin in origins.items() if origin == "flag" or origin.startswith("file ")]
     for section, name in given:
         if section != "memory":

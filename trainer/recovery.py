@@ -172,7 +172,7 @@ def train_in_memory(train: Callable[..., Path], config: TrainConfig, origins: Ma
         run_dir = failure.run_dir
         begun = run_dir is not None and (run_dir / CONFIG).exists()
         if begun:
-            resume, command = run_dir, (*command[:2], "--resume", str(run_dir))
+            resume, command = run_dir, (*command[:command.index("run.py") + 1], "--resume", str(run_dir))
         advice = cheaper(config, card, failure)
         if advice is None or not step_down or num_ranks() > 1:  # of several processes none can go on alone
             raise DoesNotFit(described(failure, advice, advice and command_of(advice, command, begun=begun)))

@@ -27,6 +27,7 @@ from trainer.health import Health
 from trainer.latents import TrajectoryLatents
 from trainer.loop import train
 from trainer.metrics import read_metrics
+from trainer.planning import program
 from trainer.recovery import Failure, cheaper, train_in_memory
 from trainer.run_directory import read_config
 
@@ -196,6 +197,16 @@ def test_the_pasted_command_goes_on(config, reference, tmp_path_factory, monkeyp
     run_dir = capsys.readouterr().out.splitlines()[-1].removeprefix("run: ")
     assert not differences(straight, config().output.out)
     assert run_dir == str(config().output.out)
+
+
+def test_processes_that_torchrun_started_are_started_by_it_again(config, monkeypatch):
+    """One alone would have all rows of the batch, and need more."""
+    monkeypatch.setattr(*_failing(torch.autograd, "backward", call=4))
+    with pytest.raises(DoesNotFit) as raised:
+        _in_memory(config(), step_down=False, command=(*program(2), "--rank", "4"))
+    words = shlex.split(str(raised.value).splitlines()[-1])
+    assert words[:6] == ["torchrun", "--nproc-per-node=2", "--", "run.py", "--resume", str(config().output.out)]
+    assert [*program(1)] == ["python", "run.py"]
 
 
 def test_running_out_again_and_again_ends_when_no_plan_is_left(config, monkeypatch):
