@@ -79,7 +79,7 @@ def _train(argv: Sequence[str]) -> None:
     command, origins = resolve(argv)
     config, card = command.settings, _card_here(command)
     from trainer.assemble import trainable_prompts
-    from trainer.distributed import joined, num_ranks, rows_of
+    from trainer.distributed import divided, joined, num_ranks
     from trainer.loop import train
     from trainer.memory_file import Forecast
     from trainer.metrics import require_tensorboard
@@ -91,7 +91,7 @@ def _train(argv: Sequence[str]) -> None:
         trainable_prompts(config)  # before the planner's seconds
         if config.output.tensorboard:
             require_tensorboard()
-        rows_of(config.data.batch_size)
+        divided(config.data.batch_size, num_ranks(), "processes", kept=command.resume is not None)
         if config.memory.num_shards not in (1, num_ranks()):
             raise UsageError(f"--num-shards {config.memory.num_shards}: all processes of a run share its blocks, here {num_ranks()}; start "
                              f"with torchrun --nproc-per-node={config.memory.num_shards} -- run.py …, or say --num-shards 1")

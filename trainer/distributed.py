@@ -83,12 +83,14 @@ def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def divided(batch_size: int, count: int, whom: str) -> int:
-    """How many samples of a batch each of `count` takes. Raises UsageError if it cannot be divided evenly among `whom`."""
+def divided(batch_size: int, count: int, whom: str, *, kept: bool = False) -> int:
+    """How many samples of a batch each of `count` takes. Raises UsageError if it cannot be divided evenly among `whom`. `kept`: of a run that
+    goes on, which does so with no other batch."""
     share, left = divmod(batch_size, count)
     if left:
-        raise UsageError(f"--batch-size {batch_size} cannot be divided among {count} {whom}: it counts the samples of all of them; "
-                         f"use --batch-size {(share + 1) * count}")
+        fitting = max(number for number in range(1, count) if batch_size % number == 0)
+        advice = f"a resumed run keeps it, so use torchrun --nproc-per-node={fitting}" if kept else f"use --batch-size {(share + 1) * count}"
+        raise UsageError(f"--batch-size {batch_size} cannot be divided among {count} {whom}: it counts the samples of all of them; {advice}")
     return share
 
 

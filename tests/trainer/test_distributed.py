@@ -318,6 +318,12 @@ def test_a_batch_that_cannot_be_divided_is_refused(two):
     assert all("--batch-size 3 cannot be divided among 2 processes" in e and "use --batch-size 4" in e for e in two.errors)
 
 
+def test_a_run_that_goes_on_keeps_its_batch_and_another_number_of_processes_is_named():
+    for count, fitting in ((3, 2), (5, 4), (16, 8)):
+        with pytest.raises(UsageError, match=f"a resumed run keeps it, so use torchrun --nproc-per-node={fitting}$"):
+            distributed.divided(8, count, "processes", kept=True)
+
+
 def test_agreement():
     def check(rank: int) -> None:
         tensors = [torch.full((2, 3), float(rank)), torch.tensor(2.0 * rank)]
