@@ -136,7 +136,11 @@ def resolve(argv: Sequence[str], kind: type = TrainCommand) -> tuple[Any, dict[s
         try:
             base = settings.replaced(base, file)
         except (UsageError, PlanError) as e:
-            raise UsageError(f"--config {toml}: {in_flags(e)}") from e
+            try:  # what the file lacks, or has too much, flags may say
+                flags = settings.leaves(parse(kind, argv, "plan" if kind is PlanCommand else "", kind(settings=base)).settings)
+                base = settings.replaced(base, file | {path: value for path, value in flags.items() if path.split(".")[1] in given(argv)})
+            except (UsageError, PlanError):
+                raise UsageError(f"--config {toml}: {in_flags(e)}") from e
         origins |= dict.fromkeys(file, f"file {toml}")
     command = parse(kind, argv, "plan" if kind is PlanCommand else "", kind(settings=base))
     origins |= {path: "flag" for path in origins if path.split(".")[1] in given(argv)}

@@ -140,6 +140,22 @@ def test_impossible_toml_values_name_the_file(toml, text, message):
         resolve(["--config", str(toml(text))])
 
 
+@pytest.mark.parametrize("text, flags, section, values", [
+    ("[data]\npool = 12\n", ["--trajectory-steps", "6"], "data", {"pool": 12, "trajectory_steps": 6}),
+    ("[memory]\nkept = 'host'\n", ["--num-keep-attention", "1"], "memory", {"kept": "host", "num_keep_attention": 1}),
+    ("[memory]\ncheckpoint = 'none'\nboundaries = 'host'\n", ["--checkpoint", "all"], "memory", {"checkpoint": "all", "boundaries": "host"})])
+def test_flags_may_complete_a_file(toml, text, flags, section, values):
+    """What is wrong with the file is said in flags, which are looked at before it is refused."""
+    path = toml(text)
+    with pytest.raises(UsageError, match=f"^--config {path}: --"):
+        resolve(["--config", str(path)])
+    command, origins = resolve(["--config", str(path), *flags])
+    assert {name: getattr(getattr(command.settings, section), name) for name in values} == values
+    assert {origins[f"{section}.{name}"] for name in values} == {f"file {path}", "flag"}
+    with pytest.raises(UsageError, match=f"^--config {path}: --"):
+        resolve(["--config", str(path), "--rank", "4"])
+
+
 def test_toml_integers_serve_as_floats_and_none_stays_unset(toml):
     assert read_toml(toml("[loss]\neta = 7\n[model]\nframes = 9\n[memory]\nresident_blocks = 2\n")) == {
         "loss.eta": 7.0, "model.frames": 9, "memory.resident_blocks": 2}
