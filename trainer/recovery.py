@@ -175,7 +175,7 @@ def train_in_memory(train: Callable[..., Path], config: TrainConfig, origins: Ma
             resume, command = run_dir, (*command[:command.index("run.py") + 1], "--resume", str(run_dir))
         advice = cheaper(config, card, failure)
         if advice is None or not step_down or num_ranks() > 1:  # of several processes none can go on alone
-            raise DoesNotFit(described(failure, advice, advice and command_of(advice, command, begun=begun)))
+            raise DoesNotFit(described(failure, advice, advice and command_of(advice, command, begun=begun), on_cpu=card.is_cpu))
         logger.warning("%s", described(failure, advice, None))
         events.append({"event": "step-down", "step": failure.step, "phase": failure.phase, "change": advice.change,
                        "predicted_bytes": advice.needed_bytes})
@@ -210,8 +210,8 @@ def command_of(advice: Advice, command: Sequence[str], *, begun: bool) -> str:
     return replace(advice, change={**plan, **advice.change}).command(command)
 
 
-def described(failure: Failure, advice: Advice | None, command: str | None) -> str:
-    """The failure for people: phase, state of the run, peaks, and what would do."""
+def described(failure: Failure, advice: Advice | None, command: str | None, *, on_cpu: bool = False) -> str:
+    """The failure for people: phase, state of the run, peaks, and what would do. `on_cpu`: there is no card to keep anything on."""
     lines = [f"out of memory on the {failure.whose} in {failure.phase}, after {failure.step} steps: {failure.said}"]
     if failure.run_dir is not None:
         newest = "nothing is saved yet" if failure.saved_step is None else f"step {failure.saved_step} is saved"
@@ -219,16 +219,18 @@ def described(failure: Failure, advice: Advice | None, command: str | None) -> s
     if failure.peaks:
         lines.append(failure.table())
     if advice is None:
-        lines.append(_LAST_RESORT.get(failure.planned_phase, _LAST_RESORT[failure.whose]))
+        said = _LAST_RESORT.get(failure.planned_phase, _LAST_RESORT["device" if on_cpu else failure.whose])
+        lines.append(said.removesuffix(_ON_THE_CPU) if on_cpu else said)
     else:
         lines.append(f"cheaper: {advice.why} (predicted: {size_text(advice.needed_bytes)} in {failure.planned_phase})")
         lines.append(command or "going on with that")
     return "\n".join(lines)
 
 
+_ON_THE_CPU = ", or let --device cpu encode once: embeddings are remembered"
 _LAST_RESORT = {
     "encode prompts": "no memory plan needs less there: the text encoder passes through block by block already; end what else uses "
-                      "that memory, or let --device cpu encode once: embeddings are remembered",
+                      "that memory" + _ON_THE_CPU,
     "device": "no memory plan needs less there; fewer --frames, a smaller --height and --width, or a new run with half the "
               "--batch-size and twice the --accumulation would",
     "host": "the host's memory is short: keep more on the card (a larger --resident-blocks, --boundaries device, --kept device), "

@@ -28,7 +28,7 @@ from trainer.latents import TrajectoryLatents
 from trainer.loop import train
 from trainer.metrics import read_metrics
 from trainer.planning import program
-from trainer.recovery import Failure, cheaper, train_in_memory
+from trainer.recovery import Failure, cheaper, described, train_in_memory
 from trainer.run_directory import read_config
 
 MESSAGE = "CUDA out of memory. Tried to allocate 4.00 KiB. GPU 0 has a total capacity of 8.00 GiB"
@@ -197,6 +197,14 @@ def test_the_pasted_command_goes_on(config, reference, tmp_path_factory, monkeyp
     run_dir = capsys.readouterr().out.splitlines()[-1].removeprefix("run: ")
     assert not differences(straight, config().output.out)
     assert run_dir == str(config().output.out)
+
+
+@pytest.mark.parametrize("phase", ["student", "encode prompts"])
+def test_without_a_card_nothing_is_advised_that_takes_one(phase):
+    failure = Failure(phase=phase, whose="host", said="can't allocate memory", requested_bytes=None, peaks={})
+    here, elsewhere = (described(failure, None, None, on_cpu=on_cpu).splitlines()[-1] for on_cpu in (True, False))
+    assert here.startswith("no memory plan needs less there") and "card" not in here and "--device cpu" not in here
+    assert "keep more on the card" in elsewhere or "--device cpu" in elsewhere
 
 
 def test_processes_that_torchrun_started_are_started_by_it_again(config, monkeypatch):
