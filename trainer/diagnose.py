@@ -19,7 +19,7 @@ from trainer.lora import WEIGHTS as LORA, load_updates
 from trainer.metrics import METRICS, read_metrics
 from trainer.preflight import Preflight
 from trainer.projection_config import read_forget_config
-from trainer.run_directory import CONFIG, read_config, read_content
+from trainer.run_directory import CONFIG, read_config, read_content, resuming
 
 
 def diagnose_path(path: Path) -> Bill:
@@ -66,7 +66,7 @@ def _whole(run_dir: Path) -> list[str]:
     steps = [int(p.name[5:]) for p in (run_dir / "ckpt").glob("step-*") if p.name[5:].isdecimal()]
     if sound := latest_checkpoint(run_dir, rename_bad=False):  # it says what is wrong with those that it passes over
         if sound.step < max(steps, default=0):
-            raise CheckpointError(f"{run_dir}: the checkpoint of step {max(steps)} is damaged; --resume {run_dir} would go on "
+            raise CheckpointError(f"{run_dir}: the checkpoint of step {max(steps)} is damaged; {resuming(run_dir)} would go on "
                                   f"from step {sound.step}")
         checked.append(f"{sound.path.relative_to(run_dir)}: every byte is what was written")
     if (run_dir / LORA).is_file():

@@ -59,7 +59,8 @@ def save_eraser(directory: Path, erasers: Erasers, *, base_model: Mapping[str, s
         write_tensors(directory / WEIGHTS, erasers.state_dict())
         write_whole(directory / DESCRIPTION, json.dumps(description, indent=2) + "\n")
     except (OSError, SafetensorError) as e:  # the latter when the disk is full
-        raise InputOutputError(f"the eraser cannot be written into {directory} ({e}); choose another --out") from e
+        raise InputOutputError(f"the eraser cannot be written into {directory} ({e}); what was trained is saved: once there is room, "
+                               f"--resume {directory} writes it") from e
     return directory / WEIGHTS
 
 

@@ -72,7 +72,7 @@ def save_lora(directory: Path, updates: Mapping[str, tuple[Tensor, Tensor]], *, 
     tensors = {f"{_PREFIX}{name}.lora_{letter}.weight": t.detach().cpu().contiguous()
                for name, pair in updates.items() for letter, t in zip("AB", pair)}
     _write(directory / WEIGHTS, tensors)
-    write_json(directory / CONFIG, config, advice="; choose another --out")
+    write_json(directory / CONFIG, config, advice=_later(directory))
 
 
 def load_updates(directory: Path) -> dict[str, Tensor]:
@@ -103,4 +103,8 @@ def _write(path: Path, tensors: dict[str, Tensor]) -> None:
     try:
         write_tensors(path, tensors)
     except (OSError, SafetensorError) as e:  # the latter when the disk is full
-        raise InputOutputError(f"{path} cannot be written ({e}); choose another --out") from e
+        raise InputOutputError(f"{path} cannot be written ({e}){_later(path.parent)}") from e
+
+
+def _later(run_dir: Path) -> str:
+    return f"; what was trained is saved: once there is room, forget --resume {run_dir} writes it"

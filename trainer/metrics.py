@@ -31,7 +31,7 @@ class MetricsLog:
                 part.replace(self.path)
             self._file = self.path.open("ab", buffering=0)
         except OSError as e:
-            raise InputOutputError(f"{self.path} cannot be written ({e}); choose another --out") from e
+            raise InputOutputError(f"{self.path} cannot be written ({e}); the run directory must be writable") from e
         self._pending, self._warned = b"", False
         told = [event for record in kept if isinstance(record.get("events"), list) for event in record["events"]]
         self._untold = [dict(event) for event in events if event not in told]

@@ -12,7 +12,7 @@ from memory.plan import PlanError
 from trainer.config import TrainConfig
 from trainer.config_file import as_json, from_json
 from trainer.errors import CheckpointError, InputOutputError, UsageError
-from trainer.run_files import write_json
+from trainer.run_files import lookup, read_object, write_json
 
 CONFIG = "config.json"
 
@@ -24,7 +24,7 @@ def require_place(out: Path | None) -> None:
         raise UsageError(f"--out {str(out).encode(errors='replace').decode()}: the name is not UTF-8; choose another directory")
     try:
         if out is not None and (out / CONFIG).exists():
-            raise CheckpointError(f"{out} holds a run already; go on with it by --resume {out}, or choose another --out")
+            raise CheckpointError(f"{out} holds a run already; go on with it by {resuming(out)}, or choose another --out")
         there = next(p for p in (place, *place.absolute().parents) if p.exists())
     except OSError as e:  # a name that is too long
         raise _cannot_write(out, e.strerror) from e
@@ -69,6 +69,11 @@ def _new_directory(concept: str) -> Path:
         except FileExistsError:
             if not directory.is_dir():
                 raise  # something else is in the way
+
+
+def resuming(run_dir: Path) -> str:
+    """The words after run.py by which a run goes on, of either kind."""
+    return f"{'forget ' * (lookup(read_object(run_dir / CONFIG), 'command') == 'forget')}--resume {run_dir}"
 
 
 def write_config(run_dir: Path, config: Any, origins: Mapping[str, str], **facts: Any) -> None:

@@ -49,7 +49,7 @@ def test_a_full_disk_is_an_input_output_error(tmp_path, pair, monkeypatch, error
         raise error
 
     monkeypatch.setattr("safetensors.torch.save_file", fail)
-    with pytest.raises(InputOutputError, match="adapter_model.safetensors cannot be written .*No space left.*; choose another --out"):
+    with pytest.raises(InputOutputError, match="adapter_model.safetensors cannot be written .*No space left.*; what was trained is saved: once there is room, forget --resume .* writes it"):
         save_lora(tmp_path, {"head": pair}, alpha=6.0, base_model="somewhere")
     with pytest.raises(InputOutputError, match="merged.safetensors cannot be written .*No space left"):
         save_merged(tmp_path, {"head": problem().layer}, {"head": pair[1] @ pair[0]}, torch.float32)
@@ -58,7 +58,7 @@ def test_a_full_disk_is_an_input_output_error(tmp_path, pair, monkeypatch, error
 
 def test_what_cannot_take_its_place_is_removed_again(tmp_path, pair):
     (tmp_path / "adapter_config.json").mkdir()
-    with pytest.raises(InputOutputError, match="adapter_config.json cannot be written .Is a directory.; choose another --out"):
+    with pytest.raises(InputOutputError, match="adapter_config.json cannot be written .Is a directory.; what was trained is saved"):
         save_lora(tmp_path, {"head": pair}, alpha=6.0, base_model="somewhere")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
 

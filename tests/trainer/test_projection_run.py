@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from test_cli import call  # noqa: F401  fixture
 
 from trainer import cli, projection, projection_evaluate
-from trainer.checkpoint import Saver
+from trainer.checkpoint import Saver, latest_checkpoint
 from trainer.cli import main
 from trainer.config import TrainConfig
 from trainer.errors import CheckpointError, Interrupted, NonFinite, TrainerError, UsageError
@@ -272,8 +272,12 @@ def test_a_resumed_run_keeps_what_it_trains_on(encoders, tmp_path):
     (tmp_path / "run" / "findings.json").write_bytes(before)
     with pytest.raises(CheckpointError, match="absent: not a run directory"):
         main(["forget", "--resume", str(tmp_path / "absent")])
-    with pytest.raises(CheckpointError, match="holds a run already"):
+    with pytest.raises(CheckpointError, match="holds a run already; go on with it by forget --resume"):
         main(clip(encoders, tmp_path / "run"))
+    newest = latest_checkpoint(tmp_path / "run").path
+    (newest / "state.json").write_text("{")
+    with pytest.raises(CheckpointError, match="the checkpoint of step 6 is damaged; forget --resume .* would go on from step 4"):
+        main(["diagnose", str(tmp_path / "run")])
 
 
 @pytest.mark.parametrize(("config", "facts", "words", "message"), [
