@@ -24,7 +24,7 @@ from trainer.lora import Lora, save_lora, save_merged
 from trainer.metrics import MetricsLog, read_metrics
 from trainer.monitor import Monitor, read_memory
 from trainer.optimizer_state import export_optimizer, import_optimizer
-from trainer.projection_config import ForgetConfig
+from trainer.projection_config import WOULD_HELP, ForgetConfig
 from trainer.projection_encoders import encoder_fingerprint
 from trainer.projection_evaluate import evaluate_forgetting
 from trainer.projection_health import conclude, examine, keep_findings
@@ -111,9 +111,8 @@ class Run:
             self.attempt += 1
         else:
             if not accepted:
-                logger.warning("%s: the distance to the target fell by %.0f %%, not by %.0f %%, in %d attempts; the last is "
-                               "kept. A higher --lambda-forget or --rank would help", self.problem.layer.name, 100 * fall,
-                               100 * self.config.acceptance, self.config.max_attempts)
+                logger.warning("%s: the distance to the target fell by %.0f %%, not by %.0f %%, in %d attempts; the last is kept. %s",
+                               self.problem.layer.name, 100 * fall, 100 * self.config.acceptance, self.config.max_attempts, WOULD_HELP)
             self.done[self.problem.layer.name] = self.best
             self.layer, self.attempt = self.layer + 1, 0
         self._begin()

@@ -12,7 +12,9 @@ from trainer.config_file import from_json, typed
 from trainer.errors import CheckpointError, UsageError
 from trainer.run_directory import CONFIG, read_content
 
-
+WOULD_HELP = ("Where the loss still fell at the end, more --steps or a higher --lr would help, elsewhere a higher --lambda-forget, "
+              "and a --rank that is too small can be raised.")
+"""What to do where no attempt was accepted."""
 _OBEYED = ("dtype", "resident_blocks", "offload_buffers", "compile", "optimizer")  # of the memory plan
 
 

@@ -17,7 +17,7 @@ from trainer.charts import bars, heat_map, interval, line_chart, number, share_b
 from trainer.config import TrainConfig, leaves
 from trainer.errors import InputOutputError, UsageError
 from trainer.findings import evidence_text
-from trainer.projection_config import ForgetConfig
+from trainer.projection_config import WOULD_HELP, ForgetConfig
 from trainer.run_files import RunFiles, lookup, write_whole
 
 REPORT = "report.html"
@@ -186,7 +186,7 @@ def _attempts(files: RunFiles) -> str:
     return _section("Attempts", _note(
         "Accepted is an attempt that brings the class near enough to its target; " + (
             "the last one of every layer was." if files.evaluation.get("accepted") else
-            "where none was, the last one is kept: a higher --lambda-forget or --rank would help.")),
+            f"where none was, the last one is kept. {WOULD_HELP}")),
         _table(("layer", "λ_f", "lowest loss", "distance before", "after", "fall", "accepted"), rows, numbers=(1, 2, 3, 4, 5)))
 
 

@@ -66,6 +66,19 @@ def test_clip_run_leaves_a_lora_a_merged_layer_and_an_evaluation(encoders, tmp_p
     assert f"run: {run}" in out and "cat" in out
 
 
+def test_an_attempt_that_was_too_short_is_not_said_to_push_too_little(encoders, tmp_path, caplog):
+    """No λ_f moves the class in six small steps; --steps and --lr do."""
+    run = [*clip(encoders, tmp_path / "run"), "--acceptance", "0.9"]
+    main(run)
+    assert "more --steps or a higher --lr would help" in caplog.text
+    caplog.clear()
+    main([*clip(encoders, tmp_path / "other"), "--acceptance", "0.9", "--lambda-forget", "100"])
+    assert "the distance to the target fell by" in caplog.text
+    caplog.clear()
+    main([*clip(encoders, tmp_path / "more"), "--acceptance", "0.9", "--steps", "600", "--save-every", "600"])
+    assert "the distance to the target fell by" not in caplog.text
+
+
 def test_a_run_saves_on_its_way(encoders, tmp_path, monkeypatch):
     saved, save = [], Saver.save
 
