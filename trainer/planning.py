@@ -194,7 +194,10 @@ def require_sense(config: TrainConfig, on_cpu: Assessment | None = None, *, what
     """
     if config.model.device != "auto" or resolve_device("auto").type != "cpu":
         return
-    seconds = (on_cpu or forecast_as_given(config, lookup("cpu"))).time.seconds
+    try:
+        seconds = (on_cpu or forecast_as_given(config, lookup("cpu"))).time.seconds
+    except UsageError:  # what cannot be trained, as for its scheduler, may generate; and says itself what it cannot
+        return
     if seconds > _LONG_STEP:
         long = f"{seconds / 60:.0f} minutes" if seconds < 7200 else f"{seconds / 3600:.0f} hours"
         raise UsageError(f"there is no CUDA card here, and on the CPU a step of training {config.model.model} takes about {long} (predicted); "

@@ -1,6 +1,7 @@
 """`generate` without an eraser is diffusers' own pipeline; with one, it is not."""
 
 import json
+import shutil
 import weakref
 from dataclasses import replace
 
@@ -54,6 +55,19 @@ def _stock(backbone, scheduler: str, scale: float, **more) -> torch.Tensor:
                      guidance_scale=scale, max_sequence_length=backbone.text_length, output_type="np",
                      generator=torch.Generator().manual_seed(SEED), **more).frames[0]
     return torch.from_numpy(np.asarray(video)).permute(3, 0, 1, 2)
+
+
+def test_a_scheduler_that_cannot_be_trained_with_generates_wherever_that_is(backbone, written, tmp_path, monkeypatch):
+    """Without a card, and --device auto, what training would take there is asked for first."""
+    model = shutil.copytree(backbone.directory, tmp_path / "model")
+    for file, name in (("model_index.json", "scheduler"), ("scheduler/scheduler_config.json", "_class_name")):
+        content = json.loads((model / file).read_text())
+        content[name] = ["diffusers", "DPMSolverMultistepScheduler"] if name == "scheduler" else "DPMSolverMultistepScheduler"
+        (model / file).write_text(json.dumps(content))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    auto = ModelConfig(model=str(model), frames=FRAMES, height=SIDE, width=SIDE)
+    module.generate(_config(model, tmp_path / "x.mp4", model=auto))
+    assert torch.isfinite(written["x.mp4"]).all()
 
 
 @pytest.mark.parametrize("scheduler", ["ddim", "dpm"])
