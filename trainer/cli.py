@@ -144,7 +144,9 @@ def _forecast(command: PlanCommand, origins: dict[str, str]) -> None:
         raise UsageError(f"--device {device} beside --profile {command.profile}: the plan is for the latter, and training would run on the "
                          "former; leave one of the two out")
     if command.host:
-        card = replace(card, host_bytes=size_bytes(command.host))
+        free = size_bytes(command.host)
+        own = {"capacity_bytes": free, "usable_bytes": free} if card.is_cpu else {}  # it has one memory
+        card = replace(card, host_bytes=free, **own)
     found = planning.forecast(config, card, fixed(origins), num_cards=command.cards)
     if command.json:
         print(json.dumps(planning.as_json(found, origins), indent=2))

@@ -384,7 +384,7 @@ def test_the_hosts_memory_is_a_size_and_reaches_the_planner(monkeypatch):
     seen = []
 
     def forecast(config, card, fixed, *, num_cards):
-        seen.append(card.host_bytes)
+        seen.append(card.host_bytes if not card.is_cpu else (card.host_bytes, card.usable_bytes))
         raise DoesNotFit("seen")
 
     monkeypatch.setattr("trainer.planning.forecast", forecast)
@@ -392,6 +392,9 @@ def test_the_hosts_memory_is_a_size_and_reaches_the_planner(monkeypatch):
         with pytest.raises(DoesNotFit, match="seen"):
             cli.main(["plan", "--profile", "4090", *words])
     assert seen == [None, 64 * 2**30, 3 * 2**29]
+    with pytest.raises(DoesNotFit, match="seen"):
+        cli.main(["plan", "--profile", "cpu", "--host", "8gb"])
+    assert seen[-1] == (8 * 2**30, 8 * 2**30)  # a CPU has one memory
     for wrong in ("foo", "0gb", "64"):
         with pytest.raises(UsageError, match=f"--host {wrong}: a size such as 64gb"):
             cli.main(["plan", "--profile", "4090", "--host", wrong])
