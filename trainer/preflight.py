@@ -218,7 +218,9 @@ class Preflight:
                           block=watch.no_grad_blocks[0] if watch.grad_outside else None,
                           num_blocks=len(set(watch.no_grad_blocks)))
             return
-        without = [i for i in blocks if not watch.calls["student", i] and (watch.returned["student", i] or not self.failure)]
+        # Of a student without any eraser all is frozen. Attention may not even have been seen: erasers that were taken out, or sit in another model.
+        unlearnt = "does not require grad" in str(self.failure)
+        without = [i for i in blocks if not watch.calls["student", i] and (watch.returned["student", i] or not self.failure or unlearnt)]
         if without:
             yield from _first("student-without-erasers", "student", without, enabled=watch.switch.get(("student", 0)))
             return
@@ -229,7 +231,7 @@ class Preflight:
         yield from _first("replaced-parameters", "optimizer",
                           [i for i in watch.used if not owned.issuperset(watch.used[i])])
         cut = watch.detached
-        if not cut and (not self.failure or "does not require grad" in str(self.failure)):
+        if not cut and (not self.failure or unlearnt):
             cut = sorted({int(name.split(".")[0]) for name, gradient in self.gradients.items() if gradient is None})
         yield from _first("detached-eraser", "backward", cut)
         applied = self.subject.assembly.applied

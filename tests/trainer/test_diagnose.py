@@ -153,6 +153,19 @@ def test_a_failure_inside_of_attention_is_its_own(tiny_config: Make, where: str)
         Preflight(subject).run()
 
 
+@pytest.mark.parametrize("where", ["taken out", "in another model"])
+def test_erasers_that_are_not_in_the_model_that_runs_are_said_to_be_missing(tiny_config: Make, where: str) -> None:
+    subject = prepare(config := tiny_config())
+    if where == "taken out":
+        subject.assembly.erasers.undo()
+    else:
+        backbone = open_backbone(config.model)
+        predict = backbone.predictor(backbone.load_transformer(dtype=torch.float32), subject.assembly.latent_shape)
+        subject = replace(subject, assembly=replace(subject.assembly, predict=predict))
+    with subject.assembly:
+        assert [(f.code, f.block) for f in Preflight(subject).run().fatal] == [("student-without-erasers", 0)]
+
+
 def test_a_video_of_one_token_is_not_taken_for_wiped_attention(tiny_config: Make) -> None:
     backbone = open_backbone(tiny_config().model)
     side = backbone.spatial_ratio * backbone.config.patch_size
