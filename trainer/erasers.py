@@ -178,7 +178,8 @@ class Erasers:
 
     def _hook(self, index: int):
         def add_eraser(attention: nn.Module, args: tuple, output: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-            if attention.adapter is not self.adapters[index]:  # in a deep copy of the model, which has its own, always on
+            # In a deep copy of the model, which has its own, they are always on; DataParallel's copies for one pass are no such copies.
+            if attention.adapter is not self.adapters[index] and not getattr(attention, "_is_replica", False):
                 mode = _Mode()
             else:
                 mode = self._mode_of(index) if torch.is_grad_enabled() else self._mode

@@ -179,6 +179,25 @@ def test_a_deep_copy_of_the_model_has_erasers_of_its_own(sincos):
     assert torch.equal(model.run(), erased)
 
 
+def _replica(module: torch.nn.Module) -> torch.nn.Module:
+    """What DataParallel makes of a model for each card."""
+    made = module._replicate_for_data_parallel()
+    vars(made).update(module._parameters)
+    for name, child in module._modules.items():
+        made._modules[name] = child if child is None else _replica(child)
+    return made
+
+
+def test_switched_off_they_are_off_in_the_replicas_of_data_parallel_too(sincos):
+    model = Model(sincos)
+    erasers = model.inject()
+    predict = sincos.predictor(_replica(model.transformer), model.shape)
+    with torch.no_grad():
+        assert torch.equal(predict(*model.inputs), model.run()) and not torch.equal(model.run(), model.before)
+        with erasers.switched(False):
+            assert torch.equal(predict(*model.inputs), model.before)
+
+
 def test_undo_restores_outputs_names_hooks_and_attributes(model):
     hooks = [len(block.attn1._forward_hooks) for block in model.blocks]
     attributes = [set(vars(block.attn1)) for block in model.blocks]
