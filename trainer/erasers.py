@@ -152,7 +152,7 @@ class Erasers:
         self.attentions = [block.attn1 for block in blocks]
         self.width = width_of(self.attentions[0])
         self.adapters: list[AdapterEraser] = []
-        self._seen_enabled: dict[int, bool] = {}
+        self._seen: dict[int, tuple[bool, bool]] = {}
         device = self.attentions[0].to_v.weight.device
         if device.type == "meta":  # accelerate's offloading keeps the weights elsewhere between passes
             device = torch.device("cpu")
@@ -198,13 +198,14 @@ class Erasers:
         notes = current_notes()
         if notes is not None:  # checkpointed by the memory plan: several passes may wait for their backward
             return notes.setdefault((id(self), index), self._mode)
+        now = self.enabled, self.enabled and self._mode.localisation is not None
         if not in_backward():
-            self._seen_enabled[index] = self.enabled
-        elif self._seen_enabled[index] != self.enabled:
-            state = "on" if self.enabled else "off"
-            raise RuntimeError(
-                f"block {index} is recomputed in backward with its eraser {state}, but its forward ran with the "
-                f"eraser {'off' if self.enabled else 'on'}: run backward() inside the same `with erasers.switched(...)`")
+            self._seen[index] = now
+        elif (then := self._seen[index]) != now:
+            of = int(then[0] == now[0])
+            what, how, states = (("eraser", "switched", ("off", "on")), ("localisation", "localised", ("left out", "added")))[of]
+            raise RuntimeError(f"block {index} is recomputed in backward with its {what} {states[now[of]]}, but its forward ran with the {what} "
+                               f"{states[then[of]]}: run backward() inside the same `with erasers.{how}(...)`")
         return self._mode
 
     @contextmanager

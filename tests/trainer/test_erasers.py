@@ -313,6 +313,15 @@ def test_recompute_under_another_switch_state_raises(model, forward_on):
         loss.backward()
 
 
+def test_recompute_without_the_localisation_of_the_forward_pass_raises(model):
+    erasers = model.inject()
+    _checkpointed(model)
+    with erasers.localised(Localisation(torch.zeros(2, model.num_tokens), 1.0)):
+        loss = model.predict(*model.inputs).square().mean()
+    with pytest.raises(RuntimeError, match="same `with erasers.localised"):
+        loss.backward()
+
+
 def test_recompute_under_the_same_state_gives_the_plain_gradients_bitwise(model):
     erasers = model.inject()
     gradients = []
