@@ -36,8 +36,9 @@ CODES: dict[str, Code] = {
         "a weight or a table of positions is constant: it was created but never loaded, or wiped by to_empty()",
         "load the weights after the last to_empty(), and make anew what is not saved with them; copy the model again if its file is at fault"),
     "frozen-weights-changed": Code("fatal",
-        "something wrote into the frozen model during training: the erasers fit a model that is gone",
-        "freeze it, transformer.requires_grad_(False), and look for in-place operations on its weights"),
+        "something writes into the frozen model, such as an optimizer that has its weights: the erasers fit a model that is gone",
+        "freeze it before the erasers are put in, transformer.requires_grad_(False), give the optimizer erasers.parameters() alone, and look "
+        "for in-place operations on its weights"),
     "non-finite-embedding": Code("fatal",
         "a prompt's cached text embedding holds NaN or infinity",
         "delete the cached embeddings (rm -r ${XDG_CACHE_HOME:-~/.cache}/eraser-trainer/embeddings) and start again"),

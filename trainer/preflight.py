@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from memory.optimizers import reset_state
 from trainer.erasers import in_backward
 from trainer.findings import Bill, Finding, finding
-from trainer.inspection import (Fingerprint, Subject, adapter_findings, held, non_finite_embedding, non_finite_weight,
+from trainer.inspection import (Fingerprint, Subject, adapter_findings, block_of, held, non_finite_embedding, non_finite_weight,
                                 values)
 from trainer.losses import student_backward
 from trainer.tracing import scale_collapsed, trace
@@ -162,6 +162,10 @@ class Preflight:
             yield damaged
         yield from self.fingerprint.findings()
         yield from adapter_findings(self.subject)
+        owned = held(self.subject)  # the trial's step would move what is frozen, too, and nothing takes that back
+        if unfrozen := [n for n, p in self.subject.assembly.transformer.named_parameters()
+                        if p.requires_grad and id(p) in owned and ".attn1.adapter." not in n]:
+            yield finding("frozen-weights-changed", "optimizer", block=block_of(unfrozen[0]), module=unfrozen[0], num_parameters=len(unfrozen))
 
     def _step(self) -> Iterator[Finding]:
         """Run teacher and student once."""

@@ -153,6 +153,17 @@ def test_a_failure_inside_of_attention_is_its_own(tiny_config: Make, where: str)
         Preflight(subject).run()
 
 
+def test_an_optimizer_that_would_train_the_model_itself_is_named_before_it_takes_a_step(tiny_config: Make) -> None:
+    subject = prepare(tiny_config())
+    layer = subject.assembly.blocks[1].ff.requires_grad_(True).net[2]
+    before = layer.weight.detach().clone()
+    trained = [p for p in subject.assembly.transformer.parameters() if p.requires_grad]
+    with subject.assembly:
+        found = Preflight(replace(subject, optimizer=torch.optim.AdamW(trained))).run().fatal
+        assert [(f.code, f.phase, f.block, f.evidence["num_parameters"]) for f in found] == [("frozen-weights-changed", "optimizer", 1, 4)]
+        assert torch.equal(layer.weight, before)
+
+
 @pytest.mark.parametrize("where", ["taken out", "in another model"])
 def test_erasers_that_are_not_in_the_model_that_runs_are_said_to_be_missing(tiny_config: Make, where: str) -> None:
     subject = prepare(config := tiny_config())
