@@ -25,7 +25,7 @@ from trainer.eraser_files import WEIGHTS, save_released
 from trainer.errors import CheckpointError
 from trainer.findings import CODES, Bill, Unhealthy, finding, from_json, gone_by, print_bill
 from trainer.health import FINDINGS
-from trainer.inspection import Fingerprint
+from trainer.inspection import Fingerprint, adapter_findings
 from trainer.loop import train
 from trainer.manifest import MANIFEST, write_manifest
 from trainer.metrics import METRICS, read_metrics
@@ -40,6 +40,16 @@ def test_codes_are_kebab_case_and_say_cause_and_fix() -> None:
     for code, known in CODES.items():
         assert re.fullmatch(r"[a-z]+(-[a-z]+)+", code), code
         assert known.severity in ("fatal", "warning", "expected") and known.cause and known.fix
+
+
+@pytest.mark.parametrize("code, spoil", [("frozen-eraser", lambda p: p.requires_grad_(False)), ("half-precision-adapters", lambda p: p.data.half())])
+def test_a_fix_that_is_code_can_be_run_as_it_stands(code: str, spoil: Callable, tiny_config: Make) -> None:
+    subject = prepare(tiny_config())
+    for parameter in subject.assembly.erasers.parameters():
+        parameter.data = spoil(parameter).data
+    assert [f.code for f in adapter_findings(subject)] == [code]
+    exec(re.search(r"for p in .*?(?=,|$)", CODES[code].fix)[0], {"erasers": subject.assembly.erasers})
+    assert not list(adapter_findings(subject))
 
 
 def test_findings_import_no_torch() -> None:
