@@ -176,6 +176,7 @@ class Preflight:
             self.sample = teacher.sample(0)
             later = teacher.latents.at(1)[0] if teacher.latents.prompt_index(1) == 0 else None
             self.stuck = later is not None and torch.equal(later, self.sample.latents)
+            self.next_lost = 0 if later is None else int((~torch.isfinite(later)).sum())
             self.scale = self.subject.scaler.get_scale() if self.subject.scaler.is_enabled() else 1.0
             watch.phase = "student"
             while True:
@@ -262,6 +263,8 @@ class Preflight:
             if self.scale < 1 and (found is None or scale_collapsed(found)):
                 found = finding("loss-scale-collapse", "backward", loss=loss, loss_scale=self.scale)
             yield found or finding("non-finite-loss", "student", loss=loss, second_pass="finite")
+        elif self.next_lost:  # of predictions that are finite
+            yield finding("non-finite-latents", "latents", timesteps=self.subject.config.data.trajectory_steps, num_non_finite=self.next_lost)
         elif own <= ROUNDING * sample.target.float().square().mean().item():
             yield finding("nothing-to-learn", "teacher", loss=loss, eta=self.subject.config.loss.eta)
         elif not torch.equal(self.on, self.off):

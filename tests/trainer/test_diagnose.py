@@ -187,6 +187,11 @@ def test_erasers_that_are_not_in_the_model_that_runs_are_said_to_be_missing(tiny
         assert [(f.code, f.block) for f in Preflight(subject).run().fatal] == [("student-without-erasers", 0)]
 
 
+def test_latents_that_the_scheduler_loses_are_said_before_the_first_step(tiny_config: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("trainer.diffusion.Sampler.step", lambda self, velocity, index, latents, generator=None: latents / 0)
+    assert [(f.code, f.phase) for f in diagnose_settings(tiny_config()).fatal] == [("non-finite-latents", "latents")]
+
+
 def test_a_video_of_one_token_is_not_taken_for_wiped_attention(tiny_config: Make) -> None:
     backbone = open_backbone(tiny_config().model)
     side = backbone.spatial_ratio * backbone.config.patch_size
