@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -115,14 +116,18 @@ def diagnose_eraser(path: Path) -> Bill:
 
 
 def _stored(file: EraserFile) -> list[Finding]:
-    """Half precision on disk lets a resumed Adam fail; only our own layout says how it is stored."""
+    """Half precision on disk has rounded the weights for good; only our own layout says how it is stored."""
     if file.path.suffix != ".safetensors":
         return []
     with safe_open(file.path, framework="pt") as f:
         dtypes = {name: f.get_slice(name).get_dtype() for name in f.keys()}
     halves = [name for name, dtype in dtypes.items() if dtype != "F32"]
-    return [finding("half-precision-adapters", "adapters", severity="warning", block=int(halves[0].split(".")[0]),
-                    module=halves[0], dtype=dtypes[halves[0]], num_parameters=len(halves))] if halves else []
+    if not halves:
+        return []
+    found = finding("half-precision-adapters", "adapters", severity="warning", block=int(halves[0].split(".")[0]), module=halves[0],
+                    dtype=dtypes[halves[0]], num_parameters=len(halves))
+    return [replace(found, cause="the file holds rounded weights: a run writes float32, and something converted them",
+                    fix="take the file that the run wrote; all that reads this one makes float32 of it, without what was rounded away")]
 
 
 def diagnose_settings(config: TrainConfig) -> Bill:

@@ -287,6 +287,13 @@ def test_a_spoilt_eraser_file_is_named(spoil: Callable, code: str, block: int, r
     assert [(f.code, f.block) for f in diagnose_eraser(file).findings] == [(code, block)]
 
 
+def test_a_file_in_half_precision_has_a_fix_for_files(run_dir: Path) -> None:
+    file = run_dir / WEIGHTS
+    save_file({name: t.half() for name, t in load_file(file).items()}, file)
+    (found,) = diagnose_eraser(file).findings
+    assert "the file holds rounded weights" in found.cause and "take the file that the run wrote" in found.fix
+
+
 @pytest.mark.parametrize("left", ["weight", "bias"])
 def test_an_eraser_that_does_something_by_one_tensor_alone_is_none_without_effect(left: str, run_dir: Path) -> None:
     file = run_dir / WEIGHTS
