@@ -20,6 +20,7 @@ from trainer.lora import WEIGHTS as LORA, load_updates
 from trainer.metrics import METRICS, read_metrics
 from trainer.preflight import Preflight
 from trainer.projection_config import read_forget_config
+from trainer.projection_health import unsound
 from trainer.run_directory import CONFIG, read_config, read_content, resuming
 
 
@@ -48,7 +49,7 @@ def diagnose_run(run_dir: Path) -> Bill:
             checked.append(f"{METRICS}: {len(records)} steps, loss terms, gradients, updates and erasers by block")
         else:  # a run of `forget`, which has no blocks
             checked.append(f"{METRICS}: {len(written)} steps, loss terms and gradients")
-            bill = bill.with_findings(finding(f"non-finite-{what}", "training", step=record["step"] + 1) for record in written
+            bill = bill.with_findings(unsound(f"non-finite-{what}", step=record["step"] + 1) for record in written
                                       for what in ("loss", "gradient") if not _finite(record.get(_WHERE[what], 0.0)))
     except (LookupError, TypeError, ValueError, AttributeError) as e:
         raise CheckpointError(f"{run_dir / METRICS} is not what a run writes ({e!r})") from e

@@ -18,7 +18,7 @@ from trainer.checkpoint import Checkpoint, Saver, latest_checkpoint
 from trainer.clock import PhaseClock
 from trainer.config_file import as_json
 from trainer.errors import CheckpointError, Interrupted
-from trainer.findings import Bill, Unhealthy, finding
+from trainer.findings import Bill, Unhealthy
 from trainer.lock import RunLock
 from trainer.lora import Lora, save_lora, save_merged
 from trainer.metrics import MetricsLog, read_metrics
@@ -27,7 +27,7 @@ from trainer.optimizer_state import export_optimizer, import_optimizer
 from trainer.projection_config import WOULD_HELP, ForgetConfig
 from trainer.projection_encoders import encoder_fingerprint
 from trainer.projection_evaluate import evaluate_forgetting
-from trainer.projection_health import conclude, examine, keep_findings
+from trainer.projection_health import conclude, examine, keep_findings, unsound
 from trainer.projection_memory import keep_prediction, predict_step
 from trainer.projection_problem import Problem, make_problem, prepare
 from trainer.run_directory import make_run_directory, read_content, require_place, write_config
@@ -82,7 +82,7 @@ class Run:
                   "layer": self.problem.layer.name, "attempt": self.attempt, "lambda_forget": self.lambda_forget}
         for code, value in (("non-finite-loss", values[0]), ("non-finite-gradient", values[-1])):
             if not math.isfinite(value):
-                Bill(findings=(finding(code, "training", module=self.problem.layer.name, loss=values[0]),)).raise_if_fatal(
+                Bill(findings=(unsound(code, module=self.problem.layer.name, loss=values[0]),)).raise_if_fatal(
                     f"step {self.step + 1} (no weight was changed)")
         self._keep_if_best(record["loss"])  # the loss of the weights as they are now, before they move on
         self.optimizer.step()

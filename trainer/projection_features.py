@@ -69,8 +69,8 @@ def compute(tower: Tower, examples: Sequence[Example], *, plan: MemoryPlan, devi
     for name, table in tables.items():
         bad = (~torch.isfinite(table).all(1)).nonzero().flatten().tolist()
         if bad:
-            raise NonFinite(f"the input of {name} is not finite for {examples[bad[0]].content!s} and {len(bad) - 1} others; "
-                            "--dtype float32 tells whether precision is the cause")
+            raise NonFinite(f"the input of {name} is not finite for {str(examples[bad[0]].content)!r} and {len(bad) - 1} others: the encoder's weights "
+                            "are damaged, or precision is the cause; copy the model again, or take --dtype float32")
     return tables
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,10 +33,18 @@ def examine(problems: Mapping[str, Problem]) -> Bill:
         f"their inputs: finite, {count['forget']} of what is forgotten, {count['preserve']} of what is kept"))
 
 
+def unsound(code: str, **evidence: Any) -> Finding:
+    """A loss or gradient that is not finite. What is trained is float32 and its inputs are finite: other fixes than where an eraser is trained."""
+    return replace(finding(code, "training", **evidence), cause="a step, or a term of the loss, is too large for float32",
+                   fix="a lower --lr, --alpha or --lambda-forget; where those are ordinary, the model's weights may be damaged: copy it again")
+
+
 def conclude(bill: Bill, problems: Mapping[str, Problem], updates: Mapping[str, Tensor], before: Mapping[str, Tensor],
              num_steps: int) -> Bill:
     """After training: updates that are something, and layers that are what they were (`before`: copies of their weights)."""
-    found = [replace(finding("no-op-adapter", "adapters", module=name, norm=0.0), fix="no step lowered the loss: a higher --lambda-forget")
+    found = [replace(finding("no-op-adapter", "adapters", module=name, norm=0.0),
+                     cause="no step lowered the loss, and what was kept is the start: steps overshoot, or an update costs more than forgetting gains",
+                     fix="--lr 0.01, the default, if it is another; else a higher --lambda-forget, or a lower --lambda-weight")
              for name, update in updates.items() if not update.any()]
     found += [finding("frozen-weights-changed", "weights", module=f"{name}.weight") for name, problem in problems.items()
               if not torch.equal(problem.layer.weight, before[name])]

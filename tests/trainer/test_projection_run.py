@@ -16,6 +16,7 @@ from trainer.checkpoint import Saver, latest_checkpoint
 from trainer.cli import main
 from trainer.config import TrainConfig
 from trainer.errors import CheckpointError, Interrupted, NonFinite, TrainerError, UsageError
+from trainer.findings import Unhealthy
 from trainer.metrics import read_metrics
 from trainer.projection_config import ForgetConfig, read_forget_config
 from trainer.projection_examples import open_picture
@@ -127,6 +128,19 @@ def test_damaged_layers_and_inputs_stop_a_run_before_it_begins():
         assert [f.code for f in examine({"head": damaged}).fatal] == [code]
 
 
+@pytest.mark.parametrize(("flag", "value", "code"), [("--lr", "1e30", "non-finite-loss"), ("--alpha", "1e30", "non-finite-gradient")])
+def test_what_is_not_finite_has_a_fix_that_forget_knows(encoders, tmp_path, flag, value, code):
+    with pytest.raises(Unhealthy, match=f"{code}.*Fix: a lower --lr, --alpha or --lambda-forget"):
+        main(clip(encoders, tmp_path / "run", flag, value))
+    assert "--dtype" not in (tmp_path / "run" / "findings.json").read_text()
+
+
+def test_a_lora_that_no_step_made_better_is_said_with_what_helps(encoders, tmp_path):
+    main(clip(encoders, tmp_path / "run", "--lr", "100"))
+    (found,) = json.loads((tmp_path / "run" / "findings.json").read_text())["findings"]
+    assert found["code"] == "no-op-adapter" and found["fix"].startswith("--lr 0.01") and "injected" not in found["cause"]
+
+
 def test_clip_is_measured_on_pictures_where_there_are_some(encoders, tmp_path):
     for name in ("cat", "dog", "car"):
         (tmp_path / "shown" / name).mkdir(parents=True)
@@ -166,9 +180,9 @@ def _without(directory, *names):
         (directory / name).unlink()
 
 
-def _made_of_nan(directory):
+def _made_of_nan(directory, name="visual_projection.weight"):
     weights = load_file(directory / "model.safetensors")
-    weights["visual_projection.weight"][0, 0] = torch.nan
+    weights[name][0, 0] = torch.nan
     save_file(weights, directory / "model.safetensors", {"format": "pt"})
 
 
@@ -177,6 +191,7 @@ def _made_of_nan(directory):
     ("clip", lambda d: (d / "tokenizer.json").write_text("{}"), CheckpointError, "tokenizer cannot be loaded"),
     ("clip", lambda d: _without(d, "preprocessor_config.json"), CheckpointError, "preprocessor_config.json cannot be loaded"),
     ("clip", _made_of_nan, NonFinite, "visual_projection .* makes NaN"),
+    ("clip", lambda d: _made_of_nan(d, "text_model.encoder.layers.0.mlp.fc2.weight"), NonFinite, "weights are damaged, or .*copy the model again"),
     ("qwen3-vl", lambda d: _without(d, "preprocessor_config.json"), CheckpointError, "preprocessor_config.json cannot be loaded"),
     ("qwen3-vl", lambda d: _without(d, "tokenizer.json", "tokenizer_config.json"), CheckpointError, "no tokenizer there")])
 def test_a_damaged_encoder_is_said_before_training(encoders, folders, tmp_path, encoder, damage, error, message):
