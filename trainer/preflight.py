@@ -261,6 +261,7 @@ class Preflight:
         elif not finite or not _finite(self.gradients.values()):
             found = trace(self.subject, 0, scale=self.scale, loss=loss)
             if self.scale < 1 and (found is None or scale_collapsed(found)):
+                yield from self._far_target()  # no other dtype would make it a sound one
                 found = finding("loss-scale-collapse", "backward", loss=loss, loss_scale=self.scale)
             yield found or finding("non-finite-loss", "student", loss=loss, second_pass="finite")
         elif self.next_lost:  # of predictions that are finite
@@ -307,12 +308,15 @@ class Preflight:
         return finding("gradient-underflow", "backward", block=zero[-1] if some else None, loss_scale=self.scale, gradient_norm=before,
                        larger_by=factor, gradient_norm_then=best)
 
+    def _far_target(self) -> Iterator[Finding]:
+        push, eta = ((self.sample.target - self.off).norm() / self.off.norm()).item(), self.subject.config.loss.eta
+        if push > LARGEST_PUSH or eta > LARGEST_ETA:
+            yield finding("eta-too-large", "teacher", eta=eta, target_away_from_prediction=push)
+
     def _trial(self) -> Iterator[Finding]:
         """One optimizer step, taken back afterwards: do weights move, and does the output follow?"""
         config, optimizer = self.subject.config, self.subject.optimizer
-        push = ((self.sample.target - self.off).norm() / self.off.norm()).item()
-        if push > LARGEST_PUSH or config.loss.eta > LARGEST_ETA:
-            yield finding("eta-too-large", "teacher", eta=config.loss.eta, target_away_from_prediction=push)
+        yield from self._far_target()
         size = torch.stack([a.down.weight.detach().square().mean() for a in self.erasers.adapters]).mean().sqrt().item()
         if config.optim.lr > LARGEST_LR_SHARE * size:
             yield finding("learning-rate-too-high", "optimizer", lr=config.optim.lr, weights_root_mean_square=size)

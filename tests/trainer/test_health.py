@@ -143,8 +143,8 @@ def test_an_unsound_step_is_not_applied(optimizer: str, what: str, tiny_config: 
     assert code not in caplog.text  # it is said once, by whoever catches it
 
 
-def _half(tiny_config: Make):
-    subject = prepare(tiny_config(memory__dtype="float16"))
+def _half(tiny_config: Make, **overrides):
+    subject = prepare(tiny_config(memory__dtype="float16", **overrides))
     subject.scaler.scale(torch.ones(()))  # the scale exists from here on
     return subject
 
@@ -182,6 +182,13 @@ def test_what_overflows_in_a_later_pass_of_a_step_is_named_by_the_second_pass(ac
         for step in range(3):
             one_step(subject, health, step)
     assert [(f.code, f.block) for f in raised.value.findings] == [("half-precision-overflow", 1)]
+
+
+def test_a_target_too_far_away_for_any_loss_scale_is_named_before_the_scale(tiny_config: Make) -> None:
+    subject = _half(tiny_config, loss__eta=1e13)
+    with subject.assembly:
+        codes = [f.code for f in Preflight(subject).run().findings]
+    assert codes[:2] == ["eta-too-large", "loss-scale-collapse"]
 
 
 @pytest.mark.parametrize("growth, limit", [(1.0, MAX_SKIPS), (0.5, 18)], ids=["skips in a row", "scale below 1"])
