@@ -294,6 +294,20 @@ def test_a_warning_does_not_keep_what_is_fatal_from_stopping_the_run(tiny_config
             health.flush()
 
 
+def test_what_an_eraser_that_ran_away_ends_in_is_put_down_to_it(tiny_config: Make) -> None:
+    subject = prepare(tiny_config())
+    with subject.assembly, Health(subject) as health:
+        one_step(subject, health, 0)
+        health.flush()
+        subject.assembly.erasers.adapters[1].up.weight.data.fill_(1e4)
+        one_step(subject, health, 1)
+        health.flush()
+        subject.assembly.erasers.adapters[1].up.weight.register_hook(lambda gradient: gradient * float("inf"))
+        one_step(subject, health, 2)
+        with pytest.raises(Unhealthy, match="^step 3 .no weight was changed.: eraser-diverged .*ended in non-finite-gradient"):
+            health.flush()
+
+
 def test_a_loss_that_is_only_rounding_is_nothing_to_learn(tiny_config: Make, tmp_path: Path,
                                                                  monkeypatch: pytest.MonkeyPatch) -> None:
     """The same prompt in another row of a batch comes out different by an ulp or so."""
