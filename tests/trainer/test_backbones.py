@@ -21,7 +21,7 @@ from trainer.assemble import named_scheduler, open_training, resolve_dtype
 from trainer.backbones import published, text_encoder
 from trainer.backbones.cogvideox import CogVideoX
 from trainer.backbones.text_encoder import TextEncoder
-from trainer.errors import CheckpointError, UsageError
+from trainer.errors import CheckpointError, NonFinite, UsageError
 from trainer.planning import workload
 
 
@@ -73,6 +73,19 @@ def test_decoder_returns_the_frames_that_were_asked_for(backbone, frames):
     video = backbone.decoder(frames, dtype=torch.float32)(torch.randn(2, *shape))
     assert video.shape == (2, 3, frames, SIDE, SIDE)
     assert video.dtype == torch.float32 and video.min() >= 0 and video.max() <= 1
+
+
+def test_a_decoder_that_gives_nan_is_said_and_not_shown_as_black(sincos, monkeypatch):
+    load = type(sincos).load_vae
+
+    def damaged(self, **how):
+        vae = load(self, **how)
+        next(vae.decoder.parameters()).data.view(-1)[0] = torch.nan
+        return vae
+
+    monkeypatch.setattr(type(sincos), "load_vae", damaged)
+    with pytest.raises(NonFinite, match="the VAE gives NaN"):
+        sincos.decoder(1, dtype=torch.float32)(torch.randn(1, *sincos.latent_shape(1, SIDE, SIDE)))
 
 
 @pytest.mark.parametrize("one_by_one, num_calls", [(True, 2), (False, 1)])

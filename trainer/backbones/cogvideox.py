@@ -15,7 +15,7 @@ from trainer.backbones import Decode, Predict, published
 from trainer.backbones.location import complete, config_hash, locate, of_hub, read_config, reading, stored_dtype
 from trainer.backbones.text_encoder import TextEncoder
 from trainer.backbones.weights import allocate, assign, randomise
-from trainer.errors import UsageError
+from trainer.errors import NonFinite, UsageError
 
 BOUNDARY_NAMES = ("hidden_states", "encoder_hidden_states")
 """The arguments of a block's forward that the block before it returns."""
@@ -241,7 +241,7 @@ class CogVideoX:
         return assign(model, self.directory / component, dtype=dtype, device=device)
 
     def decoder(self, num_frames: int, *, dtype: torch.dtype, device: torch.device | str = "cpu", one_by_one: bool = True) -> Decode:
-        """What decodes latents to videos, a tile at a time, and the videos of a call one by one or together."""
+        """What decodes latents to videos, a tile at a time, and the videos of a call one by one or together. It raises NonFinite."""
         vae = self.load_vae(dtype=dtype, device=device)
         enable_tiles(vae)
         vae.use_slicing = one_by_one
@@ -251,8 +251,11 @@ class CogVideoX:
         @torch.no_grad()
         def decode(latents: Tensor) -> Tensor:
             latents = latents[:, -num_latent_frames:].transpose(1, 2) * scale  # (B, C, F, H, W), without padding
-            frames = vae.decode(latents.to(device, dtype)).sample  # (B, 3, T, H, W)
-            return (frames.cpu().float() / 2 + 0.5).clamp(0, 1)  # three float32 copies of a video: on the host
+            frames = vae.decode(latents.to(device, dtype)).sample.cpu().float()  # (B, 3, T, H, W); three float32 copies of a video: on the host
+            if not frames.isfinite().all():  # as bytes they would be black, or anything
+                raise NonFinite("the VAE gives NaN or infinity: its weights are damaged, or it leaves the range of "
+                                f"{str(dtype).removeprefix('torch.')}; copy the model again, or take another --dtype")
+            return (frames / 2 + 0.5).clamp(0, 1)
 
         return decode
 
