@@ -206,7 +206,7 @@ class Health:
             found = non_finite(record, second_pass="finite")
         run_away = next((f for f in self.bill.findings if f.code == "eraser-diverged"), None)
         if run_away and found.phase != "teacher" and found.code in ("non-finite-gradient", "non-finite-loss", "non-finite-activation"):
-            return finding(run_away.code, found.phase, block=run_away.block, module=found.module, **run_away.evidence, ended_in=found.code)
+            return finding(run_away.code, found.phase, block=run_away.block, **run_away.evidence, ended_in=found.code, at=found.module)
         if found.phase != "training" and record["unlearn"] == 0:
             return finding("swallowed-loss", found.phase, block=found.block, module=found.module, unlearn=0.0,
                            behind_it=found.code)
