@@ -42,9 +42,14 @@ def require_guidance(config: TrainConfig) -> None:
                          "use batched or sequential")
 
 
+def only_planned(plan: MemoryPlan) -> bool:
+    """Whether the plan is one that nothing runs: for planning and benchmarks."""
+    return plan.backbone_copies != 1 or plan.text_encoder_resident
+
+
 def require_real(plan: MemoryPlan) -> None:
     """Raises UsageError for what can be planned only."""
-    if plan.backbone_copies != 1 or plan.text_encoder_resident:
+    if only_planned(plan):
         raise UsageError("--backbone-copies 2 and --text-encoder-resident exist for planning and benchmarks only")
 
 
@@ -112,7 +117,7 @@ def resolve_dtype(backbone: CogVideoX, plan: MemoryPlan, *, insist: bool) -> tor
     dtype = backbone.native_dtype if plan.dtype == "native" else getattr(torch, plan.dtype)
     if dtype == torch.float16 and backbone.native_dtype == torch.bfloat16 and not insist:
         raise UsageError(f"--dtype float16: {backbone.name} is bf16-native, in fp16 its activations overflow to NaN; "
-                         "use --dtype bfloat16, or --force-dtype to insist")
+                         "use --dtype bfloat16 or float32, or --force-dtype to insist")
     return dtype
 
 

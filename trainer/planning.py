@@ -16,7 +16,8 @@ from memory.ranking import SEARCHED, SearchResult
 from memory.search import search
 from memory.timeline import pinned_bytes
 from memory.timing import LARGEST_ERROR, TYPICAL_ERROR
-from trainer.assemble import collect_prompts, masking_blocks, open_backbone, require_guidance, resolve_device, resolve_dtype, video_size
+from trainer.assemble import (collect_prompts, masking_blocks, only_planned, open_backbone, require_guidance, resolve_device, resolve_dtype,
+                              video_size)
 from trainer.backbones import published
 from trainer.backbones.cogvideox import CogVideoX
 from trainer.beside import Beside
@@ -271,7 +272,8 @@ def as_json(found: Forecast, origins: dict[str, str]) -> dict[str, Any]:
         "fits": found.result.best is not None, "verdict": verdict(found),
         "num_candidates": found.result.num_candidates, **described(found.chosen),
         "alternatives": [described(miss) | {"reason": miss.reason} for miss in found.result.near_misses],
-        "command": command(found.config, found.chosen.plan, origins, found.num_cards), "num_cards": found.num_cards,
+        "command": None if only_planned(found.chosen.plan) else command(found.config, found.chosen.plan, origins, found.num_cards),
+        "num_cards": found.num_cards,
         "by_placement": {name: described(a) for name, a in found.by_placement().items()},
     }
 
@@ -338,7 +340,7 @@ def print_forecast(found: Forecast, origins: dict[str, str], *, explain: bool) -
                           f"than {1e6 * a.time.seconds / a.time.num_operators:,.0f} µs for each", highlight=False)
         console.print(f"assumed of {found.card.label}, not measured: {', '.join(found.card.assumed).replace('_', ' ')}\n"
                       f"rates: {found.card.source}", highlight=False)
-    if found.result.best:
+    if found.result.best and not only_planned(a.plan):
         print(command(found.config, a.plan, origins, found.num_cards))
 
 

@@ -1,5 +1,6 @@
 """The command line: help at once, and one clear line and the right exit code for every wrong input."""
 
+import json
 import re
 import resource
 import subprocess
@@ -407,6 +408,13 @@ def test_a_plan_that_does_not_fit_is_no_command(capsys):
             cli.main(["plan", "--profile", size])
         said[size] = capsys.readouterr().out
     assert "python run.py" in said["24gb"] and "python run.py" not in said["0.1gb"]
+
+
+def test_what_nothing_runs_is_planned_without_a_command(capsys):
+    cli.main(["plan", "--profile", "24gb", "--backbone-copies", "2"])
+    assert "fits 24 GB" in (said := capsys.readouterr().out) and "python run.py" not in said
+    cli.main(["plan", "--profile", "24gb", "--text-encoder-resident", "--json"])
+    assert json.loads(capsys.readouterr().out)["command"] is None
 
 
 def test_no_command_is_planned_that_training_would_refuse(call, tmp_path):
