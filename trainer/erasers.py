@@ -115,7 +115,9 @@ class Localisation:
         return self._slope
 
     def see(self, index: int, o: Tensor) -> None:
-        """Note the term of the block of that number, from its eraser's output o (B, N, D)."""
+        """Note the term of the block of that number, from its eraser's output o (B, N, D). Raises ValueError for a mask of another size."""
+        if self.outside.shape != o.shape[:2]:  # some would be broadcast
+            raise ValueError(f"the mask is {tuple(self.outside.shape)}, and the erasers' outputs are of {tuple(o.shape[:2])} samples and video tokens")
         norms = torch.linalg.vector_norm(o, dim=-1, dtype=torch.float32)
         self.terms[index] = torch.linalg.vector_norm(norms * self.outside).square() / o.numel()
 

@@ -391,6 +391,16 @@ def test_localisation_is_rounded_once(dtype, device):
     torch.testing.assert_close(localisation.terms[4], (o.float() * localisation.outside.unsqueeze(-1)).square().mean())
 
 
+@pytest.mark.parametrize("samples, more", [(1, 0), (2, 1)])
+def test_a_mask_of_another_size_is_refused(model, samples, more):
+    """One for a single sample would be broadcast."""
+    erasers = model.inject()
+    with pytest.raises(ValueError, match=rf"the mask is \({samples}, {model.num_tokens + more}\), and the erasers' outputs are of \(2, "):
+        localisation = Localisation(torch.zeros(samples, model.num_tokens + more), 1.0)
+        with erasers.localised(localisation):
+            model.predict(*model.inputs).square().mean().backward()
+
+
 def test_full_mask_costs_nothing(model):
     erasers = model.inject()
     localisation = Localisation(torch.ones(2, model.num_tokens), 1.0)
