@@ -16,6 +16,7 @@ _FIELDS = dict(
     passes=("sequential", "sequential", "lockstep"), checkpoint=("all", "all", "none", "every:2", "every:3", "first:3", "first:7"),
     num_keep_attention=(0, 0, 0, 1, 3, 8), num_keep_everything=(0, 0, 0, 1, 2, 5), boundaries=("device", "host"), kept=("device", "device", "host"),
     feed_forward_chunks=(1, 1, 2, 3, 7, 16), optimizer=("adamw", "adamw8bit"), guidance=("sequential", "batched"))
+_KEPT = ("allocated_bytes", "reserved_bytes", "num_retries", "grown_bytes", "out_of_memory", "failed")
 _SIDES = ((480, 720), (256, 384), (320, 512), (752, 496))  # height, width
 
 
@@ -40,9 +41,15 @@ def drawn(count: int, *, seed: int = 0) -> list[Cell]:
     return cells
 
 
+def _brief(row: dict[str, Any]) -> dict[str, Any]:
+    """Of a comparison what is shown, and what went wrong."""
+    kept = {name: value for name, value in row.items() if name in ("settings", "allocated_error", "reserved_error")}
+    return kept | {side: {name: row[side][name] for name in _KEPT if name in row[side]} for side in ("predicted", "measured")}
+
+
 def measure(session: Session) -> dict[str, Any]:
     """The part's result."""
-    rows = [peaks.compared(session, cell) for cell in drawn(3 if session.dry else NUM_CELLS)]
+    rows = [_brief(peaks.compared(session, cell)) for cell in drawn(3 if session.dry else NUM_CELLS)]
     ran = [row for row in rows if "allocated_error" in row]
     largest = {kind: max((abs(row[f"{kind}_error"]) for row in ran), default=None) for kind in ("allocated", "reserved")}
     return {"cells": rows, "goals": [goal("steps that failed", len(rows) - len(ran), 0),

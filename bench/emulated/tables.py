@@ -39,7 +39,7 @@ def _drawn(results: list[dict[str, Any]]) -> str:
         return ""
     allocated, reserved = (max(abs(cell[f"{kind}_error"]) for cell in ran) for kind in ("allocated", "reserved"))
     return (f" {len(ran)} of {len(cells)} steps whose plan, size, rank and batch were drawn at random, of models cut to a few blocks, ran: "
-            f"allocated is off by {allocated:.3%} at most, reserved by {reserved:.1%}.")
+            f"allocated is off by {allocated:.3%} at most, reserved by {reserved:.2%}.")
 
 
 def _by_card() -> list[dict[str, Any]]:
