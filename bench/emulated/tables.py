@@ -28,7 +28,8 @@ def peaks() -> str:
     return folded(f"{len(rows)} kinds of steps", markdown(header, rows)) + (
         f"\nReserved bytes are off by {max(off) / 2**20:.0f} MiB at most, the allocator takes 20 at a time, and in {off.count(0)} of {len(off)} cells by none; "
         f"no second step reserves more than {grown / 2**20:.0f} MiB more than the first. Expandable segments: of {requests:,} requests of "
-        f"{len(replayed)} recorded runs, the simulator serves {alike:,} at the address that torch's allocator chose.{_drawn(results)}\n" + _source(*results))
+        f"{len(replayed)} recorded runs, the simulator serves {alike:,} at the address that torch's allocator chose.{_drawn(results)}\n"
+        + _missed(*(result for result in results if "drawn" in result), part="drawn") + _source(*results))
 
 
 def _drawn(results: list[dict[str, Any]]) -> str:
