@@ -99,7 +99,7 @@ def test_what_never_reached_the_disk_is_reported(tmp_path, caplog):
 
 def test_an_unwritable_directory_is_an_input_output_error(tmp_path):
     (tmp_path / METRICS).mkdir()
-    with pytest.raises(InputOutputError, match="another --out"):
+    with pytest.raises(InputOutputError, match="the run directory must be writable"):
         MetricsLog(tmp_path)
 
 
