@@ -36,7 +36,7 @@ class Storage:
     block: int | None = None
     """The block whose frozen weight this is, if any."""
     in_place: bool = False
-    """Whether it takes the very memory of what died just before: autograd adds gradients in place."""
+    """Whether it takes the very memory of what died just before: autograd adds gradients in place, and a linear layer its bias."""
 
 
 class Visit(NamedTuple):

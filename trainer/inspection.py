@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from memory.optimizers import make_optimizer
 from memory.precision import make_scaler
@@ -69,6 +69,11 @@ class Subject:
         return f"transformer_blocks.{block}.attn1.adapter.{leaf}"
 
 
+def own_parameters(transformer: nn.Module) -> dict[str, nn.Parameter]:
+    """The transformer's parameters by name, without those of erasers in it: what is to be frozen."""
+    return {name: p for name, p in transformer.named_parameters() if ".attn1.adapter." not in name}
+
+
 def block_of(name: str) -> int | None:
     """The block's index in a name such as `transformer_blocks.3.attn1.to_q.weight`."""
     return int(name.split(".")[1]) if name.startswith("transformer_blocks.") else None
@@ -99,7 +104,7 @@ class Fingerprint:
 
     def __init__(self, subject: Subject):
         transformer = subject.assembly.transformer
-        frozen = {n: p for n, p in transformer.named_parameters() if ".attn1.adapter." not in n}
+        frozen = own_parameters(transformer)
         tables = {n: b for n, b in transformer.named_buffers() if b.is_floating_point() and b.ndim > 1}  # of positions
         self.tables, frozen = set(tables), frozen | tables
         sums, bounds = [], []

@@ -17,7 +17,7 @@ from memory.optimizers import reset_state
 from trainer.erasers import in_backward
 from trainer.findings import Bill, Finding, finding
 from trainer.inspection import (Fingerprint, Subject, adapter_findings, block_of, held, non_finite_embedding, non_finite_weight,
-                                values)
+                                own_parameters, values)
 from trainer.losses import student_backward
 from trainer.tracing import scale_collapsed, trace
 
@@ -163,8 +163,7 @@ class Preflight:
         yield from self.fingerprint.findings()
         yield from adapter_findings(self.subject)
         owned = held(self.subject)  # the trial's step would move what is frozen, too, and nothing takes that back
-        if unfrozen := [n for n, p in self.subject.assembly.transformer.named_parameters()
-                        if p.requires_grad and id(p) in owned and ".attn1.adapter." not in n]:
+        if unfrozen := [n for n, p in own_parameters(self.subject.assembly.transformer).items() if p.requires_grad and id(p) in owned]:
             yield finding("frozen-weights-changed", "optimizer", block=block_of(unfrozen[0]), module=unfrozen[0], num_parameters=len(unfrozen))
 
     def _step(self) -> Iterator[Finding]:
