@@ -17,8 +17,8 @@ from bench.provenance import RESULTS, write_result
 from memory.plan import MemoryPlan
 from trainer.assemble import assemble, embed_prompts, open_backbone
 from trainer.config import ModelConfig
-from trainer.evaluate import wilson
 from trainer.generate import generate_latents
+from trainer.rates import wilson
 from trainer.shapes import world
 
 

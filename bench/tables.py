@@ -59,6 +59,19 @@ def pretrained() -> str:
     return markdown(["shown as the caption says", f"of {result['num_videos']} videos", "95 %"], rows) + _source(result)
 
 
+def rater() -> str:
+    """One row an eraser, measured by the rule and by CLIP."""
+    result, rows = load("rater"), []
+    for concept, run in result["runs"].items():
+        found = []
+        for by in ("rule", "clip"):
+            e = run[by]
+            kept = [r for r in e["preserved"] if not r["kind"].startswith("target-")]
+            found.append([f"{_percent(r['before'])} → {_percent(r['after'])}" for r in (e["target"], max(kept, key=lambda r: r["before"] - r["after"]))])
+        rows.append([concept, *(cell for pair in zip(*found) for cell in pair)])
+    return markdown(["erased", "detected: by the rule", "by CLIP", "worst preserved: by the rule", "by CLIP"], rows) + _source(result)
+
+
 def erasure() -> str:
     """One row a variant of the method."""
     result, rows = load("erasure"), []
@@ -299,7 +312,7 @@ def reliability() -> str:
 TABLES: dict[str, Callable[[], str]] = {
     "reliability": reliability,
     "rank": rank, "feasibility": feasibility, "cards": cards, "planning": planning, "strategies": strategies, "story": story, "claims": claims,
-    "main": main_run, "pretrained": pretrained, "erasure": erasure, "overlap": overlap, "lean": lean, "blocks": blocks,
+    "main": main_run, "pretrained": pretrained, "rater": rater, "erasure": erasure, "overlap": overlap, "lean": lean, "blocks": blocks,
     **others.TABLES, **emulated.TABLES, **card.TABLES,
     "codes": codes, "faults": faults, "projection": projection, "leak": leak}
 

@@ -65,7 +65,7 @@ def _will_measure(config: TrainConfig) -> bool:
     """Whether a run is measured when it is done. Where it cannot be, that is said before the minutes that it takes."""
     if config.model.model != "shapes" or not config.output.evaluate:
         return False
-    from trainer.evaluate import require_measurable
+    from trainer.by_rule import require_measurable
 
     try:
         require_measurable(config.data.concept, config.model)
@@ -160,7 +160,11 @@ def _measure(config: EvaluateConfig, by_flag: Collection[str] = ()) -> None:
     from trainer.evaluate import EVALUATION, PICTURES, evaluate, print_table
     from trainer.generate import as_trained
 
-    print_table(evaluate(as_trained(config, config.run, by_flag, sections=("memory.",))))  # the videos are of the model's own size
+    if config.rater is None:  # by a rule, which is for the model's own size
+        config = as_trained(config, config.run, by_flag, sections=("memory.",))
+    else:
+        config = as_trained(config, config.run, by_flag)
+    print_table(evaluate(config, None if "resident_blocks" in by_flag else chosen_card("auto", config.model.device)))
     directory = config.run if config.run.is_dir() else config.run.parent
     print(f"evaluation: {directory / EVALUATION}\npictures: {directory / PICTURES}")
 

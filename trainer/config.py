@@ -228,19 +228,31 @@ class GenerateConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig:
-    """Measure an erasure on the bundled model: is the concept gone, and is the rest still there?"""
+    """Measure an erasure: is the concept gone, and is the rest still there?
+
+    Of the bundled model's videos a rule says what they show; of others a CLIP model does (--rater), by prompts with the concept and of
+    what the run preserved.
+    """
 
     run: Path
     """A run directory or an eraser file; `evaluate RUN` says the same.
     A run is measured by the memory plan that it was trained by, unless flags say otherwise."""
     concept: str | None = None
     """What was erased; a run knows, an export does not."""
-    num_videos: int = 64
-    """Videos of the target, of its synonyms and of what shares its kind, at least; a row of anything else may have fewer."""
-    num_steps: int = 16
-    """Denoising steps."""
-    guidance_scale: float = 1.0
-    """Guidance scale; 1 is without guidance."""
+    rater: str | None = None
+    """A CLIP model that says what videos show: a hub id such as openai/clip-vit-large-patch14, a directory, or shapes (bundled).
+    It takes each video for one of: the concept, what stands in its place, and all that is preserved."""
+    prompts: Path | None = None
+    """With a rater: other prompts that show the concept than those the run has; a file, as for training."""
+    preserve: tuple[str, ...] = ()
+    """With a rater: other things that must still be there than those that the run preserved."""
+    num_videos: int | None = None
+    """Videos of the concept, at least. By a rule as many of its synonyms and of each thing of its kind, 64 by default.
+    With a rater as many of all that is preserved together, 8 by default: a video of a published model takes minutes."""
+    num_steps: int | None = None
+    """Denoising steps; 16 on the bundled model and 50 on others by default."""
+    guidance_scale: float | None = None
+    """Guidance scale; 1 is without guidance, which is the bundled model's default; of others it is 6."""
     seed: int = 1000
     """First seed; every video has its own, the same before and after."""
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -249,11 +261,17 @@ class EvaluateConfig:
     What only training needs changes nothing here: checkpoint, num-keep-…, boundaries, kept, passes, optimizer."""
 
     def __post_init__(self):
-        expand(self, "run")
-        at_least("num-videos", self.num_videos, 1)
+        expand(self, "run", "prompts")
+        if self.rater is None and (self.prompts or self.preserve):
+            raise UsageError(f"--{'prompts' if self.prompts else 'preserve'}: the rule that measures has prompts of its own; a --rater takes others")
+        if self.rater == "":
+            raise UsageError("--rater: an empty value; name a CLIP model, or leave the flag out")
+        for name in ("num_videos", "num_steps"):
+            if getattr(self, name) is not None:
+                at_least(name.replace("_", "-"), getattr(self, name), 1)
         check_seed(self.seed)
-        at_least("num-steps", self.num_steps, 1)
-        _check_guidance(self.guidance_scale, self.memory)
+        if self.guidance_scale is not None:
+            _check_guidance(self.guidance_scale, self.memory)
 
 
 def composed(text: str) -> str:

@@ -1,123 +1,52 @@
-"""Is the concept gone, and is the rest still there? Measured on the bundled model, whose videos a rule can read.
-
-Every video is generated twice from the same noise: with the erasers off (before) and on (after).
-Legend: B videos, T frames, H W pixels.
+"""Is the concept gone, and is the rest still there? Every video is generated twice from the same noise: with the erasers off (before) and
+on (after). What videos show, a rule reads on the bundled model, and a CLIP model on any.
 """
 
-import math
-import random
-import sys
-from collections.abc import Sequence
-from contextlib import nullcontext, suppress
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from trainer.assemble import Assembly, assemble, embed_prompts, open_backbone, require_real, resolve_device
-from trainer.backbones.cogvideox import CogVideoX
-from trainer.config import EvaluateConfig, ModelConfig
+from memory.cards import Card
+from trainer import by_clip, by_rule
+from trainer.assemble import require_real
+from trainer.config import EvaluateConfig
 from trainer.eraser_files import load_eraser
 from trainer.errors import InputOutputError, UsageError
-from trainer.generate import generate_latents
 from trainer.lock import RunLock
-from trainer.prompts import Embeddings
 from trainer.run_directory import CONFIG, probe
 from trainer.run_files import lookup, write_json
 from trainer.shapes import world
 from trainer.video import contact_sheet
 
 EVALUATION, PICTURES = "evaluation.json", "before-after.png"
+_BUNDLED = {"num_videos": 64, "num_steps": 16, "guidance_scale": 1.0}
+_OTHERS = {"num_videos": 8, "num_steps": 50, "guidance_scale": 6.0}  # a video takes minutes; as `generate`
 
 
-@dataclass(frozen=True)
-class Case:
-    """One prompt, what it names, and the group that it is measured in: target, synonyms or preserved."""
-
-    group: str
-    prompt: str
-    scene: world.Scene
-
-
-def cases(concept: str, num_videos: int, seed: int) -> list[Case]:
-    """`num_videos` prompts for the target, for its synonyms and for each sibling. Target: the eraser's training wordings. Synonyms: other
-    words for the concept, in every wording. Preserved: the concept's siblings in wordings and words of all kinds. All are balanced over
-    what else they show, and none was seen in pretraining where enough such captions exist."""
-    attribute, name = world.kind_of(concept)
-    rng = random.Random(f"{seed}/{concept}")
-    scenes = world.scenes()
-    ours = [s for s in scenes if getattr(s, attribute) == name]
-    plain = {p for p, _ in world.erasure_pairs(concept)}
-    synonyms = world.ATTRIBUTES[attribute][name][1:]
-
-    def pick(group: str, among: Sequence[world.Scene], count: int, wanted) -> list[Case]:
-        chosen = []
-        for i in range(count):
-            scene = among[i % len(among)]
-            options = [c for c in world.captions(scene) if wanted(c)]
-            chosen.append(Case(group, rng.choice([c for c in options if world.held_out(c)] or options), scene))
-        return chosen
-
-    found = pick("target", ours, num_videos, plain.__contains__)
-    found += pick("synonyms", ours, num_videos, lambda c: any(w in c.split() for w in synonyms))
-    for sibling in world.preserved_concepts(concept):
-        theirs = [s for s in scenes if getattr(s, attribute) == sibling]
-        found += pick("preserved", theirs, num_videos, lambda c: True)
-    return found
-
-
-def wilson(hits: int, count: int) -> tuple[float, float]:
-    """95 % interval of a rate (Wilson 1927): honest at 0 and 1, where the normal interval has no width."""
-    z, p = 1.96, hits / count
-    d = 1 + z * z / count
-    middle, half = p + z * z / (2 * count), z * math.sqrt(p * (1 - p) / count + z * z / (4 * count * count))
-    return max(0.0, (middle - half) / d), min(1.0, (middle + half) / d)
-
-
-def require_measurable(concept: str, model: ModelConfig) -> None:
-    """Raises UsageError for what the rule that looks at videos of the bundled model cannot see."""
-    try:
-        world.kind_of(concept)
-    except KeyError:
-        raise UsageError(f"--concept {concept}: only what the bundled model knows can be measured") from None
-    if model.model != "shapes":  # a copy of it, or one trained anew, will do
-        made, bundled = (open_backbone(m).identity()["config_hash"] for m in (model, ModelConfig()))
-        if made != bundled:
-            raise UsageError(f"--model {model.model}: only videos of the bundled model, a copy of it or one of its configuration can be measured")
-    own = {"frames": world.FRAMES, "height": world.SIZE, "width": world.SIZE}
-    for name, value in own.items():
-        if getattr(model, name) not in (None, value):
-            raise UsageError(f"--{name} {getattr(model, name)}: only videos of {world.FRAMES} frames of {world.SIZE} x {world.SIZE} pixels can "
-                             "be measured")
-
-
-def evaluate(config: EvaluateConfig) -> dict[str, Any]:
-    """Measure a run or an eraser file and write evaluation.json, a sheet of samples beside it; returns the content."""
+def evaluate(config: EvaluateConfig, card: Card | None = None) -> dict[str, Any]:
+    """Measure a run or an eraser file and write evaluation.json, a sheet of samples beside it; returns the content. With a rater, as many
+    blocks are resident as `card` holds; None: as configured."""
     require_real(config.memory)
     eraser = load_eraser(config.run)
-    model = eraser.model(config.model)
-    own, directory = lookup(eraser.training, "data", "concept"), eraser.path.parent
+    model, directory = eraser.model(config.model), eraser.path.parent
+    own = lookup(eraser.training, "data", "concept")
     concept = config.concept or own
     if concept is None:
         raise UsageError(f"{config.run} does not say which concept it erases; name it with --concept")
-    require_measurable(concept, model)
-    with suppress(KeyError):  # of what it does not say, or the world does not know, anything may be measured
-        if world.kind_of(own or "") != world.kind_of(concept):
-            raise UsageError(f"--concept {concept}: {config.run} erases {own}; leave --concept out")
+    usual = _BUNDLED if config.rater is None or model.model == "shapes" else _OTHERS
+    config = replace(config, **{name: value for name, value in usual.items() if getattr(config, name) is None})
     try:
         probe(directory)  # before minutes of measuring
     except OSError as e:
         raise InputOutputError(f"{directory / EVALUATION} cannot be written ({e.strerror}); measure a copy of {eraser.path.name} and its "
                                "description in a place that can be") from e
-    chosen = cases(concept, config.num_videos, config.seed)
     with RunLock(directory) if (directory / CONFIG).is_file() else nullcontext():  # a run that goes on would make another eraser meanwhile
-        print(f"measuring {len(chosen)} videos, without the eraser and with it: a minute or more", file=sys.stderr, flush=True)
-        backbone = open_backbone(model)
-        embeddings = embed_prompts(backbone, model, config.memory, [*(c.prompt for c in chosen), ""])
-        with assemble(backbone, model, config.memory, eraser=config.run) as assembly:
-            result, sheet = measure(assembly, backbone, embeddings.to(resolve_device(model.device)), concept, chosen, config)
+        if config.rater is None:
+            result, sheet = by_rule.measured(config, model, concept, own=own)
+        else:
+            result, sheet = by_clip.measured(config, model, concept, card, rank=eraser.rank)
+        result = {"concept": concept, **result, **{name: getattr(config, name) for name in usual}}
         write_json(directory / EVALUATION, result)
         contact_sheet(directory / PICTURES, sheet)
     return result
@@ -129,84 +58,32 @@ def withdraw(run_dir: Path) -> None:
         (run_dir / name).unlink(missing_ok=True)
 
 
-def measure(assembly: Assembly, backbone: CogVideoX, embeddings: Embeddings, concept: str, chosen: list[Case],
-            config: EvaluateConfig) -> tuple[dict[str, Any], list[tuple[str, Tensor]]]:
-    """The evaluation and a before/after sheet's rows, for erasers that are in place."""
-    decode = backbone.decoder(world.FRAMES, dtype=assembly.dtype, device=assembly.device, one_by_one=False)  # they are small
-    videos = {}
-    for when, on in (("before", False), ("after", True)):
-        with assembly.erasers.switched(on):
-            latents = generate_latents(assembly.predict, backbone.scheduler(), embeddings, [c.prompt for c in chosen],
-                                       [config.seed + i for i in range(len(chosen))], assembly.latent_shape,
-                                       num_steps=config.num_steps, guidance_scale=config.guidance_scale,
-                                       guidance=config.memory.guidance)
-        videos[when] = torch.cat([decode(part) for part in latents.split(16)])
-    found = {when: [world.detect(v) for v in clip] for when, clip in videos.items()}
-    result = {"concept": concept, **_table(concept, chosen, found, videos), "num_videos": config.num_videos, "num_steps": config.num_steps,
-              "guidance_scale": config.guidance_scale, "dtype": str(assembly.dtype).removeprefix("torch."),
-              "seeds": [config.seed, config.seed + len(chosen) - 1]}
-    shown = [next(i for i, c in enumerate(chosen) if c.group == group) for group in ("target", "synonyms", "preserved")]
-    shown.append(len(chosen) - 1)
-    sheet = [(f"{when}: {chosen[i].prompt}", videos[when][i]) for i in shown for when in ("before", "after")]
-    return result, sheet
-
-
-def _table(concept: str, chosen: list[Case], found: dict[str, list[world.Detection]],
-           videos: dict[str, Tensor]) -> dict[str, Any]:
-    attribute, name = world.kind_of(concept)
-    indices = {group: [i for i, c in enumerate(chosen) if c.group == group]
-               for group in ("target", "synonyms", "preserved")}
-
-    def rate(members: list[int], kind: str) -> dict[str, Any]:
-        """How often the video shows what the prompt says, of one kind."""
-        row: dict[str, Any] = {"num_videos": len(members)}
-        for when in ("before", "after"):
-            hits = sum(getattr(found[when][i], kind) == getattr(chosen[i].scene, kind) for i in members)
-            row |= {when: hits / len(members), f"{when}_interval": wilson(hits, len(members))}
-        return row
-
-    preserved = []
-    for kind, names in world.ATTRIBUTES.items():
-        for value in names:
-            members = [i for i in indices["preserved"] if getattr(chosen[i].scene, kind) == value]
-            if members:
-                preserved.append({"name": value, "kind": kind, **rate(members, kind)})
-    for kind in world.ATTRIBUTES:
-        if kind != attribute:
-            preserved.append({"name": f"{kind} of {name} prompts", "kind": f"target-{kind}",
-                              **rate(indices["target"], kind)})
-    kept = indices["preserved"]
-    distance = (videos["before"][kept] - videos["after"][kept]).square().mean((1, 2, 3, 4)).sqrt()
-    return {
-        "target": {"name": name, **rate(indices["target"], attribute)},
-        "synonyms": {"names": list(world.ATTRIBUTES[attribute][name][1:]), **rate(indices["synonyms"], attribute)},
-        "preserved": preserved,
-        "motion": {when: sum(found[when][i].travel for i in kept) / len(kept) for when in ("before", "after")},
-        "distance": {"preserved_rms": distance.mean().item()},
-    }
-
-
 def print_table(result: dict[str, Any]) -> None:
     """The evaluation as a table on stdout."""
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
-    table = Table(title=f"erased: {result['concept']}", title_justify="left")
-    for column, justify in (("", "left"), ("kind", "left"), ("videos", "right"), ("before", "right"),
-                            ("after", "right"), ("95 %", "right")):
+    rater = result.get("rater")
+    by = f" ({rater}, zero-shot, chance {result['chance']:.1%})" if rater else ""
+    table = Table(title=Text(f"erased: {result['concept']}{by}"), title_justify="left")
+    for column, justify in (("", "left"), ("kind", "left"), ("videos", "right"), ("before", "right"), ("after", "right"),
+                            ("95 %", "right"), *[("cosine", "right")] * bool(rater)):
         table.add_column(column, justify=justify)
 
     def add(label: str, kind: str, row: dict[str, Any], style: str | None = None) -> None:
         low, high = row["after_interval"]
-        table.add_row(label, kind, str(row["num_videos"]), f"{row['before']:.1%}", f"{row['after']:.1%}",
-                      f"{low:.1%} to {high:.1%}", style=style)
+        cosine = ["{before:.3f} → {after:.3f}".format(**row["cosine"])] if rater else []
+        table.add_row(Text(label), kind, str(row["num_videos"]), f"{row['before']:.1%}", f"{row['after']:.1%}",
+                      f"{low:.1%} to {high:.1%}", *cosine, style=style)
 
-    kind = world.kind_of(result["concept"])[0]
-    add(result["target"]["name"], f"target {kind}", result["target"], "bold")
-    add(", ".join(result["synonyms"]["names"]), "synonyms", result["synonyms"], "bold")
+    add(result["target"]["name"], "target" if rater else f"target {world.kind_of(result['concept'])[0]}", result["target"], "bold")
+    if synonyms := result["synonyms"]:
+        add(", ".join(synonyms["names"]), "synonyms", synonyms, "bold")
     for row in result["preserved"]:
         add(row["name"], row["kind"], row)
-    motion = result["motion"]
-    table.add_row("motion", "pixels a video", "", f"{motion['before']:.1f}", f"{motion['after']:.1f}", "")
-    table.add_row("distance of preserved videos", "RMS of 0..1", "", "", f"{result['distance']['preserved_rms']:.3f}", "")
+    if motion := result["motion"]:
+        table.add_row("motion", "pixels a video", "", f"{motion['before']:.1f}", f"{motion['after']:.1f}")
+    if distance := result["distance"]:
+        table.add_row("distance of preserved videos", "RMS of 0..1", "", "", f"{distance['preserved_rms']:.3f}")
     Console(width=None if Console().is_terminal else 100).print(table)

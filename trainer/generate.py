@@ -58,19 +58,37 @@ def as_trained(config: GenerateConfig | EvaluateConfig, eraser: Path | None, giv
                sections: tuple[str, ...] = ("model.", "memory.")) -> GenerateConfig | EvaluateConfig:
     """With the model, the size and the memory plan of the run that `eraser` comes from, which fit there, or those `sections` of them; what
     was `given` by flag stays. An eraser that does not say, or a run of another version, has none."""
-    if eraser is None:
+    run = None if eraser is None else trained_config(eraser)
+    if run is None:
         return config
-    if (eraser / CONFIG).is_file():
-        refuse_forgetting(eraser)
-        run = read_config(eraser)[0]
-    else:
-        try:
-            run = from_json(load_eraser(eraser).training)
-        except (CheckpointError, UsageError, TypeError, AttributeError, ValueError):
-            return config
     own = {"device", "guidance", "num_shards", *given} | ({"weights", "force_dtype"} if "model" in given else set())
     return replaced(config, {path: value for path, value in leaves(run).items()
                              if path.startswith(sections) and path.split(".")[1] not in own})
+
+
+def trained_config(eraser: Path) -> TrainConfig | None:
+    """The settings of the run that an eraser comes from, if it says."""
+    if (eraser / CONFIG).is_file():
+        refuse_forgetting(eraser)
+        return read_config(eraser)[0]
+    try:
+        return from_json(load_eraser(eraser).training)
+    except (CheckpointError, UsageError, TypeError, AttributeError, ValueError):
+        return None
+
+
+def opened(model: ModelConfig, plan: MemoryPlan, card: Card | None, *, rank: int, guidance_scale: float, does: str = "generates"
+           ) -> tuple[CogVideoX, MemoryPlan]:
+    """The model to generate with, and the plan with as many resident blocks as `card` holds; None: as configured. What can be refused is,
+    before a download. `does`: what the command does, in words."""
+    if model.model != "shapes":
+        require_sense(TrainConfig(model=model), what=does)
+    backbone = open_backbone(model)
+    backbone.latent_shape(*video_size(backbone, model))
+    if card:
+        plan = fit_to_generate(backbone, TrainConfig(model=model, memory=plan, optim=OptimConfig(rank=rank),
+                                                     output=OutputConfig(guidance_scale=guidance_scale)), card)
+    return backbone, plan
 
 
 def generate(config: GenerateConfig, card: Card | None = None) -> list[Path]:
@@ -81,22 +99,14 @@ def generate(config: GenerateConfig, card: Card | None = None) -> list[Path]:
         raise InputOutputError(f"--out {config.out}: is a directory; name a file in it, as {config.out / 'x.mp4'}")
     eraser = None if config.no_eraser else load_eraser(config.eraser)
     model = eraser.model(config.model) if eraser else config.model
-    if model.model != "shapes":
-        require_sense(TrainConfig(model=model), what="generates")
-    backbone = open_backbone(model)
-    size = video_size(backbone, model)
-    backbone.latent_shape(*size)  # before a download
-    plan = config.memory
-    if card:
-        plan = fit_to_generate(backbone, TrainConfig(model=model, memory=plan, optim=OptimConfig(rank=eraser.rank if eraser else 1),
-                                                     output=OutputConfig(guidance_scale=config.guidance_scale)), card)
+    backbone, plan = opened(model, config.memory, card, rank=eraser.rank if eraser else 1, guidance_scale=config.guidance_scale)
     try:
         probe(config.out.parent)  # makes it: after what can be refused, before minutes of sampling
     except OSError as e:
         raise InputOutputError(f"--out {config.out}: cannot be written ({e.strerror}); choose another --out") from e
     embeddings = embed_prompts(backbone, model, plan, [*config.prompt, ""])
     after, before = _latents(config, backbone, model, plan, embeddings)
-    decode = backbone.decoder(size[0], dtype=resolve_dtype(backbone, plan, insist=True), device=resolve_device(model.device))
+    decode = backbone.decoder(video_size(backbone, model)[0], dtype=resolve_dtype(backbone, plan, insist=True), device=resolve_device(model.device))
     return _write(config, decode(after), None if before is None else decode(before))
 
 

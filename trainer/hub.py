@@ -19,7 +19,8 @@ def is_hub_id(model: str) -> bool:
 
 
 def fetch_description(hub_id: str, *, named: str) -> Path:
-    """The directory of a model of the hub in the local cache, all but the weights. `named`: by the user. Raises UsageError."""
+    """The directory of a model of the hub in the local cache, all but the weights. `named`: the flag by which the user did, and its value.
+    Raises UsageError."""
     return _fetch(hub_id, _DESCRIPTION, None, named)
 
 
@@ -37,7 +38,7 @@ def fetch_weights(hub_id: str, directory: Path, *, named: str, parts: Sequence[s
         _fetch(hub_id, [part + _ANY for part in without], revision, named)
     for part in without:
         if not has_weights(directory, part):
-            raise UsageError(f"--model {named}: no {part}{_ANY} of {hub_id} on the hub, or in the cache where the hub is not reached; "
+            raise UsageError(f"{named}: no {part}{_ANY} of {hub_id} on the hub, or in the cache where the hub is not reached; "
                              "weights of another kind: load them with diffusers or transformers, save_pretrained(DIR), and name DIR")
 
 
@@ -85,8 +86,8 @@ def _fetch(hub_id: str, patterns: Sequence[str], revision: str | None, named: st
                 found = download(local_files_only=True)
                 if whole():
                     return found
-        what = "no such directory, and the hub did not give it" if hub_id == named else f"the hub did not give {hub_id}"
-        raise UsageError(f"--model {named}: {what} ({_refusal(e)}); name a local directory, or shapes") from e
+        what = "no such directory, and the hub did not give it" if named.endswith(f" {hub_id}") else f"the hub did not give {hub_id}"
+        raise UsageError(f"{named}: {what} ({_refusal(e)}); name a local directory, or shapes") from e
 
 
 def _refusal(error: Exception) -> str:

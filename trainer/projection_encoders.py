@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from memory.exhaustion import first_line
 from trainer.backbones.location import fingerprint
 from trainer.backbones.weights import open_shard, shards
 from trainer.config import expanded
-from trainer.errors import CheckpointError, UsageError
+from trainer.errors import CheckpointError, NonFinite, UsageError
 from trainer.hub import fetch_description, fetch_weights, is_hub_id
 from trainer.lora import Layer
 from trainer.projection_examples import open_picture
@@ -51,21 +51,21 @@ def layer_of(part: nn.Module, name: str) -> nn.Module:
     return part.get_submodule(name.removeprefix("model.visual."))
 
 
-def locate(encoder: str, model: str) -> Path:
-    """The directory of an encoder, its type checked; a model of the hub is downloaded. Raises UsageError."""
-    from_hub = is_hub_id(model)
-    directory = BUNDLED / encoder if model == "shapes" else fetch_description(model, named=model) if from_hub else expanded(model)
+def locate(encoder: str, model: str, *, flag: str = "--model") -> Path:
+    """The directory of an encoder, its type checked; a model of the hub is downloaded. `flag`: what names it. Raises UsageError."""
+    from_hub, named = is_hub_id(model), f"{flag} {model}"
+    directory = BUNDLED / encoder if model == "shapes" else fetch_description(model, named=named) if from_hub else expanded(model)
     try:
         found = json.loads((directory / "config.json").read_text())["model_type"]
     except (OSError, ValueError, KeyError, TypeError) as e:
-        raise UsageError(f"--model {model}: no model in transformers' layout there (config.json: {e}); name its "
+        raise UsageError(f"{named}: no model in transformers' layout there (config.json: {e}); name its "
                          "directory, a hub id, or shapes") from e
     if found not in _TYPES[encoder]:
         fitting = next((e for e, types in _TYPES.items() if found in types), None)
-        advice = f"use --encoder {fitting}" if fitting else f"--encoder {encoder} takes {' or '.join(_TYPES[encoder])}"
-        raise UsageError(f"--model {model}: a model of type {found!r}, not one for --encoder {encoder}; {advice}")
+        advice = f"; use --encoder {fitting}" if fitting and flag == "--model" else ""
+        raise UsageError(f"{named}: a model of type {found!r}; {' or '.join(_TYPES[encoder])} is needed{advice}")
     if from_hub:
-        fetch_weights(model, directory, named=model)
+        fetch_weights(model, directory, named=named)
     return directory
 
 
@@ -224,6 +224,15 @@ def read_layer(directory: Path, name: str) -> tuple[Layer, torch.dtype]:
                 tensors[leaf] = f.get_tensor(f"{name}.{leaf}")
     bias = tensors.get("bias")
     return Layer(name, tensors["weight"].float(), None if bias is None else bias.float()), tensors["weight"].dtype
+
+
+def embedded(tower: Tower, inputs: Tensor) -> Tensor:
+    """CLIP's embeddings (N, E), normalised, from what a tower's one layer is given (N, D). Raises NonFinite."""
+    (name,) = tower.layer_names
+    found = nn.functional.normalize(read_layer(tower.directory, name)[0](inputs), dim=1)
+    if not found.isfinite().all():
+        raise NonFinite(f"{name} of {tower.directory} makes NaN or infinity of what it is given; copy the model again")
+    return found
 
 
 def encoder_fingerprint(directory: Path) -> str:

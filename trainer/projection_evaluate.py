@@ -22,13 +22,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from memory.exhaustion import exhausted, first_line
-from trainer.evaluate import EVALUATION, wilson
+from trainer.evaluate import EVALUATION
 from trainer.nullspace import null_space_update
 from trainer.projection_config import ForgetConfig
 from trainer.projection_encoders import load_part, load_tokenizer
 from trainer.projection_problem import Case, Problem
 from trainer.projection_qwen import MAIN_MERGER, answers, deepstack_cut, edited
 from trainer.prompts import word
+from trainer.rates import rates
 from trainer.run_files import write_json
 from trainer.shapes import world
 
@@ -174,7 +175,7 @@ def says(text: str, name: str) -> bool:
 
 
 def _interval(label: str, hits: Sequence[bool]) -> dict[str, Any]:
-    return {label: sum(hits) / len(hits), f"{label}_interval": wilson(sum(hits), len(hits)), f"num_{label}": len(hits)}
+    return {**rates(**{label: hits}), f"num_{label}": len(hits)}
 
 
 def _rows(case: Case, found: Mapping[str, Assigned]) -> dict[str, Any]:
@@ -193,12 +194,8 @@ def _rows(case: Case, found: Mapping[str, Assigned]) -> dict[str, Any]:
 
 def _rate(before: Assigned, after: Assigned) -> dict[str, Any]:
     """How often an example is assigned to its own class."""
-    row: dict[str, Any] = {"num_images": len(after)}
-    for when, pairs in (("before", before), ("after", after)):
-        if pairs:
-            hits = sum(name == chosen for name, chosen in pairs)
-            row |= {when: hits / len(pairs), f"{when}_interval": wilson(hits, len(pairs))}
-    return row
+    found = {when: [name == chosen for name, chosen in pairs] for when, pairs in (("before", before), ("after", after)) if pairs}
+    return {"num_images": len(after), **rates(**found)}
 
 
 def print_forgetting(result: Mapping[str, Any]) -> None:

@@ -16,10 +16,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from trainer.errors import NonFinite, UsageError
+from trainer.errors import UsageError
 from trainer.lora import Layer
 from trainer.projection_config import ForgetConfig
-from trainer.projection_encoders import ClipText, ClipVision, QwenVision, Tower, load_tokenizer, locate, read_layer
+from trainer.projection_encoders import ClipText, ClipVision, QwenVision, Tower, embedded, load_tokenizer, locate, read_layer
 from trainer.projection_examples import Example, classes, images, texts
 from trainer.projection_features import features
 from trainer.seeding import noise
@@ -109,10 +109,7 @@ def _measured_pictures(config: ForgetConfig, directory: Path, forget: str, kept:
     tower = ClipVision(directory)
     (name,) = tower.layer_names
     seen = features(tower, pictures, plan=config.memory, device=device, batch_size=config.batch_size)[name]
-    embeddings = torch.nn.functional.normalize(read_layer(directory, name)[0](seen), dim=1)
-    if not embeddings.isfinite().all():
-        raise NonFinite(f"{name} of {directory} makes NaN or infinity of the pictures; copy the model again")
-    return pictures, embeddings
+    return pictures, embedded(tower, seen)
 
 
 def _require_told_apart(inputs: Tensor, examples: list[Example], forget: str, kept: tuple[str, ...]) -> None:

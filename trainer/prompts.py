@@ -26,7 +26,8 @@ from trainer.run_files import part_of
 logger = logging.getLogger(__name__)
 _warn_once = lru_cache(logger.warning)  # prompts are read several times on the way to a run
 
-_TEMPLATES = ("{}", "a video of {}", "a scene with {}", "{} in motion", "a close shot of {}")
+TEMPLATES = ("{}", "a video of {}", "a scene with {}", "{} in motion", "a close shot of {}")
+UNSEEN = ("footage of {}", "{}, filmed outdoors", "there is {} here", "a short clip that shows {}")  # for measuring
 _UNSPACED = re.compile("[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3005-\u30ff\u3400-\u9fff\uac00-\ud7a3\uf900-\ufaff]")
 """Thai, Lao, Burmese, Khmer, Chinese, Japanese and Korean letters: other words, or a word's endings, follow without a space."""
 _VOWEL = re.compile("[aeiou]", re.IGNORECASE)
@@ -35,14 +36,20 @@ _CONSONANT_Y = re.compile("[^aeiou]y$", re.IGNORECASE)  # of which the plural en
 
 @dataclass(frozen=True)
 class PromptSet:
-    """`prompts` show the concept, `safe` say the same without it (or nothing), `preserved` are related and stay."""
+    """`prompts` show the concept, `safe` say the same without it (or nothing), what is `kept` is related and stays."""
 
     concept: str
     prompts: tuple[str, ...]
     safe: tuple[str, ...]
-    preserved: tuple[str, ...]
+    kept: tuple[tuple[str, tuple[str, ...]], ...]
+    """Each of the concepts that are preserved, and its prompts."""
     file: Path | None = None
     """Where `prompts` were read, if they were."""
+
+    @property
+    def preserved(self) -> tuple[str, ...]:
+        """The prompts of all that is kept."""
+        return tuple(prompt for _, prompts in self.kept for prompt in prompts)
 
     @property
     def texts(self) -> tuple[str, ...]:
@@ -54,8 +61,8 @@ class PromptSet:
         return f"the prompt {self.prompts[index]!r}" + (f" (number {index + 1} of --prompts {self.file})" if self.file else "")
 
 
-def collect(data: DataConfig, *, bundled: bool) -> PromptSet:
-    """The prompts that the settings ask for; where they name none, made from the concept.
+def collect(data: DataConfig, *, bundled: bool, templates: Sequence[str] = TEMPLATES) -> PromptSet:
+    """The prompts that the settings ask for; where they name none, made from the concept by `templates`.
 
     On the bundled model these are the world's own captions. Raises UsageError for unreadable or empty files.
     """
@@ -65,13 +72,13 @@ def collect(data: DataConfig, *, bundled: bool) -> PromptSet:
     pairs = _pairs(data.prompts) if data.prompts else None
     concept = data.concept
     if bundled:
-        concept, pairs, preserved = _world(data, pairs, concepts)
+        concept, pairs, kept = _world(data, pairs, concepts)
     else:
         if same := [c for c in concepts if word(concept).fullmatch(c)]:
             raise UsageError(f"--preserve {same[0]}: that is what is to be erased")
-        pairs = _instead(pairs or [(t.format(concept), "") for t in _TEMPLATES], concept, data.instead)
-        preserved = [t.format(c) if " " not in c else c for c in concepts for t in _TEMPLATES[: 1 if " " in c else None]]
-    return PromptSet(concept, tuple(p for p, _ in pairs), tuple(s for _, s in pairs), tuple(preserved), data.prompts)
+        pairs = _instead(pairs or [(t.format(concept), "") for t in templates], concept, data.instead)
+        kept = [(c, (c,) if " " in c else tuple(t.format(c) for t in templates)) for c in concepts]
+    return PromptSet(concept, tuple(p for p, _ in pairs), tuple(s for _, s in pairs), tuple(kept), data.prompts)
 
 
 def require_concept(prompts: PromptSet) -> None:
@@ -131,7 +138,7 @@ def _instead(pairs: list[tuple[str, str]], concept: str, instead: str) -> list[t
 
 
 def _world(data: DataConfig, pairs: list[tuple[str, str]] | None, concepts: list[str]
-           ) -> tuple[str, list[tuple[str, str]], list[str]]:
+           ) -> tuple[str, list[tuple[str, str]], list[tuple[str, tuple[str, ...]]]]:
     """The word that prompts have for a concept, the shapes world's captions of it, and of what shares its kind."""
     from trainer.shapes import world
 
@@ -152,20 +159,20 @@ def _world(data: DataConfig, pairs: list[tuple[str, str]] | None, concepts: list
         pairs = world.erasure_pairs(concept)
         if instead:
             pairs = _instead([(prompt, "") for prompt, _ in pairs], erased, instead)
-    preserved = []
+    kept = []
     for name in concepts or others:
         if " " in name:
-            preserved.append(name)
+            kept.append((name, (name,)))
             continue
         try:
             # A circle may be red: what shows the concept itself is not to be kept.
-            kept = [prompt for prompt, _ in world.erasure_pairs(name) if not word(erased).search(prompt)]
+            own = tuple(prompt for prompt, _ in world.erasure_pairs(name) if not word(erased).search(prompt))
         except KeyError:
             raise UsageError(f"--preserve {name}: the bundled model does not know it; name one of {names}") from None
-        if not kept:
+        if not own:
             raise UsageError(f"--preserve {name}: that is what is to be erased")
-        preserved += kept
-    return concept if data.prompts else erased, pairs, preserved
+        kept.append((world.kind_of(name)[1], own))
+    return concept if data.prompts else erased, pairs, kept
 
 
 def _pairs(path: Path) -> list[tuple[str, str]]:

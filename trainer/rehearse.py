@@ -28,7 +28,7 @@ from trainer.latents import make_latents
 from trainer.losses import Teacher, lockstep_backward, student_backward
 from trainer.prompts import Embeddings, PromptSet
 
-PROMPTS = PromptSet("concept", ("concept",), ("safe",), ("preserved",))
+PROMPTS = PromptSet("concept", ("concept",), ("safe",), (("preserved", ("preserved",)),))
 """For embeddings that are made up."""
 
 

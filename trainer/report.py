@@ -105,8 +105,9 @@ def _tiles(files: RunFiles) -> str:
     done, planned = files.num_steps(), files.setting("optim.steps")
     shown = [("Steps", f"{done} of {planned}" if planned else str(done))]
     if target := files.evaluation.get("target"):
-        concept, measure = files.evaluation.get("concept", "the concept"), files.evaluation.get("measure")
-        shown.append((f"Examples of “{concept}” taken for it ({measure})" if measure else f"Videos that show “{concept}”",
+        concept, measure, rater = (files.evaluation.get(name, "") for name in ("concept", "measure", "rater"))
+        shown.append((f"Examples of “{concept}” taken for it ({measure})" if measure else
+                      f"Videos that show “{concept}”" + f", by {rater}" * bool(rater),
                       f"{target['before']:.0%} → {target['after']:.0%}"))
     losses = [r["loss"] for r in files.records if "loss" in r]
     if losses:
@@ -152,8 +153,10 @@ def _evaluation(files: RunFiles) -> str:
     if "target" not in result:
         return _section("Is it gone, and is the rest still there?",
                         _note(f"Not measured. python run.py forget --resume {files.path} does it at its end." if files.forgets
-                              else "Not measured. On the bundled model: python run.py evaluate RUN"))
-    synonyms, measured = result.get("synonyms", {}), result.get("measure")  # of a run of `forget`, whose examples are no videos
+                              else f"Not measured. python run.py evaluate {files.path} does it; but for the bundled model, --rater names a "
+                              "CLIP model that looks at the videos."))
+    synonyms, rater = result.get("synonyms", {}), result.get("rater")
+    measured = result.get("measure")  # of a run of `forget`, whose examples are no videos
     rows = [(f"<b>{escape(str(result['target'].get('name')))}</b>", "target", result["target"])]
     if synonyms:
         rows.append((f"<b>{escape(', '.join(synonyms.get('names', [])) or 'other wordings')}</b>", "synonyms", synonyms))
@@ -170,10 +173,12 @@ def _evaluation(files: RunFiles) -> str:
     if "preserved_rms" in result.get("distance", {}):
         what, unit = ("outputs", "RMS") if measured else ("videos", "RMS of 0..1")
         rest.append(f"Preserved {what} moved by {result['distance']['preserved_rms']:.3f} ({unit}).")
-    return _section("Is it gone, and is the rest still there?",
-                    _note(f"Accuracy without and with the update: {measured}, chance {result['chance']:.1%}." if measured
-                          else "Share of videos that show what their prompt says, from the same noise without and with "
-                          "the eraser."), table, _note(" ".join(rest)))
+    if measured:
+        how = f"Accuracy without and with the update: {measured}, chance {result['chance']:.1%}."
+    else:
+        how = "Share of videos that show what their prompt says, from the same noise without and with the eraser"
+        how += f", as {rater} sees them: zero-shot, chance {result['chance']:.1%}." if rater else "."
+    return _section("Is it gone, and is the rest still there?", _note(how), table, _note(" ".join(rest)))
 
 
 def _attempts(files: RunFiles) -> str:

@@ -4,12 +4,16 @@ Legend: B videos, T frames, H W pixels; values in [0, 1].
 """
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from trainer.errors import InputOutputError
 from trainer.run_files import part_of
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 _CAPTION = 14  # pixels above each row of a sheet
 _NUM_SHOWN = 5  # frames a row
@@ -48,8 +52,7 @@ def contact_sheet(path: Path, rows: list[tuple[str, Tensor]]) -> None:
     draw = ImageDraw.Draw(sheet)
     for r, (caption, video) in enumerate(rows):
         draw.text((4, r * cell[1] + 2), " ".join(caption.split()), fill="black")
-        for c, t in enumerate(torch.linspace(0, video.shape[1] - 1, _NUM_SHOWN).round().int().tolist()):
-            picture = Image.fromarray(_bytes(video[:, t]).permute(1, 2, 0).numpy())
+        for c, picture in enumerate(stills(video, _NUM_SHOWN)):
             picture = picture.resize((width * factor, height * factor), Image.Resampling.NEAREST)
             sheet.paste(picture, (4 + c * cell[0], r * cell[1] + _CAPTION + 2))
     try:
@@ -58,6 +61,14 @@ def contact_sheet(path: Path, rows: list[tuple[str, Tensor]]) -> None:
             sheet.save(part, format="PNG")
     except OSError as e:
         raise InputOutputError(f"{path} cannot be written ({e}); choose another --out") from e
+
+
+def stills(video: Tensor, count: int) -> "list[Image.Image]":
+    """`count` frames of a video (3, T, H, W), evenly spread in time."""
+    from PIL import Image
+
+    times = torch.linspace(0, video.shape[1] - 1, count).round().int().tolist()
+    return [Image.fromarray(_bytes(video[:, t]).permute(1, 2, 0).numpy()) for t in times]
 
 
 def _bytes(video: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from trainer.shapes.pretrain import SCHEDULER
 
 PROMPTS = PromptSet("red", ("a red circle moving left", "the square is red and goes up", "one red ball flies down"),
                     ("a circle moving left", "the square goes up", "one ball flies down"),
-                    ("a blue circle moving left", "a green square moving up"))
+                    (("blue", ("a blue circle moving left",)), ("green", ("a green square moving up",))))
 CPU = torch.device("cpu")
 
 

@@ -172,7 +172,7 @@ def test_wrong_models_are_refused_with_advice(encoders, tmp_path):
     with pytest.raises(UsageError, match="type 'qwen3_vl'.*use --encoder qwen3-vl"):
         locate("clip", str(encoders["qwen3-vl"]))
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
-    with pytest.raises(UsageError, match="type 'llama'.*takes clip or clip_text_model"):
+    with pytest.raises(UsageError, match="type 'llama'.*clip or clip_text_model is needed"):
         locate("clip", str(tmp_path))
     with pytest.raises(UsageError, match="no model in transformers' layout"):
         locate("clip", str(tmp_path / "absent"))

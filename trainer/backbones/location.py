@@ -29,7 +29,7 @@ def locate(model: str) -> Path:
     if model == "shapes":
         return BUNDLED
     hub_id = _hub_id(model)
-    directory = fetch_description(hub_id, named=model) if hub_id else expanded(model)
+    directory = fetch_description(hub_id, named=f"--model {model}") if hub_id else expanded(model)
     missing = [c for c in COMPONENTS if not (directory / c).is_dir()]
     if not (directory / "model_index.json").is_file() or missing:
         what = "is not there"
@@ -62,7 +62,7 @@ def require_there(model: str) -> None:
 def complete(model: str, directory: Path) -> None:
     """Fetch the weights of what `locate` found, if it is the hub's. Raises UsageError."""
     if hub_id := _hub_id(model):
-        fetch_weights(hub_id, directory, named=model, parts=_WEIGHTED)
+        fetch_weights(hub_id, directory, named=f"--model {model}", parts=_WEIGHTED)
 
 
 def _hub_id(model: str) -> str | None:

@@ -1,0 +1,179 @@
+"""What the bundled CLIP sees: of rendered videos every rate is known beforehand, and generated ones take the whole way."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from projection_models import save_encoder
+from test_erasers import shake
+
+from trainer import by_clip as module
+from trainer import cli
+from trainer.backbones.cogvideox import CogVideoX
+from trainer.by_clip import cases
+from trainer.config import DataConfig, EvaluateConfig, ModelConfig, TrainConfig
+from trainer.eraser_files import load_eraser, save_eraser, save_released
+from trainer.erasers import Erasers
+from trainer.errors import CheckpointError, UsageError
+from trainer.evaluate import evaluate
+from trainer.projection_encoders import BUNDLED
+from trainer.report import write_report
+from trainer.run_directory import write_config
+from trainer.shapes import world
+
+CPU = ModelConfig(device="cpu")
+
+
+def _run(directory: Path, model: str, **data) -> Path:
+    """A run's directory with an eraser that does something."""
+    backbone = CogVideoX(model)
+    erasers = Erasers(backbone.blocks(backbone.load_transformer(dtype=torch.float32)), 4)
+    shake(erasers)
+    config = TrainConfig(model=ModelConfig(model=model), data=DataConfig(**data))
+    save_eraser(directory, erasers, base_model=backbone.identity(), training={"data": data})
+    write_config(directory, config, {})
+    return directory
+
+
+@pytest.fixture
+def published(pipelines, tmp_path) -> Path:
+    """A run of a model whose videos no rule reads."""
+    return _run(tmp_path / "run", str(pipelines["2b"]), concept="red", instead="yellow", preserve=("green", "blue", "a purple square"))
+
+
+@pytest.fixture
+def rendered(pipelines, tmp_path, monkeypatch) -> Path:
+    """A run whose videos are drawn: without the eraser what the prompt says; with it a green shape where red was asked for."""
+    def scene(label: str) -> world.Scene:
+        return world.Scene(**{"colour": "blue", "shape": "circle", "direction": "left"} | dict([world.kind_of(label)]))
+
+    def drawn(config, backbone, model, plan, embeddings, chosen):
+        return [tuple(world.render(scene(label), torch.Generator().manual_seed(i))[None] for label in (case.label, "green" * (case.label == "red") or case.label))
+                for i, case in enumerate(chosen)]
+
+    monkeypatch.setattr(module, "_latents", drawn)
+    monkeypatch.setattr(CogVideoX, "decoder", lambda self, *args, **how: lambda video: video)
+    return _run(tmp_path / "run", str(pipelines["2b"]), concept="red", preserve=("green", "blue", "yellow", "purple"))
+
+
+def _config(run: Path, **more) -> EvaluateConfig:
+    return EvaluateConfig(**dict(run=run, rater="shapes", num_videos=4, num_steps=2, guidance_scale=1.0, model=CPU) | more)
+
+
+def test_rates_of_a_perfect_eraser(rendered):
+    result = evaluate(_config(rendered, num_videos=8))
+    target = result["target"]
+    assert (target["before"], target["after"], target["num_videos"], result["chance"]) == (1.0, 0.0, 8, 0.2)
+    assert target["cosine"]["after"] < target["cosine"]["before"] - 0.1
+    assert [(row["name"], row["num_videos"], row["before"], row["after"]) for row in result["preserved"]] == [
+        (name, 2, 1.0, 1.0) for name in ("green", "blue", "yellow", "purple")]
+    assert result["distance"]["preserved_rms"] == 0.0 and result["rater"] == "shapes"
+
+
+def test_what_the_rater_does_not_see_is_said(rendered, caplog):
+    evaluate(_config(rendered, concept="left", preserve=("right", "up", "down")))
+    assert "for 'left': its rates say little about it" in caplog.text
+    caplog.clear()
+    evaluate(_config(rendered))
+    assert not caplog.records
+
+
+def test_a_run_is_generated_measured_and_reported(published, capsys):
+    cli.main(["evaluate", str(published), "--rater", "shapes", "--num-videos", "3", "--num-steps", "2", "--device", "cpu"])
+    said, result = capsys.readouterr(), json.loads((published / "evaluation.json").read_text())
+    assert "erased: red (shapes, zero-shot, chance 20.0%)" in said.out and "6 of 6 videos, 0:00 left" in said.err
+    assert (result["num_videos"], result["num_steps"], result["guidance_scale"], result["seeds"]) == (3, 2, 6.0, [1000, 1005])
+    assert result["distance"]["preserved_rms"] > 0  # the eraser was really on
+    assert [row["num_videos"] for row in (result["target"], *result["preserved"])] == [3, 1, 1, 1]
+    assert (published / "before-after.png").stat().st_size > 1000
+    page = write_report(published, None).read_text()
+    assert "as shapes sees them: zero-shot, chance 20.0%" in page and "a purple square" in page
+
+
+def test_an_eraser_that_does_nothing_changes_no_video(pipelines, tmp_path):
+    run = _run(tmp_path / "run", str(pipelines["2b"]), concept="red", preserve=("green",))
+    backbone = CogVideoX(str(pipelines["2b"]))
+    save_eraser(run, Erasers(backbone.blocks(backbone.load_transformer(dtype=torch.float32)), 4), base_model=backbone.identity(), training={})
+    result = evaluate(_config(run, concept="red"))
+    assert result["distance"]["preserved_rms"] == 0.0
+    assert all(row["cosine"]["before"] == row["cosine"]["after"] for row in (result["target"], *result["preserved"]))
+
+
+def test_prompts_are_in_wordings_that_training_did_not_have(published):
+    chosen, labels = cases(_config(published, num_videos=6), ModelConfig(model="some/model"), "red")
+    assert labels == ["red", "yellow", "green", "blue", "a purple square"]
+    assert [case.label for case in chosen] == ["red"] * 6 + ["green"] * 2 + ["blue"] * 2 + ["a purple square"] * 2
+    assert len({case.prompt for case in chosen[:6]}) == 4 and "a video of red" not in {case.prompt for case in chosen}
+    assert all(case.label in case.prompt for case in chosen)
+
+
+def test_flags_name_other_prompts_and_other_things(published, tmp_path):
+    file = tmp_path / "mine.txt"
+    file.write_text("one\ntwo\nthree\nfour\n")
+    chosen, labels = cases(_config(published, prompts=file, preserve=("cyan",), num_videos=2), ModelConfig(model="some/model"), "crimson")
+    assert labels == ["crimson", "yellow", "cyan"]
+    assert [case.prompt for case in chosen[:2]] == ["one", "three"] and {case.label for case in chosen[2:]} == {"cyan"}
+
+
+def test_many_preserved_prompts_are_spread_over(published):
+    many = tuple(f"thing number {i}" for i in range(100))
+    chosen, labels = cases(_config(published, preserve=many, num_videos=4), ModelConfig(model="some/model"), "red")
+    assert [case.label for case in chosen[4:]] == [many[i] for i in (0, 25, 50, 75)] and len(labels) == 102
+
+
+def test_an_export_takes_all_from_flags(published, tmp_path):
+    save_released(tmp_path / "released", load_eraser(published).state, 4)
+    model = ModelConfig(model=json.loads((published / "eraser.json").read_text())["base_model"]["name"], device="cpu")
+    with pytest.raises(UsageError, match="nothing that a video could show in place of 'red'; name related things by --preserve"):
+        evaluate(_config(tmp_path / "released", concept="red", model=model))
+    result = evaluate(_config(tmp_path / "released", concept="red", preserve=("green",), model=model))
+    assert (result["chance"], result["target"]["num_videos"]) == (0.5, 4)
+
+
+@pytest.mark.parametrize("model, usual", [("shapes", (64, 16, 1.0)), ("2b", (8, 50, 6.0))])
+def test_the_usual_numbers_are_those_of_the_model(pipelines, tmp_path, monkeypatch, model, usual):
+    name = model if model == "shapes" else str(pipelines[model])
+    run = _run(tmp_path / "run", name, concept="red", preserve=("green",))
+    asked = []
+    monkeypatch.setattr(module, "measured", lambda config, model, concept, card, *, rank: asked.append(config) or ({}, []))
+    monkeypatch.setattr("trainer.evaluate.contact_sheet", lambda path, rows: None)
+    evaluate(EvaluateConfig(run=run, rater="shapes", model=ModelConfig(model=name)))
+    assert (asked[0].num_videos, asked[0].num_steps, asked[0].guidance_scale) == usual
+
+
+def test_a_card_decides_what_streams_unless_a_flag_does(published, monkeypatch):
+    seen = []
+    monkeypatch.setattr("trainer.by_clip.opened", lambda model, plan, card, **how: seen.append((plan.resident_blocks, card)) or (_ for _ in ()).throw(UsageError("enough")))
+    for flags in ((), ("--resident-blocks", "1")):
+        with pytest.raises(UsageError, match="enough"):
+            cli.main(["evaluate", str(published), "--rater", "shapes", "--device", "cpu", *flags])
+    assert (seen[0][1].name, seen[1]) == ("cpu", (1, None))
+
+
+@pytest.mark.parametrize("rater, error, message", [
+    ("qwen3-vl", UsageError, r"--rater .*: a model of type 'qwen3_vl'; clip or clip_text_model is needed$"),
+    ("absent", UsageError, "--rater .*absent: no model in transformers' layout there"),
+    ("no-preprocessor", CheckpointError, "preprocessor_config.json cannot be loaded")])
+def test_a_rater_that_cannot_rate_is_refused_before_anything_is_generated(published, tmp_path, monkeypatch, rater, error, message):
+    place = BUNDLED / rater if rater == "qwen3-vl" else tmp_path / "clip"
+    if rater == "no-preprocessor":
+        save_encoder(place, "clip")
+        (place / "preprocessor_config.json").unlink()
+    monkeypatch.setattr(module, "_latents", None)  # not reached
+    with pytest.raises(error, match=message):
+        evaluate(_config(published, rater=str(place if place.exists() else tmp_path / "absent")))
+    assert not (published / "evaluation.json").exists()
+
+
+@pytest.mark.parametrize("more, message", [
+    ({"prompts": Path("x.txt")}, "--prompts: the rule that measures has prompts of its own"), ({"preserve": ("green",)}, "--preserve: the rule"),
+    ({"rater": ""}, "--rater: an empty value"), ({"rater": "shapes", "num_steps": 0}, "--num-steps 0")])
+def test_flags_without_effect_are_refused(more, message):
+    with pytest.raises(UsageError, match=message):
+        EvaluateConfig(run=Path("run"), **more)
+
+
+def test_a_model_that_no_rule_reads_is_told_of_the_rater(published):
+    with pytest.raises(UsageError, match="measured by a rule; --rater openai/clip-vit-large-patch14, or another CLIP, measures others"):
+        evaluate(_config(published, rater=None))

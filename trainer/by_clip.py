@@ -1,0 +1,146 @@
+"""What a CLIP model sees in videos, zero-shot: for models whose videos no rule reads.
+
+Every video is taken for the description with the highest cosine: the concept, what stands in its place, or one of those that are preserved.
+CLIP sees stills, of which its processor takes the square in the middle; it sees no motion.
+
+Legend: B videos, K descriptions, S stills a video, E embedding width, T frames, H W pixels.
+"""
+
+import logging
+import sys
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from memory.cards import Card
+from memory.plan import MemoryPlan
+from trainer.assemble import assemble, embed_prompts, resolve_device, resolve_dtype, video_size
+from trainer.backbones.cogvideox import CogVideoX
+from trainer.config import DataConfig, EvaluateConfig, ModelConfig
+from trainer.errors import UsageError
+from trainer.generate import generate_latents, opened, trained_config
+from trainer.live_view import duration
+from trainer.projection_encoders import ClipText, ClipVision, Tower, embedded, locate
+from trainer.projection_examples import Example
+from trainer.projection_features import compute
+from trainer.prompts import TEMPLATES, UNSEEN, collect
+from trainer.rates import rates
+from trainer.video import stills
+
+logger = logging.getLogger(__name__)
+_NUM_STILLS, _BATCH = 8, 32
+
+
+@dataclass(frozen=True)
+class Case:
+    """One prompt, and the description that its video should be taken for."""
+
+    prompt: str
+    label: str
+
+
+def cases(config: EvaluateConfig, model: ModelConfig, concept: str) -> tuple[list[Case], list[str]]:
+    """`num_videos` prompts of the concept, then as many of all that is preserved; and the descriptions, the concept first. Prompts are those
+    of the run or the flags; made from words, they are in wordings that training did not have."""
+    run = trained_config(config.run)
+    data = run.data if run else DataConfig()
+    kept = {"preserve": config.preserve, "preserve_file": None} if config.preserve else {}
+    prompts = collect(replace(data, concept=concept, instead="", prompts=config.prompts or data.prompts, **kept),
+                      bundled=model.model == "shapes", templates=UNSEEN)
+    labels = list(dict.fromkeys([prompts.concept, *filter(None, [data.instead]), *(label for label, _ in prompts.kept)]))
+    if len(labels) < 2:
+        raise UsageError(f"there is nothing that a video could show in place of {concept!r}; name related things by --preserve")
+    chosen = [Case(prompt, prompts.concept) for prompt in _spread(prompts.prompts, config.num_videos)]
+    for (label, own), count in Counter(_spread(prompts.kept, config.num_videos)).items():
+        chosen += [Case(prompt, label) for prompt in _spread(own, count)]
+    return chosen, labels
+
+
+def _spread(among: Sequence[Any], count: int) -> list[Any]:
+    """`count` of them, evenly, or all of them in turn."""
+    if count < len(among):
+        return [among[i * len(among) // count] for i in range(count)]
+    return [among[i % len(among)] for i in range(count)] if among else []
+
+
+def measured(config: EvaluateConfig, model: ModelConfig, concept: str, card: Card | None, *, rank: int
+             ) -> tuple[dict[str, Any], list[tuple[str, Tensor]]]:
+    """The evaluation and a before/after sheet's rows. Raises UsageError, and what generating raises."""
+    rater = locate("clip", config.rater, flag="--rater")
+    chosen, labels = cases(config, model, concept)
+    backbone, plan = opened(model, config.memory, card, rank=rank, guidance_scale=config.guidance_scale, does="measures")
+    device = resolve_device(model.device)
+    described = [template.format(label) for label in labels for template in TEMPLATES]
+    texts = _embed(ClipText(rater), described, device).view(len(labels), len(TEMPLATES), -1)  # (K, templates, E)
+    texts = normalize(texts.mean(1), dim=1)  # (K, E)
+    _embed(ClipVision(rater), [Image.new("RGB", (64, 64))], device)  # what is wrong with it is to be known before the hours that videos take
+    print(f"measuring {len(chosen)} videos, without the eraser and with it", file=sys.stderr, flush=True)
+    embeddings = embed_prompts(backbone, model, plan, [*(case.prompt for case in chosen), ""])
+    latents = _latents(config, backbone, model, plan, embeddings.to(device), chosen)
+    decode = backbone.decoder(video_size(backbone, model)[0], dtype=resolve_dtype(backbone, plan, insist=True), device=device)
+    shown, distances = [], []  # stills (3, S, H, W) before and after
+    for case, pair in zip(chosen, latents):
+        before, after = (decode(part)[0] for part in pair)  # (3, T, H, W)
+        times = torch.linspace(0, before.shape[1] - 1, _NUM_STILLS).round().long()
+        shown += [before[:, times], after[:, times]]
+        if case.label != labels[0]:
+            distances.append((before - after).square().mean().sqrt().item())
+    del decode
+    pictures = [still for video in shown for still in stills(video, _NUM_STILLS)]
+    seen = _embed(ClipVision(rater), pictures, device).view(len(shown), _NUM_STILLS, -1)  # (2 B, S, E)
+    cosines = (normalize(seen.mean(1), dim=1) @ texts.t()).view(len(chosen), 2, -1)  # (B, before and after, K)
+    result = {"rater": config.rater, "chance": 1 / len(labels), **_table(chosen, labels, cosines), "synonyms": None, "motion": None,
+              "distance": {"preserved_rms": sum(distances) / len(distances)} if distances else {},
+              "dtype": str(embeddings.table.dtype).removeprefix("torch."), "seeds": [config.seed, config.seed + len(chosen) - 1]}
+    if result["target"]["before"] < 0.5:
+        logger.warning("%s takes only %.0f%% of the videos without the eraser for %r: its rates say little about it", config.rater,
+                       100 * result["target"]["before"], labels[0])
+    ends = sorted({0, config.num_videos - 1, min(config.num_videos, len(chosen) - 1), len(chosen) - 1})
+    return result, [(f"{when}: {chosen[i].prompt}", shown[2 * i + j]) for i in ends for j, when in enumerate(("before", "after"))]
+
+
+def _latents(config: EvaluateConfig, backbone: CogVideoX, model: ModelConfig, plan: MemoryPlan, embeddings: Any, chosen: Sequence[Case]
+             ) -> list[tuple[Tensor, Tensor]]:
+    """Of each case, latents (1, F, C, H, W) without and with the eraser, on the host."""
+    found, started = [], time.monotonic()
+
+    def generated(i: int, on: bool) -> Tensor:
+        with assembly.erasers.switched(on):
+            return generate_latents(assembly.predict, backbone.scheduler(), embeddings, [chosen[i].prompt], [config.seed + i],
+                                    assembly.latent_shape, num_steps=config.num_steps, guidance_scale=config.guidance_scale,
+                                    guidance=plan.guidance)
+
+    with assemble(backbone, model, plan, eraser=config.run) as assembly:
+        for i in range(len(chosen)):
+            found.append((generated(i, False), generated(i, True)))
+            left = (time.monotonic() - started) * (len(chosen) - i - 1) / (i + 1)
+            print(f"{i + 1} of {len(chosen)} videos, {duration(left)} left", file=sys.stderr, flush=True)
+    return found
+
+
+def _embed(tower: Tower, contents: Sequence[Any], device: torch.device) -> Tensor:
+    """Normalised embeddings (N, E) of texts or pictures, on the host; CLIP has come and gone when this returns."""
+    (name,) = tower.layer_names
+    examples = [Example("", "test", content) for content in contents]
+    return embedded(tower, compute(tower, examples, plan=MemoryPlan(), device=device, batch_size=_BATCH)[name])
+
+
+def _table(chosen: Sequence[Case], labels: Sequence[str], cosines: Tensor) -> dict[str, Any]:
+    """Rates from cosines (B, before and after, K), and the mean cosine with what each video should show."""
+    taken = cosines.argmax(2).tolist()
+
+    def row(name: str) -> dict[str, Any]:
+        members, own = [i for i, case in enumerate(chosen) if case.label == name], labels.index(name)
+        before, after = ([taken[i][when] == own for i in members] for when in (0, 1))
+        cosine = cosines[members, :, own].mean(0).tolist()
+        return {"name": name, "num_videos": len(members), **rates(before=before, after=after), "cosine": dict(zip(("before", "after"), cosine))}
+
+    return {"target": row(labels[0]),
+            "preserved": [{"kind": "preserved", **row(name)} for name in dict.fromkeys(case.label for case in chosen) if name != labels[0]]}
