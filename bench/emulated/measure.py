@@ -28,7 +28,7 @@ from bench.card.rig import Cell, rigged
 from bench.card.session import Session, goal, goal_row, register_toys
 from bench.emulated import drawn, runs, schedule
 from bench.emulated.library import DEFAULT_CARD
-from bench.provenance import write_result
+from bench.provenance import provenance, write_result
 from memory.assess import MARGIN, compiled_fragmentation
 
 _MEANINGLESS = ("loss", "table")  # nothing is computed, and tables are made of the rest
@@ -117,6 +117,7 @@ def main() -> int:
     content |= {"card": torch.cuda.get_device_name(), "fixed_terms": session.fixed}
     for part in options.only or PARTS:
         content[part] = PARTS[part](session)
+        content["measured"] = content.get("measured", {}) | {part: {key: provenance()[key] for key in ("date", "commit")}}
         session.gauge.release()
         if "goals" in content[part]:
             if options.toy:  # a toy's figure reaches no goal and misses none

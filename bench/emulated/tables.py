@@ -1,6 +1,6 @@
 """Tables of what was seen on the emulated card."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import chain
 from typing import Any
 
@@ -29,7 +29,7 @@ def peaks() -> str:
         f"\nReserved bytes are off by {max(off) / 2**20:.0f} MiB at most, the allocator takes 20 at a time, and in {off.count(0)} of {len(off)} cells by none; "
         f"no second step reserves more than {grown / 2**20:.0f} MiB more than the first. Expandable segments: of {requests:,} requests of "
         f"{len(replayed)} recorded runs, the simulator serves {alike:,} at the address that torch's allocator chose.{_drawn(results)}\n"
-        + _missed(*(result for result in results if "drawn" in result), part="drawn") + _source(*results))
+        + _missed(*(result for result in results if "drawn" in result), part="drawn") + _source(*results, parts=("peaks", "drawn")))
 
 
 def _drawn(results: list[dict[str, Any]]) -> str:
@@ -55,7 +55,7 @@ def caps() -> str:
     rows += [[f"the naive recipe: {_short('2b 17f ' + name)}", f"{cell['cap_bytes'] / GIB:.2f} GiB", came_to(cell), ""]
              for name, cell in result["feasibility"]["naive"].items()]
     rows += [[f"the smallest: {name}", "none", *_outcome(cell)] for name, cell in result["minimum"]["cells"].items()]
-    return markdown(["what ran", "reservable", "", "allocated / reserved"], rows) + _source(result)
+    return markdown(["what ran", "reservable", "", "allocated / reserved"], rows) + _source(result, parts=("feasibility", "minimum"))
 
 
 def _short(name: str) -> str:
@@ -84,7 +84,7 @@ def runs() -> str:
                      f"ends, retries: {run['num_retries']}" if "phases" in run else _outcome(run)[0]])
     header = ["a run of", "reservable", *phases, "steps", "reserved in all", "a video with it: reserved", ""]
     return (markdown(header, rows) + "\nAllocated at peak, in brackets by how much the prediction is off. A video (`generate`): with as many blocks on the "
-            "card as are said to fit.\n" + _source(result))
+            "card as are said to fit.\n" + _source(result, parts=("runs",)))
 
 
 def _video(made: dict[str, Any]) -> str:
@@ -106,7 +106,7 @@ def steps() -> str:
              f"{step['num_pageable_copies']:.0f}", f"{step['num_driver_allocations']}"] for step in result["steps"]]
     header = ["a step of", "kernels", "of cuBLAS", f"the host needs for it ({result['provenance']['num_cores']} cores)", "to the card / to the host",
               "waits of the host", "copies of pageable memory", "driver allocations, steps 3 to 5"]
-    return markdown(header, rows) + _source(result)
+    return markdown(header, rows) + _source(result, parts=("steps",))
 
 
 def compiled() -> str:
@@ -116,7 +116,7 @@ def compiled() -> str:
     cards = [result["card"].removeprefix("Emulated ") for result in results]
     rows = [[settings, *(column.get(settings, "") for column in columns)] for settings in columns[0]]
     header = ["compiled, a step of", *(f"{card}: allocated / reserved (predicted: off by)" for card in cards)]
-    return markdown(header, rows) + _missed(*results, part="compiled") + _source(*results)
+    return markdown(header, rows) + _missed(*results, part="compiled") + _source(*results, parts=("compiled",))
 
 
 def _compiled_peaks(cell: dict[str, Any]) -> str:
@@ -154,7 +154,7 @@ def schedule() -> str:
         f"The planner's own time is off by {min(errors):+.1%} to {max(errors):+.1%} ({len(errors) // len(by_card)} plans, each at the rates of {len(by_card)} cards); "
         f"its choice under caps of {caps} GB takes "
         f"{abs(max(regrets)):.1%} {'longer at most' if max(regrets) > 0 else 'less at least'} than the fastest of a grid of "
-        f"{len(choices[0]['grid'])} plans.\n" + _missed(result, part="schedule") + _source(result))
+        f"{len(choices[0]['grid'])} plans.\n" + _missed(result, part="schedule") + _source(result, parts=("schedule",)))
 
 
 def _allocated(cell: dict[str, Any]) -> str:
@@ -178,11 +178,12 @@ def _missed(*results: dict[str, Any], part: str) -> str:
     return f"\nMissed: {'; '.join(missed)}.\n" if missed else ""
 
 
-def _source(*results: dict[str, Any]) -> str:
+def _source(*results: dict[str, Any], parts: Sequence[str]) -> str:
     p, cards = results[0]["provenance"], ", ".join(result["card"] for result in results)
+    dates = sorted({result["measured"][part]["date"] for result in results for part in parts if part in result})
     commands = " and ".join(f"`{command}`" for command in dict.fromkeys(result["provenance"]["command"] for result in results))
     return (f"\nNot measured on a card: torch {p['versions']['torch']} on a card that computes nothing ({cards}), "
-            f"by {commands}, {max(result['provenance']['date'] for result in results)}.\n")
+            f"by {commands}, {' and '.join(dates)}.\n")
 
 
 TABLES: dict[str, Callable[[], str]] = {"emulated-peaks": peaks, "emulated-caps": caps, "emulated-runs": runs,
