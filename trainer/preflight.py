@@ -5,20 +5,18 @@ would only repeat it.
 """
 
 import math
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from memory.optimizers import reset_state
-from trainer.erasers import in_backward
 from trainer.findings import Bill, Finding, finding
 from trainer.inspection import (Fingerprint, Subject, adapter_findings, block_of, held, non_finite_embedding, non_finite_weight,
                                 own_parameters, values)
 from trainer.losses import student_backward
+from trainer.preflight_hooks import Watch
 from trainer.tracing import scale_collapsed, trace
 
 TRIAL_LR = 1e-2  # large enough that a step shows in a 16-bit output
@@ -40,93 +38,6 @@ CHECKED = (
     "loss terms, predictions, gradients: finite, not zero",
     "target and learning rate: of a size that can be learned",
 )
-
-
-class _Watch:
-    """What hooks see during the pre-flight's step."""
-
-    def __init__(self, subject: Subject):
-        self.subject, self.erasers = subject, subject.assembly.erasers
-        self.spread: dict[int, Tensor] = {}  # teacher: largest range over tokens of any channel of the attention output
-        self.residual: list[tuple[int, Tensor]] = []  # teacher, in float16: (block, largest |output| of it)
-        self.output: dict[int, Tensor] = {}  # student: largest |output| of the eraser
-        self.alive: dict[int, Tensor] = {}  # student: largest |GELU output| of the eraser
-        self.calls: Counter[tuple[str, int]] = Counter()
-        self.attention_calls: Counter[tuple[str, int]] = Counter()  # begun
-        self.returned: Counter[tuple[str, int]] = Counter()  # of those, without an error
-        self.switch: dict[tuple[str, int], bool] = {}
-        self.used: dict[int, list[int]] = {}
-        self.detached: list[int] = []
-        self.no_grad_blocks: list[int] = []
-        self.phase, self.grad_outside = "", True
-
-    def _phase(self) -> str:
-        return "recompute" if self.phase == "student" and in_backward() else self.phase
-
-    @contextmanager
-    def hooked(self) -> Iterator[None]:
-        handles = [self.subject.assembly.transformer.register_forward_pre_hook(self._enter)]
-        for index, (attention, adapter) in enumerate(zip(self.erasers.attentions, self.erasers.adapters)):
-            handles += [attention.register_forward_pre_hook(self._before_attention(index)),
-                        attention.register_forward_hook(self._after_attention(index)),
-                        adapter.register_forward_pre_hook(self._before_adapter(index)),
-                        adapter.register_forward_hook(self._after_adapter(index))]
-        if self.subject.assembly.dtype == torch.float16:
-            handles += [block.register_forward_hook(self._after_block(index)) for index, block in enumerate(self.subject.assembly.blocks)]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    def _enter(self, module: nn.Module, args: tuple) -> None:
-        if self.phase == "student":
-            self.grad_outside = torch.is_grad_enabled()
-
-    def _after_block(self, index: int):
-        def after(module: nn.Module, args: tuple, output: tuple[Tensor, Tensor]) -> None:
-            if self.phase == "teacher":
-                self.residual += [(index, torch.linalg.vector_norm(tensor.detach(), math.inf)) for tensor in output]
-
-        return after
-
-    def _before_attention(self, index: int):
-        def before(module: nn.Module, args: tuple) -> None:
-            phase = self._phase()
-            self.attention_calls[phase, index] += 1
-            self.switch[phase, index] = self.erasers.enabled
-            if phase == "student" and not torch.is_grad_enabled():
-                self.no_grad_blocks.append(index)
-
-        return before
-
-    def _after_attention(self, index: int):
-        def after(module: nn.Module, args: tuple, output: tuple[Tensor, Tensor]) -> None:
-            self.returned[self._phase(), index] += 1
-            if self.phase == "teacher" and output[0].shape[1] > 1:
-                low, high = torch.aminmax(output[0].detach(), dim=1)  # (B, D) each
-                self.spread[index] = (high - low).max().float()
-
-        return after
-
-    def _before_adapter(self, index: int):
-        def before(adapter: nn.Module, args: tuple[Tensor]) -> None:
-            self.calls[self._phase(), index] += 1
-            self.used[index] = [id(p) for p in adapter.parameters()]
-            if self._phase() == "student":
-                with torch.no_grad():
-                    self.alive[index] = adapter.inner(args[0]).abs().max().float()
-
-        return before
-
-    def _after_adapter(self, index: int):
-        def after(adapter: nn.Module, args: tuple, output: Tensor) -> None:
-            if self._phase() == "student":
-                self.output[index] = output.detach().abs().max()
-                if torch.is_grad_enabled() and not output.requires_grad:
-                    self.detached.append(index)
-
-        return after
 
 
 class Preflight:
@@ -168,7 +79,7 @@ class Preflight:
 
     def _step(self) -> Iterator[Finding]:
         """Run teacher and student once."""
-        watch = self.watch = _Watch(self.subject)
+        watch = self.watch = Watch(self.subject)
         teacher = self.subject.teacher_copy(of_rank=0)  # the same in every process
         with watch.hooked():
             watch.phase = "teacher"
