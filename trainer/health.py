@@ -16,28 +16,22 @@ from torch import Tensor, nn
 
 from memory.optimizers import update_norms
 from trainer.distributed import average, everyones, num_ranks, rank
-from trainer.erasers import LEAVES, in_backward
+from trainer.erasers import in_backward
 from trainer.findings import Bill, Finding, finding, gone_by
 from trainer.inspection import Fingerprint, Subject, adapter_findings
 from trainer.preflight import Preflight
+from trainer.records import Judge, Pending, non_finite
 from trainer.run_files import read_object, write_json
 from trainer.tracing import scale_collapsed, trace
 
 logger = logging.getLogger(__name__)
 
 FINDINGS = "findings.json"
-LARGEST_ERASER = 10.0  # of the residual stream that its output is added to; the bundled model's reach 1
 MAX_SKIPS = 20  # in a row; a loss scale that starts at 65536 is below 1 after 17
-BLOCK_NORMS = ("gradient", "update", "weight", "eraser", "residual")
 
 
 class Health:
-    """The watcher of one run. As a context manager it holds the hooks that measure activations.
-
-    `record["blocks"]` has a list over blocks of each of BLOCK_NORMS: erasers' gradients, last updates and weights, and of the step's
-    first student pass, whose prompts show the concept, the eraser's output and the residual stream that it is added to (root of
-    the sum of squares over the batch).
-    """
+    """The watcher of one run. As a context manager it holds the hooks that measure activations."""
 
     def __init__(self, subject: Subject, *, run_dir: Path | None = None, resumed: bool = False):
         """`resumed`: what an earlier half of the run found stays in its findings.json."""
@@ -49,7 +43,7 @@ class Health:
         device = subject.assembly.device
         self._zero = torch.zeros((), device=device)
         self._forget_step()
-        self._pending: _Pending | None = None
+        self._pending: Pending | None = None
         self._host: Tensor | None = None  # pinned, where the device copies to
         self._judge, self._handles, self._fingerprint, self._skips = Judge(), [], None, 0
 
@@ -121,7 +115,7 @@ class Health:
         scale = self.subject.scaler.scale(torch.ones_like(self._zero))
         packed = torch.cat([head, torch.stack([scale, *gradients, *updates, *weights, *self._eraser, *self._residual])])
         more = {"lr": self.subject.optimizer.param_groups[0]["lr"]}
-        self._pending = _Pending(step, list(terms), self._copy(packed), more)
+        self._pending = Pending(step, list(terms), self._copy(packed), more)
         self._forget_step()
 
     def add(self, **more: Any) -> None:
@@ -267,76 +261,3 @@ class Health:
 
 def _norm(tensor: Tensor) -> Tensor:
     return torch.linalg.vector_norm(tensor.detach(), dtype=torch.float32)
-
-
-class _Pending:
-    """A step's numbers on their way to the host."""
-
-    def __init__(self, step: int, terms: list[str], copy: tuple[Tensor, Any], more: dict[str, Any]):
-        self.step, self.terms, self.more = step, terms, more
-        self.values, self.event = copy
-
-    def read(self, num_blocks: int) -> tuple[dict[str, Any], bool]:
-        """The record, and whether the step was applied. Waits only if the device is more than one step behind."""
-        if self.event is not None:
-            self.event.synchronize()
-        values = self.values.tolist()
-        head, rest = values[:len(self.terms) + 3], iter(values[len(self.terms) + 3:])
-        scale = next(rest)
-        leaves = [[[next(rest) for _ in LEAVES] for _ in range(num_blocks)] for _ in range(3)]
-        norms = [[math.hypot(*leaf) for leaf in kind] for kind in leaves]
-        norms += [[next(rest) for _ in range(num_blocks)] for _ in range(2)]
-        record = {"step": self.step, **dict(zip(self.terms, head)), "gradient_norm": head[-3],
-                  **self.more, "prediction_norms": {"teacher": head[-2], "student": head[-1]},
-                  "loss_scale": scale, "blocks": dict(zip(BLOCK_NORMS, norms))}
-        bias_only = [i for i, (_, _, weight, bias) in enumerate(leaves[0]) if weight == 0 < bias]
-        if bias_only:
-            record["bias_only"] = bias_only
-        return record, all(map(math.isfinite, head))
-
-
-def non_finite(record: Mapping[str, Any], **evidence: Any) -> Finding:
-    """What a record that is not finite says by itself: the first on the way to an update that is not."""
-    predictions, gradients = record.get("prediction_norms", {}), record["blocks"]["gradient"]
-    block = None
-    if not all(map(math.isfinite, predictions.values())):
-        code = "non-finite-activation"
-    elif not math.isfinite(record["loss"]):
-        code = "non-finite-loss"
-    else:
-        code = "non-finite-gradient"
-        block = max((i for i, norm in enumerate(gradients) if not math.isfinite(norm)), default=None)  # backward meets the last one first
-    return finding(code, "training", block=block, step=record["step"] + 1, loss=record["loss"], gradient_norm=record["gradient_norm"], **evidence)
-
-
-class Judge:
-    """What records say, live or read back from metrics.jsonl: trouble that is finite. Show it records in order."""
-
-    def __init__(self):
-        self._moved = False
-
-    def see(self, record: Mapping[str, Any]) -> list[Finding]:
-        """Warnings about one step. Nothing here is about the very first update, when `up` is still zero."""
-        blocks, found = record["blocks"], []
-        gradient, update = max(blocks["gradient"]), max(blocks["update"])
-        phase = dict(severity="warning", step=record["step"] + 1)  # as the progress line counts
-        if record["loss"] == 0:
-            found.append(finding("nothing-to-learn", "training", **phase, loss=0.0))
-        elif gradient == 0:
-            found.append(finding("zero-gradient", "training", **phase, gradient_norm=0.0,
-                                 num_blocks=len(blocks["gradient"])))
-        else:
-            found += [finding("zero-gradient", "training", block=i, **phase, loss=record["loss"])
-                      for i, norm in enumerate(blocks["gradient"]) if norm == 0]
-        found += [finding("dead-gelu", "training", block=i, **phase) for i in record.get("bias_only", ())]
-        if gradient > 0 and update == 0 and not record.get("skipped"):
-            found.append(finding("weights-never-move", "training", **phase, gradient_norm=gradient, lr=record["lr"]))
-        if self._moved and max(blocks["eraser"]) == 0:
-            found.append(finding("no-op-adapter", "training", **phase, eraser_output_norm=0.0))
-        away = [(i, eraser / residual) for i, (eraser, residual) in enumerate(zip(blocks["eraser"], blocks["residual"]))
-                if eraser > LARGEST_ERASER * residual > 0]
-        if away:
-            found.append(finding("eraser-diverged", "training", block=away[0][0], **phase, eraser_over_residual=max(share for _, share in away),
-                                 num_blocks=len(away)))
-        self._moved = self._moved or update > 0
-        return found
