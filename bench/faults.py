@@ -242,6 +242,10 @@ def no_optimizer_step(subject: Subject, stack: ExitStack) -> None:
     stack.enter_context(patch.object(subject.optimizer, "step", lambda: None))
 
 
+def no_zero_grad(subject: Subject, stack: ExitStack) -> None:
+    stack.enter_context(patch.object(subject.optimizer, "zero_grad", lambda set_to_none: None))
+
+
 def always_acts(block: int) -> Inject:
     return lambda subject, stack: _changed_output(_adapter(subject, block), lambda o: o + 0.1, stack)
 
@@ -356,6 +360,7 @@ FAULTS: tuple[Fault, ...] = (
     *_each("eraser diverged", "eraser-diverged", run_away, at=(2,)),
     *_each("eraser diverged, all finite", "eraser-diverged", partial(run_away, weight=1e4), at=(2,)),
     Fault(name="optimizer step skipped", code="weights-never-move", inject=no_optimizer_step, at=(0, 2)),
+    Fault(name="gradients never zeroed", code="gradients-not-zeroed", inject=no_zero_grad, at=(0, 2)),
     *_each("untrained eraser acts", "untrained-eraser-acts", always_acts),
     Fault(name="eraser without effect", code="no-op-adapter", inject=never_acts),
     *_each("gate of 0 after the eraser", "zero-gradient", closed_gate, at=(0, 2)),

@@ -53,6 +53,9 @@ class Health:
         for index, (block, adapter) in enumerate(zip(assembly.blocks, self.erasers.adapters)):
             self._handles.append(block.register_forward_pre_hook(self._measure_residual(index), with_kwargs=True))
             self._handles.append(adapter.register_forward_hook(self._measure_eraser(index)))
+        last = self.erasers.parameters()[-1]  # backward meets it first
+        if last.requires_grad:
+            self._handles.append(last.register_hook(lambda gradient: self._measure_left(last.grad)))
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -113,7 +116,8 @@ class Health:
             torch.nn.utils.clip_grads_with_norm_(parameters, self.subject.config.optim.clip, total)
         updates, weights = update_norms(parameters, lambda: self._step_optimizer(~torch.isfinite(head).all()))
         scale = self.subject.scaler.scale(torch.ones_like(self._zero))
-        packed = torch.cat([head, torch.stack([scale, *gradients, *updates, *weights, *self._eraser, *self._residual])])
+        left = self._zero if self._left is None else self._left
+        packed = torch.cat([head, torch.stack([scale, left, *gradients, *updates, *weights, *self._eraser, *self._residual])])
         more = {"lr": self.subject.optimizer.param_groups[0]["lr"]}
         self._pending = Pending(step, list(terms), self._copy(packed), more)
         self._forget_step()
@@ -230,6 +234,7 @@ class Health:
 
     def _forget_step(self) -> None:
         self._teacher = self._student = self._zero
+        self._left: Tensor | None = None
         self._eraser, self._residual = ([self._zero] * len(self.erasers.adapters) for _ in range(2))
 
     def _measure_prediction(self, module: nn.Module, args: tuple, output: tuple[Tensor]) -> None:
@@ -253,6 +258,11 @@ class Health:
                 self._eraser[index] = _norm(output)
 
         return measure
+
+    def _measure_left(self, gradient: Tensor | None) -> None:
+        """What an earlier step left where the step's first gradient is about to be added."""
+        if self._left is None:
+            self._left = self._zero if gradient is None else _norm(gradient)
 
     def _write(self) -> None:
         if self.run_dir is not None:

@@ -31,7 +31,7 @@ class Pending:
             self.event.synchronize()
         values = self.values.tolist()
         head, rest = values[:len(self.terms) + 3], iter(values[len(self.terms) + 3:])
-        scale = next(rest)
+        scale, left = next(rest), next(rest)
         leaves = [[[next(rest) for _ in LEAVES] for _ in range(num_blocks)] for _ in range(3)]
         norms = [[math.hypot(*leaf) for leaf in kind] for kind in leaves]
         norms += [[next(rest) for _ in range(num_blocks)] for _ in range(2)]
@@ -41,6 +41,8 @@ class Pending:
         bias_only = [i for i, (_, _, weight, bias) in enumerate(leaves[0]) if weight == 0 < bias]
         if bias_only:
             record["bias_only"] = bias_only
+        if left:
+            record["gradient_left"] = left
         return record, all(map(math.isfinite, head))
 
 
@@ -77,6 +79,8 @@ class Judge:
         else:
             found += [finding("zero-gradient", "training", block=i, **phase, loss=record["loss"])
                       for i, norm in enumerate(blocks["gradient"]) if norm == 0]
+        if left := record.get("gradient_left"):
+            found.append(finding("gradients-not-zeroed", "training", **phase, gradient_left_in_last_block=left))
         found += [finding("dead-gelu", "training", block=i, **phase) for i in record.get("bias_only", ())]
         if gradient > 0 and update == 0 and not record.get("skipped"):
             found.append(finding("weights-never-move", "training", **phase, gradient_norm=gradient, lr=record["lr"]))

@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -224,6 +225,26 @@ def test_the_preflight_holds_no_gradients_while_it_tries_a_smaller_loss_scale(ti
     monkeypatch.setattr(preflight, "_backward", overflowing)
     assert not preflight.run().fatal
     assert len(held) == 16 and not any(held)  # from 65536 to 512
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_gradients_that_are_zeroed_in_other_ways_raise_no_alarm(accumulation: int, tiny_config: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    subject, records = prepare(tiny_config(optim__accumulation=accumulation)), []
+    optimizer, parameters = subject.optimizer, subject.assembly.erasers.parameters()
+    ways = (partial(optimizer.zero_grad, set_to_none=False), lambda: [p.grad.data.zero_() for p in parameters], lambda: None)
+    with subject.assembly, Health(subject) as health:
+        health.before_training()
+        health.sinks = (records.append,)
+        for step, way in enumerate(ways):
+            with monkeypatch.context() as patched:
+                patched.setattr(optimizer, "zero_grad", lambda set_to_none: way())
+                one_step(subject, health, step)
+        health.flush()
+        assert health.bill.healthy and not any("gradient_left" in record for record in records)
+        one_step(subject, health, 3)  # the way before this one zeroed nothing
+        health.flush()
+    assert [f["code"] for f in health.findings()] == ["zero-down-gradient", "gradients-not-zeroed"]
+    assert records[3]["gradient_left"] > 0
 
 
 def test_no_step_waits(tiny_config: Make) -> None:
