@@ -114,6 +114,19 @@ def student_under_no_grad(subject: Subject, stack: ExitStack) -> Subject:
     return _with_predict(subject, torch.no_grad())
 
 
+def loop_under_inference_mode(subject: Subject, stack: ExitStack) -> None:
+    stack.enter_context(torch.inference_mode())
+
+
+def detach_all(subject: Subject, stack: ExitStack) -> None:
+    for block in range(NUM_BLOCKS):
+        detach(block)(subject, stack)
+
+
+def detach_prediction(subject: Subject, stack: ExitStack) -> Subject:
+    return _with_predict(subject, lambda predict: lambda *args: predict(*args).detach())
+
+
 def replace_parameters(block: int) -> Inject:
     """As an offload hook does that puts a new Parameter in before every forward pass."""
     def inject(subject, stack):
@@ -266,6 +279,10 @@ def freeze(block: int) -> Inject:
     return inject
 
 
+def freeze_all(subject: Subject, stack: ExitStack) -> None:
+    subject.assembly.transformer.requires_grad_(False)
+
+
 # Damage to files, before anything is loaded: a function of the settings.
 
 def damaged_weight_file(config: TrainConfig) -> None:
@@ -335,10 +352,13 @@ FAULTS: tuple[Fault, ...] = (
     Fault(name="adapters left out of the optimizer", code="not-in-optimizer", block=0, inject=left_out(0, 1, 2)),
     *_each("one adapter left out of the optimizer", "not-in-optimizer", left_out),
     *_each("adapter detached", "detached-eraser", detach, at=(0, 2)),
-    Fault(name="student under no_grad", code="no-grad-student", inject=student_under_no_grad),
+    Fault(name="all adapters detached", code="detached-eraser", block=0, inject=detach_all, at=(0, 2)),
+    Fault(name="prediction detached", code="detached-eraser", block=0, inject=detach_prediction, at=(0, 2)),
+    Fault(name="student under no_grad", code="no-grad-student", inject=student_under_no_grad, at=(0, 2)),
+    Fault(name="loop under inference_mode", code="no-grad-student", inject=loop_under_inference_mode, at=(0, 2)),
     *_each("parameters replaced by an offload hook", "replaced-parameters", replace_parameters, at=(0, 2)),
     Fault(name="switched off before recompute", code="switched-before-recompute", block=2, inject=switch_before_recompute),
-    Fault(name="student with erasers off", code="student-without-erasers", block=0, inject=never_switched(False)),
+    Fault(name="student with erasers off", code="student-without-erasers", block=0, inject=never_switched(False), at=(0, 2)),
     Fault(name="teacher with erasers on", code="teacher-with-erasers", block=0, inject=never_switched(True)),
     Fault(name="reentrant checkpointing", code="reentrant-checkpointing", block=0, inject=reentrant,
           settings={"memory__checkpoint": "none"}),
@@ -364,7 +384,8 @@ FAULTS: tuple[Fault, ...] = (
     *_each("untrained eraser acts", "untrained-eraser-acts", always_acts),
     Fault(name="eraser without effect", code="no-op-adapter", inject=never_acts),
     *_each("gate of 0 after the eraser", "zero-gradient", closed_gate, at=(0, 2)),
-    *_each("frozen eraser", "frozen-eraser", freeze),
+    *_each("frozen eraser", "frozen-eraser", freeze, at=(0, 2)),
+    Fault(name="all erasers frozen", code="frozen-eraser", block=0, inject=freeze_all, at=(0, 2)),
     Fault(name="prompt and safe prompt the same", code="nothing-to-learn", damage=same_prompts,
           settings={"loss__beta": 0.0}),
 )

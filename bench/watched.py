@@ -92,16 +92,16 @@ def watch(config: TrainConfig, *, inject: Inject | None = None, at: int = 0, num
 
         if at == 0:
             strike()
-        health = stack.enter_context(Health(subject))
-        step, stopped = 0, None
+        health, step, stopped = Health(subject), 0, None
         try:
-            health.before_training()
-            for step in range(num_steps):
-                if at == step > 0:
-                    health.flush()
-                    strike()
-                one_step(subject, health, step)
-            health.after_training()
+            with health:
+                health.before_training()
+                for step in range(num_steps):
+                    if at == step > 0:
+                        health.flush()
+                        strike()
+                    one_step(subject, health, step)
+                health.after_training()
         except Unhealthy:
             stopped = step
         after = subject.assembly.erasers.state_dict()

@@ -7,8 +7,9 @@ Under float16 with a loss scaler an infinite gradient alone only means that the 
 
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import torch
@@ -44,6 +45,7 @@ class Health:
         self._zero = torch.zeros((), device=device)
         self._forget_step()
         self._pending: Pending | None = None
+        self._last_pass: tuple[bool, bool] | None = None  # that was not the teacher's: (with erasers, with gradients)
         self._host: Tensor | None = None  # pinned, where the device copies to
         self._judge, self._handles, self._fingerprint, self._skips = Judge(), [], None, 0
 
@@ -58,9 +60,12 @@ class Health:
             self._handles.append(last.register_hook(lambda gradient: self._measure_left(last.grad)))
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        """Raises Unhealthy where a backward() found nothing to learn, of which torch says no more than that."""
         for handle in self._handles:
             handle.remove()
+        if isinstance(error, RuntimeError) and "does not require grad" in str(error):
+            self._conclude(self._unlearnt(str(error)), "backward() (no weight was changed)")
 
     def before_training(self) -> None:
         """The pre-flight. Erasers and optimizer must be fresh: call it before a checkpoint is restored.
@@ -165,11 +170,14 @@ class Health:
         if self._fingerprint is None:
             return
         changed = sum(everyones(self._fingerprint.changed(Fingerprint(self.subject))), [])
-        if changed:
-            self.bill = self.bill.with_findings([
-                finding("frozen-weights-changed", "weights", module=changed[0], num_parameters=len(changed))])
+        self._conclude([finding("frozen-weights-changed", "weights", module=changed[0], num_parameters=len(changed))] if changed else [],
+                       "after training")
+
+    def _conclude(self, found: Iterable[Finding], where: str) -> None:
+        """Write the bill with `found`. Raises Unhealthy if any of it is fatal."""
+        self.bill = self.bill.with_findings(found)
         self._write()
-        self.bill.raise_if_fatal("after training")
+        self.bill.raise_if_fatal(where)
 
     def _check_parameters(self, step: int) -> None:
         """What the host knows without the device: who owns which parameter, and whether a gradient came at all."""
@@ -179,9 +187,16 @@ class Health:
             found = [finding("detached-eraser", "backward", block=int(without[0].split(".")[0]), step=step + 1,
                              module=self.subject.adapter_name(without[0]), num_parameters=len(without))]
         if found:
-            self.bill = self.bill.with_findings(found)
-            self._write()
-            self.bill.raise_if_fatal(f"step {step + 1} (no weight was changed)")
+            self._conclude(found, f"step {step + 1} (no weight was changed)")
+
+    def _unlearnt(self, error: str) -> Iterable[Finding]:
+        """Why nothing in a loss requires a gradient."""
+        found = list(adapter_findings(self.subject))
+        if found or self._last_pass is None:
+            return found
+        code, phase, block = {(True, True): ("detached-eraser", "backward", 0), (True, False): ("no-grad-student", "student", None),
+                              (False, True): ("student-without-erasers", "student", 0)}[self._last_pass]
+        return [finding(code, phase, block=block, num_blocks=len(self.erasers.adapters), error=error)]
 
     def _may_skip(self, record: dict[str, Any]) -> bool:
         """Whether only the loss scale was too high, and not too often."""
@@ -238,9 +253,12 @@ class Health:
         self._eraser, self._residual = ([self._zero] * len(self.erasers.adapters) for _ in range(2))
 
     def _measure_prediction(self, module: nn.Module, args: tuple, output: tuple[Tensor]) -> None:
-        if not self.erasers.enabled or torch.is_grad_enabled():  # neither: sampling
+        enabled, graph = self.erasers.enabled, torch.is_grad_enabled()
+        if enabled or graph:
+            self._last_pass = enabled, graph
+        if graph or not enabled:  # neither: sampling
             norm = _norm(output[0])
-            if self.erasers.enabled:
+            if enabled:
                 self._student = self._student + norm
             else:
                 self._teacher = self._teacher + norm

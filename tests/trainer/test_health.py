@@ -367,6 +367,27 @@ def test_a_run_that_stops_keeps_its_last_checkpoint_and_says_why(tiny_config: Ma
     assert json.loads((run_dir / FINDINGS).read_text())["findings"][-1]["code"] == "non-finite-loss"
 
 
+def test_erasers_that_are_frozen_in_mid_run_are_named(tiny_config: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch says no more than that something does not require a gradient."""
+    calls = iter(range(10**6))
+
+    def frozen(predict, erasers, *args, **kwargs):
+        for p in erasers.parameters():
+            p.requires_grad_(next(calls) < 2 * len(erasers.parameters()))
+        return student_backward(predict, erasers, *args, **kwargs)
+
+    monkeypatch.setattr("trainer.loop.student_backward", frozen)
+    with pytest.raises(Unhealthy, match="^backward.. .no weight was changed.: frozen-eraser .adapters, block 0") as raised:
+        train(tiny_config(), {})
+    assert "does not require grad" in str(raised.value.__context__)
+    assert json.loads((tiny_config().output.out / FINDINGS).read_text())["findings"][-1]["code"] == "frozen-eraser"
+
+
+def test_an_error_that_no_pass_explains_stays_as_it_is(tiny_config: Make) -> None:
+    with pytest.raises(RuntimeError, match="^element 0 of tensors does not require grad"), Health(prepare(tiny_config())):
+        torch.ones(()).backward()
+
+
 def test_judge_explains_the_first_update_and_warns_later() -> None:
     sound = {"step": 0, "loss": 1.0, "lr": 1e-3,
              "blocks": {"gradient": [1.0, 1.0], "update": [0.1, 0.1], "eraser": [0.0, 0.0], "residual": [2.0, 2.0]}}
