@@ -122,7 +122,10 @@ class Localisation:
         self.terms[index] = torch.linalg.vector_norm(norms * self.outside).square() / o.numel()
 
     def mean(self) -> Tensor:
-        """The unweighted loss, after backward."""
+        """The unweighted loss, after backward. Raises RuntimeError before that."""
+        if not self.terms:
+            raise RuntimeError("a localisation gets its terms in backward(): run the student's forward pass and backward() inside "
+                               "`with erasers.switched(True), erasers.localised(localisation):`, and only then ask for localisation.mean()")
         return torch.stack([self.terms[index] for index in sorted(self.terms)]).mean()
 
 

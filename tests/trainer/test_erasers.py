@@ -401,6 +401,17 @@ def test_a_mask_of_another_size_is_refused(model, samples, more):
             model.predict(*model.inputs).square().mean().backward()
 
 
+def test_a_localisation_asked_before_backward_says_when_to_ask(model):
+    erasers = model.inject()
+    localisation = Localisation(torch.zeros(2, model.num_tokens), 1.0)
+    with erasers.localised(localisation):
+        loss = model.predict(*model.inputs).square().mean()
+        with pytest.raises(RuntimeError, match="gets its terms in backward.*only then ask for localisation.mean"):
+            localisation.mean()
+        loss.backward()
+    assert localisation.mean() >= 0
+
+
 def test_full_mask_costs_nothing(model):
     erasers = model.inject()
     localisation = Localisation(torch.ones(2, model.num_tokens), 1.0)
