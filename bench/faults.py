@@ -227,6 +227,10 @@ def underflow(subject: Subject, stack: ExitStack) -> Subject:
     return dataclasses.replace(subject, scaler=torch.amp.GradScaler("cpu", enabled=False))
 
 
+def underflow_in_autocast(subject: Subject, stack: ExitStack) -> Subject:
+    return _with_predict(underflow(subject, stack), torch.autocast("cpu", torch.float16))
+
+
 def nan_in_student(block: int) -> Inject:
     """A NaN that only the student sees."""
     def inject(subject, stack):
@@ -376,6 +380,7 @@ FAULTS: tuple[Fault, ...] = (
     *_each("loss swallowed to 0", "swallowed-loss", swallow, at=(0, 2)),
     *_each("dead GELU", "dead-gelu", dead_gelu, at=(0, 2)),
     Fault(name="gradients underflow in fp16", code="gradient-underflow", inject=underflow, pipeline="fp16", settings=DELTA),
+    Fault(name="gradients underflow in an autocast to fp16", code="gradient-underflow", inject=underflow_in_autocast, settings=DELTA),
     Fault(name="gradients overflow at any loss scale", code="loss-scale-collapse", inject=infinite_flow(1), pipeline="fp16"),
     *_each("eraser diverged", "eraser-diverged", run_away, at=(2,)),
     *_each("eraser diverged, all finite", "eraser-diverged", partial(run_away, weight=1e4), at=(2,)),

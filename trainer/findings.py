@@ -141,7 +141,7 @@ CODES: dict[str, Code] = {
         "--dtype bfloat16, or --dtype float32"),
     "gradient-underflow": Code("fatal",
         "gradients fall below float16's smallest number on their way back and become 0",
-        "--dtype bfloat16, or a loss scaler: torch.amp.GradScaler"),
+        "--dtype bfloat16, or an autocast to it, or a loss scaler: torch.amp.GradScaler"),
     "dead-gelu": Code("fatal",
         "every unit of the eraser's inner layer is below GELU's range, so only up.bias gets a gradient",
         "a new run with a lower --lr, or another --seed, which draws other weights for `down`"),

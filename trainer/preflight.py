@@ -193,7 +193,7 @@ class Preflight:
                           largest_unit=self.watch.alive[dead[0]].item() if dead else 0.0)
         zero = [i for i in blocks if norms[f"{i}.up.bias"] == 0 == norms[f"{i}.up.weight"]]
         learning = not torch.equal(self.on, self.sample.target)
-        if self.subject.assembly.dtype == torch.float16 and learning and (zero or not self.subject.scaler.is_enabled()):
+        if self.watch.half and learning and (zero or not self.subject.scaler.is_enabled()):
             found = self._underflow(zero)
             if found:
                 yield found

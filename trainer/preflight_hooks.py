@@ -29,6 +29,7 @@ class Watch:
         self.detached: list[int] = []
         self.no_grad_blocks: list[int] = []
         self.phase, self.grad_outside = "", True
+        self.half = subject.assembly.dtype == torch.float16  # the student computes in float16: the model's own dtype, or an autocast's
 
     def _phase(self) -> str:
         return "recompute" if self.phase == "student" and in_backward() else self.phase
@@ -51,7 +52,8 @@ class Watch:
 
     def _enter(self, module: nn.Module, args: tuple) -> None:
         if self.phase == "student":
-            self.grad_outside = torch.is_grad_enabled()
+            self.grad_outside, device = torch.is_grad_enabled(), self.subject.assembly.device.type
+            self.half |= torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.float16
 
     def _after_block(self, index: int):
         def after(module: nn.Module, args: tuple, output: tuple[Tensor, Tensor]) -> None:
