@@ -80,7 +80,7 @@ class Judge:
             found += [finding("zero-gradient", "training", block=i, **phase, loss=record["loss"])
                       for i, norm in enumerate(blocks["gradient"]) if norm == 0]
         if left := record.get("gradient_left"):
-            found.append(finding("gradients-not-zeroed", "training", **phase, gradient_left_in_last_block=left))
+            found.append(finding("gradients-not-zeroed", "training", **phase, left_in_last_bias=left))
         found += [finding("dead-gelu", "training", block=i, **phase) for i in record.get("bias_only", ())]
         if gradient > 0 and update == 0 and not record.get("skipped"):
             found.append(finding("weights-never-move", "training", **phase, gradient_norm=gradient, lr=record["lr"]))
