@@ -18,12 +18,12 @@ from torch.utils.checkpoint import checkpoint
 
 from bench.watched import NUM_BLOCKS, Inject, Outcome, settings, watch
 from trainer import losses
+from trainer.cache import cache_directory
 from trainer.config import TrainConfig
 from trainer.diagnose import prepare
 from trainer.diffusion import Sampler
 from trainer.erasers import Erasers
 from trainer.inspection import Subject
-from trainer.prompts import cache_directory
 
 # `block` is where a fault sits.
 
@@ -298,7 +298,7 @@ def damaged_weight_file(config: TrainConfig) -> None:
 
 def damaged_cache(config: TrainConfig) -> None:
     prepare(config).assembly.applied.undo()
-    for file in cache_directory().glob("*.safetensors"):
+    for file in cache_directory("embeddings").glob("*.safetensors"):
         row = load_file(file)["embedding"]
         row[0, 0] = float("nan")
         save_file({"embedding": row}, file)

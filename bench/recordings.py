@@ -35,7 +35,7 @@ from memory.environment import cublas_workspace_bytes
 from memory.fake import FakeMode
 from memory.simulate import recording
 from memory.snapshots import replay_snapshot
-from trainer.prompts import cache_directory
+from trainer.cache import cache_directory
 
 _STEPS = "results/medium_{}_training_memory_snapshot.pickle"
 _LOGS = "memory_files/memory_ctx{}.pickle"
@@ -137,7 +137,7 @@ def _train(model: torch.nn.Module, num_tokens: int) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--clones", type=Path, default=cache_directory().with_name("recordings"), help="where clones are or go (%(default)s)")
+    parser.add_argument("--clones", type=Path, default=cache_directory("recordings"), help="where clones are or go (%(default)s)")
     clones = parser.parse_args().clones
     if missing := [name for name in ("einops", "einx", "jaxtyping") if importlib.util.find_spec(name) is None]:
         print(f"error: the traced program needs {', '.join(missing)}: pip install {' '.join(missing)}", file=sys.stderr)

@@ -6,12 +6,14 @@ CLIP sees stills, of which its processor takes the square in the middle; it sees
 Legend: B videos, K descriptions, S stills a video, E embedding width, T frames, H W pixels.
 """
 
+import hashlib
 import logging
 import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,14 +25,17 @@ from memory.cards import Card
 from memory.plan import MemoryPlan
 from trainer.assemble import assemble, embed_prompts, resolve_device, resolve_dtype, video_size
 from trainer.backbones.cogvideox import CogVideoX
+from trainer.backbones.location import fingerprint
+from trainer.cache import cache_directory, recall, store
 from trainer.config import DataConfig, EvaluateConfig, ModelConfig
+from trainer.eraser_files import load_eraser
 from trainer.errors import UsageError
 from trainer.generate import generate_latents, opened, trained_config
 from trainer.live_view import duration
 from trainer.projection_encoders import ClipText, ClipVision, Tower, embedded, locate
 from trainer.projection_examples import Example
 from trainer.projection_features import compute
-from trainer.prompts import TEMPLATES, UNSEEN, collect
+from trainer.prompts import TEMPLATES, UNSEEN, Embeddings, collect
 from trainer.rates import rates
 from trainer.video import stills
 
@@ -81,7 +86,7 @@ def measured(config: EvaluateConfig, model: ModelConfig, concept: str, card: Car
     texts = _embed(ClipText(rater), described, device).view(len(labels), len(TEMPLATES), -1)  # (K, templates, E)
     texts = normalize(texts.mean(1), dim=1)  # (K, E)
     _embed(ClipVision(rater), [Image.new("RGB", (64, 64))], device)  # what is wrong with it is to be known before the hours that videos take
-    print(f"measuring {len(chosen)} videos, without the eraser and with it", file=sys.stderr, flush=True)
+    print(f"measuring {2 * len(chosen)} videos, half of them without the eraser", file=sys.stderr, flush=True)
     embeddings = embed_prompts(backbone, model, plan, [*(case.prompt for case in chosen), ""])
     latents = _latents(config, backbone, model, plan, embeddings.to(device), chosen)
     decode = backbone.decoder(video_size(backbone, model)[0], dtype=resolve_dtype(backbone, plan, insist=True), device=device)
@@ -106,23 +111,52 @@ def measured(config: EvaluateConfig, model: ModelConfig, concept: str, card: Car
     return result, [(f"{when}: {chosen[i].prompt}", shown[2 * i + j]) for i in ends for j, when in enumerate(("before", "after"))]
 
 
-def _latents(config: EvaluateConfig, backbone: CogVideoX, model: ModelConfig, plan: MemoryPlan, embeddings: Any, chosen: Sequence[Case]
+def _latents(config: EvaluateConfig, backbone: CogVideoX, model: ModelConfig, plan: MemoryPlan, embeddings: Embeddings, chosen: Sequence[Case]
              ) -> list[tuple[Tensor, Tensor]]:
-    """Of each case, latents (1, F, C, H, W) without and with the eraser, on the host."""
-    found, started = [], time.monotonic()
+    """Of each case, latents (1, F, C, H, W) without and with the eraser, on the host. They are cached as they are made: an evaluation that
+    was interrupted goes on, and what is without an eraser serves that of another one."""
+    files = _cache_files(config, backbone, model, plan, embeddings, chosen)
+    found = {which: known["latents"] for which, file in files.items() if (known := recall(file, "latents"))}
+    missing = [(i, on) for i in range(len(chosen)) for on in (False, True) if (i, on) not in found]
+    if found:
+        print(f"{len(found)} of them are there from an earlier call", file=sys.stderr, flush=True)
+    if missing:
+        with assemble(backbone, model, plan, eraser=config.run) as assembly:
+            started = time.monotonic()
+            for count, (i, on) in enumerate(missing, 1):
+                with assembly.erasers.switched(on):
+                    made = generate_latents(assembly.predict, backbone.scheduler(), embeddings, [chosen[i].prompt], [config.seed + i],
+                                            assembly.latent_shape, num_steps=config.num_steps, guidance_scale=config.guidance_scale,
+                                            guidance=plan.guidance)
+                found[i, on] = made
+                if files:
+                    store({files[i, on]: {"latents": made}}, "videos")
+                left = (time.monotonic() - started) / count * (len(missing) - count)
+                print(f"{count} of {len(missing)} videos made, {duration(left)} left", file=sys.stderr, flush=True)
+    return [(found[i, False], found[i, True]) for i in range(len(chosen))]
 
-    def generated(i: int, on: bool) -> Tensor:
-        with assembly.erasers.switched(on):
-            return generate_latents(assembly.predict, backbone.scheduler(), embeddings, [chosen[i].prompt], [config.seed + i],
-                                    assembly.latent_shape, num_steps=config.num_steps, guidance_scale=config.guidance_scale,
-                                    guidance=plan.guidance)
 
-    with assemble(backbone, model, plan, eraser=config.run) as assembly:
-        for i in range(len(chosen)):
-            found.append((generated(i, False), generated(i, True)))
-            left = (time.monotonic() - started) * (len(chosen) - i - 1) / (i + 1)
-            print(f"{i + 1} of {len(chosen)} videos, {duration(left)} left", file=sys.stderr, flush=True)
-    return found
+def _cache_files(config: EvaluateConfig, backbone: CogVideoX, model: ModelConfig, plan: MemoryPlan, embeddings: Embeddings,
+                 chosen: Sequence[Case]) -> dict[tuple[int, bool], Path]:
+    """Where the latents of each case, without and with the eraser, are cached: by all that they depend on. Those of random weights are not."""
+    if backbone.directory is None:
+        return {}
+    weights = fingerprint(file for part in ("transformer", "scheduler") for file in sorted((backbone.directory / part).iterdir()) if file.is_file())
+    common = (weights, backbone.latent_shape(*video_size(backbone, model)), plan.compile, config.num_steps, config.guidance_scale)
+    eraser, files = _digest(load_eraser(config.run).state.values()), {}
+    for i, case in enumerate(chosen):
+        texts = _digest(map(embeddings.row, (case.prompt, "")))
+        for on in (False, True):
+            key = hashlib.sha256(repr((common, texts, config.seed + i, on and eraser)).encode()).hexdigest()[:32]
+            files[i, on] = cache_directory("latents") / f"{key}.safetensors"
+    return files
+
+
+def _digest(tensors: Iterable[Tensor]) -> str:
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(f"{tensor.dtype} {tuple(tensor.shape)}\0".encode() + tensor.contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _embed(tower: Tower, contents: Sequence[Any], device: torch.device) -> Tensor:

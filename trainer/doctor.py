@@ -25,8 +25,8 @@ from memory.cards import GIB, Card, detect
 from memory.exhaustion import first_line
 from memory.host import available_host_bytes, host_limit_bytes, machine_bytes
 from memory.nvml import CardUnreadable
+from trainer.cache import cache_directory
 from trainer.errors import TrainerError, UsageError
-from trainer.prompts import cache_directory
 
 LEAST_HOST_BYTES = 4 * GIB  # interpreter and libraries take about 3
 LEAST_DISK_BYTES = 2 * GIB  # two checkpoints of the 5b at rank 128 and one being written
@@ -199,7 +199,7 @@ def disk() -> Iterator[Check]:
     """Room for runs, for the cache of embeddings and for published models, and whether they can be written."""
     places = [("disk for runs", Path("runs"), LEAST_DISK_BYTES, "choose another directory: --out DIR")]
     try:
-        places.append(("disk for the cache", cache_directory(), LEAST_DISK_BYTES, "set XDG_CACHE_HOME"))
+        places.append(("disk for the cache", cache_directory("embeddings"), LEAST_DISK_BYTES, "set XDG_CACHE_HOME"))
     except UsageError as e:
         yield Check(name="disk for the cache", status="problem", found=str(e), fix="set XDG_CACHE_HOME", exit_code=2)
     with contextlib.suppress(ImportError):

@@ -9,18 +9,15 @@ Legend: N texts or pictures, D input width.
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from memory.plan import MemoryPlan, apply_plan
+from trainer.cache import cache_directory, recall, store
 from trainer.errors import NonFinite
 from trainer.projection_encoders import Tower, encoder_fingerprint, layer_of
 from trainer.projection_examples import Example
-from trainer.prompts import cache_directory, store
 
 
 @contextmanager
@@ -42,8 +39,8 @@ def features(tower: Tower, examples: Sequence[Example], *, plan: MemoryPlan, dev
 
     The encoder is loaded only if the cache lacks them, and gone on return. Raises NonFinite for NaN or infinity.
     """
-    file = cache_directory().with_name("features") / f"{_key(tower, examples, plan)}.safetensors"
-    tables = _cached(file, tower, len(examples))
+    file = cache_directory("features") / f"{_key(tower, examples, plan)}.safetensors"
+    tables = recall(file, *tower.layer_names)
     if tables is None:
         tables = compute(tower, examples, plan=plan, device=device, batch_size=batch_size)
         store({file: tables}, "the encoder's features")
@@ -79,13 +76,3 @@ def _key(tower: Tower, examples: Sequence[Example], plan: MemoryPlan) -> str:
     for example in examples:
         digest.update(example.digest())
     return digest.hexdigest()[:32]
-
-
-def _cached(file: Path, tower: Tower, count: int) -> dict[str, Tensor] | None:
-    """The cached tables; a damaged file counts as absent and is written anew."""
-    try:
-        tables = load_file(file)
-    except (OSError, SafetensorError):
-        return None
-    whole = set(tables) == set(tower.layer_names) and all(len(t) == count for t in tables.values())
-    return tables if whole else None

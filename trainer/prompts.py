@@ -3,31 +3,28 @@
 import csv
 import hashlib
 import logging
-import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import dropwhile
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from memory.streams import pinning
 from trainer.backbones.text_encoder import TextEncoder
+from trainer.cache import cache_directory, recall, store
 from trainer.config import DataConfig, composed
 from trainer.config_file import read_lines
 from trainer.errors import CheckpointError, NonFinite, UsageError
-from trainer.run_files import part_of
 
 logger = logging.getLogger(__name__)
 _warn_once = lru_cache(logger.warning)  # prompts are read several times on the way to a run
 
 TEMPLATES = ("{}", "a video of {}", "a scene with {}", "{} in motion", "a close shot of {}")
-UNSEEN = ("footage of {}", "{}, filmed outdoors", "there is {} here", "a short clip that shows {}")  # for measuring
+UNSEEN = ("footage of {}", "{} from a distance", "there is {} here", "a short clip that shows {}")  # for measuring
 _UNSPACED = re.compile("[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3005-\u30ff\u3400-\u9fff\uac00-\ud7a3\uf900-\ufaff]")
 """Thai, Lao, Burmese, Khmer, Chinese, Japanese and Korean letters: other words, or a word's endings, follow without a space."""
 _VOWEL = re.compile("[aeiou]", re.IGNORECASE)
@@ -236,14 +233,6 @@ class Embeddings:
 _EMBEDDING = 2  # what a cached row is: in float16, T5's `wo` was float16 too in the first
 
 
-def cache_directory() -> Path:
-    """Where embeddings are cached: $XDG_CACHE_HOME/eraser-trainer, by default under ~/.cache."""
-    try:
-        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "eraser-trainer" / "embeddings"
-    except RuntimeError as e:
-        raise UsageError("there is no home directory to cache embeddings in; XDG_CACHE_HOME names another place") from e
-
-
 def embed(encoder: TextEncoder, prompts: Sequence[str], *, dtype: torch.dtype, device: torch.device | str,
           cache: Path | None = None) -> Embeddings:
     """Embeddings of the distinct prompts; those that any earlier run computed come from the cache. No row is held twice.
@@ -252,7 +241,7 @@ def embed(encoder: TextEncoder, prompts: Sequence[str], *, dtype: torch.dtype, d
     Raises NonFinite, and CheckpointError for an encoder that tells no prompts apart.
     """
     prompts = sorted(set(prompts))
-    cache = cache or cache_directory()
+    cache = cache or cache_directory("embeddings")
     fingerprint = encoder.fingerprint()
     files = {p: cache / f"{_key(fingerprint, encoder.length, dtype, p)}.safetensors" for p in prompts}
     with pinning():
@@ -260,12 +249,12 @@ def embed(encoder: TextEncoder, prompts: Sequence[str], *, dtype: torch.dtype, d
                             pin_memory=torch.device(device).type == "cuda")  # (n, L, D)
     missing, known = [], []
     for prompt in prompts:
-        row = None if fingerprint is None else _cached(files[prompt])
-        if row is None:
+        found = None if fingerprint is None else recall(files[prompt], "embedding")
+        if found is None:
             missing.append(prompt)
         else:
             known.append(prompt)
-            table[-len(known)] = row  # the missing ones come first
+            table[-len(known)] = found["embedding"]  # the missing ones come first
     if missing:
         rows = encoder.encode(missing, dtype=dtype, device=device, out=table[:len(missing)])
         _require_sense(missing, table)
@@ -285,23 +274,3 @@ def _require_sense(prompts: Sequence[str], table: Tensor) -> None:
 
 def _key(fingerprint: str | None, length: int, dtype: torch.dtype, prompt: str) -> str:
     return hashlib.sha256(f"{_EMBEDDING}\0{fingerprint}\0{length}\0{dtype}\0{prompt}".encode()).hexdigest()[:32]
-
-
-def store(files: Mapping[Path, Mapping[str, Tensor]], what: str) -> None:
-    """Write cache files, each whole or not at all. Where that fails, a later run computes `what` again."""
-    try:
-        for file, tensors in files.items():
-            file.parent.mkdir(parents=True, exist_ok=True)
-            with part_of(file, f".{os.getpid()}") as part:
-                save_file(dict(tensors), part)
-    except (OSError, SafetensorError) as e:
-        logger.warning("%s are not cached: %s; XDG_CACHE_HOME names another place", what, e)
-
-
-def _cached(file: Path) -> Tensor | None:
-    """A cached row, or None; a damaged file counts as absent and is written anew."""
-    try:
-        with safe_open(file, framework="pt") as f:
-            return f.get_tensor("embedding")
-    except (OSError, SafetensorError):
-        return None

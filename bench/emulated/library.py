@@ -12,7 +12,7 @@ import subprocess
 from pathlib import Path
 
 from memory.cards import Card
-from trainer.prompts import cache_directory
+from trainer.cache import cache_directory
 
 DEFAULT_CARD = "rtx-4090"
 _SOURCE = Path(__file__).with_name("card.cpp")
@@ -37,7 +37,7 @@ def built() -> Path:
     if not compiler or not reader:
         raise CannotEmulate("a C++ compiler and nm are needed (on Debian: apt-get install g++)")
     key = hashlib.sha256(_SOURCE.read_bytes() + Path(__file__).read_bytes() + torch.__version__.encode()).hexdigest()[:16]
-    folder = cache_directory().with_name("emulated") / key
+    folder = cache_directory("emulated") / key
     library = folder / _FILES[0]
     if library.exists():
         return library

@@ -25,10 +25,10 @@ from trainer.shapes import world
 CPU = ModelConfig(device="cpu")
 
 
-def _run(directory: Path, model: str, **data) -> Path:
-    """A run's directory with an eraser that does something."""
+def _run(directory: Path, model: str, seed: int = 0, **data) -> Path:
+    """A run's directory with an eraser that does something, another one with another seed."""
     backbone = CogVideoX(model)
-    erasers = Erasers(backbone.blocks(backbone.load_transformer(dtype=torch.float32)), 4)
+    erasers = Erasers(backbone.blocks(backbone.load_transformer(dtype=torch.float32)), 4, seed=seed)
     shake(erasers)
     config = TrainConfig(model=ModelConfig(model=model), data=DataConfig(**data))
     save_eraser(directory, erasers, base_model=backbone.identity(), training={"data": data})
@@ -82,7 +82,7 @@ def test_what_the_rater_does_not_see_is_said(rendered, caplog):
 def test_a_run_is_generated_measured_and_reported(published, capsys):
     cli.main(["evaluate", str(published), "--rater", "shapes", "--num-videos", "3", "--num-steps", "2", "--device", "cpu"])
     said, result = capsys.readouterr(), json.loads((published / "evaluation.json").read_text())
-    assert "erased: red (shapes, zero-shot, chance 20.0%)" in said.out and "6 of 6 videos, 0:00 left" in said.err
+    assert "erased: red (shapes, zero-shot, chance 20.0%)" in said.out and "12 of 12 videos made, 0:00 left" in said.err
     assert (result["num_videos"], result["num_steps"], result["guidance_scale"], result["seeds"]) == (3, 2, 6.0, [1000, 1005])
     assert result["distance"]["preserved_rms"] > 0  # the eraser was really on
     assert [row["num_videos"] for row in (result["target"], *result["preserved"])] == [3, 1, 1, 1]
@@ -98,6 +98,31 @@ def test_an_eraser_that_does_nothing_changes_no_video(pipelines, tmp_path):
     result = evaluate(_config(run, concept="red"))
     assert result["distance"]["preserved_rms"] == 0.0
     assert all(row["cosine"]["before"] == row["cosine"]["after"] for row in (result["target"], *result["preserved"]))
+
+
+def test_an_evaluation_that_was_interrupted_goes_on_and_serves_that_of_another_eraser(published, pipelines, tmp_path, monkeypatch, capsys):
+    calls, generate = [], module.generate_latents
+
+    def interrupted(predict, scheduler, embeddings, prompts, seeds, *args, **how):
+        calls.append((prompts, seeds))
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return generate(predict, scheduler, embeddings, prompts, seeds, *args, **how)
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "other"))
+    expected = evaluate(_config(published, num_videos=2))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(module, "generate_latents", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(_config(published, num_videos=2))
+    capsys.readouterr()
+    assert evaluate(_config(published, num_videos=2)) == expected and len(calls) == 4 + 5
+    assert "measuring 8 videos, half of them without the eraser\n3 of them are there from an earlier call\n" in capsys.readouterr().err
+    other = _run(tmp_path / "another", str(pipelines["2b"]), concept="red", instead="yellow", preserve=("green", "blue", "a purple square"), seed=1)
+    assert evaluate(_config(other, num_videos=2))["target"]["cosine"]["before"] == expected["target"]["cosine"]["before"]
+    assert len(calls) == 9 + 4  # those with its own
+    evaluate(_config(published, num_videos=2, seed=7))
+    assert len(calls) == 13 + 8
 
 
 def test_prompts_are_in_wordings_that_training_did_not_have(published):

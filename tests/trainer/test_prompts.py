@@ -321,7 +321,7 @@ def test_a_full_disk_leaves_nothing_half_written_in_the_cache(tmp_path, monkeypa
         file.write_bytes(b"\0" * 10)
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("trainer.prompts.save_file", full)
+    monkeypatch.setattr("trainer.cache.save_file", full)
     _embed(_Counting(), ["a"], tmp_path)
     assert not os.listdir(tmp_path)
 

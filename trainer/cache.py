@@ -1,0 +1,43 @@
+"""What is computed once and kept on disk: tensors in files that any later run may read, and can do without."""
+
+import logging
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from trainer.errors import UsageError
+from trainer.run_files import part_of
+
+logger = logging.getLogger(__name__)
+
+
+def cache_directory(kind: str) -> Path:
+    """Where what is of this kind is cached: in $XDG_CACHE_HOME/eraser-trainer, by default under ~/.cache."""
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "eraser-trainer" / kind
+    except RuntimeError as e:
+        raise UsageError("there is no home directory to cache in; XDG_CACHE_HOME names another place") from e
+
+
+def store(files: Mapping[Path, Mapping[str, Tensor]], what: str) -> None:
+    """Write cache files, each whole or not at all. Where that fails, a later run computes `what` again."""
+    try:
+        for file, tensors in files.items():
+            file.parent.mkdir(parents=True, exist_ok=True)
+            with part_of(file, f".{os.getpid()}") as part:
+                save_file(dict(tensors), part)
+    except (OSError, SafetensorError) as e:
+        logger.warning("%s are not cached: %s; XDG_CACHE_HOME names another place", what, e)
+
+
+def recall(file: Path, *names: str) -> dict[str, Tensor] | None:
+    """The tensors of a cache file, or None where it is absent, damaged or of other names: it is written anew then."""
+    try:
+        tensors = load_file(file)
+    except (OSError, SafetensorError):
+        return None
+    return tensors if set(tensors) == set(names) else None
