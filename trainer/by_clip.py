@@ -41,6 +41,7 @@ from trainer.video import stills
 
 logger = logging.getLogger(__name__)
 _NUM_STILLS, _BATCH = 8, 32
+_LATENTS = 1  # what is cached: another number for another way to sample
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ def _spread(among: Sequence[Any], count: int) -> list[Any]:
 def measured(config: EvaluateConfig, model: ModelConfig, concept: str, card: Card | None, *, rank: int
              ) -> tuple[dict[str, Any], list[tuple[str, Tensor]]]:
     """The evaluation and a before/after sheet's rows. Raises UsageError, and what generating raises."""
-    rater = locate("clip", config.rater, flag="--rater")
+    rater = locate("clip", config.rater, flag="--rater", whole=True)
     chosen, labels = cases(config, model, concept)
     backbone, plan = opened(model, config.memory, card, rank=rank, guidance_scale=config.guidance_scale, does="measures")
     device = resolve_device(model.device)
@@ -142,7 +143,7 @@ def _cache_files(config: EvaluateConfig, backbone: CogVideoX, model: ModelConfig
     if backbone.directory is None:
         return {}
     weights = fingerprint(file for part in ("transformer", "scheduler") for file in sorted((backbone.directory / part).iterdir()) if file.is_file())
-    common = (weights, backbone.latent_shape(*video_size(backbone, model)), plan.compile, config.num_steps, config.guidance_scale)
+    common = (_LATENTS, weights, backbone.latent_shape(*video_size(backbone, model)), plan.compile, config.num_steps, config.guidance_scale)
     eraser, files = _digest(load_eraser(config.run).state.values()), {}
     for i, case in enumerate(chosen):
         texts = _digest(map(embeddings.row, (case.prompt, "")))

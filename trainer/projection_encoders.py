@@ -51,19 +51,20 @@ def layer_of(part: nn.Module, name: str) -> nn.Module:
     return part.get_submodule(name.removeprefix("model.visual."))
 
 
-def locate(encoder: str, model: str, *, flag: str = "--model") -> Path:
-    """The directory of an encoder, its type checked; a model of the hub is downloaded. `flag`: what names it. Raises UsageError."""
-    from_hub, named = is_hub_id(model), f"{flag} {model}"
+def locate(encoder: str, model: str, *, flag: str = "--model", whole: bool = False) -> Path:
+    """The directory of an encoder, its type checked; a model of the hub is downloaded. `flag`: what names it. `whole`: a part alone, as
+    CLIP's text tower, will not do. Raises UsageError."""
+    from_hub, named, types = is_hub_id(model), f"{flag} {model}", _TYPES[encoder][:1 if whole else None]
     directory = BUNDLED / encoder if model == "shapes" else fetch_description(model, named=named) if from_hub else expanded(model)
     try:
         found = json.loads((directory / "config.json").read_text())["model_type"]
     except (OSError, ValueError, KeyError, TypeError) as e:
         raise UsageError(f"{named}: no model in transformers' layout there (config.json: {e}); name its "
                          "directory, a hub id, or shapes") from e
-    if found not in _TYPES[encoder]:
-        fitting = next((e for e, types in _TYPES.items() if found in types), None)
-        advice = f"; use --encoder {fitting}" if fitting and flag == "--model" else ""
-        raise UsageError(f"{named}: a model of type {found!r}; {' or '.join(_TYPES[encoder])} is needed{advice}")
+    if found not in types:
+        fitting = next((e for e, its in _TYPES.items() if found in its), None)
+        advice = f"; use --encoder {fitting}" if fitting and not whole else ""
+        raise UsageError(f"{named}: a model of type {found!r}; {' or '.join(types)} is needed{advice}")
     if from_hub:
         fetch_weights(model, directory, named=named)
     return directory
