@@ -117,7 +117,7 @@ def resolve_dtype(backbone: CogVideoX, plan: MemoryPlan, *, insist: bool) -> tor
     dtype = backbone.native_dtype if plan.dtype == "native" else getattr(torch, plan.dtype)
     if dtype == torch.float16 and backbone.native_dtype == torch.bfloat16 and not insist:
         raise UsageError(f"--dtype float16: {backbone.name} is bf16-native, in fp16 its activations overflow to NaN; "
-                         "use --dtype bfloat16 or float32, or --force-dtype to insist")
+                         "use --dtype bfloat16 (on a card without it float32), or --force-dtype to insist")
     return dtype
 
 

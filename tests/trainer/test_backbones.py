@@ -278,7 +278,7 @@ def test_native_dtype_is_read_from_the_stored_weights(pipelines, sincos):
 
 def test_float16_on_a_bf16_native_model_is_refused_unless_insisted(pipelines):
     opened = CogVideoX(str(pipelines["5b-bf16"]))
-    with pytest.raises(UsageError, match="--dtype float16.*bf16-native.*--dtype bfloat16.*--force-dtype"):
+    with pytest.raises(UsageError, match=r"--dtype float16.*bf16-native.*--dtype bfloat16 \(on a card without it float32\), or --force-dtype"):
         resolve_dtype(opened, MemoryPlan(dtype="float16"), insist=False)
     assert resolve_dtype(opened, MemoryPlan(dtype="float16"), insist=True) == torch.float16
     assert resolve_dtype(opened, MemoryPlan(dtype="float32"), insist=False) == torch.float32
