@@ -53,9 +53,11 @@ def _planned(command: TrainCommand, origins: dict[str, str], card: Card, argv: S
     config = command.settings
     if "profile" not in given(argv) and (card.is_cpu or command.resume):
         return config, None
+    from trainer.assemble import resolve_device
     from trainer.distributed import shared
     from trainer.planning import planned
 
+    resolve_device(config.model.device)  # the run's, whatever card is planned for: said before the planner's minutes
     config, chosen, assessment = planned(config, card, fixed(origins))
     origins |= {f"memory.{name}": f"profile {card.name}" for name in chosen}
     return shared(lambda: config), assessment  # every process the same plan
@@ -83,7 +85,7 @@ def _train(argv: Sequence[str]) -> None:
     from trainer.loop import train
     from trainer.memory_file import Forecast
     from trainer.metrics import require_tensorboard
-    from trainer.planning import program
+    from trainer.planning import forecast_as_given, program, require_room, require_sense
     from trainer.recovery import train_in_memory
     from trainer.run_directory import read_config, restarted_run
 
@@ -95,15 +97,13 @@ def _train(argv: Sequence[str]) -> None:
         if config.memory.num_shards not in (1, num_ranks()):
             raise UsageError(f"--num-shards {config.memory.num_shards}: all processes of a run share its blocks, here {num_ranks()}; start "
                              f"with torchrun --nproc-per-node={config.memory.num_shards} -- run.py …, or say --num-shards 1")
+        if not command.resume and not card.is_cpu:
+            require_sense(config)  # before the planner's minutes
         config, assessment = _planned(command, origins, card, argv)
-        if not command.resume:
-            from trainer.planning import forecast_as_given, require_room, require_sense
-
-            on_cpu = (assessment or forecast_as_given(config, card)) if card.is_cpu else None
-            require_sense(config, on_cpu)
-            if on_cpu:  # where memory runs out, the system ends the process without a word
-                require_room(config, card, on_cpu)
-            assessment = assessment or on_cpu
+        if not command.resume and card.is_cpu:
+            assessment = assessment or forecast_as_given(config, card)
+            require_sense(config, assessment)
+            require_room(config, card, assessment)  # where memory runs out, the system ends the process without a word
         measures = not rank and _will_measure(config)
         if config.optim.warmup > config.optim.steps and origins["optim.warmup"] != "default" and not command.resume:
             logger.warning("--warmup %d: the run ends after %d --steps, at %.2g of --lr", config.optim.warmup, config.optim.steps,

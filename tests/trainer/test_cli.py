@@ -15,7 +15,7 @@ import torch
 from tiny_pipelines import FRAMES, SIDE
 
 import run
-from trainer import arguments, cli
+from trainer import arguments, cli, planning
 from trainer.arguments import chosen_card, positional, resolve
 from trainer.assemble import resolve_device
 from trainer.config import replaced
@@ -461,15 +461,24 @@ def test_what_cannot_be_is_refused_before_a_model_is_downloaded(call, monkeypatc
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a card")
+@pytest.mark.parametrize("command", [[], ["diagnose"]], ids=["train", "diagnose"])
+def test_a_card_that_is_not_there_is_told_before_a_plan_is_looked_for(call, monkeypatch, command):
+    monkeypatch.setattr("trainer.planning.planned", None)  # not reached
+    code, _, said = call(*command, "--profile", "4090", "--device", "cuda")
+    assert code == 2 and "--device cuda: there is no CUDA card here; use --device cpu" in said[-1]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a card")
 @pytest.mark.parametrize("profile", [[], ["--profile", "4090"]], ids=["auto", "4090"])
 def test_a_machine_whose_card_is_not_seen_does_not_train_for_weeks(call, monkeypatch, profile):
     monkeypatch.setattr("memory.cards.host_bytes", lambda: (2**36, 2**36))
     monkeypatch.setattr("trainer.cli.available_host_bytes", lambda: 2**36)
-    download = Mock()
+    download, search = Mock(), Mock(side_effect=planning.planned)
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    monkeypatch.setattr(planning, "planned", search)
     words = ["--model", "cogvideox-2b", "--frames", "9", "--concept", "golf", "--preserve", "tennis", *profile]
     code, _, said = call(*words)
-    assert code == 2 and not download.called
+    assert code == 2 and not download.called and not search.called
     assert re.search(r"no CUDA card here, and on the CPU a step of training cogvideox-2b takes about \d\d minutes \(predicted\)", said[-1])
     download.side_effect = FileNotFoundError("asked")
     assert "asked" in call(*words, "--device", "cpu")[2][-1]
