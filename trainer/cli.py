@@ -125,6 +125,9 @@ def _train(argv: Sequence[str]) -> None:
 
 
 def _plan(argv: Sequence[str]) -> None:
+    if "resume" in given(argv):
+        raise UsageError("--resume: plan looks at new runs; `report RUN` shows what a run was predicted to need, and --resume RUN --profile NAME "
+                         "(without plan) plans it anew and goes on")
     command, origins = resolve(argv, PlanCommand)
     gc.disable()  # a tenth of the time, and nothing to collect
     try:

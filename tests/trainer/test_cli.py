@@ -248,6 +248,7 @@ def test_damaged_eraser_files(sincos, call, pipelines, tmp_path, damage, message
     (["plan", "--batch-size", "99999999999999999999"], "--batch-size 99999999999999999999: must fit 32 bits"),
     (["diagnose", "--on-oom", "stop"], "--on-oom: diagnose looks at one step"),
     (["diagnose", "--resume", "runs/a"], "--resume: diagnose goes on with no run; `diagnose RUN` looks at one"),
+    (["plan", "--resume", "runs/a"], "--resume: plan looks at new runs; `report RUN` shows what a run was predicted to need, and --resume RUN"),
     (["export", "somewhere"], "error: --out is missing; run.py export --help says more"),
     (["evaluate", "--num-videos", "2", "runs/a", "--concept", "blue"], "error: --run is missing; RUN stands first or last, or after --run; run.py"),
     (["export", "--out", "x"], "error: --eraser is missing; ERASER stands first or last, or after --eraser; run.py export --help says more"),
