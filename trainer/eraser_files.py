@@ -22,7 +22,7 @@ from trainer.backbones.location import config_hash
 from trainer.config import ModelConfig
 from trainer.erasers import LEAVES, Erasers, width_of
 from trainer.errors import CheckpointError, InputOutputError, UsageError
-from trainer.run_directory import CONFIG
+from trainer.run_directory import CONFIG, is_run
 from trainer.run_files import lookup, part_of, read_object, write_tensors, write_whole
 
 logger = logging.getLogger(__name__)
@@ -91,7 +91,7 @@ def load_eraser(path: Path | str) -> EraserFile:
     file = next((c for c in candidates if c.is_file()), None)
     if file is None:
         refuse_forgetting(path)
-        if (path / CONFIG).is_file():  # a run that was killed
+        if is_run(path):  # one that was killed
             raise CheckpointError(f"{path}: no eraser there yet; a run writes it at its end, or when it is stopped: go on with --resume {path}")
         raise CheckpointError(f"{path}: no eraser there; name a run directory, or a directory with {WEIGHTS} "
                               f"or {RELEASED_WEIGHTS}")

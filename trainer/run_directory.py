@@ -24,7 +24,8 @@ def require_place(out: Path | None) -> None:
         raise UsageError(f"--out {str(out).encode(errors='replace').decode()}: the name is not UTF-8; choose another directory")
     try:
         if out is not None and (out / CONFIG).exists():
-            raise CheckpointError(f"{out} holds a run already; go on with it by {resuming(out)}, or choose another --out")
+            whose = f"a run already; go on with it by {resuming(out)}, or" if is_run(out) else f"a {CONFIG} that is no run's;"
+            raise CheckpointError(f"{out} holds {whose} choose another --out")
         there = next(p for p in (place, *place.absolute().parents) if p.exists())
     except OSError as e:  # a name that is too long
         raise _cannot_write(out, e.strerror) from e
@@ -69,6 +70,11 @@ def _new_directory(concept: str) -> Path:
         except FileExistsError:
             if not directory.is_dir():
                 raise  # something else is in the way
+
+
+def is_run(directory: Path) -> bool:
+    """Whether its config.json holds settings of a run; a model's directory has one, too."""
+    return isinstance(lookup(read_object(directory / CONFIG), "config"), dict)
 
 
 def resuming(run_dir: Path) -> str:
@@ -116,8 +122,8 @@ def read_content(run_dir: Path) -> dict[str, Any]:
     """The whole content of config.json, of a run of any command. Raises CheckpointError if there are no settings in it."""
     try:
         content = json.loads((run_dir / CONFIG).read_text())
-        if not isinstance(content["config"], dict):
-            raise TypeError("its settings are no object")
-        return content
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as e:
+    except (OSError, ValueError, RecursionError) as e:
         raise CheckpointError(f"{run_dir}: not a run directory ({CONFIG}: {e})") from e
+    if not isinstance(lookup(content, "config"), dict):
+        raise CheckpointError(f"{run_dir}: not a run directory (its {CONFIG} holds no settings of a run)")
+    return content

@@ -43,9 +43,10 @@ class RunFiles:
     @classmethod
     def read(cls, run: Path) -> "RunFiles":
         """Raises CheckpointError if `run` holds neither settings nor metrics, nor the findings of a run that the pre-flight stopped."""
-        if not any((run / name).exists() for name in ("config.json", METRICS, "findings.json")):
-            raise CheckpointError(f"{run}: not a run directory (none of config.json, {METRICS} and findings.json is in it)")
-        return cls(run, read_object(run / "config.json"), read_metrics(run), read_object(run / "findings.json"),
+        config = read_object(run / "config.json")
+        if "config" not in config and not any((run / name).exists() for name in (METRICS, "findings.json")):
+            raise CheckpointError(f"{run}: not a run directory (none of a run's config.json, {METRICS} and findings.json is in it)")
+        return cls(run, config, read_metrics(run), read_object(run / "findings.json"),
                    read_object(run / "evaluation.json"), read_object(run / MEMORY),
                    sorted((run / "samples").glob("step-[0-9]*[0-9].png")))
 

@@ -17,6 +17,7 @@ from trainer.arguments import fixed, resolve
 from trainer.config import SHAPES, EvaluateConfig, GenerateConfig, TrainConfig, leaves, replaced
 from trainer.config_file import as_json, from_json, read_toml
 from trainer.errors import CheckpointError, InputOutputError, UsageError
+from trainer.projection_config import read_forget_config
 from trainer.run_directory import make_run_directory, read_config, write_config
 
 
@@ -241,7 +242,7 @@ def test_a_place_is_refused_before_anything_is_loaded(tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     refused(tmp_path / "file" / "b", InputOutputError, "Not a directory")
     (tmp_path / "config.json").touch()
-    refused(tmp_path, CheckpointError, "holds a run already")
+    refused(tmp_path, CheckpointError, "holds a config.json that is no run's; choose another --out")
     monkeypatch.setattr(os, "access", lambda path, mode: False)  # what anybody but root is told of a directory of others
     refused(tmp_path / "a" / "b", InputOutputError, "--out .*: cannot be written .Permission denied.; choose another directory")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "file"]
@@ -282,6 +283,13 @@ def test_damaged_run_configuration_is_a_checkpoint_error(tmp_path, content):
     with pytest.raises(CheckpointError, match="not a run directory") as raised:
         read_config(tmp_path)
     assert "\n" not in str(raised.value) and "--config" not in str(raised.value)
+
+
+def test_a_models_directory_is_no_runs(tmp_path):
+    (tmp_path / "config.json").write_text('{"_class_name": "CogVideoXTransformer3DModel"}')
+    for read in (read_config, read_forget_config):
+        with pytest.raises(CheckpointError, match=r"not a run directory \(its config.json holds no settings of a run\)$"):
+            read(tmp_path)
 
 
 def test_the_home_is_found_wherever_a_path_is_written(monkeypatch, tmp_path):

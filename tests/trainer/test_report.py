@@ -273,6 +273,9 @@ def test_a_run_that_the_preflight_stopped_is_one(tmp_path):
 def test_no_run_and_no_place(run, tmp_path):
     with pytest.raises(CheckpointError, match="not a run directory"):
         write_report(tmp_path)
+    (tmp_path / "config.json").write_text('{"_class_name": "CogVideoXTransformer3DModel"}')
+    with pytest.raises(CheckpointError, match="not a run directory .none of a run's config.json, "):
+        write_report(tmp_path)
     for place in (run / "config.json", run / "config.json" / "sub"):
         with pytest.raises(InputOutputError, match=f"^{place / 'page.html'} cannot be written .Not a directory.; choose another --out"):
             write_report(run, place / "page.html")
