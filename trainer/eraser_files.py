@@ -89,21 +89,20 @@ def load_eraser(path: Path | str) -> EraserFile:
         raise CheckpointError(f"{path}: is the description; name the weights beside it, {beside}, or the directory")
     candidates = [path] if path.is_file() else [path / WEIGHTS, path / RELEASED_WEIGHTS]
     file = next((c for c in candidates if c.is_file()), None)
+    refuse_forgetting(path.parent if path.is_file() else path)
     if file is None:
-        refuse_forgetting(path)
         if is_run(path):  # one that was killed
             raise CheckpointError(f"{path}: no eraser there yet; a run writes it at its end, or when it is stopped: go on with --resume {path}")
         raise CheckpointError(f"{path}: no eraser there; name a run directory, or a directory with {WEIGHTS} "
                               f"or {RELEASED_WEIGHTS}")
     if file.suffix == ".pt":
-        state, description = _read_released(file), _read_json(file.with_name(RELEASED_CONFIG))
-        claimed = description.get("eraser_rank")
+        state, described, name = _read_released(file), file.with_name(RELEASED_CONFIG), "eraser_rank"
     else:
-        state, description = _read_safetensors(file), _read_json(file.with_suffix(Path(DESCRIPTION).suffix))  # its own, of several in a directory
-        claimed = description.get("rank")
-    num_blocks, rank, width = _geometry(state, file)
-    if claimed != rank:
-        raise CheckpointError(f"{file}: the weights have rank {rank}, the description beside it says {claimed}")
+        state, described, name = _read_safetensors(file), file.with_suffix(Path(DESCRIPTION).suffix), "rank"  # its own, of several in a directory
+    num_blocks, rank, width = _geometry(state, file)  # before a description is looked for, which other weights have not
+    description = _read_json(described)
+    if description.get(name) != rank:
+        raise CheckpointError(f"{file}: the weights have rank {rank}, the description beside it says {description.get(name)}")
     return EraserFile({n: t.float() for n, t in state.items()}, rank, width, num_blocks,
                       description.get("base_model"), description.get("training"), file)
 
@@ -111,7 +110,7 @@ def load_eraser(path: Path | str) -> EraserFile:
 def refuse_forgetting(path: Path) -> None:
     """Raises CheckpointError for a run of `forget` where an eraser is needed."""
     if lookup(read_object(path / CONFIG), "command") == "forget":
-        raise CheckpointError(f"{path} is a run of forget: it holds a LoRA, which peft loads, and no eraser")
+        raise CheckpointError(f"{path} is a run of forget: it holds a LoRA, which peft loads, and no eraser; `run.py diagnose {path}` looks at it")
 
 
 def _read_safetensors(file: Path) -> dict[str, Tensor]:

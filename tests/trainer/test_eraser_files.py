@@ -155,9 +155,16 @@ def test_a_run_that_was_killed_has_none_yet(tmp_path):
 
 
 def test_a_run_of_forget_holds_another_thing(tmp_path):
+    lora, other = tmp_path / "adapter_model.safetensors", tmp_path / "elsewhere" / "adapter_model.safetensors"
+    other.parent.mkdir()
+    for file in (lora, other):
+        save_file({"base_model.model.text_projection.lora_A.weight": torch.zeros(1, 2)}, file)
     (tmp_path / "config.json").write_text('{"command": "forget"}')
-    with pytest.raises(CheckpointError, match="is a run of forget: it holds a LoRA, which peft loads, and no eraser"):
-        load_eraser(tmp_path)
+    for path in (tmp_path, lora):
+        with pytest.raises(CheckpointError, match=f"^{tmp_path} is a run of forget: it holds a LoRA, which peft loads, and no eraser; `run.py diagnose "):
+            load_eraser(path)
+    with pytest.raises(CheckpointError, match=f"^{other}: holds no eraser"):
+        load_eraser(other)
 
 
 @pytest.mark.parametrize("kept", [0, 7, 0.5, -1])
