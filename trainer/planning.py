@@ -11,7 +11,7 @@ from typing import Any
 from memory.advice import words_of
 from memory.assess import MARGIN, Assessment, Workload, assess, compiled_fragmentation
 from memory.cards import GIB, Card, card_names, lookup
-from memory.plan import MemoryPlan
+from memory.plan import MemoryPlan, is_checkpointed, resolve_keeps
 from memory.ranking import SEARCHED, SearchResult
 from memory.search import search
 from memory.timeline import pinned_bytes
@@ -320,7 +320,7 @@ def print_forecast(found: Forecast, origins: dict[str, str], *, explain: bool) -
         console.print(table)
     console.print(f"reserved {a.prediction.reserved_bytes / GIB:.2f} GiB, context {found.card.context_bytes / GIB:.2f} GiB, "
                   f"host {a.host_bytes / GIB:.2f} GiB"
-                  + (" (--host 64gb: faster plans may use what it has)" if found.result.near_misses and found.card.host_bytes is None else ""),
+                  + (" (--host 64gb: faster plans may use what it has)" if _host_may_help(found) else ""),
                   highlight=False)
     if found.num_cards > 1:
         table = Table(f"on each of {found.num_cards} cards", "GiB", "host GiB", "s a step", "", title="frozen blocks", title_justify="left")
@@ -342,6 +342,13 @@ def print_forecast(found: Forecast, origins: dict[str, str], *, explain: bool) -
                       f"rates: {found.card.source}", highlight=False)
     if found.result.best and not only_planned(a.plan):
         print(command(found.config, a.plan, origins, found.num_cards))
+
+
+def _host_may_help(found: Forecast) -> bool:
+    """Whether plans were left out that keep on the host what the best one recomputes, as nobody said what the host has."""
+    best = found.result.best
+    return bool(found.card.host_bytes is None and best and found.result.near_misses
+                and is_checkpointed(resolve_keeps(best.plan, _opened(found.config.model).num_blocks)))
 
 
 def _difference(plan: MemoryPlan, other: MemoryPlan) -> str:

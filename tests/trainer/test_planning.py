@@ -52,6 +52,15 @@ def test_what_others_hold_of_a_card_is_said(tiny_config):
     assert f"of {card.usable_bytes / GIB - 2:.2f} GiB usable beside the 2.00 GiB of other processes" in planning.verdict(beside)
 
 
+@pytest.mark.parametrize("fits, plan, hinted", [(True, MemoryPlan(), True), (True, MemoryPlan(checkpoint="none"), False), (False, MemoryPlan(), False)],
+                         ids=["recomputes", "keeps all", "does not fit"])
+def test_what_the_host_has_is_asked_for_where_it_would_help(forecast, capsys, fits, plan, hinted):
+    chosen = replace(forecast.chosen, plan=plan)
+    result = replace(forecast.result, best=chosen if fits else None, smallest=chosen, near_misses=(forecast.chosen,))
+    planning.print_forecast(replace(forecast, result=result), {}, explain=False)
+    assert ("--host 64gb: faster plans" in capsys.readouterr().out) == hinted
+
+
 def test_a_plan_says_what_is_not_predicted_of_compiled_blocks(tiny_config, capsys):
     found = planning.forecast(tiny_config(memory__compile=True), lookup("4090"))
     planning.print_forecast(found, {}, explain=False)
