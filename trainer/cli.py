@@ -88,8 +88,11 @@ def _train(argv: Sequence[str]) -> None:
     from trainer.planning import forecast_as_given, program, require_room, require_sense
     from trainer.recovery import train_in_memory
     from trainer.run_directory import read_config, restarted_run
+    from trainer.state import require_kept
 
     with joined(config.model.device) as rank:
+        if command.resume:
+            require_kept(command.resume, config)
         trainable_prompts(config)  # before the planner's seconds
         if config.output.tensorboard:
             require_tensorboard()

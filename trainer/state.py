@@ -22,7 +22,7 @@ from trainer.errors import CheckpointError
 from trainer.latents import Latents
 from trainer.metrics import read_metrics
 from trainer.optimizer_state import export_optimizer, import_optimizer
-from trainer.prompts import PromptSet
+from trainer.prompts import PromptSet, collect
 from trainer.run_directory import CONFIG, read_config
 from trainer.run_files import lookup
 
@@ -53,8 +53,7 @@ class TrainState:
         self._before: tuple[int, list[dict[str, Tensor]]] = (0, [])  # a step, and the latents that it began with
         self._moving: int | None = None  # the step whose update the optimizer has begun
         self.optimizer.register_step_pre_hook(self._begin_update)
-        texts = json.dumps([self.prompts.prompts, self.prompts.safe, self.prompts.preserved])
-        self._prompts = hashlib.sha256(texts.encode()).hexdigest()[:16]
+        self._prompts = _digest(self.prompts)
 
     def begin_step(self) -> None:
         """Remember what the teacher moves in a step, so that `rewind` can take it back. Nothing is copied where a step makes one sample."""
@@ -117,35 +116,10 @@ class TrainState:
         """Whether this run may go on from the state of a checkpoint, or of `earlier`. Raises CheckpointError naming the first difference."""
         ours = self.described()
         compatible({**saved, "base_model": {"config_hash": lookup(saved, "base_model", "config_hash")}}, ours)
-        self._check_settings(saved["config"], files_by_content="prompts" in saved)
+        _check_settings(saved, self.config, self.native_dtype)
         if saved.get("step", 0) > self.config.optim.steps:
             raise CheckpointError(f"cannot resume: --steps {self.config.optim.steps}, and {saved['step']} are done; name as many or more")
-        for name, what in (("prompts", f"the prompts ({self._sources()})"), ("frozen", f"the weights of --model {self.config.model.model}")):
-            if saved.get(name) and ours[name] and saved[name] != ours[name]:
-                raise CheckpointError(f"cannot resume: {what} are not those that it was trained on so far; a resumed run keeps what it trains on")
-
-    def _sources(self) -> str:
-        """Where the prompts come from, as flags."""
-        data = self.config.data
-        files = [f"{flag} {path}" for flag, path in (("--prompts", data.prompts), ("--preserve-file", data.preserve_file)) if path]
-        return ", ".join(files) or f"as they are made for --model {self.config.model.model}"
-
-    def _check_settings(self, saved: Mapping[str, Any], *, files_by_content: bool) -> None:
-        ours = as_json(self.config)
-        for section, names in _COMPARED.items():
-            for name in names or ours[section]:
-                if name == "steps" and "constant" in (saved["optim"].get("schedule"), ours["optim"]["schedule"]):  # if not both are, that differs
-                    continue
-                then, now = saved[section].get(name), ours[section][name]
-                if name == "dtype" and {then, now} == {"native", str(self.native_dtype).removeprefix("torch.")}:  # two names of one
-                    continue
-                if files_by_content and name in ("prompts", "preserve_file") and then and now:  # wherever they are now
-                    continue
-                if then != now:
-                    why = "a resumed run keeps what it trains on"
-                    if name == "steps":
-                        why = f"its cosine schedule ends at step {then}, and only a run with --schedule constant goes further"
-                    raise CheckpointError(f"cannot resume: --{name.replace('_', '-')} was {then!r} and is {now!r} now; {why}")
+        _check_content(saved, ours, self.config)
 
     def described(self) -> dict[str, Any]:
         """What must be the same for a run to go on, besides its settings."""
@@ -156,6 +130,47 @@ class TrainState:
             "optimizer": self.config.memory.optimizer,
             "prompts": self._prompts, "frozen": self.frozen,
         }
+
+
+def require_kept(run_dir: Path, config: TrainConfig) -> None:
+    """Raises CheckpointError where settings or prompts are not the run's, before anything is loaded; all else `TrainState.check` compares."""
+    before, content = read_config(run_dir)
+    _check_settings(content | {"config": as_json(before)}, config)
+    _check_content(content, {"prompts": _digest(collect(config.data, bundled=config.model.model == "shapes"))}, config)
+
+
+def _check_settings(saved: Mapping[str, Any], config: TrainConfig, native_dtype: torch.dtype | None = None) -> None:
+    """`native_dtype`: what `--dtype native` stands for; None where the model was not looked at yet."""
+    before, ours = saved["config"], as_json(config)
+    for section, names in _COMPARED.items():
+        for name in names or ours[section]:
+            if name == "steps" and "constant" in (before["optim"].get("schedule"), ours["optim"]["schedule"]):  # if not both are, that differs
+                continue
+            then, now = before[section].get(name), ours[section][name]
+            native = native_dtype and str(native_dtype).removeprefix("torch.")
+            if name == "dtype" and "native" in (then, now) and native in (None, then, now):  # two names of one
+                continue
+            if "prompts" in saved and name in ("prompts", "preserve_file") and then and now:  # by their content, wherever they are now
+                continue
+            if then != now:
+                why = "a resumed run keeps what it trains on"
+                if name == "steps":
+                    why = f"its cosine schedule ends at step {then}, and only a run with --schedule constant goes further"
+                raise CheckpointError(f"cannot resume: --{name.replace('_', '-')} was {then!r} and is {now!r} now; {why}")
+
+
+def _check_content(saved: Mapping[str, Any], ours: Mapping[str, Any], config: TrainConfig) -> None:
+    """Prompts and weights, as far as both sides know them."""
+    data, model = config.data, config.model.model
+    files = [f"{flag} {path}" for flag, path in (("--prompts", data.prompts), ("--preserve-file", data.preserve_file)) if path]
+    sources = ", ".join(files) or f"as they are made for --model {model}"
+    for name, what in (("prompts", f"the prompts ({sources})"), ("frozen", f"the weights of --model {model}")):
+        if saved.get(name) and ours.get(name) and saved[name] != ours[name]:
+            raise CheckpointError(f"cannot resume: {what} are not those that it was trained on so far; a resumed run keeps what it trains on")
+
+
+def _digest(prompts: PromptSet) -> str:
+    return hashlib.sha256(json.dumps([prompts.prompts, prompts.safe, prompts.preserved]).encode()).hexdigest()[:16]
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:

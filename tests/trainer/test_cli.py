@@ -342,6 +342,16 @@ def test_a_rate_that_never_arrives_is_said(settings, call, caplog):
     assert "--warmup" not in caplog.text
 
 
+def test_what_a_run_keeps_is_told_before_anything_is_loaded(settings, call, monkeypatch, tmp_path):
+    assert call(*settings)[0] == 0
+    monkeypatch.setattr("trainer.loop.train", None)  # not reached
+    (tmp_path / "dog.txt").write_text("a dog\n")
+    for flags, why in ((["--prompts", str(tmp_path / "dog.txt")], f"the prompts (--prompts {tmp_path / 'dog.txt'}) are not those that"),
+                       (["--concept", "dog"], "--concept was 'red' and is 'dog' now"), (["--rank", "5"], "--rank was 4 and is 5 now")):
+        code, _, said = call("--resume", settings[-1], *flags)
+        assert code == 5 and f"cannot resume: {why}" in said[-1]
+
+
 def test_the_card_is_the_one_that_the_device_names(monkeypatch):
     monkeypatch.setattr(arguments, "detect", lambda index: SimpleNamespace(name=f"card {index}", is_cpu=False))
     monkeypatch.setattr(arguments, "lookup", lambda profile: SimpleNamespace(name=profile, is_cpu=profile == "cpu"))
