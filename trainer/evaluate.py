@@ -9,7 +9,7 @@ from typing import Any
 
 from memory.cards import Card
 from trainer import by_clip, by_rule
-from trainer.assemble import require_real
+from trainer.assemble import require_real, resolve_device
 from trainer.config import EvaluateConfig
 from trainer.eraser_files import load_eraser
 from trainer.errors import InputOutputError, UsageError
@@ -28,6 +28,7 @@ def evaluate(config: EvaluateConfig, card: Card | None = None) -> dict[str, Any]
     """Measure a run or an eraser file and write evaluation.json, a sheet of samples beside it; returns the content. With a rater, as many
     blocks are resident as `card` holds; None: as configured."""
     require_real(config.memory)
+    resolve_device(config.model.device)  # or it would be said after all that is said before videos are made
     eraser = load_eraser(config.run)
     model, directory = eraser.model(config.model), eraser.path.parent
     own = lookup(eraser.training, "data", "concept")

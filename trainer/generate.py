@@ -25,7 +25,7 @@ from trainer.errors import CheckpointError, InputOutputError, NonFinite, UsageEr
 from trainer.phases import fit_to_generate
 from trainer.planning import require_sense
 from trainer.prompts import Embeddings
-from trainer.run_directory import CONFIG, probe, read_config
+from trainer.run_directory import is_run, probe, read_config
 from trainer.video import contact_sheet, write_mp4
 
 
@@ -68,7 +68,7 @@ def as_trained(config: GenerateConfig | EvaluateConfig, eraser: Path | None, giv
 
 def trained_config(eraser: Path) -> TrainConfig | None:
     """The settings of the run that an eraser comes from, if it says."""
-    if (eraser / CONFIG).is_file():
+    if is_run(eraser):
         refuse_forgetting(eraser)
         return read_config(eraser)[0]
     try:

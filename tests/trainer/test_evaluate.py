@@ -133,6 +133,13 @@ def test_another_concept_than_the_runs_own_does_not_replace_its_evaluation(erase
     assert not (eraser / "evaluation.json").exists()
 
 
+def test_a_card_that_is_not_there_is_told_first(eraser, capsys, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(UsageError, match="--device cuda: there is no CUDA card here"):
+        evaluate(_config(eraser, model=ModelConfig(device="cuda")))
+    assert "measuring" not in capsys.readouterr().err
+
+
 def test_unknown_concept_and_missing_run(eraser, tmp_path):
     with pytest.raises(UsageError, match="--concept giraffe"):
         evaluate(_config(eraser, concept="giraffe"))
