@@ -81,18 +81,21 @@ def _train(argv: Sequence[str]) -> None:
     command, origins = resolve(argv)
     config, card = command.settings, _card_here(command)
     from trainer.assemble import trainable_prompts
-    from trainer.distributed import divided, joined, num_ranks
+    from trainer.distributed import divided, joined, num_ranks, on_main
     from trainer.loop import train
     from trainer.memory_file import Forecast
     from trainer.metrics import require_tensorboard
     from trainer.planning import forecast_as_given, program, require_room, require_sense
     from trainer.recovery import train_in_memory
-    from trainer.run_directory import read_config, restarted_run
+    from trainer.run_directory import read_config, require_place, restarted_run
     from trainer.state import require_kept
 
     with joined(config.model.device) as rank:
+        resume = command.resume or restarted_run(config)
         if command.resume:
             require_kept(command.resume, config)
+        elif resume is None:
+            on_main(require_place, config.output.out)  # before the planner's minutes
         trainable_prompts(config)  # before the planner's seconds
         if config.output.tensorboard:
             require_tensorboard()
@@ -112,8 +115,7 @@ def _train(argv: Sequence[str]) -> None:
             logger.warning("--warmup %d: the run ends after %d --steps, at %.2g of --lr", config.optim.warmup, config.optim.steps,
                            config.optim.steps / config.optim.warmup)
         run_dir = train_in_memory(partial(train, forecast=Forecast(card, assessment)), config, origins, card=card,
-                                  resume=command.resume or restarted_run(config),
-                                  step_down=command.on_oom == "step-down", command=(*program(num_ranks()), *argv))
+                                  resume=resume, step_down=command.on_oom == "step-down", command=(*program(num_ranks()), *argv))
     if rank:
         return  # the first process speaks for all
     config, content = read_config(run_dir)

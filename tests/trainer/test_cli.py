@@ -281,6 +281,13 @@ def test_words_that_are_no_utf_8(call, argv):
     assert code == 2 and out == "" and len(lines) == 1 and f"error: {flag} a r?d circle: is not UTF-8" in lines[0]
 
 
+def test_a_place_that_is_taken_is_told_before_the_planners_minutes(call, settings, tmp_path, monkeypatch):
+    (tmp_path / "config.json").write_text('{"config": {}}')
+    monkeypatch.setattr("trainer.planning.forecast_as_given", None)  # not reached
+    code, out, lines = call(*settings, "--out", tmp_path)
+    assert code == 5 and out == "" and f"{tmp_path} holds a run already" in lines[-1]
+
+
 def test_unwritable_video_leaves_nothing(call, pipelines, tmp_path):
     (tmp_path / "file").write_text("")
     code, out, lines = call("generate", "--no-eraser", "--prompt", "x", "--out", tmp_path / "file" / "x.mp4", *_sizes(pipelines))
