@@ -183,6 +183,8 @@ def column_sum_scratch_bytes(rows: int, columns: int, num_threads: int = _MOST_T
     Rows are divided among as many blocks of threads as run at once on a card of `num_threads`. Sums along rows take next to
     nothing. Source: `setReduceConfig` in torch's ATen/native/cuda/Reduce.cuh.
     """
+    if not rows or not columns:
+        return 0
     vector = math.gcd(columns, 4)
     width = min(_power_of_two(columns // vector), 32)  # of a block of at most 512 / vector threads
     height = min(_power_of_two(rows), 512 // vector // width)

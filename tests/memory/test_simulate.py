@@ -276,6 +276,13 @@ def test_column_sums_of_any_width(columns):
     assert taken[:2] == [0, 0] and max(taken) < 200 * MIB
 
 
+@pytest.mark.parametrize("shape", [(0, 4), (4, 0)])
+def test_a_column_sum_of_nothing_takes_nothing(shape):
+    with FakeTensorMode(), recording() as recorder:
+        total = torch.empty(shape).sum(0)
+    assert [s.num_bytes for s in recorder.trace().storages] == [0, total.nbytes]
+
+
 def test_the_gradient_of_a_bias_is_a_column_sum():
     def storages(device):
         with FakeTensorMode(), recording(device=device) as recorder:
