@@ -23,13 +23,12 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from memory.handle import Handle
-from memory.masters import is_dense
+from memory.masters import aligned, is_dense
 from memory.patching import replace_forward, require_modules
 from memory.saving import packing, values_of
 from memory.streams import Lane, pinning, release_pinned, resolve_device
 from memory.timeline import pinned_bytes
 
-ALIGNMENT = 256
 MAX_SLAB_BYTES = 2**30
 
 
@@ -56,7 +55,7 @@ class _Arena:
         self._free: dict[int, list[_HostBuffer]] = {}
 
     def take(self, num_bytes: int) -> _HostBuffer:
-        num_bytes = -(-num_bytes // ALIGNMENT) * ALIGNMENT
+        num_bytes = aligned(num_bytes)
         if self._free.get(num_bytes):
             return self._free[num_bytes].pop()
         if not self.slabs or self._used + num_bytes > self.slabs[-1].numel():

@@ -12,6 +12,11 @@ from memory.streams import pinning, release_pinned
 ALIGNMENT = 256  # bytes, as cudaMalloc aligns: kernels choose by alignment, and must choose as for ordinary weights
 
 
+def aligned(num_bytes: int) -> int:
+    """Bytes that so many take of a flat buffer."""
+    return -(-num_bytes // ALIGNMENT) * ALIGNMENT
+
+
 @dataclasses.dataclass(frozen=True)
 class Entry:
     """Where a parameter lies in its block's flat buffer (bytes)."""
@@ -45,7 +50,7 @@ def _layout(parameters: Sequence[nn.Parameter]) -> tuple[tuple[Entry, ...], int]
     for parameter in parameters:
         stride = parameter.stride() if is_dense(parameter) and not parameter.is_contiguous() else None
         entries.append(Entry(end, parameter.dtype, parameter.shape, stride))
-        end += -(-parameter.nbytes // ALIGNMENT) * ALIGNMENT
+        end += aligned(parameter.nbytes)
     return tuple(entries), end
 
 

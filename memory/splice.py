@@ -16,7 +16,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from memory.masters import ALIGNMENT
+from memory.activations import slab_bytes
+from memory.masters import aligned
 from memory.plan import is_checkpointed, resident_indices
 from memory.pools import round_request
 from memory.timeline import Span, Storage, Trace, Visit
@@ -214,7 +215,7 @@ class Recipe:
     def standing(self, num_resident: int | None, num_buffers: int) -> list[Storage]:
         """The storages that live throughout, in the order in which a plan makes them; without `slabs`."""
         resident = resident_indices(self.num_blocks, num_resident)
-        flats = [sum(-(-s.num_bytes // ALIGNMENT) * ALIGNMENT for s in weights) for weights in self.block_weights]
+        flats = [sum(aligned(s.num_bytes) for s in weights) for weights in self.block_weights]
         storages: list[Storage] = []
         for block, weights in enumerate(self.block_weights):
             if block in resident:
@@ -231,12 +232,10 @@ class Recipe:
 
     def slabs(self, keeps: Sequence[str]) -> list[int]:
         """Sizes of the host slabs that activation offload will take: as `memory.activations` fills them."""
-        from memory.activations import ALIGNMENT, slab_bytes
-
         slabs: list[int] = []
         used, free = 0, Counter()
         for work in (work for _, cell in self.visits(keeps) for work in cell.transfers):
-            num_bytes = -(-work.num_bytes // ALIGNMENT) * ALIGNMENT
+            num_bytes = aligned(work.num_bytes)
             if work.kind == "to device":
                 free[num_bytes] += 1  # brought back, and not stored again by the same pass
             elif free[num_bytes]:
