@@ -22,8 +22,8 @@ class Advice:
     """The fields that differ, with their new values."""
     why: str
     """What it does, in words."""
-    needed_bytes: int | None
-    """Predicted need of the new plan, context included; None if nobody could predict it."""
+    needed_bytes: int
+    """Predicted need of the new plan, context included."""
 
     def command(self, command: Sequence[str]) -> str:
         """`command` (a program and its arguments) with the changed settings appended or replaced, ready to paste."""
@@ -54,31 +54,29 @@ def next_cheaper(
     plan: MemoryPlan,
     num_blocks: int,
     *,
-    needed_bytes: Callable[[MemoryPlan], int] | None = None,
+    needed_bytes: Callable[[MemoryPlan], int],
     limit_bytes: int | None = None,
     fixed: Collection[str] = (),
 ) -> Advice | None:
     """The least costly step that needs less of the device than `plan`, or None when there is no step left.
 
-    Fields of the plan named in `fixed` stay as they are.
-
     `needed_bytes` predicts what a plan needs; with `limit_bytes` steps are taken until the prediction is within it (or
-    none is left), and without a predictor the first step is the answer.
+    none is left). Fields of the plan named in `fixed` stay as they are.
     """
-    before = needed_bytes(plan) if needed_bytes else None
+    before = needed_bytes(plan)
     best: Advice | None = None
     current, why = plan, {}  # why: by the fields changed, so that of the same step taken twice the last counts
     while True:
         for cheaper, reason in _steps(current, num_blocks, fixed):
-            needed = needed_bytes(cheaper) if needed_bytes else None
-            if needed is None or needed < before:
+            needed = needed_bytes(cheaper)
+            if needed < before:
                 break
         else:
             return best
         why[frozenset(_difference(current, cheaper))] = reason
         current, before = cheaper, needed
         best = Advice(plan=current, change=_difference(plan, current), why="; ".join(why.values()), needed_bytes=needed)
-        if needed is None or limit_bytes is None or needed <= limit_bytes:
+        if limit_bytes is None or needed <= limit_bytes:
             return best
 
 

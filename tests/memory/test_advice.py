@@ -1,5 +1,6 @@
 """One step down after another, each valid, until nothing is left."""
 
+import itertools
 import subprocess
 import sys
 
@@ -13,12 +14,18 @@ LAVISH = MemoryPlan(
 )
 
 
+def one_step(plan, num_blocks=30, **options):
+    """The next step down, where every plan is predicted to need less than the one before."""
+    less = itertools.count(0, -1)
+    return next_cheaper(plan, num_blocks, needed_bytes=lambda plan: next(less), **options)
+
+
 def test_steps_lead_from_lavish_to_frugal_and_end():
     plan, seen = LAVISH, []
-    while (advice := next_cheaper(plan, 30)) is not None:
+    while (advice := one_step(plan)) is not None:
         assert advice.plan not in seen and len(seen) < 40
         assert advice.change == {name: value for name, value in vars(advice.plan).items() if value != getattr(plan, name)}
-        assert advice.why and advice.needed_bytes is None
+        assert advice.why and advice.needed_bytes == -1
         resolve_keeps(advice.plan, 30)
         plan = advice.plan
         seen.append(plan)
@@ -28,12 +35,12 @@ def test_steps_lead_from_lavish_to_frugal_and_end():
 
 
 def test_the_waste_goes_first():
-    assert next_cheaper(LAVISH, 30).change == {"backbone_copies": 1}
-    assert next_cheaper(MemoryPlan(), 30).change == {"resident_blocks": 15}
+    assert one_step(LAVISH).change == {"backbone_copies": 1}
+    assert one_step(MemoryPlan()).change == {"resident_blocks": 15}
 
 
 def test_kept_activations_on_the_host_are_given_up_with_what_was_kept():
-    advice = next_cheaper(MemoryPlan(num_keep_everything=1, kept="host"), 5)
+    advice = one_step(MemoryPlan(num_keep_everything=1, kept="host"), num_blocks=5)
     assert advice.plan.kept == "device" and advice.plan.num_keep_everything == 0
 
 
@@ -48,8 +55,8 @@ def test_where_less_on_the_host_would_be_more_on_the_device_nothing_is_kept():
 
 
 def test_of_many_buffers_two_are_left_where_blocks_stream():
-    assert next_cheaper(MemoryPlan(resident_blocks=8, offload_buffers=4), 30).change == {"offload_buffers": 2}
-    assert next_cheaper(MemoryPlan(offload_buffers=4), 30).change == {"resident_blocks": 15}
+    assert one_step(MemoryPlan(resident_blocks=8, offload_buffers=4)).change == {"offload_buffers": 2}
+    assert one_step(MemoryPlan(offload_buffers=4)).change == {"resident_blocks": 15}
 
 
 def test_steps_that_save_nothing_are_passed_over():
@@ -79,20 +86,20 @@ def test_steps_are_taken_until_the_prediction_is_within_the_limit():
     ],
 )
 def test_the_command_can_be_pasted(command, expected):
-    advice = next_cheaper(MemoryPlan(resident_blocks=0), 30)
+    advice = one_step(MemoryPlan(resident_blocks=0))
     assert advice.command(command) == expected
     assert flag_of("num_keep_attention") == "--num-keep-attention"
 
 
 def test_fields_that_are_fixed_stay():
-    assert next_cheaper(MemoryPlan(), 30, fixed=["resident_blocks"]).change == {"boundaries": "host"}
+    assert one_step(MemoryPlan(), fixed=["resident_blocks"]).change == {"boundaries": "host"}
     frugal = MemoryPlan(resident_blocks=0, boundaries="host", feed_forward_chunks=8)
-    assert next_cheaper(frugal, 30).change == {"optimizer": "adamw8bit"}
-    assert next_cheaper(frugal, 30, fixed=["optimizer"]) is None
+    assert one_step(frugal).change == {"optimizer": "adamw8bit"}
+    assert one_step(frugal, fixed=["optimizer"]) is None
 
 
 def test_switches_are_pasted_as_switches():
-    advice = next_cheaper(MemoryPlan(text_encoder_resident=True), 30)
+    advice = one_step(MemoryPlan(text_encoder_resident=True))
     assert advice.command(["run.py", "--text-encoder-resident", "--rank", "4"]) == "run.py --rank 4 --no-text-encoder-resident"
     assert advice.command(["run.py", "--text_encoder_resident"]) == "run.py --no-text-encoder-resident"
 
