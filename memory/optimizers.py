@@ -1,6 +1,7 @@
 """One constructor for the optimizers, and what their state weighs."""
 
 from collections.abc import Callable, Iterable, Sequence
+from typing import get_args
 
 import torch
 
@@ -16,8 +17,6 @@ def make_optimizer(
     *,
     kind: OptimizerKind,
     lr: float,
-    betas: tuple[float, float] = (0.9, 0.999),
-    eps: float = 1e-8,
     weight_decay: float = 0.0,
 ) -> torch.optim.Optimizer:
     """AdamW over `params` (Loshchilov and Hutter, arXiv:1711.05101) with state as `kind` says.
@@ -27,26 +26,29 @@ def make_optimizer(
     that the driver pages to the host; on the CPU, where there is nothing to page, the same as "adamw8bit".
     Raises ValueError for an unknown kind, no parameters, or trainable parameters that are not float32.
     """
+    _require_known(kind)
     params = list(params)
     if not params:
         raise ValueError("no parameters to optimize: inject the adapters before making the optimizer")
     for param in params:
         if param.dtype != torch.float32:
             raise ValueError(
-                f"a trainable parameter of shape {tuple(param.shape)} is {param.dtype}. Adam's eps of {eps:g} is 0 in "
+                f"a trainable parameter of shape {tuple(param.shape)} is {param.dtype}. Adam's eps of 1e-08 is 0 in "
                 "half precision, so a zero gradient gives 0/0 = NaN in the first step. Keep adapters in float32"
             )
-    settings = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
     if kind == "adamw":
-        return torch.optim.AdamW(params, fused=True, **settings)
-    if kind not in ("adamw8bit", "paged-adamw8bit"):
-        raise ValueError(f"optimizer is {kind!r}; one of adamw, adamw8bit, paged-adamw8bit")
+        return torch.optim.AdamW(params, lr=lr, weight_decay=weight_decay, fused=True)
 
     import bitsandbytes
 
     paged = kind == "paged-adamw8bit" and params[0].device.type == "cuda"
     optimizer = bitsandbytes.optim.PagedAdamW8bit if paged else bitsandbytes.optim.AdamW8bit
-    return optimizer(params, **settings)
+    return optimizer(params, lr=lr, weight_decay=weight_decay)
+
+
+def _require_known(kind: str) -> None:
+    if kind not in get_args(OptimizerKind):
+        raise ValueError(f"optimizer is {kind!r}; one of {', '.join(get_args(OptimizerKind))}")
 
 
 @torch.no_grad()
@@ -93,11 +95,10 @@ def predict_state_bytes(numels: Iterable[int], kind: OptimizerKind) -> int:
 
     adamw: two float32 moments and a float32 step count each. 8-bit: two moments of `moment_bytes_8bit`, and the code books.
     """
+    _require_known(kind)
     numels = list(numels)
     if kind == "adamw":
         return sum(8 * numel + 4 for numel in numels)
-    if kind not in ("adamw8bit", "paged-adamw8bit"):
-        raise ValueError(f"optimizer is {kind!r}; one of adamw, adamw8bit, paged-adamw8bit")
     books = MAP_BYTES_8BIT if any(numel >= _MIN_8BIT_NUMEL for numel in numels) else 0
     return 2 * sum(map(moment_bytes_8bit, numels)) + books
 

