@@ -12,7 +12,7 @@ It does not look at `module.training`, and where no gradient is recorded it cost
 
 import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import nn
@@ -23,9 +23,8 @@ from torch.utils.checkpoint import checkpoint
 
 from memory.handle import Handle
 from memory.patching import replace_forward, require_modules
+from memory.plan import Keep
 from memory.saving import checkpoint_region, pack, unpack
-
-KEEPS = ("inputs", "attention", "everything")
 
 # The fused kernels behind scaled_dot_product_attention. The unfused fallback is several operators and is not kept.
 ATTENTION_OPS = frozenset(
@@ -43,15 +42,14 @@ ATTENTION_OPS = frozenset(
 class Checkpointing(Handle):
     """Handle of `checkpoint_blocks`: counts per block, undo."""
 
-    def __init__(self, keeps: Sequence[str]):
+    def __init__(self, num_blocks: int):
         super().__init__()
-        self.keeps = tuple(keeps)
-        self.num_recomputes = [0] * len(self.keeps)
+        self.num_recomputes = [0] * num_blocks
         """Recomputations of each block."""
 
 
-def checkpoint_blocks(blocks: Sequence[nn.Module], keeps: Sequence[str]) -> Checkpointing:
-    """Checkpoint `blocks`, each keeping what `keeps` says ("inputs", "attention" or "everything").
+def checkpoint_blocks(blocks: Sequence[nn.Module], keeps: Sequence[Keep]) -> Checkpointing:
+    """Checkpoint `blocks`, each keeping what `keeps` says.
 
     Raises ValueError for no blocks, a wrong number of `keeps` or none that checkpoints; RuntimeError if applied already.
     """
@@ -59,11 +57,11 @@ def checkpoint_blocks(blocks: Sequence[nn.Module], keeps: Sequence[str]) -> Chec
     if len(keeps) != len(blocks):
         raise ValueError(f"{len(keeps)} choices for {len(blocks)} blocks")
     for keep in keeps:
-        if keep not in KEEPS:
-            raise ValueError(f"a block keeps one of {', '.join(KEEPS)}, not {keep!r}")
+        if keep not in get_args(Keep):
+            raise ValueError(f"a block keeps one of {', '.join(get_args(Keep))}, not {keep!r}")
     if all(keep == "everything" for keep in keeps):
         raise ValueError("checkpointing matched nothing: every block keeps everything")
-    handle = Checkpointing(keeps)
+    handle = Checkpointing(len(blocks))
     for index, (block, keep) in enumerate(zip(blocks, keeps, strict=True)):
         if keep != "everything":
             wrap = functools.partial(_checkpointed_forward, handle, index, block, keep)
@@ -71,7 +69,7 @@ def checkpoint_blocks(blocks: Sequence[nn.Module], keeps: Sequence[str]) -> Chec
     return handle
 
 
-def _checkpointed_forward(handle: Checkpointing, index: int, block: nn.Module, keep: str, inner):
+def _checkpointed_forward(handle: Checkpointing, index: int, block: nn.Module, keep: Keep, inner):
     droppers = _droppers(block)  # looked for once: most of a block's many modules are none
 
     def forward(*args, **kwargs):
