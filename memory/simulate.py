@@ -38,14 +38,14 @@ OUTSIDE = "other"
 
 
 class Recorder(TorchDispatchMode):
-    """Records births and deaths of storages while it is active: `with FakeTensorMode(), Recorder() as recorder`.
+    """Records births and deaths of storages while it is active: `with FakeMode(), recording() as recorder`.
 
     Declare what lives already with `adopt` or `adopt_model`, watch the blocks, run the step inside `phase(...)`
     contexts, and call `trace()` after leaving. `device` ("cuda" or "cpu") says whose attention kernels to reckon with.
     Works on real tensors too.
     """
 
-    def __init__(self, *, device: str = "cuda"):
+    def __init__(self, device: str):
         super().__init__()
         self._device = device
         self._records: list[Record] = []
@@ -200,7 +200,7 @@ class Recorder(TorchDispatchMode):
         """Whether a linear layer adds its bias, as it does in a step of its own where its input is not contiguous."""
         if self._product is None or self._find(x) != self._product or not isinstance(bias, torch.Tensor) or bias.dim() != 1:
             return False
-        frame = _caller(2)
+        frame = _caller()
         return frame is None or frame.f_code.co_name != "__torch_dispatch__"  # under another mode a real one adds as a fake one does
 
     def _sum_in_place(self, index: int) -> None:
@@ -252,7 +252,7 @@ def recording(*, device: str = "cuda") -> Iterator[Recorder]:
     enabled = gc.isenabled()
     gc.disable()
     try:
-        with Recorder(device=device) as recorder:
+        with Recorder(device) as recorder:
             yield recorder
     finally:
         if enabled:
@@ -263,13 +263,13 @@ def _is_accumulation() -> bool:
     """Whether autograd itself is adding two gradients: no line of Python is between its engine and this operator."""
     if torch._C._current_graph_task_id() == -1:
         return False
-    frame = _caller(2)
+    frame = _caller()
     return frame is None or frame.f_code is torch.autograd.graph._engine_run_backward.__code__
 
 
-def _caller(depth: int) -> FrameType | None:
-    """The frame from which the operator was called that the function `depth` frames up dispatches."""
-    frame = sys._getframe(depth + 1)
+def _caller() -> FrameType | None:
+    """For what `__torch_dispatch__` calls: the frame from which its operator was called."""
+    frame = sys._getframe(3)  # past this function, who asks, and `__torch_dispatch__`
     while frame is not None and frame.f_code.co_filename.endswith(("torch/_compile.py", "torch/_dynamo/eval_frame.py", "torch/_ops.py")):
         frame = frame.f_back  # what torch wraps around a dispatch mode
     return frame

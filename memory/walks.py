@@ -26,7 +26,7 @@ class Walks:
     `hooks`: for the caller to remove.
     """
 
-    def __init__(self, blocks: Sequence[nn.Module], mark: Callable[..., None], *, together: bool = False):
+    def __init__(self, blocks: Sequence[nn.Module], mark: Callable[..., None], *, together: bool):
         self._num_blocks, self._mark, self._together = len(blocks), mark, together
         self._num_walks, self._last_visit = 0, None
         self._forward: _Walk | None = None
