@@ -130,7 +130,7 @@ class _Linears(TorchFunctionMode):
 
     def end_in(self, weight: torch.Tensor, result: torch.Tensor) -> bool:
         """Whether `result` is what the layer with this weight gave, which ran once."""
-        return result is self._result and [w is weight for w in self._weights] == [False] * (len(self._weights) - 1) + [True]
+        return result is self._result and self._weights[-1] is weight and all(w is not weight for w in self._weights[:-1])
 
 
 class _Uncomputed(torch.autograd.Function):

@@ -209,7 +209,7 @@ def offload_blocks(
 
 def _refuse_to_load(block: nn.Module, streamed: Sequence[nn.Parameter]):
     held = {id(parameter) for parameter in streamed}
-    names = {name for name, parameter in block.named_parameters(remove_duplicate=False) if id(parameter) in held}
+    names = [name for name, parameter in block.named_parameters(remove_duplicate=False) if id(parameter) in held]
 
     def refuse(module: nn.Module, state: dict, prefix: str, *_: object) -> None:
         if loaded := next((name for name in names if prefix + name in state), None):

@@ -314,7 +314,7 @@ class Ranking:
                 different = {name for name in MemoryPlan.__dataclass_fields__ if getattr(plan, name) != getattr(best.plan, name)}
                 if different in ({"boundaries"}, {"feed_forward_chunks"}, {"resident_blocks"}):
                     picks.setdefault(*different, candidate)
-                if different <= {"num_keep_attention", "num_keep_everything"}:
+                if different <= set(COUNTS):
                     picks["keep more"] = candidate  # the last one is the nearest
         found = {candidate.plan: self._assess(candidate, limits) for candidate in picks.values()}
         return sorted(found.values(), key=lambda assessment: assessment.time.seconds)

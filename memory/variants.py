@@ -1,4 +1,4 @@
-"""Plans that share a recipe, and what each needs in time and live bytes: what `memory.search` ranks."""
+"""Plans that share a recipe, and what each needs in time and live bytes: what `memory.ranking` ranks."""
 
 import dataclasses
 from collections.abc import Iterator, Sequence
