@@ -10,11 +10,11 @@ and with `expandable_segments:True`:
 * a miss reserves a new segment: 2 MiB in the small pool, 20 MiB for requests under 10 MiB, otherwise the request
   rounded up to 2 MiB; with expandable segments a pool is one growing segment, mapped in pages of 2 or 20 MiB;
 * a block is split when the rest is at least 512 bytes (small pool, expandable) or over 1 MiB (large pool);
-* a freed block merges with free neighbours of its segment and stays reserved;
-* when the card is full, every segment (or mapped page) without a live block is given back and the request is
-  tried once more: a retry. If that fails too, it is out of memory.
+* a freed block merges with free neighbours of its segment and stays reserved until the cache is given back: then every segment
+  (or mapped page) without a live block goes.
 
-Not simulated: CUDA graphs' private pools, `max_split_size_mb` and garbage collection (both off by default).
+Not simulated: a full card (whoever asks compares what is reserved with what there is), CUDA graphs' private pools,
+`max_split_size_mb` and garbage collection (both off by default).
 The driver's own address choice is unknown; addresses here grow, which decides ties between equal blocks only.
 """
 
@@ -36,21 +36,6 @@ from memory.pools import (
 _ENDLESS = 1 << 60  # address space of an expandable segment; the real one is 9/8 of the card, mapped in part
 
 
-class SimulatedOutOfMemory(RuntimeError):
-    """The simulated card is full, even after giving back everything cached."""
-
-    def __init__(self, requested_bytes: int, allocated_bytes: int, reserved_bytes: int, capacity_bytes: int):
-        super().__init__(
-            f"simulated out of memory: {requested_bytes / 2**20:.1f} MiB requested, "
-            f"{allocated_bytes / 2**30:.2f} GiB allocated and {reserved_bytes / 2**30:.2f} GiB reserved "
-            f"of {capacity_bytes / 2**30:.2f} GiB"
-        )
-        self.requested_bytes = requested_bytes
-        self.allocated_bytes = allocated_bytes
-        self.reserved_bytes = reserved_bytes
-        self.capacity_bytes = capacity_bytes
-
-
 @dataclass(kw_only=True)
 class AllocatorStats:
     """The counters of `torch.cuda.memory_stats()` that planning needs, in bytes."""
@@ -64,20 +49,9 @@ class AllocatorStats:
 
 
 class CachingAllocator:
-    """One device's allocator.
+    """One device's allocator. `driver` says where a new segment of so many bytes lies; by default addresses grow."""
 
-    `capacity_bytes` is what it may reserve in all (the card's memory less the context and other processes);
-    None never runs out. `driver` says where a new segment of so many bytes lies; by default addresses grow.
-    """
-
-    def __init__(
-        self,
-        *,
-        capacity_bytes: int | None = None,
-        expandable_segments: bool = False,
-        driver: Callable[[int], int] | None = None,
-    ):
-        self.capacity_bytes = capacity_bytes
+    def __init__(self, *, expandable_segments: bool = False, driver: Callable[[int], int] | None = None):
         self.expandable_segments = expandable_segments
         self.stats = AllocatorStats()
         self._pools: dict[tuple[bool, int], Pool] = {}
@@ -89,15 +63,12 @@ class CachingAllocator:
     # ---- what a program does -------------------------------------------------------------------------------------
 
     def malloc(self, num_bytes: int, stream: int = 0) -> int:
-        """Serve a request and return its address.
-
-        Raises: SimulatedOutOfMemory, when the capacity is exceeded after the cache was given back.
-        """
+        """Serve a request and return its address."""
         size = round_request(num_bytes)
         pool = self._pool(size <= SMALL_REQUEST_BYTES, stream)
         block = self._best_fit(pool, size)
         if block is None:
-            block = self._reserve(pool, size)
+            block = self._grow(pool, size) if self.expandable_segments else self._new_segment(pool, size)
         self._split(block, size)
         self._use(block)
         return block.address
@@ -148,12 +119,8 @@ class CachingAllocator:
                 pool.segment_head = None  # nothing of it is mapped: its addresses are given back, too
 
     def adopt(self, address: int, num_bytes: int, in_use: Mapping[int, int], *, is_small: bool, stream: int) -> None:
-        """Start out with a native segment in which the blocks `in_use` (address -> bytes, rounded) are held.
-
-        Raises: SimulatedOutOfMemory, when the capacity is exceeded.
-        """
-        if not self._take(num_bytes):
-            raise self._out_of_memory(num_bytes)
+        """Start out with a native segment in which the blocks `in_use` (address -> bytes, rounded) are held."""
+        self._take(num_bytes)
         pool, previous = self._pool(is_small, stream), None
         for start, size, is_free in pool.pieces(address, num_bytes, in_use):
             block = Block(start, size, pool)
@@ -190,31 +157,14 @@ class CachingAllocator:
                 index += 1
         return free.pop(index)[2]
 
-    def _reserve(self, pool: Pool, size: int) -> Block:
-        for attempt in range(2):
-            block = self._grow(pool, size) if self.expandable_segments else self._new_segment(pool, size)
-            if block is not None:
-                return block
-            if attempt == 0:
-                self.empty_cache()
-        raise self._out_of_memory(size)
+    def _take(self, num_bytes: int) -> None:
+        """Account for `num_bytes` more from the driver."""
+        self.stats.reserved_bytes += num_bytes
+        self.stats.peak_reserved_bytes = max(self.stats.peak_reserved_bytes, self.stats.reserved_bytes)
 
-    def _out_of_memory(self, size: int) -> SimulatedOutOfMemory:
-        return SimulatedOutOfMemory(size, self.stats.allocated_bytes, self.stats.reserved_bytes, self.capacity_bytes)
-
-    def _take(self, num_bytes: int) -> bool:
-        """Account for `num_bytes` more from the driver; False if the card has no room for them."""
-        stats = self.stats
-        if self.capacity_bytes is not None and stats.reserved_bytes + num_bytes > self.capacity_bytes:
-            return False
-        stats.reserved_bytes += num_bytes
-        stats.peak_reserved_bytes = max(stats.peak_reserved_bytes, stats.reserved_bytes)
-        return True
-
-    def _new_segment(self, pool: Pool, size: int) -> Block | None:
+    def _new_segment(self, pool: Pool, size: int) -> Block:
         num_bytes = segment_bytes(size)
-        if not self._take(num_bytes):
-            return None
+        self._take(num_bytes)
         return Block(self._driver(num_bytes), num_bytes, pool)
 
     def _ascending(self, num_bytes: int) -> int:
@@ -249,18 +199,17 @@ class CachingAllocator:
 
     # ---- expandable segments -------------------------------------------------------------------------------------
 
-    def _grow(self, pool: Pool, size: int) -> Block | None:
+    def _grow(self, pool: Pool, size: int) -> Block:
         """Map pages at the lowest address where free and unmapped neighbours together hold `size`."""
         if pool.segment_head is None:
             pool.segment_head = Block(self._driver(_ENDLESS), _ENDLESS, pool)
             pool.segment_head.mapped = False
         candidate = self._growth_start(pool, size)
-        if not candidate.mapped and not self._map_pages(candidate, min(candidate.size, size)):
-            return None
+        if not candidate.mapped:
+            self._map_pages(candidate, min(candidate.size, size))
         while candidate.size < size:
             following = candidate.next
-            if not self._map_pages(following, min(size - candidate.size, following.size)):
-                return None
+            self._map_pages(following, min(size - candidate.size, following.size))
             candidate = following  # it absorbed the block before it
         pool.remove(candidate)
         return candidate
@@ -279,11 +228,10 @@ class CachingAllocator:
                     return start
             block = block.next
 
-    def _map_pages(self, block: Block, size: int) -> bool:
+    def _map_pages(self, block: Block, size: int) -> None:
         page = block.pool.page_bytes
         num_bytes = -(-size // page) * page
-        if not self._take(num_bytes):
-            return False
+        self._take(num_bytes)
         rest = Block(block.address + num_bytes, block.size - num_bytes, block.pool)
         rest.mapped = False
         block.mapped = True
@@ -292,7 +240,6 @@ class CachingAllocator:
             link(rest, block, block.next)
         self._merge(block)
         block.pool.add(block)
-        return True
 
     def _unmap_pages(self, block: Block) -> None:
         """Give back the whole pages inside a free block; what lies before and after them stays mapped."""
