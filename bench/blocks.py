@@ -32,6 +32,7 @@ RANK, HEAD_WIDTH = 128, 64
 WIDTHS = {"2b": 1920, "5b": 3072}
 """Of the published models; the 5b has rotary positions."""
 PLANS: dict[str, dict[str, Any]] = {"everything": {"checkpoint": "none"}, "inputs": {}}
+ROUNDS = 3
 
 
 class _Stack(nn.Module):
@@ -68,7 +69,7 @@ def _prepared(kind: str, plan: MemoryPlan, device: str) -> tuple[AppliedPlan, _S
     return applied, stack, step
 
 
-def measure(kind: str, plan: MemoryPlan, *, rounds: int = 3) -> dict[str, float]:
+def measure(kind: str, plan: MemoryPlan) -> dict[str, float]:
     """Seconds of the fastest of some passes, of the first one, and the peak in bytes, of which on the CPU what stands is no part."""
     applied, _, step = _prepared(kind, plan, DEVICE)
 
@@ -79,7 +80,7 @@ def measure(kind: str, plan: MemoryPlan, *, rounds: int = 3) -> dict[str, float]
             torch.cuda.synchronize()
         return time.perf_counter() - started
 
-    first, seconds = timed(), min(timed() for _ in range(rounds))
+    first, seconds = timed(), min(timed() for _ in range(ROUNDS))
     if ON_CARD:
         torch.cuda.reset_peak_memory_stats()
         step()

@@ -15,23 +15,23 @@ from memory.optimizers import update_norms
 from trainer.erasers import Erasers
 
 WIDTH, NUM_TEXT_TOKENS, RANK = 1920, 226, 128
+DEVICE, DTYPE = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
 
 
-def measure(*, num_tokens: int = 4276, device: str = "cuda" if torch.cuda.is_available() else "cpu") -> dict[str, Any]:
+def measure(*, num_tokens: int = 4276) -> dict[str, Any]:
     """Seconds of forward and backward of one block with its eraser, of all reductions for it, and their share.
 
     `num_tokens` counts text and video. Reductions: norms of gradient, weight and update with the copy that the update
     needs, and norms of the eraser's output and the residual stream.
     """
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
     torch.manual_seed(0)
-    block = CogVideoXBlock(dim=WIDTH, num_attention_heads=30, attention_head_dim=64, time_embed_dim=512).to(device, dtype)
+    block = CogVideoXBlock(dim=WIDTH, num_attention_heads=30, attention_head_dim=64, time_embed_dim=512).to(DEVICE, DTYPE)
     block.requires_grad_(False)
     erasers = Erasers([block], RANK)
     parameters = erasers.parameters()
-    text = torch.randn(1, NUM_TEXT_TOKENS, WIDTH, device=device, dtype=dtype)
-    video = torch.randn(1, num_tokens - NUM_TEXT_TOKENS, WIDTH, device=device, dtype=dtype)
-    embedding = torch.randn(1, 512, device=device, dtype=dtype)
+    text = torch.randn(1, NUM_TEXT_TOKENS, WIDTH, device=DEVICE, dtype=DTYPE)
+    video = torch.randn(1, num_tokens - NUM_TEXT_TOKENS, WIDTH, device=DEVICE, dtype=DTYPE)
+    embedding = torch.randn(1, 512, device=DEVICE, dtype=DTYPE)
 
     def step() -> None:
         h, _ = block(video, text, embedding)
@@ -43,18 +43,18 @@ def measure(*, num_tokens: int = 4276, device: str = "cuda" if torch.cuda.is_ava
         for activation in (video, video):  # the eraser's output has the shape of the residual stream
             torch.linalg.vector_norm(activation, dtype=torch.float32)
 
-    seconds, cost = _best(step, device, 3), _best(reductions, device, 10)
-    return {"num_tokens": num_tokens, "device": device, "dtype": str(dtype), "block_seconds": seconds,
+    seconds, cost = _best(step, 3), _best(reductions, 10)
+    return {"num_tokens": num_tokens, "device": DEVICE, "dtype": str(DTYPE), "block_seconds": seconds,
             "reduction_seconds": cost, "share": cost / seconds}
 
 
-def _best(work: Callable[[], None], device: str, repeats: int) -> float:
+def _best(work: Callable[[], None], repeats: int) -> float:
     """Seconds of the fastest of some calls; on the CPU those of this process, whatever else the machine does."""
-    clock, best = (time.perf_counter if device == "cuda" else time.process_time), float("inf")
+    clock, best = (time.perf_counter if DEVICE == "cuda" else time.process_time), float("inf")
     for _ in range(repeats + 1):
         started = clock()
         work()
-        if device == "cuda":
+        if DEVICE == "cuda":
             torch.cuda.synchronize()
         best = min(best, clock() - started)
     return best
