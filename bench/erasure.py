@@ -57,9 +57,8 @@ PICTURED = ("two-steps", "unlearn-noise", "unlearn-trajectory", "all-trajectory"
 
 def measure(name: str, num_videos: int, pictures: Path) -> dict[str, Any]:
     """Train one variant in a temporary directory and evaluate it; its final samples go to `pictures`/NAME.png."""
-    directory = Path(tempfile.mkdtemp())
-    try:
-        config = replaced(TrainConfig(), SHAPES | VARIANTS[name] | {"output.out": directory / "run"})
+    with tempfile.TemporaryDirectory() as directory:
+        config = replaced(TrainConfig(), SHAPES | VARIANTS[name] | {"output.out": Path(directory) / "run"})
         started = time.monotonic()
         run_dir = train(config, {})
         trained = time.monotonic()
@@ -67,8 +66,6 @@ def measure(name: str, num_videos: int, pictures: Path) -> dict[str, Any]:
         if name in PICTURED:
             shutil.copyfile(max((run_dir / "samples").glob("step-*.png")), pictures / f"{name}.png")
         return {"settings": VARIANTS[name], "train_seconds": trained - started, "evaluation": result}
-    finally:
-        shutil.rmtree(directory)
 
 
 def summary(evaluation: dict[str, Any]) -> dict[str, float]:
@@ -100,16 +97,16 @@ def side_by_side(pictures: Path, path: Path) -> None:
 
 
 def main(config: Erasure) -> None:
-    path, pictures = config.out / "erasure.json", Path(tempfile.mkdtemp())
+    path = config.out / "erasure.json"
     variants = json.loads(path.read_text())["variants"] if path.exists() else {}
-    for name in config.only or VARIANTS:
-        variants[name] = measure(name, config.num_videos, pictures)
-        write_result("erasure", {"variants": {n: variants[n] for n in VARIANTS if n in variants}}, config.out, in_parts=True)
-        row = summary(variants[name]["evaluation"])
-        print(name, "  ".join(f"{k} {v:.3f}" for k, v in row.items()), flush=True)
-    if set(PICTURED) <= {p.stem for p in pictures.iterdir()}:
-        side_by_side(pictures, config.assets / "erasure.png")
-    shutil.rmtree(pictures)
+    with tempfile.TemporaryDirectory() as pictures:
+        for name in config.only or VARIANTS:
+            variants[name] = measure(name, config.num_videos, Path(pictures))
+            write_result("erasure", {"variants": {n: variants[n] for n in VARIANTS if n in variants}}, config.out, in_parts=True)
+            row = summary(variants[name]["evaluation"])
+            print(name, "  ".join(f"{k} {v:.3f}" for k, v in row.items()), flush=True)
+        if set(PICTURED) <= {p.stem for p in Path(pictures).iterdir()}:
+            side_by_side(Path(pictures), config.assets / "erasure.png")
     print(path)
 
 
