@@ -9,10 +9,10 @@ from typing import Any
 from bench.naive import Recipe
 from bench.provenance import take_no_arguments, write_result
 from bench.story import rehearse_naive
-from memory.assess import assess_trace, Limits
+from memory.assess import Limits, assess_trace
 from memory.cards import GIB, Card, lookup
 from memory.plan import MemoryPlan
-from memory.timing import Load, StepLoad, add_loads, load_of, step_time
+from memory.timing import StepLoad, add_loads, load_of, step_time
 from trainer.config import TrainConfig, replaced
 from trainer.planning import described, forecast, workload
 
@@ -35,7 +35,7 @@ def naive(config: TrainConfig) -> dict[str, Any]:
     for name in CARDS:
         card = lookup(name)
         load = add_loads(load_of(span.work, card) for span in trace.spans)
-        time = step_time(StepLoad(add_loads(()), Load(load.compute, 0, 0), (), ()), card, weight_bytes=0, streamed_share=0.0)
+        time = step_time(StepLoad(add_loads(()), load, (), ()), card, weight_bytes=0, streamed_share=0.0)
         plan = MemoryPlan(dtype="float32", checkpoint="none", backbone_copies=2, text_encoder_resident=True, guidance="batched")
         a = assess_trace(run, plan, trace, time, Limits(card))
         found[name] = {"fits": a.fits, "reason": a.reason, "needed_bytes": a.needed_bytes, "step_seconds": time.seconds}

@@ -10,9 +10,17 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
+import torch
+
 import memory.cards
+from bench.card.forecasts import Forecaster, card_here
+from bench.card.gauge import Gauge
+from bench.card.rig import measured
+from bench.card.session import Session, register_toys
 from bench.provenance import take_no_arguments, write_result
 from memory.cards import Card, card_names, lookup
+from memory.fake import FakeMode
+from trainer.backbones.cogvideox import CogVideoX
 
 LINKS = ("pcie3-x16", "pcie4-x16", "pcie5-x16")
 CELLS = (("cogvideox-2b", 17), ("cogvideox-2b", 49), ("cogvideox-5b", 17), ("cogvideox-5b", 49), ("cogvideox1.5-5b", 81))
@@ -32,11 +40,6 @@ def link_rates() -> dict[str, float]:
 
 def predict() -> dict[str, Any]:
     """Compute and transfer seconds of a block by model and size, for every listed card and PCIe 3, 4 and 5."""
-    import torch
-    from memory.fake import FakeMode
-
-    from trainer.backbones.cogvideox import CogVideoX
-
     rates, cells = link_rates(), {}
     backbones = {model: CogVideoX(model, weights="random") for model, _ in CELLS}
     for model, frames in CELLS:
@@ -60,13 +63,6 @@ def predict() -> dict[str, Any]:
 def count_loads(num_blocks: int) -> dict[str, float]:
     """How often what streams crosses the link in a step of so many blocks, none of them resident. Counted on the CPU, where the ring
     loads what it loads on a card: order and number of loads depend on the passes over the blocks alone."""
-    import torch
-
-    from bench.card.forecasts import Forecaster, card_here
-    from bench.card.gauge import Gauge
-    from bench.card.rig import measured
-    from bench.card.session import Session, register_toys
-
     register_toys(num_blocks)
     session = Session(Gauge(torch.device("cpu")), card_here(dry=True), Forecaster(0), dry=True)
     plans = {"a whole step": {}, "one with --guidance batched": dict(guidance="batched"), "one with --passes lockstep": dict(passes="lockstep"),

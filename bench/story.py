@@ -10,12 +10,12 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from memory.fake import FakeMode
 
 from bench.naive import Naive, Recipe
 from bench.provenance import take_no_arguments, write_result
 from memory.cards import GIB, lookup
 from memory.checkpointing import checkpoint_blocks
+from memory.fake import FakeMode
 from memory.optimizers import make_optimizer
 from memory.plan import MemoryPlan
 from memory.simulate import recording

@@ -65,12 +65,11 @@ def _equality(session: Session, skipped: list[str]) -> dict[str, Any]:
         with rigged(cell, session.gauge) as rig:
             gradients: dict[str, torch.Tensor] = {}
             losses = []
+            # What the optimizer is given at a step; the last one stays.
+            rig.optimizer.register_step_pre_hook(lambda *_: gradients.update(
+                {f"gradient {n}": p.grad.detach().clone() for n, p in rig.erasers.named_parameters()}))
             for _ in range(3 if session.dry else EQUAL_STEPS):
-                # What the optimizer is given at a step; the last one stays.
-                handle = rig.optimizer.register_step_pre_hook(lambda *_: gradients.update(
-                    {f"gradient {n}": p.grad.detach().clone() for n, p in rig.erasers.named_parameters()}))
                 rig.step()
-                handle.remove()
                 losses.append(rig.loss.clone())
             return rig.erasers.state_dict() | {n: g.cpu() for n, g in gradients.items()} | {"losses": torch.stack(losses).cpu()}
 

@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterable
 from itertools import chain
 from typing import Any
 
-from bench.markdown import load, markdown
 from bench.card.session import goal_row
+from bench.markdown import load, markdown
 from bench.provenance import of_cards
 from memory.cards import GIB
 
