@@ -14,7 +14,7 @@ from memory.plan import MemoryPlan
 
 
 def cell_of(settings: str) -> Cell:
-    """The inverse of `Cell.name`."""
+    """The inverse of `Cell.name`, for one sample of the model's own size."""
     model, frames, *words = settings.split()
     student_only, fields = "only" in words, dict(word.split("=") for word in words if "=" in word)
     rank = int(fields.pop("rank", 128))

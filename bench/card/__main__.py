@@ -44,7 +44,7 @@ PARTS: dict[str, ModuleType] = {"short": short, "health": health, "peaks": peaks
                                 "speed": speed, "choice": choice, "offload": offload}
 QUIET = ("short", "health")
 """What the host takes is part of these: nothing is predicted beside them."""
-Part = Literal["short", "health", "peaks", "cap", "feasibility", "minimum", "speed", "choice", "offload"]
+Part = Literal[*PARTS]
 
 
 @dataclass(frozen=True, kw_only=True)
