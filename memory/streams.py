@@ -77,10 +77,11 @@ class Lane:
                     destination.copy_(source)
             return
         self._not_joined.add(done)
-        _copying.compute = torch.cuda.current_stream(self.device)
-        self._so_far.record(_copying.compute)
+        compute = torch.cuda.current_stream(self.device)
+        self._so_far.record(compute)
         self._stream.wait_event(self._so_far)
         try:
+            _copying.compute = compute
             with torch.cuda.stream(self._stream):
                 for destination, source in pairs:
                     destination.copy_(source, non_blocking=True)

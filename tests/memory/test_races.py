@@ -5,7 +5,7 @@ from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
-from race_detector import Event, RaceDetector, Stream, emulate
+from race_detector import EmulatedLane, Event, RaceDetector, Stream, emulate
 from test_contract import PLANS, apply
 from tiny_transformer import Tiny, make_tiny
 
@@ -166,6 +166,19 @@ def test_a_load_that_is_interrupted_is_waited_for(monkeypatch):
         detector.declare_host(applied.host_buffers)
         applied.undo()
     assert detector.races == []
+
+
+def test_a_copy_that_cannot_begin_does_not_say_for_later_ones_what_computes(monkeypatch):
+    detector = RaceDetector()
+    emulate(monkeypatch, detector)
+    lane, done, other = EmulatedLane(torch.device("cpu")), Event(), Stream("other")
+    monkeypatch.setattr(lane._stream, "wait_event", lambda event: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        lane.copy([(torch.empty(8), torch.ones(8))], done)
+    done.record(lane._stream)
+    with detector.on(other):
+        lane.join(done)
+    assert lane._stream in other.clock and lane._stream not in detector.compute.clock
 
 
 @pytest.mark.parametrize("sabotage, plan", [
