@@ -68,8 +68,14 @@ class Master:
         self.kind = 0
         """The same number for blocks of the same layout."""
         self.flat: torch.Tensor | None = None
-        if not gathered:
-            return
+        if gathered:
+            try:
+                self._gather(pin)
+            except BaseException:  # the first ones may be in the buffer already
+                self.release()
+                raise
+
+    def _gather(self, pin: bool) -> None:
         with pinning():
             self.flat = torch.empty(self.num_bytes, dtype=torch.uint8, device="cpu", pin_memory=pin)
         for parameter, entry in zip(self.parameters, self.layout, strict=True):

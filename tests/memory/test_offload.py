@@ -336,6 +336,22 @@ def test_running_out_of_memory_while_applying_leaves_the_model_as_it_was(monkeyp
     assert torch.equal(blocks(torch.ones(2, 8)), expected)
 
 
+def test_an_interrupt_while_a_block_is_gathered_leaves_its_weights_where_they_were(monkeypatch):
+    blocks, copy, calls = make_blocks(), torch.Tensor.copy_, iter(range(100))
+    expected = blocks(torch.ones(2, 8))
+
+    def interrupted(tensor, source):
+        if next(calls) == 3:
+            raise KeyboardInterrupt
+        return copy(tensor, source)
+
+    with monkeypatch.context() as context, pytest.raises(KeyboardInterrupt):
+        context.setattr(torch.Tensor, "copy_", interrupted)
+        offload_blocks(blocks, device="cpu")
+    assert next(calls) == 4 and all(p.untyped_storage().nbytes() == p.nbytes for p in blocks.parameters())
+    assert torch.equal(blocks(torch.ones(2, 8)), expected)
+
+
 def test_running_out_of_memory_while_placing_leaves_the_module_where_it_was(monkeypatch):
     to, asked = torch.Tensor.to, []
 
