@@ -72,9 +72,11 @@ _FLASH_BACKWARD = (
 
 
 # Operators that only make an uninitialised tensor or an alias (whose schema may not say so).
-_IDLE = {aten.empty.memory_format, aten.empty_strided.default, aten.empty_like.default, aten.detach.default, aten._unsafe_view.default}
-# Operators that write their first argument without reading it.
-_OVERWRITES = {aten.copy_.default, aten.zero_.default, aten.fill_.Scalar, aten.fill_.Tensor}
+_IDLE = {aten.empty.memory_format, aten.empty_strided.default, aten.empty_like.default, aten.new_empty.default, aten.new_empty_strided.default,
+         aten.detach.default, aten._unsafe_view.default}
+# Operators that do not read their first argument: they overwrite it, or take its dtype or shape.
+_UNREAD = {aten.copy_.default, aten.zero_.default, aten.fill_.Scalar, aten.fill_.Tensor, aten.new_zeros.default, aten.new_ones.default,
+           aten.new_full.default, aten.zeros_like.default, aten.ones_like.default, aten.full_like.default}
 
 
 def work_of(func, args, outputs) -> Work | None:
@@ -83,7 +85,7 @@ def work_of(func, args, outputs) -> Work | None:
     if entry is None:
         if func in _IDLE or _moves_nothing(func):
             return None
-        read = args[1:] if func in _OVERWRITES else args
+        read = args[1:] if func in _UNREAD else args
         return Work("memory", 0.0, _bytes(read) + _bytes(outputs))
     kind, count = entry
     first = args[0]

@@ -104,3 +104,7 @@ def test_what_is_overwritten_is_not_read():
     assert work_of(aten.copy_.default, (x, y), x).num_bytes == 8000
     assert work_of(aten.zero_.default, (x,), x).num_bytes == work_of(aten.fill_.Scalar, (x, 1.0), x).num_bytes == 4000
     assert work_of(aten.add_.Tensor, (x, y), x).num_bytes == 12000
+    made = torch.empty(10)
+    assert work_of(aten.new_empty.default, (x, [10]), made) is None  # nothing is written either
+    assert work_of(aten.new_zeros.default, (x, [10]), made).num_bytes == 40
+    assert work_of(aten.zeros_like.default, (x,), x).num_bytes == 4000
