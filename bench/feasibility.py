@@ -14,7 +14,8 @@ from memory.cards import GIB, Card, lookup
 from memory.plan import MemoryPlan
 from memory.timing import StepLoad, add_loads, load_of, step_time
 from trainer.config import TrainConfig, replaced
-from trainer.planning import described, forecast, workload
+from trainer.forecast_text import described
+from trainer.planning import forecast, workload
 
 CARDS = ("8gb", "12gb", "16gb", "24gb", "48gb", "96gb", "4090", "h20", "h200")
 HOSTS_GIB = (64, 128)

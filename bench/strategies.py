@@ -14,7 +14,8 @@ from memory.cards import GIB, lookup
 from memory.ranking import SEARCHED
 from trainer.backbones.published import TRANSFORMERS
 from trainer.config import replaced
-from trainer.planning import described, forecast
+from trainer.forecast_text import described
+from trainer.planning import forecast
 
 CARD = "h200"
 NOTHING = {"memory.checkpoint": "none"}

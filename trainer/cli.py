@@ -82,10 +82,11 @@ def _train(argv: Sequence[str]) -> None:
     config, card = command.settings, _card_here(command)
     from trainer.assemble import trainable_prompts
     from trainer.distributed import divided, joined, num_ranks, on_main
+    from trainer.forecast_text import program
     from trainer.loop import train
     from trainer.memory_file import Forecast
     from trainer.metrics import require_tensorboard
-    from trainer.planning import forecast_as_given, program, require_room, require_sense
+    from trainer.planning import forecast_as_given, require_room, require_sense
     from trainer.recovery import train_in_memory
     from trainer.run_directory import read_config, require_place, restarted_run
     from trainer.state import require_kept
@@ -142,7 +143,7 @@ def _plan(argv: Sequence[str]) -> None:
 
 
 def _forecast(command: PlanCommand, origins: dict[str, str]) -> None:
-    from trainer import planning
+    from trainer import forecast_text, planning
 
     config = command.settings
     if command.cards > config.data.batch_size and origins["data.batch_size"] == "default":  # the least that can be divided
@@ -157,9 +158,9 @@ def _forecast(command: PlanCommand, origins: dict[str, str]) -> None:
         card = replace(card, host_bytes=free, **own)
     found = planning.forecast(config, card, fixed(origins), num_cards=command.cards)
     if command.json:
-        print(json.dumps(planning.as_json(found, origins), indent=2))
+        print(json.dumps(forecast_text.as_json(found, origins), indent=2))
     else:
-        planning.print_forecast(found, origins, explain=command.explain)
+        forecast_text.print_forecast(found, origins, explain=command.explain)
     if found.result.best is None:
         raise DoesNotFit(planning.verdict(found))
 

@@ -10,7 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from memory.cards import GIB, lookup
 from memory.plan import MemoryPlan
 from memory.ranking import SEARCHED
-from trainer import phases, planning
+from trainer import forecast_text, phases, planning
 from trainer.backbones.cogvideox import CogVideoX, enable_tiles
 from trainer.config import DataConfig, LossConfig, ModelConfig, OptimConfig, TrainConfig
 from trainer.errors import DoesNotFit, UsageError
@@ -30,7 +30,7 @@ def test_forecast_of_a_tiny_run_fits_and_offloads_nothing(forecast):
 
 
 def test_json_has_the_promised_keys_and_sums(forecast):
-    content = json.loads(json.dumps(planning.as_json(forecast, {})))
+    content = json.loads(json.dumps(forecast_text.as_json(forecast, {})))
     assert {"model", "card", "capacity_bytes", "fits", "settings", "predicted", "step_seconds", "alternatives"} <= content.keys()
     predicted = content["predicted"]
     assert sum(predicted["by_category"].values()) == predicted["step_peak_bytes"]
@@ -39,7 +39,7 @@ def test_json_has_the_promised_keys_and_sums(forecast):
 
 
 def test_a_plan_says_that_it_is_predicted_and_how_far_times_may_be_off(forecast, capsys):
-    planning.print_forecast(forecast, {}, explain=False)
+    forecast_text.print_forecast(forecast, {}, explain=False)
     output = " ".join(capsys.readouterr().out.split())
     assert "(all figures predicted" in output and "times that others measured differ" in output
 
@@ -57,19 +57,19 @@ def test_what_others_hold_of_a_card_is_said(tiny_config):
 def test_what_the_host_has_is_asked_for_where_it_would_help(forecast, capsys, fits, plan, hinted):
     chosen = replace(forecast.chosen, plan=plan)
     result = replace(forecast.result, best=chosen if fits else None, smallest=chosen, near_misses=(forecast.chosen,))
-    planning.print_forecast(replace(forecast, result=result), {}, explain=False)
+    forecast_text.print_forecast(replace(forecast, result=result), {}, explain=False)
     assert ("--host 64gb: faster plans" in capsys.readouterr().out) == hinted
 
 
 def test_a_plan_says_what_is_not_predicted_of_compiled_blocks(tiny_config, capsys):
     found = planning.forecast(tiny_config(memory__compile=True), lookup("4090"))
-    planning.print_forecast(found, {}, explain=False)
+    forecast_text.print_forecast(found, {}, explain=False)
     assert "predicted, as if no block were compiled, but for 6% that compiled ones reserve more;" in " ".join(capsys.readouterr().out.split())
 
 
 def test_an_explanation_says_from_which_time_an_operator_on_the_host_is_the_limit(forecast, capsys):
     for explain, card in ((True, forecast.card), (False, forecast.card), (True, lookup("cpu"))):  # a CPU is its own host
-        planning.print_forecast(replace(forecast, card=card), {}, explain=explain)
+        forecast_text.print_forecast(replace(forecast, card=card), {}, explain=explain)
         output, time = " ".join(capsys.readouterr().out.split()), forecast.chosen.time
         said = f"host: about {time.num_operators:,.0f} operators a step, most of them one kernel; it is the limit where it takes more than"
         assert (f"{said} {1e6 * time.seconds / time.num_operators:,.0f} µs for each" in output) == (explain and not card.is_cpu)
@@ -78,7 +78,7 @@ def test_an_explanation_says_from_which_time_an_operator_on_the_host_is_the_limi
 def test_a_plan_prints_the_command_and_origins_as_they_are(tiny_config, capsys):
     config = tiny_config(data__concept="a [/b] [ball]", data__prompts=None)
     found = planning.forecast(config, lookup("4090"))
-    planning.print_forecast(found, {"data.concept": "flag", "memory.checkpoint": "file [a].toml"}, explain=False)
+    forecast_text.print_forecast(found, {"data.concept": "flag", "memory.checkpoint": "file [a].toml"}, explain=False)
     output = capsys.readouterr().out
     assert "--concept 'a [/b] [ball]'" in output.splitlines()[-1] and "file [a].toml" in output
 
@@ -123,12 +123,12 @@ def test_the_command_gives_all_that_was_given_and_leaves_the_planner_what_it_cho
     config = TrainConfig(loss=LossConfig(eta=2.0), memory=MemoryPlan(checkpoint="all"))
     plan = MemoryPlan(resident_blocks=3)
     origins = {"loss.eta": "file a.toml", "optim.rank": "bundled model", "memory.checkpoint": "flag", "memory.passes": "default"}
-    assert planning.command(config, plan, origins) == "python run.py --eta 2.0 --resident-blocks 3 --checkpoint all"
+    assert forecast_text.command(config, plan, origins) == "python run.py --eta 2.0 --resident-blocks 3 --checkpoint all"
     published = replace(config, model=ModelConfig(model="cogvideox-2b"), data=DataConfig(concept="golf", preserve=("tennis",)))
     given = {"model.model": "flag", "data.concept": "flag", "data.preserve": "flag"}
-    assert planning.command(published, MemoryPlan(), given) == "python run.py --model cogvideox-2b --concept golf --preserve tennis"
+    assert forecast_text.command(published, MemoryPlan(), given) == "python run.py --model cogvideox-2b --concept golf --preserve tennis"
     unsaid = replace(published, data=DataConfig())
-    assert planning.command(unsaid, MemoryPlan(), {"model.model": "flag"}) == "python run.py --model cogvideox-2b --concept WORD --preserve WORD"
+    assert forecast_text.command(unsaid, MemoryPlan(), {"model.model": "flag"}) == "python run.py --model cogvideox-2b --concept WORD --preserve WORD"
 
 
 def test_a_published_name_without_weights_is_planned_from_its_configuration():

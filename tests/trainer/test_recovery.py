@@ -23,11 +23,11 @@ from trainer.backbones.text_encoder import TextEncoder
 from trainer.checkpoint import latest_checkpoint
 from trainer.eraser_files import load_eraser
 from trainer.errors import DoesNotFit, InputOutputError, OutOfMemory
+from trainer.forecast_text import program
 from trainer.health import Health
 from trainer.latents import TrajectoryLatents
 from trainer.loop import train
 from trainer.metrics import read_metrics
-from trainer.planning import program
 from trainer.recovery import Failure, cheaper, described, train_in_memory
 from trainer.run_directory import read_config
 

@@ -13,7 +13,8 @@ from memory.ranking import CHUNKS
 from trainer import cli
 from trainer.assemble import open_backbone
 from trainer.errors import UsageError
-from trainer.planning import as_json, command, forecast, print_forecast, workload
+from trainer.forecast_text import as_json, command, print_forecast
+from trainer.planning import forecast, workload
 from trainer.rehearse import rehearse
 from trainer.several_cards import assess_sharded, faster, sharded_plans
 

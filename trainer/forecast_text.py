@@ -1,0 +1,125 @@
+"""A forecast as a command line, as plain data and as tables."""
+
+import shlex
+from dataclasses import asdict, fields
+from typing import Any
+
+from memory.advice import words_of
+from memory.assess import Assessment, compiled_fragmentation
+from memory.cards import GIB
+from memory.plan import MemoryPlan
+from memory.ranking import SEARCHED
+from memory.timing import LARGEST_ERROR, TYPICAL_ERROR
+from trainer.assemble import only_planned
+from trainer.config import TrainConfig
+from trainer.planning import Forecast, verdict
+
+
+def program(num_processes: int) -> tuple[str, ...]:
+    """How training is started, but for its flags."""
+    return ("python", "run.py") if num_processes == 1 else ("torchrun", f"--nproc-per-node={num_processes}", "--", "run.py")
+
+
+def command(config: TrainConfig, plan: MemoryPlan, origins: dict[str, str], num_cards: int = 1) -> str:
+    """A command line that asks for this plan; what is at its default there, --profile chooses anew. WORD stands for what has to be said of
+    published models, and was not."""
+    words = [*program(num_cards)]
+    given = [path.split(".") for path, origin in origins.items() if origin == "flag" or origin.startswith("file ")]
+    for section, name in given:
+        if section != "memory":
+            words += words_of(name, getattr(getattr(config, section), name))
+    if config.model.model != "shapes":
+        if not {("data", "concept"), ("data", "prompts")} & {*map(tuple, given)}:
+            words += ["--concept", "WORD"]
+        if config.loss.beta and not (config.data.preserve or config.data.preserve_file):
+            words += ["--preserve", "WORD"]
+    default = MemoryPlan()
+    for f in fields(MemoryPlan):  # what was given is not to be planned anew, whatever it is
+        if getattr(plan, f.name) != getattr(default, f.name) or ["memory", f.name] in given:
+            words += words_of(f.name, getattr(plan, f.name))
+    return shlex.join(words)
+
+
+def as_json(found: Forecast, origins: dict[str, str]) -> dict[str, Any]:
+    """The forecast as plain data; sizes in bytes, all predicted."""
+    return {
+        "model": found.config.model.model, "card": found.card.name, "capacity_bytes": found.card.capacity_bytes,
+        "fits": found.result.best is not None, "verdict": verdict(found),
+        "num_candidates": found.result.num_candidates, **described(found.chosen),
+        "alternatives": [described(miss) | {"reason": miss.reason} for miss in found.result.near_misses],
+        "command": None if only_planned(found.chosen.plan) else command(found.config, found.chosen.plan, origins, found.num_cards),
+        "num_cards": found.num_cards,
+        "by_placement": {name: described(a) for name, a in found.by_placement().items()},
+    }
+
+
+def described(a: Assessment) -> dict[str, Any]:
+    """One plan and what it needs, as plain data."""
+    return {
+        "settings": asdict(a.plan), "fits": a.fits,
+        "predicted": {"peak_bytes": max(a.by_phase.values()), "step_peak_bytes": a.prediction.peak_bytes,
+                      "reserved_bytes": a.prediction.reserved_bytes, "needed_bytes": a.needed_bytes,
+                      "host_bytes": a.host_bytes, "by_category": a.prediction.by_category, "by_phase": a.by_phase},
+        "step_seconds": a.time.seconds, "step_seconds_by_bound": a.time.by_bound,
+    }
+
+
+def print_forecast(found: Forecast, origins: dict[str, str], *, explain: bool) -> None:
+    """The forecast on stdout, for people."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    from trainer.live_view import duration
+
+    console, a = Console(), found.chosen
+    more = compiled_fragmentation(a.plan) - 1
+    uncompiled = f", as if no block were compiled, but for {more:.0%} that compiled ones reserve more" if a.plan.compile else ""
+    num_steps = found.config.optim.steps
+    total = f"; {num_steps} steps take {duration(num_steps * a.time.seconds)}" if found.result.best else ""
+    console.print(Text(verdict(found) + total, style="bold"))
+    console.print(f"(all figures predicted{uncompiled}; {found.result.num_candidates} candidates; times that others measured differ from such "
+                  f"predictions by {TYPICAL_ERROR:.0%} (root mean square), {LARGEST_ERROR:.0%} at most; short steps take longer where the host is the limit)",
+                  highlight=False)
+    searched = (*SEARCHED, "num_shards") if found.num_cards > 1 else SEARCHED
+    settings = Table("setting", "value", "origin", title="settings", title_justify="left")
+    for f in fields(MemoryPlan):
+        value, path = getattr(a.plan, f.name), f"memory.{f.name}"
+        planned = f.name in searched and origins.get(path) in ("default", None)
+        settings.add_row(f.name, str(value), "planned" if planned else Text(origins.get(path, "default")))
+    console.print(settings)
+    for title, rows in (("GiB at the step's peak", a.prediction.by_category), ("GiB by phase", a.by_phase)):
+        table = Table("", "GiB", title=title, title_justify="left")
+        for name, num_bytes in rows.items():
+            table.add_row(name, f"{num_bytes / GIB:.3f}")
+        console.print(table)
+    console.print(f"reserved {a.prediction.reserved_bytes / GIB:.2f} GiB, context {found.card.context_bytes / GIB:.2f} GiB, "
+                  f"host {a.host_bytes / GIB:.2f} GiB"
+                  + (" (--host 64gb: faster plans may use what it has)" if found.host_may_help else ""),
+                  highlight=False)
+    if found.num_cards > 1:
+        table = Table(f"on each of {found.num_cards} cards", "GiB", "host GiB", "s a step", "", title="frozen blocks", title_justify="left")
+        for name, way in found.by_placement().items():
+            table.add_row(name, f"{way.needed_bytes / GIB:.2f}", f"{way.host_bytes / GIB:.2f}", f"{way.time.seconds:.2f}",
+                          way.reason or "fits")
+        console.print(table)
+    if found.result.near_misses:
+        table = Table("faster plans that do not fit", "s a step", "why", title_justify="left")
+        for miss in found.result.near_misses:
+            table.add_row(_difference(miss.plan, a.plan), f"{miss.time.seconds:.2f}", miss.reason)
+        console.print(table)
+    if explain:
+        console.print("seconds of a step by what limits them: " + ", ".join(f"{bound} {seconds:.2f}" for bound, seconds in a.time.by_bound.items()), highlight=False)
+        if not found.card.is_cpu:
+            console.print(f"host: about {a.time.num_operators:,.0f} operators a step, most of them one kernel; it is the limit where it takes more "
+                          f"than {1e6 * a.time.seconds / a.time.num_operators:,.0f} µs for each", highlight=False)
+        console.print(f"assumed of {found.card.label}, not measured: {', '.join(found.card.assumed).replace('_', ' ')}\n"
+                      f"rates: {found.card.source}", highlight=False)
+    if found.result.best and not only_planned(a.plan):
+        print(command(found.config, a.plan, origins, found.num_cards))
+
+
+def _difference(plan: MemoryPlan, other: MemoryPlan) -> str:
+    """What one plan sets otherwise than another."""
+    return ", ".join(f"{f.name} {getattr(plan, f.name)}" for f in fields(MemoryPlan)
+                     if getattr(plan, f.name) != getattr(other, f.name)) or "the same"
