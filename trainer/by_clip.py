@@ -60,13 +60,15 @@ def cases(config: EvaluateConfig, model: ModelConfig, concept: str) -> tuple[lis
     kept = {"preserve": config.preserve, "preserve_file": None} if config.preserve else {}
     prompts = collect(replace(data, concept=concept, instead="", prompts=config.prompts or data.prompts, **kept),
                       bundled=model.model == "shapes", templates=UNSEEN)
-    labels = list(dict.fromkeys([prompts.concept, *filter(None, [data.instead]), *(label for label, _ in prompts.kept)]))
+    labels: dict[str, str] = {}
+    for label in (prompts.concept, *filter(None, [data.instead]), *(label for label, _ in prompts.kept)):
+        labels.setdefault(label.casefold(), label)  # CLIP's tokenizer tells no capitals: of two alike one would never be taken
     if len(labels) < 2:
         raise UsageError(f"there is nothing that a video could show in place of {concept!r}; name related things by --preserve")
     chosen = [Case(prompt, prompts.concept) for prompt in _spread(prompts.prompts, config.num_videos)]
     for (label, own), count in Counter(_spread(prompts.kept, config.num_videos)).items():
-        chosen += [Case(prompt, label) for prompt in _spread(own, count)]
-    return chosen, labels
+        chosen += [Case(prompt, labels[label.casefold()]) for prompt in _spread(own, count)]
+    return chosen, list(labels.values())
 
 
 def _spread(among: Sequence[Any], count: int) -> list[Any]:

@@ -76,6 +76,12 @@ def test_rates_of_a_perfect_eraser(rendered):
     assert result["distance"]["preserved_rms"] == 0.0 and result["rater"] == "shapes"
 
 
+def test_what_differs_in_capitals_only_is_one_thing_to_a_rater(rendered):
+    result = evaluate(_config(rendered, preserve=("Green", "green", "blue", "BLUE")))
+    assert [(row["name"], row["num_videos"], row["before"]) for row in result["preserved"]] == [("Green", 2, 1.0), ("blue", 2, 1.0)]
+    assert result["chance"] == 1 / 3
+
+
 def test_what_the_rater_does_not_see_is_said(rendered, caplog):
     evaluate(_config(rendered, concept="left", preserve=("right", "up", "down")))
     assert "for 'left': its rates say little about it" in caplog.text
