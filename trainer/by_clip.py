@@ -81,9 +81,9 @@ def _spread(among: Sequence[Any], count: int) -> list[Any]:
 def measured(config: EvaluateConfig, model: ModelConfig, concept: str, card: Card | None, *, rank: int
              ) -> tuple[dict[str, Any], list[tuple[str, Tensor]]]:
     """The evaluation and a before/after sheet's rows. Raises UsageError, and what generating raises."""
-    rater = locate("clip", config.rater, flag="--rater", whole=True)
     chosen, labels = cases(config, model, concept)
     backbone, plan = opened(model, config.memory, card, rank=rank, guidance_scale=config.guidance_scale, does="measures")
+    rater = locate("clip", config.rater, flag="--rater", whole=True)  # which may be a download: after what can be refused
     device = resolve_device(model.device)
     described = [template.format(label) for label in labels for template in TEMPLATES]
     texts = _embed(ClipText(rater), described, device).view(len(labels), len(TEMPLATES), -1)  # (K, templates, E)

@@ -203,6 +203,15 @@ def test_a_rater_that_cannot_rate_is_refused_before_anything_is_generated(publis
 
 
 @pytest.mark.parametrize("more, message", [
+    ({"preserve": ("red",)}, "--preserve red: that is what is to be erased"),
+    ({"model": ModelConfig(device="cpu", frames=2)}, "--frames 2: this VAE makes")])
+def test_what_can_be_refused_is_before_a_rater_is_downloaded(published, monkeypatch, more, message):
+    monkeypatch.setattr(module, "locate", None)  # not reached
+    with pytest.raises(UsageError, match=message):
+        evaluate(_config(published, **more))
+
+
+@pytest.mark.parametrize("more, message", [
     ({"prompts": Path("x.txt")}, "--prompts: the rule that measures has prompts of its own"), ({"preserve": ("green",)}, "--preserve: the rule"),
     ({"rater": ""}, "--rater: an empty value"), ({"rater": "shapes", "num_steps": 0}, "--num-steps 0")])
 def test_flags_without_effect_are_refused(more, message):
