@@ -58,8 +58,11 @@ def cases(config: EvaluateConfig, model: ModelConfig, concept: str) -> tuple[lis
     run = trained_config(config.run)
     data = run.data if run else DataConfig()
     kept = {"preserve": config.preserve, "preserve_file": None} if config.preserve else {}
-    prompts = collect(replace(data, concept=concept, instead="", prompts=config.prompts or data.prompts, **kept),
-                      bundled=model.model == "shapes", templates=UNSEEN)
+    wanted = replace(data, concept=concept, instead="", prompts=config.prompts or data.prompts, **kept)
+    for file, flag in ((wanted.prompts, "--prompts"), (wanted.preserve_file, "--preserve")):
+        if file and file != config.prompts and not file.exists():  # it was named when the run began, perhaps in another directory
+            raise UsageError(f"{config.run} was trained with {file}, which is not there; {flag} names others")
+    prompts = collect(wanted, bundled=model.model == "shapes", templates=UNSEEN)
     labels: dict[str, str] = {}
     for label in (prompts.concept, *filter(None, [data.instead]), *(label for label, _ in prompts.kept)):
         labels.setdefault(label.casefold(), label)  # CLIP's tokenizer tells no capitals: of two alike one would never be taken

@@ -152,6 +152,20 @@ def test_flags_name_other_prompts_and_other_things(published, tmp_path):
     assert [case.prompt for case in chosen[:2]] == ["one", "three"] and {case.label for case in chosen[2:]} == {"cyan"}
 
 
+def test_files_of_a_run_that_are_gone_are_told_with_the_flags_that_evaluate_has(pipelines, tmp_path):
+    run, model, mine = tmp_path / "run", ModelConfig(model=str(pipelines["2b"])), tmp_path / "mine.txt"
+    run.mkdir()
+    write_config(run, TrainConfig(model=model, data=DataConfig(prompts=Path("gone.txt"), preserve_file=Path("kept.txt"))), {})
+    mine.write_text("something red\n")
+    with pytest.raises(UsageError, match="run was trained with gone.txt, which is not there; --prompts names others$"):
+        cases(_config(run), model, "red")
+    with pytest.raises(UsageError, match="run was trained with kept.txt, which is not there; --preserve names others$"):
+        cases(_config(run, prompts=mine), model, "red")
+    assert cases(_config(run, prompts=mine, preserve=("green",)), model, "red")[1] == ["red", "green"]
+    with pytest.raises(UsageError, match="^--prompts .*absent.txt: cannot be read"):
+        cases(_config(run, prompts=tmp_path / "absent.txt", preserve=("green",)), model, "red")
+
+
 def test_many_preserved_prompts_are_spread_over(published):
     many = tuple(f"thing number {i}" for i in range(100))
     chosen, labels = cases(_config(published, preserve=many, num_videos=4), ModelConfig(model="some/model"), "red")
