@@ -3,6 +3,7 @@
 import logging
 import os
 from collections.abc import Mapping
+from functools import lru_cache
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -13,6 +14,7 @@ from trainer.errors import UsageError
 from trainer.run_files import part_of
 
 logger = logging.getLogger(__name__)
+_warn_once = lru_cache(logger.warning)  # videos are stored one by one
 
 
 def cache_directory(kind: str) -> Path:
@@ -31,7 +33,8 @@ def store(files: Mapping[Path, Mapping[str, Tensor]], what: str) -> None:
             with part_of(file, f".{os.getpid()}") as part:
                 save_file(dict(tensors), part)
     except (OSError, SafetensorError) as e:
-        logger.warning("%s are not cached: %s; XDG_CACHE_HOME names another place", what, e)
+        _warn_once("%s are not cached in %s (%s); XDG_CACHE_HOME names another place", what, file.parent,
+                   e.strerror if isinstance(e, OSError) else str(e))
 
 
 def recall(file: Path, *names: str) -> dict[str, Tensor] | None:

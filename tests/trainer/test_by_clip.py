@@ -136,6 +136,15 @@ def test_an_evaluation_that_was_interrupted_goes_on_and_serves_that_of_another_e
     assert len(calls) == 13 + 8
 
 
+def test_a_cache_that_cannot_be_written_is_told_once_and_measuring_goes_on(published, tmp_path, monkeypatch, caplog):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert evaluate(_config(published, num_videos=2))["target"]["num_videos"] == 2
+    place = tmp_path / "file" / "eraser-trainer" / "latents"
+    assert [said for said in caplog.messages if said.startswith("videos")] == [
+        f"videos are not cached in {place} (Not a directory); XDG_CACHE_HOME names another place"]
+
+
 def test_prompts_are_in_wordings_that_training_did_not_have(published):
     chosen, labels = cases(_config(published, num_videos=6), ModelConfig(model="some/model"), "red")
     assert labels == ["red", "yellow", "green", "blue", "a purple square"]
