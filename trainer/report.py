@@ -153,8 +153,8 @@ def _evaluation(files: RunFiles) -> str:
     if "target" not in result:
         return _section("Is it gone, and is the rest still there?",
                         _note(f"Not measured. python run.py forget --resume {files.path} does it at its end." if files.forgets
-                              else f"Not measured. python run.py evaluate {files.path} does it; but for the bundled model, --rater names a "
-                              "CLIP model that looks at the videos."))
+                              else f"Not measured. python run.py evaluate {files.path} does it; of other models than the bundled one it wants "
+                              "a --rater, a CLIP model that looks at the videos."))
     synonyms, rater = result.get("synonyms", {}), result.get("rater")
     measured = result.get("measure")  # of a run of `forget`, whose examples are no videos
     rows = [(f"<b>{escape(str(result['target'].get('name')))}</b>", "target", result["target"])]

@@ -144,6 +144,11 @@ def test_without_predictions_and_plans_it_says_what_is_there(run):
     assert "No prediction is stored with this run." in text and "Steps 60 " in text and "Peak memory, predicted" not in text
 
 
+def test_a_run_that_is_not_measured_says_how(run):
+    (run / "evaluation.json").unlink()
+    assert f"run.py evaluate {run} does it; of other models than the bundled one it wants a --rater" in write_report(run).read_text()
+
+
 def test_sheets_of_large_videos_are_shown_as_wide_as_a_page(run):
     noise = Image.effect_noise((6000, 500), 100)
     noise.save(run / "samples" / "step-000060.png")
