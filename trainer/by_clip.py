@@ -54,7 +54,7 @@ class Case:
 
 def cases(config: EvaluateConfig, model: ModelConfig, concept: str) -> tuple[list[Case], list[str]]:
     """`num_videos` prompts of the concept, then as many of all that is preserved; and the descriptions, the concept first. Prompts are those
-    of the run or the flags; made from words, they are in wordings that training did not have."""
+    of the run or the flags; made from words, they are in wordings that training did not have, or the bundled model's captions."""
     run = trained_config(config.run)
     data = run.data if run else DataConfig()
     kept = {"preserve": config.preserve, "preserve_file": None} if config.preserve else {}
