@@ -28,7 +28,7 @@ from trainer.backbones.cogvideox import CogVideoX
 from trainer.backbones.location import fingerprint
 from trainer.cache import cache_directory, recall, store
 from trainer.config import DataConfig, EvaluateConfig, ModelConfig
-from trainer.eraser_files import load_eraser
+from trainer.eraser_files import EraserFile
 from trainer.errors import UsageError
 from trainer.generate import generate_latents, opened, trained_config
 from trainer.live_view import duration
@@ -81,11 +81,11 @@ def _spread(among: Sequence[Any], count: int) -> list[Any]:
     return [among[i % len(among)] for i in range(count)] if among else []
 
 
-def measured(config: EvaluateConfig, model: ModelConfig, concept: str, card: Card | None, *, rank: int
+def measured(config: EvaluateConfig, model: ModelConfig, concept: str, card: Card | None, *, eraser: EraserFile
              ) -> tuple[dict[str, Any], list[tuple[str, Tensor]]]:
     """The evaluation and a before/after sheet's rows. Raises UsageError, and what generating raises."""
     chosen, labels = cases(config, model, concept)
-    backbone, plan = opened(model, config.memory, card, rank=rank, guidance_scale=config.guidance_scale, does="measures")
+    backbone, plan = opened(model, config.memory, card, eraser=eraser, guidance_scale=config.guidance_scale, does="measures")
     rater = locate("clip", config.rater, flag="--rater", whole=True)  # which may be a download: after what can be refused
     device = resolve_device(model.device)
     described = [template.format(label) for label in labels for template in TEMPLATES]
@@ -94,7 +94,7 @@ def measured(config: EvaluateConfig, model: ModelConfig, concept: str, card: Car
     _embed(ClipVision(rater), [Image.new("RGB", (64, 64))], device)  # what is wrong with it is to be known before the hours that videos take
     print(f"measuring {2 * len(chosen)} videos, half of them without the eraser", file=sys.stderr, flush=True)
     embeddings = embed_prompts(backbone, model, plan, [*(case.prompt for case in chosen), ""])
-    latents = _latents(config, backbone, model, plan, embeddings.to(device), chosen)
+    latents = _latents(config, backbone, model, plan, embeddings.to(device), chosen, eraser)
     decode = backbone.decoder(video_size(backbone, model)[0], dtype=resolve_dtype(backbone, plan, insist=True), device=device)
     shown, distances = [], []  # stills (3, S, H, W) before and after
     for case, pair in zip(chosen, latents):
@@ -117,11 +117,11 @@ def measured(config: EvaluateConfig, model: ModelConfig, concept: str, card: Car
     return result, [(f"{when}: {chosen[i].prompt}", shown[2 * i + j]) for i in ends for j, when in enumerate(("before", "after"))]
 
 
-def _latents(config: EvaluateConfig, backbone: CogVideoX, model: ModelConfig, plan: MemoryPlan, embeddings: Embeddings, chosen: Sequence[Case]
-             ) -> list[tuple[Tensor, Tensor]]:
+def _latents(config: EvaluateConfig, backbone: CogVideoX, model: ModelConfig, plan: MemoryPlan, embeddings: Embeddings, chosen: Sequence[Case],
+             eraser: EraserFile) -> list[tuple[Tensor, Tensor]]:
     """Of each case, latents (1, F, C, H, W) without and with the eraser, on the host. They are cached as they are made: an evaluation that
     was interrupted goes on, and what is without an eraser serves that of another one."""
-    files = _cache_files(config, backbone, model, plan, embeddings, chosen)
+    files = _cache_files(config, backbone, model, plan, embeddings, chosen, eraser)
     found = {which: known["latents"] for which, file in files.items() if (known := recall(file, "latents"))}
     missing = [(i, on) for i in range(len(chosen)) for on in (False, True) if (i, on) not in found]
     if found:
@@ -143,17 +143,17 @@ def _latents(config: EvaluateConfig, backbone: CogVideoX, model: ModelConfig, pl
 
 
 def _cache_files(config: EvaluateConfig, backbone: CogVideoX, model: ModelConfig, plan: MemoryPlan, embeddings: Embeddings,
-                 chosen: Sequence[Case]) -> dict[tuple[int, bool], Path]:
+                 chosen: Sequence[Case], eraser: EraserFile) -> dict[tuple[int, bool], Path]:
     """Where the latents of each case, without and with the eraser, are cached: by all that they depend on. Those of random weights are not."""
     if backbone.directory is None:
         return {}
     weights = fingerprint(file for part in ("transformer", "scheduler") for file in sorted((backbone.directory / part).iterdir()) if file.is_file())
     common = (_LATENTS, weights, backbone.latent_shape(*video_size(backbone, model)), plan.compile, config.num_steps, config.guidance_scale)
-    eraser, files = _digest(load_eraser(config.run).state.values()), {}
+    trained, files = _digest(eraser.state.values()), {}
     for i, case in enumerate(chosen):
         texts = _digest(map(embeddings.row, (case.prompt, "")))
         for on in (False, True):
-            key = hashlib.sha256(repr((common, texts, config.seed + i, on and eraser)).encode()).hexdigest()[:32]
+            key = hashlib.sha256(repr((common, texts, config.seed + i, on and trained)).encode()).hexdigest()[:32]
             files[i, on] = cache_directory("latents") / f"{key}.safetensors"
     return files
 

@@ -48,6 +48,14 @@ class EraserFile:
         """`asked`, or the model that it was trained on where none but the default is asked for."""
         return replace(asked, model=self.base_model["name"]) if self.base_model and asked.model == ModelConfig().model else asked
 
+    def require_fit(self, num_blocks: int, width: int, base_model: Mapping[str, str] | None) -> None:
+        """Raises CheckpointError for a transformer that it was not made for. `base_model`: the identity of that, where it is known."""
+        if (self.num_blocks, self.width) != (num_blocks, width):
+            raise CheckpointError(f"{self.path}: made for {self.num_blocks} blocks of width {self.width}, "
+                                  f"this transformer has {num_blocks} of width {width}")
+        if base_model and self.base_model and self.base_model["config_hash"] != base_model["config_hash"]:
+            raise CheckpointError(f"{self.path}: made for {self.base_model['name']}, not for {base_model['name']}")
+
 
 def save_eraser(directory: Path, erasers: Erasers, *, base_model: Mapping[str, str],
                 training: Mapping[str, Any]) -> Path:
@@ -182,12 +190,7 @@ def apply_eraser(transformer: nn.Module, path: Path | str, *, base_model: Mappin
     if any(map(_streamed_by_diffusers, blocks)):
         raise UsageError("this transformer's blocks are offloaded with a stream, which knows their weights by now; apply the eraser first, "
                          "then enable_group_offload()")
-    width = width_of(blocks[0].attn1)
-    if (file.num_blocks, file.width) != (len(blocks), width):
-        raise CheckpointError(f"{file.path}: made for {file.num_blocks} blocks of width {file.width}, "
-                              f"this transformer has {len(blocks)} of width {width}")
-    if base_model and file.base_model and file.base_model["config_hash"] != base_model["config_hash"]:
-        raise CheckpointError(f"{file.path}: made for {file.base_model['name']}, not for {base_model['name']}")
+    file.require_fit(len(blocks), width_of(blocks[0].attn1), base_model)
     config = {k: v for k, v in getattr(transformer, "config", {}).items() if k != "quantization_config"}
     if not base_model and file.base_model and config and config_hash(config) != file.base_model["config_hash"]:
         logger.warning("%s: made for %s, and this transformer is configured in another way; look whether it erases here", file.path,

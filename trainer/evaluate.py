@@ -46,7 +46,7 @@ def evaluate(config: EvaluateConfig, card: Card | None = None) -> dict[str, Any]
         if config.rater is None:
             result, sheet = by_rule.measured(config, model, concept, own=own)
         else:
-            result, sheet = by_clip.measured(config, model, concept, card, rank=eraser.rank)
+            result, sheet = by_clip.measured(config, model, concept, card, eraser=eraser)
         result = {"concept": concept, **result, **{name: getattr(config, name) for name in usual}}
         write_json(directory / EVALUATION, result)
         contact_sheet(directory / PICTURES, sheet)

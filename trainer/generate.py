@@ -20,7 +20,7 @@ from trainer.backbones.cogvideox import CogVideoX
 from trainer.config import EvaluateConfig, GenerateConfig, ModelConfig, OptimConfig, OutputConfig, TrainConfig, leaves, replaced
 from trainer.config_file import from_json
 from trainer.diffusion import sample
-from trainer.eraser_files import load_eraser, refuse_forgetting
+from trainer.eraser_files import EraserFile, load_eraser, refuse_forgetting
 from trainer.errors import CheckpointError, InputOutputError, NonFinite, UsageError
 from trainer.phases import fit_to_generate
 from trainer.planning import require_sense
@@ -77,16 +77,18 @@ def trained_config(eraser: Path) -> TrainConfig | None:
         return None
 
 
-def opened(model: ModelConfig, plan: MemoryPlan, card: Card | None, *, rank: int, guidance_scale: float, does: str = "generates"
-           ) -> tuple[CogVideoX, MemoryPlan]:
+def opened(model: ModelConfig, plan: MemoryPlan, card: Card | None, *, eraser: EraserFile | None, guidance_scale: float,
+           does: str = "generates") -> tuple[CogVideoX, MemoryPlan]:
     """The model to generate with, and the plan with as many resident blocks as `card` holds; None: as configured. What can be refused is,
     before a download. `does`: what the command does, in words."""
     if model.model != "shapes":
         require_sense(TrainConfig(model=model), what=does)
     backbone = open_backbone(model)
     backbone.latent_shape(*video_size(backbone, model))
+    if eraser:
+        eraser.require_fit(backbone.num_blocks, backbone.width, backbone.identity())
     if card:
-        plan = fit_to_generate(backbone, TrainConfig(model=model, memory=plan, optim=OptimConfig(rank=rank),
+        plan = fit_to_generate(backbone, TrainConfig(model=model, memory=plan, optim=OptimConfig(rank=eraser.rank if eraser else 1),
                                                      output=OutputConfig(guidance_scale=guidance_scale)), card)
     return backbone, plan
 
@@ -99,7 +101,7 @@ def generate(config: GenerateConfig, card: Card | None = None) -> list[Path]:
         raise InputOutputError(f"--out {config.out}: is a directory; name a file in it, as {config.out / 'x.mp4'}")
     eraser = None if config.no_eraser else load_eraser(config.eraser)
     model = eraser.model(config.model) if eraser else config.model
-    backbone, plan = opened(model, config.memory, card, rank=eraser.rank if eraser else 1, guidance_scale=config.guidance_scale)
+    backbone, plan = opened(model, config.memory, card, eraser=eraser, guidance_scale=config.guidance_scale)
     try:
         probe(config.out.parent)  # makes it: after what can be refused, before minutes of sampling
     except OSError as e:

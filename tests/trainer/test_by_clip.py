@@ -53,7 +53,7 @@ def rendered(pipelines, tmp_path, monkeypatch) -> Path:
     def scene(label: str) -> world.Scene:
         return world.Scene(**{"colour": "blue", "shape": "circle", "direction": "left"} | dict([world.kind_of(label)]))
 
-    def drawn(config, backbone, model, plan, embeddings, chosen):
+    def drawn(config, backbone, model, plan, embeddings, chosen, eraser):
         return [tuple(world.render(scene(label), torch.Generator().manual_seed(i))[None] for label in (case.label, "green" * (case.label == "red") or case.label))
                 for i, case in enumerate(chosen)]
 
@@ -195,7 +195,7 @@ def test_the_usual_numbers_are_those_of_the_model(pipelines, tmp_path, monkeypat
     name = model if model == "shapes" else str(pipelines[model])
     run = _run(tmp_path / "run", name, concept="red", preserve=("green",))
     asked = []
-    monkeypatch.setattr(module, "measured", lambda config, model, concept, card, *, rank: asked.append(config) or ({}, []))
+    monkeypatch.setattr(module, "measured", lambda config, model, concept, card, *, eraser: asked.append(config) or ({}, []))
     monkeypatch.setattr("trainer.evaluate.contact_sheet", lambda path, rows: None)
     evaluate(EvaluateConfig(run=run, rater="shapes", model=ModelConfig(model=name)))
     assert (asked[0].num_videos, asked[0].num_steps, asked[0].guidance_scale) == usual
@@ -232,6 +232,13 @@ def test_what_can_be_refused_is_before_a_rater_is_downloaded(published, monkeypa
     monkeypatch.setattr(module, "locate", None)  # not reached
     with pytest.raises(UsageError, match=message):
         evaluate(_config(published, **more))
+
+
+def test_an_eraser_of_another_model_is_refused_before_anything_is_downloaded(published, pipelines, monkeypatch):
+    monkeypatch.setattr(CogVideoX, "fetch", None)  # not reached
+    monkeypatch.setattr(module, "locate", None)
+    with pytest.raises(CheckpointError, match="made for .*2b, not for .*5b"):
+        evaluate(_config(published, model=ModelConfig(model=str(pipelines["5b"]), device="cpu")))
 
 
 @pytest.mark.parametrize("more, message", [

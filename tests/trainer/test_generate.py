@@ -158,6 +158,12 @@ def test_erasers_are_where_blocks_compute(sincos, eraser, tmp_path, written, mon
     assert "x.mp4" in written
 
 
+def test_an_eraser_of_another_model_is_refused_before_a_download(eraser, pipelines, tmp_path, monkeypatch):
+    monkeypatch.setattr("trainer.backbones.cogvideox.CogVideoX.fetch", None)  # not reached
+    with pytest.raises(CheckpointError, match="made for .*2b, not for .*5b"):
+        module.generate(_config(pipelines["5b"], tmp_path / "x.mp4", no_eraser=False, eraser=eraser))
+
+
 def test_eraser_brings_its_own_base_model(eraser, written, tmp_path, monkeypatch):
     model = ModelConfig(frames=FRAMES, height=SIDE, width=SIDE, device="cpu")
     monkeypatch.setattr("trainer.backbones.location.BUNDLED", tmp_path / "not-there")
