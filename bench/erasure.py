@@ -18,9 +18,10 @@ from typing import Any
 import tyro
 
 from bench.provenance import RESULTS, ROOT, require_known, write_result
-from trainer.config import SHAPES, EvaluateConfig, TrainConfig, replaced
+from trainer.config import SHAPES, TrainConfig, replaced
 from trainer.evaluate import evaluate
 from trainer.loop import train
+from trainer.video_config import EvaluateConfig
 
 _WITHOUT = {"unlearn": ("alpha", "beta"), "unlearn-loc": ("beta",), "unlearn-pre": ("alpha",), "all": ()}
 

@@ -13,9 +13,10 @@ from typing import Any
 import tyro
 
 from bench.provenance import RESULTS, require_known, write_result
-from trainer.config import SHAPES, EvaluateConfig, TrainConfig, replaced
+from trainer.config import SHAPES, TrainConfig, replaced
 from trainer.evaluate import evaluate
 from trainer.loop import train
+from trainer.video_config import EvaluateConfig
 
 CONCEPTS = ("red", "circle", "left")
 

@@ -27,7 +27,7 @@ from trainer.assemble import assemble, embed_prompts, resolve_device, resolve_dt
 from trainer.backbones.cogvideox import CogVideoX
 from trainer.backbones.location import fingerprint
 from trainer.cache import cache_directory, recall, store
-from trainer.config import DataConfig, EvaluateConfig, ModelConfig
+from trainer.config import DataConfig, ModelConfig
 from trainer.eraser_files import EraserFile
 from trainer.errors import UsageError
 from trainer.generate import generate_latents, opened, trained_config
@@ -38,6 +38,7 @@ from trainer.projection_features import compute
 from trainer.prompts import TEMPLATES, UNSEEN, Embeddings, collect
 from trainer.rates import rates
 from trainer.video import stills
+from trainer.video_config import EvaluateConfig
 
 logger = logging.getLogger(__name__)
 _NUM_STILLS, _BATCH = 8, 32

@@ -15,12 +15,13 @@ from torch import Tensor
 
 from trainer.assemble import Assembly, assemble, embed_prompts, open_backbone, resolve_device
 from trainer.backbones.cogvideox import CogVideoX
-from trainer.config import EvaluateConfig, ModelConfig
+from trainer.config import ModelConfig
 from trainer.errors import UsageError
 from trainer.generate import generate_latents
 from trainer.prompts import Embeddings
 from trainer.rates import rates
 from trainer.shapes import world
+from trainer.video_config import EvaluateConfig
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,9 @@ from memory.plan import PlanError
 from trainer import config as settings
 from trainer.arguments import chosen_card, early, fixed, given, in_flags, parse, positional, refuse_out, resolve
 from trainer.commands import DiagnoseCommand, DoctorCommand, ExportCommand, PlanCommand, ReportCommand, TrainCommand
-from trainer.config import EvaluateConfig, GenerateConfig, TrainConfig
+from trainer.config import TrainConfig
 from trainer.errors import DoesNotFit, UsageError
+from trainer.video_config import EvaluateConfig, GenerateConfig
 
 if TYPE_CHECKING:
     from memory.assess import Assessment

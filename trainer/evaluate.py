@@ -10,7 +10,6 @@ from typing import Any
 from memory.cards import Card
 from trainer import by_clip, by_rule
 from trainer.assemble import require_real, resolve_device
-from trainer.config import EvaluateConfig
 from trainer.eraser_files import load_eraser
 from trainer.errors import InputOutputError, UsageError
 from trainer.lock import RunLock
@@ -18,6 +17,7 @@ from trainer.run_directory import CONFIG, probe
 from trainer.run_files import lookup, write_json
 from trainer.shapes import world
 from trainer.video import contact_sheet
+from trainer.video_config import EvaluateConfig
 
 EVALUATION, PICTURES = "evaluation.json", "before-after.png"
 _BUNDLED = {"num_videos": 64, "num_steps": 16, "guidance_scale": 1.0}

@@ -17,7 +17,7 @@ from trainer.assemble import (assemble, embed_prompts, named_scheduler, open_bac
                               video_size)
 from trainer.backbones import Predict
 from trainer.backbones.cogvideox import CogVideoX
-from trainer.config import EvaluateConfig, GenerateConfig, ModelConfig, OptimConfig, OutputConfig, TrainConfig, leaves, replaced
+from trainer.config import ModelConfig, OptimConfig, OutputConfig, TrainConfig, leaves, replaced
 from trainer.config_file import from_json
 from trainer.diffusion import sample
 from trainer.eraser_files import EraserFile, load_eraser, refuse_forgetting
@@ -27,6 +27,7 @@ from trainer.planning import require_sense
 from trainer.prompts import Embeddings
 from trainer.run_directory import is_run, probe, read_config
 from trainer.video import contact_sheet, write_mp4
+from trainer.video_config import EvaluateConfig, GenerateConfig
 
 
 def generate_latents(predict: Predict, scheduler: Any, embeddings: Embeddings, prompts: Sequence[str],

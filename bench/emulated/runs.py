@@ -30,11 +30,12 @@ from trainer import generate as generating
 from trainer import loop
 from trainer.backbones import published
 from trainer.backbones.location import BUNDLED
-from trainer.config import GenerateConfig, TrainConfig, replaced
+from trainer.config import TrainConfig, replaced
 from trainer.findings import Bill
 from trainer.memory_file import Forecast
 from trainer.planning import planned
 from trainer.preflight import Preflight
+from trainer.video_config import GenerateConfig
 
 _RUNS = ((4, "cogvideox-2b", 17), (4, "cogvideox-5b", 49), (8, "cogvideox-5b", 49), (12, "cogvideox1.5-5b", 17), (24, "cogvideox-5b", 49))  # (GiB, model, frames)
 _STEP = ("teacher", "student", "backward", "optimizer")

@@ -12,7 +12,7 @@ from trainer import by_clip as module
 from trainer import cli
 from trainer.backbones.cogvideox import CogVideoX
 from trainer.by_clip import cases
-from trainer.config import DataConfig, EvaluateConfig, ModelConfig, TrainConfig
+from trainer.config import DataConfig, ModelConfig, TrainConfig
 from trainer.eraser_files import load_eraser, save_eraser, save_released
 from trainer.erasers import Erasers
 from trainer.errors import CheckpointError, UsageError
@@ -21,6 +21,7 @@ from trainer.projection_encoders import BUNDLED
 from trainer.report import write_report
 from trainer.run_directory import write_config
 from trainer.shapes import world
+from trainer.video_config import EvaluateConfig
 
 CPU = ModelConfig(device="cpu")
 

@@ -14,11 +14,12 @@ from hypothesis import strategies as st
 from memory.plan import MemoryPlan, PlanError
 from trainer import loop
 from trainer.arguments import fixed, resolve
-from trainer.config import SHAPES, EvaluateConfig, GenerateConfig, TrainConfig, leaves, replaced
+from trainer.config import SHAPES, TrainConfig, leaves, replaced
 from trainer.config_file import as_json, from_json, read_toml
 from trainer.errors import CheckpointError, InputOutputError, UsageError
 from trainer.projection_config import read_forget_config
 from trainer.run_directory import make_run_directory, read_config, write_config
+from trainer.video_config import EvaluateConfig, GenerateConfig
 
 
 @pytest.fixture

@@ -16,13 +16,14 @@ from trainer import by_rule, cli
 from trainer import evaluate as module
 from trainer.backbones.cogvideox import CogVideoX
 from trainer.by_rule import cases
-from trainer.config import EvaluateConfig, ModelConfig, TrainConfig
+from trainer.config import ModelConfig, TrainConfig
 from trainer.eraser_files import save_eraser, save_released
 from trainer.erasers import Erasers
 from trainer.errors import CheckpointError, InputOutputError, UsageError
 from trainer.evaluate import evaluate, print_table
 from trainer.lock import RunLock
 from trainer.run_directory import write_config
+from trainer.video_config import EvaluateConfig
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from memory.timeline import pinned_bytes
 from trainer import generate as module
 from trainer.assemble import named_scheduler, open_backbone
 from trainer.cli import main
-from trainer.config import GenerateConfig, ModelConfig, OptimConfig, TrainConfig
+from trainer.config import ModelConfig, OptimConfig, TrainConfig
 from trainer.config_file import as_json
 from trainer.diffusion import sample
 from trainer.eraser_files import save_eraser
@@ -28,6 +28,7 @@ from trainer.phases import fit_to_generate
 from trainer.planning import workload
 from trainer.run_directory import write_config
 from trainer.video import contact_sheet
+from trainer.video_config import GenerateConfig
 
 PROMPT, SEED, NUM_STEPS = "a red circle moving left", 11, 3
 
