@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bench.faults import nan_in_gradient
+from bench.injected import nan_in_gradient
 from bench.watched import one_step
 from trainer.checkpoint import latest_checkpoint
 from trainer.config import TrainConfig
