@@ -112,6 +112,11 @@ def resolve_device(name: str) -> torch.device:
     return device
 
 
+def is_bundled(model: ModelConfig) -> bool:
+    """Whether it is the bundled model, a copy of it, or one of its configuration that was trained anew."""
+    return model.model == "shapes" or len({open_backbone(m).identity()["config_hash"] for m in (model, ModelConfig())}) == 1
+
+
 def resolve_dtype(backbone: CogVideoX, plan: MemoryPlan, *, insist: bool) -> torch.dtype:
     """The backbone's dtype. Raises UsageError, unless `insist`, for fp16 on a bf16-native model: its activations exceed 65504 and the output is NaN."""
     dtype = backbone.native_dtype if plan.dtype == "native" else getattr(torch, plan.dtype)

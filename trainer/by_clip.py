@@ -23,7 +23,7 @@ from torch.nn.functional import normalize
 
 from memory.cards import Card
 from memory.plan import MemoryPlan
-from trainer.assemble import assemble, embed_prompts, resolve_device, resolve_dtype, video_size
+from trainer.assemble import assemble, embed_prompts, is_bundled, resolve_device, resolve_dtype, video_size
 from trainer.backbones.cogvideox import CogVideoX
 from trainer.backbones.location import fingerprint
 from trainer.cache import cache_directory, recall, store
@@ -63,7 +63,7 @@ def cases(config: EvaluateConfig, model: ModelConfig, concept: str) -> tuple[lis
     for file, flag in ((wanted.prompts, "--prompts"), (wanted.preserve_file, "--preserve")):
         if file and file != config.prompts and not file.exists():  # it was named when the run began, perhaps in another directory
             raise UsageError(f"{config.run} was trained with {file}, which is not there; {flag} names others")
-    prompts = collect(wanted, bundled=model.model == "shapes", templates=UNSEEN)
+    prompts = collect(wanted, bundled=is_bundled(model), templates=UNSEEN)
     labels: dict[str, str] = {}
     for label in (prompts.concept, *filter(None, [data.instead]), *(label for label, _ in prompts.kept)):
         labels.setdefault(label.casefold(), label)  # CLIP's tokenizer tells no capitals: of two alike one would never be taken

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trainer.assemble import Assembly, assemble, embed_prompts, open_backbone, resolve_device
+from trainer.assemble import Assembly, assemble, embed_prompts, is_bundled, open_backbone, resolve_device
 from trainer.backbones.cogvideox import CogVideoX
 from trainer.config import ModelConfig
 from trainer.errors import UsageError
@@ -66,11 +66,9 @@ def require_measurable(concept: str, model: ModelConfig) -> None:
         world.kind_of(concept)
     except KeyError:
         raise UsageError(f"--concept {concept}: without --rater, only what the bundled model knows can be measured") from None
-    if model.model != "shapes":  # a copy of it, or one trained anew, will do
-        made, bundled = (open_backbone(m).identity()["config_hash"] for m in (model, ModelConfig()))
-        if made != bundled:
-            raise UsageError(f"--model {model.model}: only videos of the bundled model, a copy of it or one of its configuration can be measured "
-                             "by a rule; --rater openai/clip-vit-large-patch14, or another CLIP, measures others")
+    if not is_bundled(model):
+        raise UsageError(f"--model {model.model}: only videos of the bundled model, a copy of it or one of its configuration can be measured "
+                         "by a rule; --rater openai/clip-vit-large-patch14, or another CLIP, measures others")
     own = {"frames": world.FRAMES, "height": world.SIZE, "width": world.SIZE}
     for name, value in own.items():
         if getattr(model, name) not in (None, value):

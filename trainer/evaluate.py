@@ -9,7 +9,7 @@ from typing import Any
 
 from memory.cards import Card
 from trainer import by_clip, by_rule
-from trainer.assemble import require_real, resolve_device
+from trainer.assemble import is_bundled, require_real, resolve_device
 from trainer.eraser_files import load_eraser
 from trainer.errors import InputOutputError, UsageError
 from trainer.lock import RunLock
@@ -35,7 +35,7 @@ def evaluate(config: EvaluateConfig, card: Card | None = None) -> dict[str, Any]
     concept = config.concept or own
     if concept is None:
         raise UsageError(f"{config.run} does not say which concept it erases; name it with --concept")
-    usual = _BUNDLED if config.rater is None or model.model == "shapes" else _OTHERS
+    usual = _BUNDLED if config.rater is None or is_bundled(model) else _OTHERS
     config = replace(config, **{name: value for name, value in usual.items() if getattr(config, name) is None})
     try:
         probe(directory)  # before minutes of measuring

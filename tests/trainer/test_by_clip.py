@@ -1,6 +1,7 @@
 """What the bundled CLIP sees: of rendered videos every rate is known beforehand, and generated ones take the whole way."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from test_erasers import shake
 from trainer import by_clip as module
 from trainer import cli
 from trainer.backbones.cogvideox import CogVideoX
+from trainer.backbones.location import BUNDLED as SHAPES
 from trainer.by_clip import cases
 from trainer.config import DataConfig, ModelConfig, TrainConfig
 from trainer.eraser_files import load_eraser, save_eraser, save_released
@@ -147,7 +149,7 @@ def test_a_cache_that_cannot_be_written_is_told_once_and_measuring_goes_on(publi
 
 
 def test_prompts_are_in_wordings_that_training_did_not_have(published):
-    chosen, labels = cases(_config(published, num_videos=6), ModelConfig(model="some/model"), "red")
+    chosen, labels = cases(_config(published, num_videos=6), load_eraser(published).model(CPU), "red")
     assert labels == ["red", "yellow", "green", "blue", "a purple square"]
     assert [case.label for case in chosen] == ["red"] * 6 + ["green"] * 2 + ["blue"] * 2 + ["a purple square"] * 2
     assert len({case.prompt for case in chosen[:6]}) == 4 and "a video of red" not in {case.prompt for case in chosen}
@@ -157,7 +159,7 @@ def test_prompts_are_in_wordings_that_training_did_not_have(published):
 def test_flags_name_other_prompts_and_other_things(published, tmp_path):
     file = tmp_path / "mine.txt"
     file.write_text("one\ntwo\nthree\nfour\n")
-    chosen, labels = cases(_config(published, prompts=file, preserve=("cyan",), num_videos=2), ModelConfig(model="some/model"), "crimson")
+    chosen, labels = cases(_config(published, prompts=file, preserve=("cyan",), num_videos=2), load_eraser(published).model(CPU), "crimson")
     assert labels == ["crimson", "yellow", "cyan"]
     assert [case.prompt for case in chosen[:2]] == ["one", "three"] and {case.label for case in chosen[2:]} == {"cyan"}
 
@@ -178,7 +180,7 @@ def test_files_of_a_run_that_are_gone_are_told_with_the_flags_that_evaluate_has(
 
 def test_many_preserved_prompts_are_spread_over(published):
     many = tuple(f"thing number {i}" for i in range(100))
-    chosen, labels = cases(_config(published, preserve=many, num_videos=4), ModelConfig(model="some/model"), "red")
+    chosen, labels = cases(_config(published, preserve=many, num_videos=4), load_eraser(published).model(CPU), "red")
     assert [case.label for case in chosen[4:]] == [many[i] for i in (0, 25, 50, 75)] and len(labels) == 102
 
 
@@ -191,9 +193,9 @@ def test_an_export_takes_all_from_flags(published, tmp_path):
     assert (result["chance"], result["target"]["num_videos"]) == (0.5, 4)
 
 
-@pytest.mark.parametrize("model, usual", [("shapes", (64, 16, 1.0)), ("2b", (8, 50, 6.0))])
+@pytest.mark.parametrize("model, usual", [("shapes", (64, 16, 1.0)), ("a copy of it", (64, 16, 1.0)), ("2b", (8, 50, 6.0))])
 def test_the_usual_numbers_are_those_of_the_model(pipelines, tmp_path, monkeypatch, model, usual):
-    name = model if model == "shapes" else str(pipelines[model])
+    name = {"shapes": model, "a copy of it": str(shutil.copytree(SHAPES, tmp_path / "copy")), "2b": str(pipelines["2b"])}[model]
     run = _run(tmp_path / "run", name, concept="red", preserve=("green",))
     asked = []
     monkeypatch.setattr(module, "measured", lambda config, model, concept, card, *, eraser: asked.append(config) or ({}, []))
