@@ -33,8 +33,8 @@ def make_optimizer(
     for param in params:
         if param.dtype != torch.float32:
             raise ValueError(
-                f"a trainable parameter of shape {tuple(param.shape)} is {param.dtype}. Adam's eps of 1e-08 is 0 in "
-                "half precision, so a zero gradient gives 0/0 = NaN in the first step. Keep adapters in float32"
+                f"a trainable parameter of shape {tuple(param.shape)} is {param.dtype}. In float16 Adam's eps of 1e-08 "
+                "is 0, so a zero gradient gives 0/0 = NaN in the first step; in bfloat16 most updates are rounded away. Keep adapters in float32"
             )
     if kind == "adamw":
         return torch.optim.AdamW(params, lr=lr, weight_decay=weight_decay, fused=True)

@@ -63,7 +63,7 @@ CODES: dict[str, Code] = {
         "copy the model again; along a trajectory, a lower --trajectory-guidance may help"),
     # The erasers and who trains them.
     "half-precision-adapters": Code("fatal",
-        "Adam's eps of 1e-8 is 0 in half precision: a zero gradient gives 0/0 = NaN in the first step",
+        "in float16 Adam's eps of 1e-8 is 0: a zero gradient gives 0/0 = NaN in the first step; in bfloat16 most updates are rounded away",
         "keep the erasers in float32: for p in erasers.parameters(): p.data = p.data.float(), before the optimizer "
         "is made"),
     "frozen-eraser": Code("fatal",
