@@ -167,8 +167,9 @@ def _forecast(command: PlanCommand, origins: dict[str, str]) -> None:
 
 
 def _measure(config: EvaluateConfig, by_flag: Collection[str] = ()) -> None:
-    from trainer.evaluate import EVALUATION, PICTURES, evaluate, print_table
+    from trainer.evaluate import evaluate, print_table
     from trainer.generate import as_trained
+    from trainer.run_files import EVALUATION, PICTURES
 
     if config.rater is None:  # by a rule, which is for the model's own size
         config = as_trained(config, config.run, by_flag, sections=("memory.",))
@@ -181,7 +182,7 @@ def _measure(config: EvaluateConfig, by_flag: Collection[str] = ()) -> None:
 
 def _measured(run_dir: Path) -> bool:
     """Whether an evaluation of the run is there, which is then said."""
-    from trainer.evaluate import EVALUATION
+    from trainer.run_files import EVALUATION
 
     if not (run_dir / EVALUATION).exists():
         return False
@@ -229,7 +230,8 @@ def _forget(argv: Sequence[str]) -> None:
     origins = {path: "flag" if path.split(".")[-1] in given(argv) else f"run {resume}" if resume else "default"
                for path in settings.leaves(command.settings)}
     from trainer.projection import forget
-    from trainer.projection_evaluate import EVALUATION, print_forgetting
+    from trainer.projection_evaluate import print_forgetting
+    from trainer.run_files import EVALUATION
 
     run_dir, result = forget(command.settings, origins, resume=command.resume)
     print_forgetting(result)

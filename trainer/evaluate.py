@@ -4,7 +4,6 @@ on (after). What videos show, a rule reads on the bundled model, and a CLIP mode
 
 from contextlib import nullcontext
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from memory.cards import Card
@@ -14,12 +13,11 @@ from trainer.eraser_files import load_eraser
 from trainer.errors import InputOutputError, UsageError
 from trainer.lock import RunLock
 from trainer.run_directory import CONFIG, probe
-from trainer.run_files import lookup, write_json
+from trainer.run_files import EVALUATION, PICTURES, lookup, write_json
 from trainer.shapes import world
 from trainer.video import contact_sheet
 from trainer.video_config import EvaluateConfig
 
-EVALUATION, PICTURES = "evaluation.json", "before-after.png"
 _BUNDLED = {"num_videos": 64, "num_steps": 16, "guidance_scale": 1.0}
 _OTHERS = {"num_videos": 8, "num_steps": 50, "guidance_scale": 6.0}  # a video takes minutes; as `generate`
 
@@ -51,12 +49,6 @@ def evaluate(config: EvaluateConfig, card: Card | None = None) -> dict[str, Any]
         write_json(directory / EVALUATION, result)
         contact_sheet(directory / PICTURES, sheet)
     return result
-
-
-def withdraw(run_dir: Path) -> None:
-    """Remove the evaluation of an eraser that has been trained further."""
-    for name in (EVALUATION, PICTURES):
-        (run_dir / name).unlink(missing_ok=True)
 
 
 def print_table(result: dict[str, Any]) -> None:

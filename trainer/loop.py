@@ -21,7 +21,6 @@ from trainer.config import TrainConfig
 from trainer.distributed import agreed, num_ranks, on_main, shared
 from trainer.eraser_files import save_eraser
 from trainer.errors import Interrupted
-from trainer.evaluate import withdraw
 from trainer.health import Health
 from trainer.inspection import Subject
 from trainer.lock import RunLock
@@ -31,6 +30,7 @@ from trainer.memory_file import Forecast, keep_forecast
 from trainer.monitor import Readings, watch
 from trainer.recovery import Rescue
 from trainer.run_directory import make_run_directory, require_place, write_config
+from trainer.run_files import withdraw
 from trainer.samples import Sampling, picture
 from trainer.signals import StopFlag
 from trainer.state import TrainState, learning_rate

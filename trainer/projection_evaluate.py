@@ -22,7 +22,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from memory.exhaustion import exhausted, first_line
-from trainer.evaluate import EVALUATION
 from trainer.nullspace import null_space_update
 from trainer.projection_config import ForgetConfig
 from trainer.projection_encoders import load_part, load_tokenizer
@@ -30,7 +29,7 @@ from trainer.projection_problem import Case, Problem
 from trainer.projection_qwen import MAIN_MERGER, answers, deepstack_cut, edited
 from trainer.prompts import word
 from trainer.rates import rates
-from trainer.run_files import write_json
+from trainer.run_files import EVALUATION, write_json
 from trainer.shapes import world
 
 logger = logging.getLogger(__name__)

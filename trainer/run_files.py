@@ -24,7 +24,7 @@ from trainer.metrics import METRICS, peaks_by_phase, read_metrics
 if TYPE_CHECKING:
     from torch import Tensor
 
-MEMORY = "memory.json"
+EVALUATION, PICTURES, MEMORY = "evaluation.json", "before-after.png", "memory.json"
 logger = logging.getLogger(__name__)
 
 
@@ -47,7 +47,7 @@ class RunFiles:
         if "config" not in config and not any((run / name).exists() for name in (METRICS, "findings.json")):
             raise CheckpointError(f"{run}: not a run directory (none of a run's config.json, {METRICS} and findings.json is in it)")
         return cls(run, config, read_metrics(run), read_object(run / "findings.json"),
-                   read_object(run / "evaluation.json"), read_object(run / MEMORY),
+                   read_object(run / EVALUATION), read_object(run / MEMORY),
                    sorted((run / "samples").glob("step-[0-9]*[0-9].png")))
 
     @property
@@ -135,3 +135,9 @@ def part_of(path: Path, ending: str = "") -> Iterator[Path]:
         with suppress(OSError):  # where it could not be made it cannot be removed either
             part.unlink()
         raise
+
+
+def withdraw(run_dir: Path) -> None:
+    """Remove the evaluation of an eraser that has been trained further."""
+    for name in (EVALUATION, PICTURES):
+        (run_dir / name).unlink(missing_ok=True)
