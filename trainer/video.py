@@ -29,7 +29,8 @@ def write_mp4(path: Path, video: Tensor, *, fps: int = 8) -> None:
     height, width = frames.shape[1] // 2 * 2, frames.shape[2] // 2 * 2
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with part_of(path, ".mp4") as part, av.open(str(part), "w") as container:
+        # By its whole path: a name with a colon alone, such as 12:30.mp4, FFmpeg would take for a protocol's.
+        with part_of(path, ".mp4") as part, av.open(str(part.absolute()), "w") as container:
             stream = container.add_stream("libx264", rate=fps)
             stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
             stream.options = {"crf": "18"}

@@ -1,5 +1,7 @@
 """Videos as files."""
 
+from pathlib import Path
+
 import av
 import pytest
 import torch
@@ -31,6 +33,12 @@ def test_mp4_holds_every_frame_enlarged_by_a_whole_factor(video, tmp_path):
     with av.open(str(tmp_path / "deep" / "x.mp4")) as container:
         assert container.streams.video[0].average_rate == 5
     assert [p.name for p in (tmp_path / "deep").iterdir()] == ["x.mp4"]
+
+
+def test_a_name_with_a_colon_is_a_file_in_this_directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_mp4(Path("12:30.mp4"), torch.rand(3, 2, 32, 32))
+    assert _read(tmp_path / "12:30.mp4").shape == (2, 256, 256, 3)
 
 
 def test_odd_sides_become_even(tmp_path):
