@@ -171,14 +171,13 @@ def forget(config: ForgetConfig, origins: Mapping[str, str], *,
     with RunLock(run_dir):
         with ExitStack() as files, StopFlag() as stop, monitor:
             facts = {"base_model": identity, "examples": examples, "config": as_json(config)}
-            if resume:  # before anything is written
-                _restore(run, run_dir, identity, examples, config, device)
+            checkpoint = _restore(run, run_dir, identity, examples, config, device) if resume else None  # before anything is written
             bill = examine(problems)
             keep_findings(run_dir, bill)
             bill.raise_if_fatal("before training (nothing was changed)")
             write_config(run_dir, config, origins, command="forget", first_step=run.step, base_model=identity, examples=examples)
             keep_prediction(run_dir, trace)
-            log, saver = MetricsLog(run_dir, first_step=run.step), Saver(run_dir, last_step=run.step or None)
+            log, saver = MetricsLog(run_dir, first_step=run.step), Saver(run_dir, last_step=checkpoint and checkpoint.step)
             files.callback(log.close)
             monitor.done, monitor.findings = run.step, lambda: [f.as_json() for f in bill.findings]
             while not run.finished and not stop:
@@ -218,7 +217,8 @@ _FREE = ("out", "device", "monitor", "save_every", "merge", "batch_size", "memor
 _KEPT = ("dtype", "optimizer")  # of the memory plan, what may not
 
 
-def _restore(run: Run, run_dir: Path, identity: str, examples: str, config: ForgetConfig, device: torch.device) -> None:
+def _restore(run: Run, run_dir: Path, identity: str, examples: str, config: ForgetConfig, device: torch.device) -> Checkpoint | None:
+    """Make `run` what the newest checkpoint holds, which is returned; None where the run ended before its first one."""
     checkpoint = latest_checkpoint(run_dir)
     earlier = checkpoint.state if checkpoint else read_content(run_dir)
     if not checkpoint and len(read_metrics(run_dir)) > earlier["config"]["save_every"]:
@@ -238,3 +238,4 @@ def _restore(run: Run, run_dir: Path, identity: str, examples: str, config: Forg
         run.restore(checkpoint, device)
     else:
         logger.warning("%s ended before its first checkpoint: it begins anew, and arrives at the same", run_dir)
+    return checkpoint

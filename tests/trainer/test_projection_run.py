@@ -269,6 +269,13 @@ def test_an_interrupted_run_goes_on_to_the_same_end(encoders, tmp_path, monkeypa
     assert records[0] == records[1]
 
 
+def test_a_run_may_be_interrupted_before_its_first_step_again_and_again(encoders, tmp_path, monkeypatch):
+    monkeypatch.setattr(projection, "StopFlag", lambda: _StopAfter(0))
+    for words in (clip(encoders, tmp_path / "run"), ["forget", "--resume", str(tmp_path / "run")]):
+        with pytest.raises(Interrupted, match="stopped at step 0 and saved"):
+            main(words)
+
+
 def test_a_run_killed_before_its_first_checkpoint_begins_anew(encoders, tmp_path, monkeypatch, caplog):
     main(clip(encoders, tmp_path / "whole"))
     with monkeypatch.context() as patch:
