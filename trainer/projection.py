@@ -52,6 +52,11 @@ class Run:
         return self.layer == len(self.problems)
 
     @property
+    def num_steps(self) -> int:
+        """Steps in all, as far as is known: those of every attempt so far, and one attempt of each layer that is left."""
+        return self.config.steps * (len(self.attempts) + len(self.problems) - self.layer)
+
+    @property
     def lambda_forget(self) -> float:
         return self.config.lambda_forget + 0.05 * self.attempt
 
@@ -166,7 +171,7 @@ def forget(config: ForgetConfig, origins: Mapping[str, str], *,
     frozen = {name: problem.layer.weight.clone() for name, problem in problems.items()}
     run_dir = resume or make_run_directory(config.out, case.forget)
     trace = max((predict_step(problem, config) for problem in problems.values()), key=lambda t: t.prediction().peak_bytes)
-    monitor = Monitor(config.steps * len(problems), mode=config.monitor, title=case.forget,
+    monitor = Monitor(run.num_steps, mode=config.monitor, title=case.forget,
                       facts={"predicted_peak_bytes": trace.prediction().peak_bytes})
     with RunLock(run_dir):
         with ExitStack() as files, StopFlag() as stop, monitor:
@@ -179,7 +184,7 @@ def forget(config: ForgetConfig, origins: Mapping[str, str], *,
             keep_prediction(run_dir, trace)
             log, saver = MetricsLog(run_dir, first_step=run.step), Saver(run_dir, last_step=checkpoint and checkpoint.step)
             files.callback(log.close)
-            monitor.done, monitor.findings = run.step, lambda: [f.as_json() for f in bill.findings]
+            monitor.done, monitor.num_steps, monitor.findings = run.step, run.num_steps, lambda: [f.as_json() for f in bill.findings]
             while not run.finished and not stop:
                 try:
                     record = run.advance(clock.phase)
@@ -191,7 +196,7 @@ def forget(config: ForgetConfig, origins: Mapping[str, str], *,
                 if record["step"] % 100 == 0 or run.finished:
                     record |= {"memory": read_memory(meter), "peak_bytes_by_phase": meter.highest()}
                 log.write(record)
-                monitor.num_steps = config.steps * (len(run.attempts) + len(problems) - run.layer)
+                monitor.num_steps = run.num_steps
                 monitor.step(record)
                 if run.step % config.save_every == 0:
                     tensors, state = run.export()

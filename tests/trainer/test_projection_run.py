@@ -276,6 +276,14 @@ def test_a_run_may_be_interrupted_before_its_first_step_again_and_again(encoders
             main(words)
 
 
+def test_a_run_that_goes_on_shows_the_steps_of_all_its_attempts(encoders, tmp_path, monkeypatch):
+    main(clip(encoders, tmp_path / "run", "--acceptance", "0.9", "--max-attempts", "3"))
+    shown = []
+    monkeypatch.setattr(projection.Monitor, "close", lambda monitor: shown.append((monitor.done, monitor.num_steps)))
+    main(["forget", "--resume", str(tmp_path / "run")])
+    assert set(shown) == {(18, 18)}
+
+
 def test_a_run_killed_before_its_first_checkpoint_begins_anew(encoders, tmp_path, monkeypatch, caplog):
     main(clip(encoders, tmp_path / "whole"))
     with monkeypatch.context() as patch:
