@@ -28,6 +28,7 @@ from trainer.health import Health
 from trainer.latents import TrajectoryLatents
 from trainer.loop import train
 from trainer.metrics import read_metrics
+from trainer.prompts import Embeddings
 from trainer.recovery import Failure, cheaper, described, train_in_memory
 from trainer.run_directory import read_config
 
@@ -140,6 +141,7 @@ def test_a_step_down_gives_pinned_memory_back_before_it_goes_on(config, monkeypa
 
 @pytest.mark.parametrize("phase, fault", [
     ("student", lambda: _failing(memory.lockstep.Lockstep, "_rest", call=11)),  # five a step: in the third
+    ("teacher", lambda: _failing(Embeddings, "__call__", call=10)),  # three a step, the pre-flight's too
     ("teacher", lambda: _failing(losses.Teacher, "_advance", call=7)),  # two a step, the pre-flight's too
     ("backward", lambda: _failing(torch.autograd, "backward", call=5)),  # one a step; two in the pre-flight, which is not in lockstep
 ])
@@ -152,6 +154,16 @@ def test_a_step_down_from_lockstep_ends_with_the_same_bits(phase, fault, config,
     assert f"out of memory on the device in {phase}, after 2 steps" in said and read_config(run_dir)[0].memory != MemoryPlan(passes="lockstep")
     expected, found = (load_eraser(run).state for run in (straight, run_dir))
     assert all(expected[name].equal(found[name]) for name in expected)
+
+
+@pytest.mark.parametrize("phase, settings, fault", [
+    ("teacher", {"data__pool": 4}, (losses.Sample, "parked")), ("teacher", {"data__pool": 4}, (losses.Sample, "to")),
+    ("optimizer", {}, ("trainer.health.average",))])
+def test_what_is_around_a_pass_is_of_the_phase_that_the_clock_says(phase, settings, fault, config, monkeypatch):
+    monkeypatch.setattr("trainer.health.num_ranks", lambda: 2)  # as of several processes, whose gradients are averaged
+    monkeypatch.setattr(*fault, _exhausted)
+    with pytest.raises(DoesNotFit, match=rf"out of memory .* in {phase}, after 0 steps(.|\n)*predicted: .* in {phase}\)"):
+        _in_memory(config(**settings), step_down=False)
 
 
 @pytest.mark.parametrize("phase", ["backward of the pre-flight", "backward", pytest.param("load", marks=pytest.mark.slow),
