@@ -99,7 +99,8 @@ def warn_of_contradiction(prompts: PromptSet) -> None:
 
 def word(text: str) -> re.Pattern[str]:
     """Finds `text` as a word, or words with any space between them, in the plural too, of which group 1 is the ending."""
-    words = r"\s+".join(map(re.escape, text.split())).replace("'", "['’]").replace(r"\-", "[-‐‑]")  # as typesetters write them
+    words = r"\s+".join(map(re.escape, text.split()))
+    words = re.sub(r"\\-|[‐‑]", "[-‐‑]", re.sub("['’]", "['’]", words))  # as typesetters write them, or keyboards do
     if _CONSONANT_Y.search(text):
         words = words[:-1] + "(?:y|(ies))"
     else:
