@@ -122,7 +122,7 @@ def _folder_classes(config: ForgetConfig) -> tuple[str, tuple[str, ...]]:
         if getattr(config, flag) is None:
             raise UsageError(f"--{flag.replace('_', '-')} is missing; both folders are needed")
     _files(config.forget_images, "--forget-images")
-    forget = config.forget or config.forget_images.resolve().name
+    forget = composed(config.forget or config.forget_images.resolve().name)
     kept = tuple(_class_folders(config.preserve_images, "--preserve-images"))
     if forget.lower() in map(str.lower, kept):
         raise UsageError(f"--preserve-images {config.preserve_images}: has a folder {forget!r}, the class to forget; move it away")
@@ -135,7 +135,7 @@ def _class_folders(folder: Path, flag: str) -> dict[str, list[Path]]:
         inside = sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
     except OSError as e:
         raise UsageError(f"{flag} {folder}: cannot be read ({e.strerror})") from e
-    return {p.name: _files(p, flag) for p in inside} or {folder.resolve().name: _files(folder, flag)}
+    return {composed(p.name): _files(p, flag) for p in inside} or {composed(folder.resolve().name): _files(folder, flag)}
 
 
 def _files(folder: Path, flag: str) -> list[Path]:

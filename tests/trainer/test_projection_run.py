@@ -19,7 +19,7 @@ from trainer.errors import CheckpointError, Interrupted, NonFinite, TrainerError
 from trainer.findings import Unhealthy
 from trainer.metrics import read_metrics
 from trainer.projection_config import ForgetConfig, read_forget_config
-from trainer.projection_examples import open_picture
+from trainer.projection_examples import classes, images, open_picture
 from trainer.run_directory import CONFIG, write_config
 from trainer.shapes.pictures import picture
 
@@ -455,6 +455,16 @@ def test_wrong_settings_are_one_clear_line(encoders, tmp_path, monkeypatch, word
 def test_8bit_optimizers_are_predicted_too(encoders, tmp_path, kind):
     main(clip(encoders, tmp_path / "run", "--steps", "3", "--optimizer", kind))
     assert (tmp_path / "run" / "adapter_model.safetensors").is_file()
+
+
+def test_a_folder_is_of_a_class_however_its_name_is_typed(folders):
+    """Some systems write an é as two letters."""
+    (folders / "keep" / "blue square").rename(folders / "keep" / "cafe\u0301")
+    clip = ForgetConfig(model="DIR", forget="caf\u00e9", preserve=("green triangle",), images=folders / "keep")
+    assert {e.name for e in images(clip, *classes(clip))} == {"caf\u00e9", "green triangle"}
+    qwen = ForgetConfig(encoder="qwen3-vl", model="DIR", forget=" cafe\u0301", forget_images=folders / "forget", preserve_images=folders / "keep")
+    with pytest.raises(UsageError, match="has a folder 'caf\u00e9', the class to forget"):
+        classes(qwen)
 
 
 def test_a_class_without_a_folder_of_pictures_is_said(encoders, tmp_path):
