@@ -140,7 +140,7 @@ def _class_folders(folder: Path, flag: str) -> dict[str, list[Path]]:
 
 def _files(folder: Path, flag: str) -> list[Path]:
     try:
-        found = sorted(p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES)
+        found = sorted(p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES and not p.name.startswith("."))  # a Mac leaves ._1.png
     except OSError as e:
         raise UsageError(f"{flag} {folder}: cannot be read ({e.strerror})") from e
     if not found:

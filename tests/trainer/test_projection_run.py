@@ -467,6 +467,15 @@ def test_a_folder_is_of_a_class_however_its_name_is_typed(folders):
         classes(qwen)
 
 
+def test_what_is_hidden_is_no_picture_and_no_class(folders):
+    config = ForgetConfig(encoder="qwen3-vl", model="DIR", forget_images=folders / "forget", preserve_images=folders / "keep")
+    expected = images(config, *classes(config))
+    (folders / "keep" / ".cache").mkdir()
+    for folder in (folders / "forget", folders / "keep" / "blue square"):
+        (folder / "._0.png").write_bytes(b"\0\5\x16\7")  # as a Mac leaves beside every file that it copies to another system
+    assert images(config, *classes(config)) == expected
+
+
 def test_a_class_without_a_folder_of_pictures_is_said(encoders, tmp_path):
     for name in ("dog", "car"):
         (tmp_path / "shown" / name).mkdir(parents=True)
