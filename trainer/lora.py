@@ -84,7 +84,7 @@ def load_updates(directory: Path) -> dict[str, Tensor]:
         ends = ".lora_A.weight", ".lora_B.weight"
         names = [key.removeprefix(_PREFIX).removesuffix(ends[0]) for key in tensors if key.endswith(ends[0])]
         return {n: scale * (tensors[f"{_PREFIX}{n}{ends[1]}"] @ tensors[f"{_PREFIX}{n}{ends[0]}"]) for n in names}
-    except (OSError, ValueError, KeyError, TypeError, ZeroDivisionError, RuntimeError) as e:
+    except (OSError, ValueError, KeyError, TypeError, ArithmeticError, RuntimeError) as e:
         raise CheckpointError(f"{directory}: not a LoRA in PEFT's layout ({e!r})") from e
 
 

@@ -42,6 +42,15 @@ def test_a_damaged_file_is_refused(tmp_path, pair):
         load_updates(tmp_path)
 
 
+@pytest.mark.parametrize("damage", [{"lora_alpha": 10**400}, {"lora_alpha": "6"}, {"r": 0}, {"r": None}], ids=["huge", "text", "zero", "none"])
+def test_damaged_settings_are_refused(tmp_path, pair, damage):
+    save_lora(tmp_path, {"head": pair}, alpha=6.0, base_model="somewhere")
+    config = tmp_path / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | damage))
+    with pytest.raises(CheckpointError, match="not a LoRA in PEFT's layout"):
+        load_updates(tmp_path)
+
+
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), SafetensorError("No space left on device")])
 def test_a_full_disk_is_an_input_output_error(tmp_path, pair, monkeypatch, error):
     """safetensors reports a full disk by an exception of its own."""
