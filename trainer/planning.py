@@ -99,7 +99,8 @@ def workload(config: TrainConfig, *, num_cards: int | None = None) -> Workload:
 
     return Workload(
         num_blocks=backbone.num_blocks, repeats=config.optim.accumulation / num_rehearsed(config),
-        teacher_share=teacher_share(config), host_bytes=Workload.host_bytes + _embedded_bytes(backbone, prompts, config),
+        teacher_share=teacher_share(config),
+        host_bytes=Workload.host_bytes + _embedded_bytes(backbone, prompts, config) + _pooled_bytes(backbone, config, num_cards or num_ranks()),
         trace=lambda plan, num_blocks: _calls(trace(plan, num_blocks)), phases=lambda plan: _calls(phases(plan)),
         prepare=lambda traces, plans: _calls.announce([*(trace(*wanted) for wanted in traces[:2]), *map(phases, plans),
                                                        *(trace(*wanted) for wanted in traces[2:])]))
@@ -110,6 +111,16 @@ def _embedded_bytes(backbone: CogVideoX, prompts: PromptSet, config: TrainConfig
     distinct = {*prompts.texts, *config.output.sample_prompts}
     itemsize = resolve_dtype(backbone, config.memory, insist=True).itemsize
     return pinned_bytes(len(distinct) * backbone.text_length * backbone.text_width * itemsize)
+
+
+def _pooled_bytes(backbone: CogVideoX, config: TrainConfig, num_cards: int) -> int:
+    """Of the host, what a pool's samples take, as `trainer.losses.Sample` has them: the rows of one of `num_cards`."""
+    shape, data = backbone.latent_shape(*video_size(backbone, config.model)), config.data
+    latents, itemsize = 4 * math.prod(shape), resolve_dtype(backbone, config.memory, insist=True).itemsize
+    row = [latents, latents, 8, backbone.text_length * backbone.text_width * itemsize]  # x_t, its target, t and text
+    rows = row * (2 if config.loss.beta > 0 else 1) + [4 * (backbone.num_tokens(shape) - backbone.text_length)] * (config.loss.alpha > 0)
+    count = min(data.pool, config.optim.steps * config.optim.accumulation)
+    return count * sum(pinned_bytes(data.batch_size // num_cards * num_bytes) for num_bytes in rows)
 
 
 _opened: Callable[[ModelConfig], CogVideoX] = lru_cache(maxsize=8)(open_backbone)

@@ -10,9 +10,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from memory.cards import GIB, lookup
 from memory.plan import MemoryPlan
 from memory.ranking import SEARCHED
+from memory.timeline import pinned_bytes
 from trainer import forecast_text, phases, planning
 from trainer.backbones.cogvideox import CogVideoX, enable_tiles
 from trainer.config import DataConfig, LossConfig, ModelConfig, OptimConfig, TrainConfig
+from trainer.diagnose import prepare
 from trainer.errors import DoesNotFit, UsageError
 from trainer.rehearse import peak_beyond
 
@@ -244,6 +246,18 @@ def test_one_tile_stands_for_all(pipelines, frames, height, width):
         video = torch.empty(1, 4, num_frames, height, width)
         actual = peak_beyond([vae], lambda: vae.decode(video)) + sum(p.nbytes for p in vae.parameters())
     assert predicted == pytest.approx(actual, rel=0.01)
+
+
+@pytest.mark.parametrize("settings", [{}, {"loss__alpha": 0.0}, {"loss__beta": 0.0}, {"memory__dtype": "bfloat16"}], ids=str)
+def test_a_pools_samples_are_counted_on_the_host(tiny_config, settings):
+    """A few hundred of the 2b's at 49 frames take 10 GiB."""
+    subject = prepare(tiny_config(**settings))
+    with subject.assembly:
+        sample = vars(subject.teacher.sample(0).parked())
+    one = sum(pinned_bytes(tensor.nbytes) for tensor in sample.values() if tensor is not None)
+    none, some, all_ = (planning.workload(tiny_config(data__pool=pool, optim__steps=3, optim__accumulation=4, **settings)).host_bytes
+                        for pool in (0, 8, 40))
+    assert (some - none, all_ - none) == (8 * one, 12 * one)  # there are no more than passes
 
 
 def test_a_pool_spares_the_teachers_time(tiny_config):
