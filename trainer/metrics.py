@@ -3,7 +3,8 @@
 import importlib.util
 import json
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -53,15 +54,26 @@ class MetricsLog:
                 logger.warning("%s cannot be written (%s); training goes on, records wait", self.path, e)
             self._warned = True
         if self._tensorboard:
-            for tag, value in scalars(record).items():
-                self._tensorboard.add_scalar(tag, value, record["step"])
+            with self._bearing_a_full_disk():
+                for tag, value in scalars(record).items():
+                    self._tensorboard.add_scalar(tag, value, record["step"])
+
+    @contextmanager
+    def _bearing_a_full_disk(self) -> Iterator[None]:
+        """Around what TensorBoard's writer does. Its thread ends with the first error, and every later call would raise that again."""
+        try:
+            yield
+        except OSError as e:
+            logger.warning("%s ends here, it cannot be written (%s)", self.path.with_name(EVENTS), e)
+            self._tensorboard = None
 
     def close(self) -> None:
         if self._pending:
             logger.warning("%s: the last %d bytes could not be written", self.path, len(self._pending))
         self._file.close()
         if self._tensorboard:
-            self._tensorboard.close()
+            with self._bearing_a_full_disk():
+                self._tensorboard.close()
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:

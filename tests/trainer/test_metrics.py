@@ -119,23 +119,46 @@ def test_without_the_package_tensorboard_the_flag_says_what_to_install(monkeypat
         cli.main(["--resume", str(tmp_path)])
 
 
-def test_tensorboard_gets_every_number(tmp_path, monkeypatch):
-    written = []
+@pytest.fixture
+def tensorboard(monkeypatch):
+    """Makes its writer be there, on a disk with room for a number of values; returns what was written."""
+    written, room = [], [1000]
+
+    def write(what):
+        if not room[0]:
+            raise OSError(28, "No space left on device")
+        room[0] -= 1
+        written.append(what)
 
     class SummaryWriter:
         def __init__(self, log_dir, purge_step):
-            written.append((log_dir, purge_step))
+            write((log_dir, purge_step))
 
         def add_scalar(self, tag, value, step):
-            written.append((tag, value, step))
+            write((tag, value, step))
 
         def close(self):
-            written.append("closed")
+            write("closed")
 
     module = types.ModuleType("torch.utils.tensorboard")
     module.SummaryWriter = SummaryWriter
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
+    return written, room
+
+
+def test_tensorboard_gets_every_number(tmp_path, tensorboard):
     log = MetricsLog(tmp_path, first_step=3, tensorboard=True)
     log.write({"step": 3, "loss": 0.5, "phase_seconds": {"teacher": 1.5}})
     log.close()
-    assert written == [(str(tmp_path / "tensorboard"), 3), ("loss", 0.5, 3), ("phase_seconds/teacher", 1.5, 3), "closed"]
+    assert tensorboard[0] == [(str(tmp_path / "tensorboard"), 3), ("loss", 0.5, 3), ("phase_seconds/teacher", 1.5, 3), "closed"]
+
+
+@pytest.mark.parametrize("room", [2, 4], ids=["in a step", "in closing"])
+def test_a_full_disk_ends_tensorboards_files_and_not_the_run(tmp_path, tensorboard, room, caplog):
+    tensorboard[1][0] = room
+    log = MetricsLog(tmp_path, tensorboard=True)
+    for step in range(3):
+        log.write({"step": step, "loss": 0.5})
+    log.close()
+    assert len(read_metrics(tmp_path)) == 3 and len(tensorboard[0]) == room
+    assert [r.getMessage() for r in caplog.records] == [f"{tmp_path / 'tensorboard'} ends here, it cannot be written ([Errno 28] No space left on device)"]
