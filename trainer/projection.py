@@ -17,7 +17,7 @@ from trainer.assemble import resolve_device
 from trainer.checkpoint import Checkpoint, Saver, latest_checkpoint
 from trainer.clock import PhaseClock
 from trainer.config_file import as_json
-from trainer.errors import CheckpointError, Interrupted
+from trainer.errors import CheckpointError, InputOutputError, Interrupted
 from trainer.findings import Bill, Unhealthy
 from trainer.lock import RunLock
 from trainer.lora import Lora, save_lora, save_merged
@@ -189,7 +189,10 @@ def forget(config: ForgetConfig, origins: Mapping[str, str], *,
                 try:
                     record = run.advance(clock.phase)
                 except Unhealthy as e:
-                    keep_findings(run_dir, bill.with_findings(e.findings))
+                    try:
+                        keep_findings(run_dir, bill.with_findings(e.findings))
+                    except InputOutputError as full:
+                        logger.warning("%s", full)  # what was found is said all the same
                     raise
                 clock.end_step()
                 record |= clock.read()

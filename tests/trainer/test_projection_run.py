@@ -135,6 +135,17 @@ def test_what_is_not_finite_has_a_fix_that_forget_knows(encoders, tmp_path, flag
     assert "--dtype" not in (tmp_path / "run" / "findings.json").read_text()
 
 
+def test_what_a_full_disk_does_not_take_is_said_all_the_same(encoders, tmp_path, monkeypatch, caplog):
+    def advance(run, phase, advance=projection.Run.advance):
+        (tmp_path / "run" / ".findings.json.part").mkdir(exist_ok=True)  # in the way of what is written first
+        return advance(run, phase)
+
+    monkeypatch.setattr(projection.Run, "advance", advance)
+    with pytest.raises(Unhealthy, match="non-finite-loss"):
+        main(clip(encoders, tmp_path / "run", "--lr", "1e30"))
+    assert "findings.json cannot be written" in caplog.text
+
+
 def test_a_lora_that_no_step_made_better_is_said_with_what_helps(encoders, tmp_path):
     main(clip(encoders, tmp_path / "run", "--lr", "100"))
     (found,) = json.loads((tmp_path / "run" / "findings.json").read_text())["findings"]
