@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from memory.optimizers import update_norms
 from trainer.distributed import average, everyones, num_ranks, rank
 from trainer.erasers import in_backward
+from trainer.errors import InputOutputError
 from trainer.findings import Bill, Finding, finding, gone_by
 from trainer.inspection import Fingerprint, Subject, adapter_findings
 from trainer.preflight import Preflight
@@ -283,8 +284,12 @@ class Health:
             self._left = self._zero if gradient is None else _norm(gradient)
 
     def _write(self) -> None:
+        """Keep the bill in the run directory. What a full disk does not take is said all the same, and is not worth a run."""
         if self.run_dir is not None:
-            write_json(self.run_dir / FINDINGS, self.bill.with_findings(self.earlier).as_json())
+            try:
+                write_json(self.run_dir / FINDINGS, self.bill.with_findings(self.earlier).as_json())
+            except InputOutputError as e:
+                logger.warning("%s", e)
 
 
 def _norm(tensor: Tensor) -> Tensor:

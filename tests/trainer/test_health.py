@@ -247,6 +247,24 @@ def test_gradients_that_are_zeroed_in_other_ways_raise_no_alarm(accumulation: in
     assert records[3]["gradient_left"] > 0
 
 
+def test_what_a_full_disk_does_not_take_is_said_all_the_same(tiny_config: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                                             caplog: pytest.LogCaptureFixture) -> None:
+    subject = prepare(tiny_config())
+    with subject.assembly, Health(subject, run_dir=tmp_path) as health:
+        health.before_training()
+        (tmp_path / f".{FINDINGS}.part").mkdir()  # in the way of what is written first
+        with monkeypatch.context() as patched:
+            patched.setattr(subject.optimizer, "zero_grad", lambda set_to_none: None)
+            one_step(subject, health, 0)
+        one_step(subject, health, 1)
+        health.flush()  # a warning stops no run
+        assert "gradients-not-zeroed" in caplog.text and f"{FINDINGS} cannot be written" in caplog.text
+        one_step(subject, health, 2)
+        health._pending.values[0] = math.nan
+        with pytest.raises(Unhealthy, match="step 3"):
+            health.flush()
+
+
 def test_no_step_waits(tiny_config: Make) -> None:
     """Neither the watcher nor the step around it; without the watcher the numbers would be read at once."""
     subject = prepare(tiny_config())
