@@ -37,7 +37,7 @@ from trainer.projection_examples import Example
 from trainer.projection_features import compute
 from trainer.prompts import TEMPLATES, UNSEEN, Embeddings, collect
 from trainer.rates import rates
-from trainer.video import stills
+from trainer.video import spread, stills
 from trainer.video_config import EvaluateConfig
 
 logger = logging.getLogger(__name__)
@@ -100,8 +100,7 @@ def measured(config: EvaluateConfig, model: ModelConfig, concept: str, card: Car
     shown, distances = [], []  # stills (3, S, H, W) before and after
     for case, pair in zip(chosen, latents):
         before, after = (decode(part)[0] for part in pair)  # (3, T, H, W)
-        times = torch.linspace(0, before.shape[1] - 1, _NUM_STILLS).round().long()
-        shown += [before[:, times], after[:, times]]
+        shown += [spread(before, _NUM_STILLS), spread(after, _NUM_STILLS)]
         if case.label != labels[0]:
             distances.append((before - after).square().mean().sqrt().item())
     del decode

@@ -19,7 +19,7 @@ from trainer.errors import CheckpointError, InputOutputError, NonFinite
 from trainer.generate import generate_latents
 from trainer.prompts import Embeddings, PromptSet
 from trainer.signals import StopFlag
-from trainer.video import contact_sheet
+from trainer.video import contact_sheet, spread
 
 logger = logging.getLogger(__name__)
 _FAILED = (InputOutputError, NonFinite, CheckpointError)
@@ -87,12 +87,12 @@ class Sampling:
                     latents = sampled(lambda: bool(tell() or stop))
                 decode = self.backbone.decoder(video_size(self.backbone, self.config.model)[0], dtype=assembly.dtype,
                                                device=assembly.device)
-                videos = []
+                rows = []
                 with self.meter.phase("decode"):
-                    for one in latents:
-                        videos.append(decode(one[None])[0])
+                    for prompt, one in zip(self.prompts, latents):
+                        rows.append((prompt, spread(decode(one[None])[0])))
                         tell()
-                contact_sheet(picture(run_dir, step), list(zip(self.prompts, videos)))
+                contact_sheet(picture(run_dir, step), rows)
         except _Stopped:
             return
         except (RuntimeError, MemoryError, *_FAILED) as e:

@@ -64,12 +64,17 @@ def contact_sheet(path: Path, rows: list[tuple[str, Tensor]]) -> None:
         raise InputOutputError(f"{path} cannot be written ({e}); choose another --out") from e
 
 
+def spread(video: Tensor, count: int = _NUM_SHOWN) -> Tensor:
+    """`count` frames (3, count, H, W) of a video (3, T, H, W), evenly spread in time; by default those that a contact sheet shows, which is
+    all that has to be kept for one: whole videos, in float32, are a gigabyte each where they are large."""
+    return video[:, torch.linspace(0, video.shape[1] - 1, count).round().long()]
+
+
 def stills(video: Tensor, count: int) -> "list[Image.Image]":
-    """`count` frames of a video (3, T, H, W), evenly spread in time."""
+    """`spread`, as pictures."""
     from PIL import Image
 
-    times = torch.linspace(0, video.shape[1] - 1, count).round().int().tolist()
-    return [Image.fromarray(_bytes(video[:, t]).permute(1, 2, 0).numpy()) for t in times]
+    return [Image.fromarray(_bytes(frame).permute(1, 2, 0).numpy()) for frame in spread(video, count).unbind(1)]
 
 
 def _bytes(video: Tensor) -> Tensor:

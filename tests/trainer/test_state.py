@@ -162,6 +162,13 @@ def test_samples_that_cannot_be_made_are_a_warning(straight, tiny_config, monkey
     assert numbers(straight()) == numbers(other)
 
 
+def test_of_samples_no_more_is_held_than_their_sheet_shows(tiny_config, monkeypatch):
+    held = []
+    monkeypatch.setattr("trainer.samples.contact_sheet", lambda path, rows: held.extend(video.untyped_storage().nbytes() for _, video in rows))
+    train(tiny_config(optim__steps=1, output__sample_prompts=("a red circle", "a blue circle")), {})
+    assert held == 2 * [3 * 5 * 16 * 16 * 4]  # of nine frames
+
+
 def test_pictures_that_a_signal_cut_short_are_made_when_the_run_goes_on(straight, tiny_config, monkeypatch):
     config = tiny_config(output__sample_every=3)
     with monkeypatch.context() as patch:

@@ -9,7 +9,7 @@ from PIL import Image
 
 from trainer.errors import InputOutputError
 from trainer.shapes import world
-from trainer.video import contact_sheet, write_mp4
+from trainer.video import contact_sheet, spread, write_mp4
 
 
 @pytest.fixture
@@ -61,6 +61,13 @@ def test_contact_sheet_has_a_captioned_row_a_video(video, tmp_path):
     assert (pixels[2:14, 4:100] < 128).any()  # the caption is there
     assert pixels[132:200, 6:90].max() == 0
     assert [p.name for p in (tmp_path / "deep").iterdir()] == ["x.png"]
+
+
+def test_the_frames_that_a_sheet_shows_are_all_that_it_needs(video, tmp_path):
+    for name, kept in (("whole", video), ("shown", spread(video))):
+        contact_sheet(tmp_path / name, [("a red circle", kept)])
+    assert (tmp_path / "whole").read_bytes() == (tmp_path / "shown").read_bytes()
+    assert spread(video).untyped_storage().nbytes() == 5 * video[:, 0].nbytes  # the others are let go
 
 
 def test_a_caption_of_several_lines_stays_above_its_row(video, tmp_path):
