@@ -15,7 +15,7 @@ from memory.cards import Card
 from memory.plan import MemoryPlan
 from trainer.assemble import (assemble, embed_prompts, named_scheduler, open_backbone, require_real, resolve_device, resolve_dtype,
                               video_size)
-from trainer.backbones import Predict
+from trainer.backbones import Decode, Predict
 from trainer.backbones.cogvideox import CogVideoX
 from trainer.config import ModelConfig, OptimConfig, OutputConfig, TrainConfig, leaves, replaced
 from trainer.config_file import from_json
@@ -26,7 +26,7 @@ from trainer.phases import fit_to_generate
 from trainer.planning import require_sense
 from trainer.prompts import Embeddings
 from trainer.run_directory import is_run, probe, read_config
-from trainer.video import contact_sheet, write_mp4
+from trainer.video import contact_sheet, spread, write_mp4
 from trainer.video_config import EvaluateConfig, GenerateConfig
 
 
@@ -110,7 +110,7 @@ def generate(config: GenerateConfig, card: Card | None = None) -> list[Path]:
     embeddings = embed_prompts(backbone, model, plan, [*config.prompt, ""])
     after, before = _latents(config, backbone, model, plan, embeddings)
     decode = backbone.decoder(video_size(backbone, model)[0], dtype=resolve_dtype(backbone, plan, insist=True), device=resolve_device(model.device))
-    return _write(config, decode(after), None if before is None else decode(before))
+    return _write(config, decode, after, before)
 
 
 def _latents(config: GenerateConfig, backbone: CogVideoX, model: ModelConfig, plan: MemoryPlan, embeddings: Embeddings
@@ -131,17 +131,20 @@ def _latents(config: GenerateConfig, backbone: CogVideoX, model: ModelConfig, pl
         return run(True), run(False) if config.compare else None
 
 
-def _write(config: GenerateConfig, after: Tensor, before: Tensor | None) -> list[Path]:
-    paths = []
-    for i, (prompt, video) in enumerate(zip(config.prompt, after)):
+def _write(config: GenerateConfig, decode: Decode, after: Tensor, before: Tensor | None) -> list[Path]:
+    """Write the videos of latents (B,F,C,H,W), decoded one by one: dozens of large ones would fill the host's memory."""
+    paths, rows = [], []
+    for i, prompt in enumerate(config.prompt):
         path = config.out if len(after) == 1 else config.out.with_stem(f"{config.out.stem}-{i}")
+        video = decode(after[i:i + 1])[0]
         if path.suffix == ".mp4":
             write_mp4(path, video, fps=config.fps)
         else:
             contact_sheet(path, [(prompt, video)])
         paths.append(path)
-    if before is not None:
-        rows = [row for p, b, a in zip(config.prompt, before, after) for row in ((f"before: {p}", b), (f"after: {p}", a))]
+        if before is not None:
+            rows += [(f"before: {prompt}", spread(decode(before[i:i + 1])[0])), (f"after: {prompt}", spread(video))]
+    if rows:
         paths.append(config.out.with_name(f"{config.out.stem}-compare.png"))
         contact_sheet(paths[-1], rows)
     return paths

@@ -27,7 +27,7 @@ from trainer.errors import CheckpointError, DoesNotFit, InputOutputError, NonFin
 from trainer.phases import fit_to_generate
 from trainer.planning import workload
 from trainer.run_directory import write_config
-from trainer.video import contact_sheet
+from trainer.video import contact_sheet, spread
 from trainer.video_config import GenerateConfig
 
 PROMPT, SEED, NUM_STEPS = "a red circle moving left", 11, 3
@@ -119,8 +119,8 @@ def test_eraser_changes_the_video_and_compare_shows_both(sincos, written, eraser
     paths = module.generate(_config(sincos.directory, tmp_path / "x.mp4", no_eraser=False, eraser=eraser, compare=True,
                                     memory=plan))
     module.generate(_config(sincos.directory, tmp_path / "plain.mp4"))
-    assert torch.equal(shown[f"after: {PROMPT}"], written["x.mp4"])
-    assert torch.equal(shown[f"before: {PROMPT}"], written["plain.mp4"])
+    assert torch.equal(shown[f"after: {PROMPT}"], spread(written["x.mp4"]))
+    assert torch.equal(shown[f"before: {PROMPT}"], spread(written["plain.mp4"]))
     assert (written["x.mp4"] - written["plain.mp4"]).abs().max() > 1e-3
     assert [p.name for p in paths] == ["x.mp4", "x-compare.png"] and paths[1].stat().st_size > 500
 
@@ -205,11 +205,17 @@ def test_eraser_of_another_model_is_refused_before_anything_is_written(eraser, p
 
 def test_several_prompts_make_numbered_videos_each_of_its_own_seed(sincos, written, tmp_path, monkeypatch):
     other = "a blue square moving up"
-    batches = []
+    batches, decoder = [], type(sincos).decoder
     monkeypatch.setattr(module, "sample", lambda predict, scheduler, noise, *rest, **more: batches.append(len(noise)) or sample(
         predict, scheduler, noise, *rest, **more))
+
+    def counting(self, *args, **how):
+        decode = decoder(self, *args, **how)
+        return lambda latents: batches.append(len(latents)) or decode(latents)
+
+    monkeypatch.setattr(type(sincos), "decoder", counting)
     paths = module.generate(_config(sincos.directory, tmp_path / "x.mp4", prompt=(other, PROMPT), seed=SEED - 1))
-    assert batches == [1, 1]  # as much memory as one takes
+    assert batches == [1, 1, 1, 1]  # as much memory as one takes, and one video
     assert [p.name for p in paths] == ["x-0.mp4", "x-1.mp4"]
     module.generate(_config(sincos.directory, tmp_path / "alone.mp4"))
     torch.testing.assert_close(written["x-1.mp4"], written["alone.mp4"], rtol=0, atol=1e-6)
