@@ -52,7 +52,7 @@ def diagnose_run(run_dir: Path) -> Bill:
             checked.append(f"{METRICS}: {len(written)} steps, loss terms and gradients")
             bill = bill.with_findings(unsound(f"non-finite-{what}", step=record["step"] + 1) for record in written
                                       for what in ("loss", "gradient") if not _finite(record.get(_WHERE[what], 0.0)))
-    except (LookupError, TypeError, ValueError, AttributeError) as e:
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as e:
         raise CheckpointError(f"{run_dir / METRICS} is not what a run writes ({e!r})") from e
     if (run_dir / WEIGHTS).is_file():
         eraser = diagnose_eraser(run_dir)

@@ -245,7 +245,8 @@ def test_what_a_run_found_and_measured_is_told_again(run_dir: Path) -> None:
     named = Bill(findings=(finding("eraser-diverged", "student", block=1),))  # which is why the loss is not finite
     (run_dir / FINDINGS).write_text(json.dumps(named.as_json()))
     assert [f.code for f in diagnose_run(run_dir).findings] == ["eraser-diverged"]
-    for damaged in ({"blocks": 3}, records[0] | {"blocks": {"gradient": [None, 1.0]}}):
+    huge = records[0]["blocks"] | {"eraser": [10**400, 1.0]}  # beyond a float
+    for damaged in ({"blocks": 3}, records[0] | {"blocks": {"gradient": [None, 1.0]}}, records[0] | {"blocks": huge}):
         (run_dir / METRICS).write_text(json.dumps({"step": 0, "loss": 1.0, **damaged}) + "\n")
         with pytest.raises(CheckpointError, match="metrics.jsonl is not what a run writes"):
             diagnose_run(run_dir)
