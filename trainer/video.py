@@ -25,8 +25,7 @@ def write_mp4(path: Path, video: Tensor, *, fps: int = 8) -> None:
     import av
 
     factor = max(1, -(-256 // min(video.shape[-2:])))
-    frames = _bytes(video).permute(1, 2, 3, 0).repeat_interleave(factor, 1).repeat_interleave(factor, 2)  # (T, H, W, 3)
-    height, width = frames.shape[1] // 2 * 2, frames.shape[2] // 2 * 2
+    height, width = (side * factor // 2 * 2 for side in video.shape[-2:])
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         # By its whole path: a name with a colon alone, such as 12:30.mp4, FFmpeg would take for a protocol's.
@@ -34,8 +33,9 @@ def write_mp4(path: Path, video: Tensor, *, fps: int = 8) -> None:
             stream = container.add_stream("libx264", rate=fps)
             stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
             stream.options = {"crf": "18"}
-            for frame in frames[:, :height, :width].contiguous().numpy():
-                container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+            for frame in video.unbind(1):
+                pixels = _bytes(frame).permute(1, 2, 0).repeat_interleave(factor, 0).repeat_interleave(factor, 1)  # (H, W, 3)
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels[:height, :width].contiguous().numpy(), format="rgb24")))
             container.mux(stream.encode())
     except (OSError, av.error.FFmpegError) as e:
         raise InputOutputError(f"{path} cannot be written ({e}); choose another --out") from e

@@ -6,6 +6,7 @@ import av
 import pytest
 import torch
 from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from trainer.errors import InputOutputError
 from trainer.shapes import world
@@ -39,6 +40,23 @@ def test_a_name_with_a_colon_is_a_file_in_this_directory(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_mp4(Path("12:30.mp4"), torch.rand(3, 2, 32, 32))
     assert _read(tmp_path / "12:30.mp4").shape == (2, 256, 256, 3)
+
+
+class Largest(TorchDispatchMode):
+    num_bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **kwargs or {})
+        if isinstance(out, torch.Tensor) and not func.is_view:
+            self.num_bytes = max(self.num_bytes, out.nbytes)
+        return out
+
+
+def test_frames_are_encoded_one_by_one(tmp_path):
+    video = torch.rand(3, 16, 256, 256)
+    with Largest() as largest:
+        write_mp4(tmp_path / "x.mp4", video)
+    assert 0 < largest.num_bytes <= video[:, 0].nbytes
 
 
 def test_odd_sides_become_even(tmp_path):
