@@ -92,9 +92,10 @@ def load_eraser(path: Path | str) -> EraserFile:
     Raises CheckpointError with what is wrong: absent, truncated, not an eraser, rank or blocks that disagree.
     """
     path = Path(path)
-    beside = path.with_name(RELEASED_WEIGHTS) if path.name == RELEASED_CONFIG else path.with_suffix(Path(WEIGHTS).suffix)
-    if path.suffix == Path(DESCRIPTION).suffix and beside.is_file():
-        raise CheckpointError(f"{path}: is the description; name the weights beside it, {beside}, or the directory")
+    if path.suffix == Path(DESCRIPTION).suffix:
+        beside = path.with_name(RELEASED_WEIGHTS) if path.name == RELEASED_CONFIG else path.with_suffix(Path(WEIGHTS).suffix)
+        if beside.is_file():
+            raise CheckpointError(f"{path}: is the description; name the weights beside it, {beside}, or the directory")
     candidates = [path] if path.is_file() else [path / WEIGHTS, path / RELEASED_WEIGHTS]
     file = next((c for c in candidates if c.is_file()), None)
     refuse_forgetting(path.parent if path.is_file() else path)

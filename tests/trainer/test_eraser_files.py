@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import shutil
+from pathlib import Path
 
 import bitsandbytes
 import pytest
@@ -139,6 +140,11 @@ def test_stock_transformer_of_the_same_geometry_and_another_configuration_is_a_w
     transformer.register_to_config(quantization_config={"load_in_4bit": True})
     apply_eraser(transformer, saved[0])
     assert ("configured in another way" in caplog.text) == (kind != "2b")
+
+
+def test_the_directory_one_is_in(saved, monkeypatch):
+    monkeypatch.chdir(saved[0])
+    assert load_eraser(".").path == Path(WEIGHTS)  # a path without a name
 
 
 def test_nothing_there(tmp_path):
