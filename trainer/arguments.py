@@ -119,7 +119,7 @@ def resolve(argv: Sequence[str], kind: type = TrainCommand) -> tuple[Any, dict[s
         raise UsageError("--config beside --resume: a resumed run keeps its settings; give what may change as flags")
     base, origins = TrainConfig(), dict.fromkeys(settings.leaves(TrainConfig()), "default")
     if resume:
-        values, before = _of_run(Path(resume))
+        values, before = _of_run(settings.expanded(resume))
         refuse_out(argv)
         for path, origin in before.items():
             if profile and origin.startswith(("profile ", "step-down ")):  # what was planned is planned anew
@@ -128,7 +128,7 @@ def resolve(argv: Sequence[str], kind: type = TrainCommand) -> tuple[Any, dict[s
                 origins[path] = origin
         base = settings.replaced(base, values)
     else:
-        file = read_toml(Path(toml)) if toml else {}
+        file = read_toml(settings.expanded(toml)) if toml else {}
         model = early(argv, "--model") or file.get("model.model", "shapes")
         if model == "shapes":
             base = settings.replaced(base, settings.SHAPES)

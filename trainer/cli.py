@@ -225,7 +225,7 @@ def _forget(argv: Sequence[str]) -> None:
     resume = early(argv, "--resume")
     if resume:
         refuse_out(argv)
-    base = read_forget_config(Path(resume)) if resume else ForgetConfig()
+    base = read_forget_config(settings.expanded(resume)) if resume else ForgetConfig()
     command = parse(ForgetCommand, argv, "forget", ForgetCommand(settings=base))
     origins = {path: "flag" if path.split(".")[-1] in given(argv) else f"run {resume}" if resume else "default"
                for path in settings.leaves(command.settings)}

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from memory.cards import size_bytes
-from trainer.config import TrainConfig
+from trainer.config import TrainConfig, expand
 from trainer.errors import UsageError
 
 
@@ -28,6 +28,9 @@ class TrainCommand:
     """Out of memory: stop and name the next cheaper memory plan, or take it and go on from the last step."""
     settings: TrainConfig = field(default_factory=TrainConfig)
 
+    def __post_init__(self):
+        expand(self, "config", "resume")
+
 
 @dataclass(frozen=True, kw_only=True)
 class ExportCommand:
@@ -37,6 +40,9 @@ class ExportCommand:
     """A run directory or an eraser file; `export RUN --out DIR` says the same."""
     out: Path
     """The directory to write into."""
+
+    def __post_init__(self):
+        expand(self, "eraser", "out")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +58,9 @@ class DiagnoseCommand:
     json: bool = False
     """Print JSON in place of a table."""
 
+    def __post_init__(self):
+        expand(self, "target")
+
 
 @dataclass(frozen=True, kw_only=True)
 class ReportCommand:
@@ -61,6 +70,9 @@ class ReportCommand:
     """A run directory; `report RUN` says the same."""
     out: Path | None = None
     """The file to write; RUN/report.html by default."""
+
+    def __post_init__(self):
+        expand(self, "run", "out")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,6 +106,7 @@ class PlanCommand:
     settings: TrainConfig = field(default_factory=TrainConfig)
 
     def __post_init__(self):
+        expand(self, "config")
         if not 1 <= self.cards <= 1024:
             raise UsageError(f"--cards {self.cards}: from 1 to 1024, in one machine")
         if self.host is not None and not size_bytes(self.host):

@@ -124,6 +124,9 @@ class ForgetCommand:
     """Go on with the run in this directory, with its settings."""
     settings: ForgetConfig = field(default_factory=ForgetConfig)
 
+    def __post_init__(self):
+        expand(self, "resume")
+
 
 def read_forget_config(run_dir: Path) -> ForgetConfig:
     """The settings of a run of this command. Raises CheckpointError if it is none."""

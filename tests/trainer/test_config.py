@@ -13,11 +13,12 @@ from hypothesis import strategies as st
 
 from memory.plan import MemoryPlan, PlanError
 from trainer import loop
-from trainer.arguments import fixed, resolve
+from trainer.arguments import fixed, parse, resolve
+from trainer.commands import DiagnoseCommand, ExportCommand, ReportCommand, TrainCommand
 from trainer.config import SHAPES, TrainConfig, leaves, replaced
 from trainer.config_file import as_json, from_json, read_toml
 from trainer.errors import CheckpointError, InputOutputError, UsageError
-from trainer.projection_config import read_forget_config
+from trainer.projection_config import ForgetCommand, read_forget_config
 from trainer.run_directory import make_run_directory, read_config, write_config
 from trainer.video_config import EvaluateConfig, GenerateConfig
 
@@ -297,6 +298,12 @@ def test_the_home_is_found_wherever_a_path_is_written(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     config = replaced(TrainConfig(), {"output.out": Path("~/r"), "data.prompts": Path("~/p.txt"), "data.preserve_file": Path("~/k.txt")})
     assert (config.output.out, config.data.prompts, config.data.preserve_file) == (tmp_path / "r", tmp_path / "p.txt", tmp_path / "k.txt")
+    for kind, *names in ((TrainCommand, "resume"), (ForgetCommand, "resume"), (DiagnoseCommand, "target"), (ReportCommand, "run", "out"),
+                         (ExportCommand, "eraser", "out")):
+        command = parse(kind, [f"--{name}=~/x" for name in names], "")  # a ~ that a shell leaves as it is
+        assert {getattr(command, name) for name in names} == {tmp_path / "x"}
+    (tmp_path / "c.toml").write_text("optim.rank = 7")
+    assert resolve(["--config=~/c.toml"])[0].settings.optim.rank == 7
     for path in ("~nobody-of-that-name/x", "~nobody-of-that-name/x.txt"):
         with pytest.raises(UsageError, match="whose home that is"):
             replaced(TrainConfig(), {"output.out": Path(path)})
