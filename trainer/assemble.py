@@ -144,7 +144,7 @@ def named_scheduler(backbone: CogVideoX, name: str) -> Any:
 
 @dataclass
 class Assembly:
-    """A transformer in place. As a context manager it undoes the memory plan at the end."""
+    """A transformer in place. As a context manager it undoes the memory plan at the end, and takes the erasers out."""
 
     transformer: nn.Module
     blocks: nn.ModuleList
@@ -162,6 +162,8 @@ class Assembly:
         # Sharded weights come together only if every process gathers them; one that fails may be alone.
         if kind is None or self.applied.plan.num_shards == 1:
             self.applied.undo()
+            if self.erasers is not None:  # they and the attentions they are in refer to each other: nothing would free those
+                self.erasers.undo()
 
 
 def assemble(backbone: CogVideoX, model: ModelConfig, plan: MemoryPlan, *, rank: int | None = None, eraser: Path | None = None,

@@ -268,19 +268,20 @@ def test_what_a_full_disk_does_not_take_is_said_all_the_same(tiny_config: Make, 
 def test_no_step_waits(tiny_config: Make) -> None:
     """Neither the watcher nor the step around it; without the watcher the numbers would be read at once."""
     subject = prepare(tiny_config())
-    with subject.assembly, Health(subject) as health:
-        health.before_training()
-        one_step(subject, health, 0)
-        terms = student_backward(subject.assembly.predict, subject.assembly.erasers, subject.teacher.sample(1),
-                                 subject.config.loss)
-        with Waits() as apply:
-            health.apply(1, terms)
-        subject.optimizer.zero_grad()
-        sample = subject.teacher.sample(2)
-        with Waits() as watched:
+    with subject.assembly:
+        with Health(subject) as health:
+            health.before_training()
+            one_step(subject, health, 0)
+            terms = student_backward(subject.assembly.predict, subject.assembly.erasers, subject.teacher.sample(1),
+                                     subject.config.loss)
+            with Waits() as apply:
+                health.apply(1, terms)
+            subject.optimizer.zero_grad()
+            sample = subject.teacher.sample(2)
+            with Waits() as watched:
+                student_backward(subject.assembly.predict, subject.assembly.erasers, sample, subject.config.loss)
+        with Waits() as plain:
             student_backward(subject.assembly.predict, subject.assembly.erasers, sample, subject.config.loss)
-    with Waits() as plain:
-        student_backward(subject.assembly.predict, subject.assembly.erasers, sample, subject.config.loss)
     assert apply.num == 0 and watched.num == plain.num
     with Waits() as control:
         terms["loss"].item()
