@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, Literal, TextIO
 
 from memory.cards import GIB, Card, detect
-from memory.exhaustion import first_line
+from memory.exhaustion import card_lost, exhausted, first_line
 from memory.host import available_host_bytes, host_limit_bytes, machine_bytes
 from memory.nvml import CardUnreadable
 from trainer.cache import cache_directory
@@ -33,6 +33,7 @@ LEAST_DISK_BYTES = 2 * GIB  # two checkpoints of the 5b at rank 128 and one bein
 LEAST_MODEL_BYTES = 22 * GIB  # what is downloaded of the published 5b, and a little
 LEAST_LINK_SHARE = 0.6  # of what the card's kind of link reaches
 _COPIED_BYTES = 256 << 20
+_LOST = "look at nvidia-smi and dmesg; a card that fell off the bus comes back with a restart"
 _PYPROJECT = Path(__file__).parent.parent / "pyproject.toml"
 
 Status = Literal["ok", "note", "warning", "problem"]
@@ -67,7 +68,11 @@ def examine() -> list[Check]:
     card, found = the_card()
     checks += [found, *host(card), *disk()]
     if not any(check.status == "problem" and check.name in ("torch", "diffusers", "transformers", "card") for check in checks):
-        checks += [kernels(), link(card)] if card else []
+        for name, look in (("kernels", kernels), ("link", lambda: link(card))) if card else ():
+            try:
+                checks.append(look())
+            except RuntimeError as e:
+                checks.append(_refused(name, e))
         checks.append(bundled_model())
     return checks
 
@@ -110,7 +115,7 @@ def the_card() -> tuple[Card | None, Check]:
         card = detect()
     except CardUnreadable as e:
         return None, Check(name="card", status="problem", found=str(e), exit_code=6,
-                           fix="look at nvidia-smi and dmesg; a card that fell off the bus comes back with a restart")
+                           fix=_LOST)
     if card.is_cpu:
         return None, Check(name="card", status="note", found="none: training runs on the CPU, which the bundled model is small "
                            "enough for", fix="with a card in the machine: install its driver and a torch built for CUDA, and look at "
@@ -124,7 +129,10 @@ def the_card() -> tuple[Card | None, Check]:
         return None, Check(name="card", status="problem", found=f"{card.label} is there, but torch (built {built}) cannot use it",
                            values=values, exit_code=2, fix="install a torch whose CUDA the driver supports (nvidia-smi shows "
                            "up to which), and look at CUDA_VISIBLE_DEVICES")
-    major, minor = torch.cuda.get_device_capability()
+    try:
+        major, minor = torch.cuda.get_device_capability()
+    except RuntimeError as e:
+        return None, _refused("card", e)
     values |= {"compute_capability": f"{major}.{minor}", "driver": _driver(),
                "dtypes": [d for d in ("float32", "bfloat16", "float16", "float8") if card.supports(d)]}
     crowded = card.used_by_others_bytes > card.capacity_bytes // 4
@@ -133,6 +141,13 @@ def the_card() -> tuple[Card | None, Check]:
         found=f"{card.label}, {card.capacity_bytes / GIB:.1f} GiB ({card.used_by_others_bytes / GIB:.1f} held by others), compute "
               f"{major}.{minor}, {' '.join(values['dtypes'])}; driver {values['driver']}, torch for CUDA {torch.version.cuda}",
         fix="other processes hold much of the card: end them, or plan for what is left" if crowded else "")
+
+
+def _refused(name: str, error: Exception) -> Check:
+    """A check that was not made: memory has run out, as on a card that others fill, or the card does not answer."""
+    full = exhausted(error) is not None
+    return Check(name=name, status="problem", found=f"cannot be tried ({first_line(error)})", exit_code=3 if full else 6,
+                 fix="end what else holds memory of the card, which nvidia-smi shows, or of the host" if full else _LOST)
 
 
 def kernels() -> Check:
@@ -257,6 +272,8 @@ def bundled_model() -> Check:
 
         finite, shape = _generate_once(ModelConfig())
     except Exception as e:  # whatever it is, it is what was asked for
+        if exhausted(e) or card_lost(e):
+            return _refused("bundled model", e)
         return Check(name="bundled model", status="problem", found=f"does not run ({type(e).__name__}: {first_line(e)})",
                      fix="git checkout trainer/shapes/pipeline, or train it anew: make pretrain", exit_code=getattr(e, "exit_code", 5))
     seconds = time.perf_counter() - started

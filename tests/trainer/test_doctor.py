@@ -182,3 +182,25 @@ def test_whether_tritons_kernels_work(monkeypatch):
         found.append(doctor.kernels())
     assert [check.status for check in found] == ["ok", "warning", "warning"]
     assert "not installed" in found[1].found and "no compiler" in found[2].found and "gcc" in found[2].fix
+
+
+def test_a_card_that_others_fill_ends_no_examination(quick, monkeypatch):
+    from trainer.backbones import norm_rotate
+
+    def full(device):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 MiB.")
+
+    monkeypatch.setattr(doctor, "the_card", lambda: (lookup("4090"), Check(name="card", status="ok", found="")))
+    monkeypatch.setattr("torch.cuda.current_device", lambda: 0)
+    monkeypatch.setattr(norm_rotate, "working_kernels", full)
+    monkeypatch.setattr(doctor, "_best_seconds", lambda work, wait: full(None))
+    checks = doctor.examine()
+    assert [_one(checks, name).status for name in ("kernels", "link", "bundled model")] == ["problem", "problem", "ok"]
+    assert _one(checks, "kernels").exit_code == 3 and "cannot be tried (CUDA out of memory" in _one(checks, "kernels").found
+    assert doctor._refused("link", RuntimeError("CUDA error: unspecified launch failure")).exit_code == 6
+
+
+def test_a_model_for_which_there_is_no_memory_is_not_damaged(monkeypatch):
+    monkeypatch.setattr(doctor, "_generate_once", lambda model: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA out of memory.")))
+    check = doctor.bundled_model()
+    assert check.exit_code == 3 and "nvidia-smi" in check.fix and "pretrain" not in check.fix
