@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from memory.cards import Card
-from memory.plan import MemoryPlan
+from memory.plan import MemoryPlan, PlanError
 from trainer.assemble import (assemble, embed_prompts, named_scheduler, open_backbone, require_real, resolve_device, resolve_dtype,
                               video_size)
 from trainer.backbones import Decode, Predict
@@ -74,7 +74,7 @@ def trained_config(eraser: Path) -> TrainConfig | None:
         return read_config(eraser)[0]
     try:
         return from_json(load_eraser(eraser).training)
-    except (CheckpointError, UsageError, TypeError, AttributeError, ValueError):
+    except (CheckpointError, UsageError, PlanError, TypeError, AttributeError, ValueError):
         return None
 
 

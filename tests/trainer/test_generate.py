@@ -189,6 +189,9 @@ def test_a_run_gives_its_sizes_and_its_plan_where_flags_do_not(sincos, eraser, t
     for named in (eraser, eraser / "eraser.safetensors"):  # a file says it, too
         found = module.as_trained(replace(run, eraser=named), named, {"resident_blocks"})
         assert found.model == replace(model, device="auto") and found.memory == MemoryPlan(feed_forward_chunks=2)
+    other = as_json(trained) | {"memory": {"checkpoint": "newest"}}  # of another version, as which it says nothing
+    (eraser / "eraser.json").write_text(json.dumps(description | {"training": other}))
+    assert module.as_trained(run, eraser, ()) == run
 
 
 def test_a_run_of_forget_is_no_eraser(tmp_path):
