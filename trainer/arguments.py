@@ -181,7 +181,7 @@ def given(argv: Sequence[str]) -> set[str]:
 
 def chosen_card(profile: str, device: str = "auto") -> Card:
     """The card that is meant; of this machine, the one that `device` names."""
-    kind = re.fullmatch(r"(auto|cpu|cuda)(?::(\d+))?", device)
+    kind = re.fullmatch(r"auto|cpu|(cuda)(?::(\d+))?", device)
     if kind is None:
         raise UsageError(f"--device {device}: auto, cpu or cuda would work")
     try:

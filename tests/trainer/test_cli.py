@@ -364,6 +364,8 @@ def test_the_card_is_the_one_that_the_device_names(monkeypatch):
     monkeypatch.setattr(arguments, "lookup", lambda profile: SimpleNamespace(name=profile, is_cpu=profile == "cpu"))
     assert [chosen_card(*words).name for words in (("auto",), ("auto", "cuda"), ("auto", "cuda:1"), ("auto", "cpu"), ("4090", "cuda:1"))] == [
         "auto", "auto", "card 1", "cpu", "4090"]
+    with pytest.raises(UsageError, match="--device cpu:0: auto, cpu or cuda would work"):  # it would be planned for card 0
+        chosen_card("auto", "cpu:0")
 
 
 def test_a_card_by_number_becomes_the_current_one(monkeypatch):
