@@ -38,7 +38,7 @@ def probe(directory: Path) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     file = directory / ".probe"
     file.touch()
-    file.unlink()
+    file.unlink(missing_ok=True)  # others may look at the same place
 
 
 def _cannot_write(out: Path | None, reason: str | None) -> InputOutputError:

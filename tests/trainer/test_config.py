@@ -19,7 +19,7 @@ from trainer.config import SHAPES, TrainConfig, leaves, replaced
 from trainer.config_file import as_json, from_json, read_toml
 from trainer.errors import CheckpointError, InputOutputError, UsageError
 from trainer.projection_config import ForgetCommand, read_forget_config
-from trainer.run_directory import make_run_directory, read_config, write_config
+from trainer.run_directory import make_run_directory, probe, read_config, write_config
 from trainer.video_config import EvaluateConfig, GenerateConfig
 
 
@@ -307,3 +307,10 @@ def test_the_home_is_found_wherever_a_path_is_written(monkeypatch, tmp_path):
     for path in ("~nobody-of-that-name/x", "~nobody-of-that-name/x.txt"):
         with pytest.raises(UsageError, match="whose home that is"):
             replaced(TrainConfig(), {"output.out": Path(path)})
+
+
+def test_two_may_look_at_one_place_at_once(monkeypatch, tmp_path):
+    touch = Path.touch
+    monkeypatch.setattr(Path, "touch", lambda file: (touch(file), file.unlink()))  # the other one was faster
+    probe(tmp_path)
+    assert not list(tmp_path.iterdir())
