@@ -93,6 +93,7 @@ def _unboxed(text: str) -> str:
 _PLAIN = {r"invalid literal for int\(\) with base 10: (.*)": r"\1 is not a whole number",
           r"could not convert string to float: (.*)": r"\1 is not a number",
           r"no type matching \{None\}\|INT could be instantiated from \[(.*)\]": r"\1 is not a whole number",
+          r"no type matching \{None\}\|FLOAT could be instantiated from \[(.*)\]": r"\1 is not a number",
           r"Could not find valid parse for arguments: \[(.*)\]": r"whole numbers only, not \1",
           r"Missing from .*?: (--\S+) .*": r"\1 is missing"}
 

@@ -18,7 +18,7 @@ FROZEN = Path(__file__).parent / "messages.txt"
 OTHERS = [
     ["frobnicate"], ["generate", "--prompt", "x"], ["generate", "--prompt", "x", "--no-eraser", "--out", "x.gif"],
     ["generate", "--prompt", "x", "--no-eraser", "--fpss", "3"], ["generate", "--prompt", "x", "--eraser", "{tmp}/absent"],
-    ["evaluate", "{tmp}/absent"], ["export", "{tmp}/absent", "--out", "{tmp}/x"], ["report", "{tmp}/absent"],
+    ["evaluate", "{tmp}/absent"], ["evaluate", "{tmp}/absent", "--guidance-scale", "x"], ["export", "{tmp}/absent", "--out", "{tmp}/x"], ["report", "{tmp}/absent"],
     ["diagnose", "{tmp}/absent"], ["plan", "--profile", "rtx9999"], ["plan", "--profile", "24"], ["forget", "--guidance", "batched"], ["--resume", "{tmp}/absent", "--config", "x.toml"],
     ["--config", "{tmp}/unknown.toml"], ["--config", "{tmp}/typed.toml"], ["--config", "{tmp}/broken.toml"], ["--concept", " "],
     ["--beta", "-1"], ["--mask-threshold", "2"], ["--lr", "nan"], ["--pool", "3"], ["--guidance", "none"], ["--on-oom", "retry"]]
