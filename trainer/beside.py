@@ -74,12 +74,13 @@ class Beside:
         context = multiprocessing.get_context("fork")
         try:
             self._taken = context.Array("i", _MOST)
-        except OSError:  # no shared memory here
+            self._pipe, their_end = context.Pipe()
+            process = context.Process(target=self._work, args=(their_end,), daemon=True)
+            process.start()
+        except OSError:  # no shared memory here, or no room for one more process
             return False
-        self._pipe, their_end = context.Pipe()
-        self._process = context.Process(target=self._work, args=(their_end,), daemon=True)
-        self._process.start()
         their_end.close()  # so that its death is the end of the pipe
+        self._process = process
         return True
 
     def _end(self) -> None:

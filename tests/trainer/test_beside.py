@@ -123,11 +123,12 @@ def test_with_one_core_all_is_done_here(monkeypatch):
     assert {run(call)[1] for call in "abcd"} == {os.getpid()} and not beside._may_fork()
 
 
-def test_without_shared_memory_all_is_done_here(two_cores, monkeypatch):
+@pytest.mark.parametrize("where, what", [(multiprocessing.get_context("fork"), "Array"), (os, "fork")])
+def test_without_shared_memory_or_another_process_all_is_done_here(two_cores, monkeypatch, where, what):
     def refuse(*args):
-        raise OSError("no /dev/shm")
+        raise OSError("no /dev/shm, or as many processes as there may be")
 
-    monkeypatch.setattr(multiprocessing.get_context("fork"), "Array", refuse)
+    monkeypatch.setattr(where, what, refuse)
     run = Beside(_where)
     run.announce("abcd")
     assert {run(call)[1] for call in "abcd"} == {os.getpid()} and not multiprocessing.active_children()
