@@ -44,7 +44,7 @@ def as_json(found: Forecast, origins: dict[str, str]) -> dict[str, Any]:
     """The forecast as plain data; sizes in bytes, all predicted."""
     return {
         "model": found.config.model.model, "card": found.card.name, "capacity_bytes": found.card.capacity_bytes,
-        "fits": found.result.best is not None, "verdict": verdict(found),
+        "verdict": verdict(found),
         "num_candidates": found.result.num_candidates, **described(found.chosen),
         "alternatives": [described(miss) | {"reason": miss.reason} for miss in found.result.near_misses],
         "command": None if only_planned(found.chosen.plan) else command(found.config, found.chosen.plan, origins, found.num_cards),
