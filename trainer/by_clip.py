@@ -35,7 +35,7 @@ from trainer.live_view import duration
 from trainer.projection_encoders import ClipText, ClipVision, Tower, embedded, locate
 from trainer.projection_examples import Example
 from trainer.projection_features import compute
-from trainer.prompts import TEMPLATES, UNSEEN, Embeddings, collect
+from trainer.prompts import TEMPLATES, UNSEEN, Embeddings, collect, word
 from trainer.rates import rates
 from trainer.video import spread, stills
 from trainer.video_config import EvaluateConfig
@@ -64,6 +64,9 @@ def cases(config: EvaluateConfig, model: ModelConfig, concept: str) -> tuple[lis
         if file and file != config.prompts and not file.exists():  # it was named when the run began, perhaps in another directory
             raise UsageError(f"{config.run} was trained with {file}, which is not there; {flag} names others")
     prompts = collect(wanted, bundled=is_bundled(model), templates=UNSEEN)
+    if wanted.prompts != config.prompts and wanted.concept != data.concept and not any(map(word(wanted.concept).search, prompts.prompts)):
+        raise UsageError(f"--concept {concept}: {config.run} erases {data.concept}, of which its prompts are ({data.prompts}); leave --concept out, "
+                         "or name prompts of it by --prompts")
     labels: dict[str, str] = {}
     for label in (prompts.concept, *filter(None, [data.instead]), *(label for label, _ in prompts.kept)):
         labels.setdefault(label.casefold(), label)  # CLIP's tokenizer tells no capitals: of two alike one would never be taken

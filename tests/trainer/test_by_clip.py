@@ -178,6 +178,17 @@ def test_files_of_a_run_that_are_gone_are_told_with_the_flags_that_evaluate_has(
         cases(_config(run, prompts=tmp_path / "absent.txt", preserve=("green",)), model, "red")
 
 
+def test_the_prompts_of_a_run_are_not_taken_for_those_of_another_concept(pipelines, tmp_path):
+    run, model, file = tmp_path / "run", ModelConfig(model=str(pipelines["2b"])), tmp_path / "p.txt"
+    run.mkdir()
+    file.write_text("a red circle moving left\n")
+    write_config(run, TrainConfig(model=model, data=DataConfig(concept="red", prompts=file, preserve=("green",))), {})
+    with pytest.raises(UsageError, match="--concept square: .*/run erases red, of which its prompts are .*/p.txt.; leave --concept out"):
+        cases(_config(run, concept="square"), model, "square")
+    for concept, prompts in (("red circle", None), ("square", file)):  # what they do name, and those that a flag names
+        assert cases(_config(run, concept=concept, prompts=prompts), model, concept)[1][0] == concept
+
+
 def test_many_preserved_prompts_are_spread_over(published):
     many = tuple(f"thing number {i}" for i in range(100))
     chosen, labels = cases(_config(published, preserve=many, num_videos=4), load_eraser(published).model(CPU), "red")
