@@ -47,7 +47,7 @@ def parse(kind: type, argv: Sequence[str], command: str, default: Any = None, *,
             raise
         said = _unboxed(complaint.getvalue())
         if said == f"{named} is missing":
-            said += f"; {named[2:].upper()} stands first or last, or after {named}"
+            said += f"; {named[2:].upper()} stands first, or after {named}"
         raise UsageError(f"{said}; {program} --help says more") from e
     if unknown and not unknown[0].startswith("-"):
         raise UsageError(_superfluous(unknown[0], argv, parsed, program))

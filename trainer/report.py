@@ -89,7 +89,7 @@ def _title(files: RunFiles) -> str:
         verb, concept = "Forgetting", files.evaluation.get("concept") or files.setting("forget")
     else:
         verb, concept = "Erasing", files.setting("data.concept")
-    return escape(f"{verb} {concept}" if concept else f"Run {files.path.name}")
+    return escape(f"{verb} {concept}" if concept else f"Run {files.path.resolve().name}")
 
 
 def _subtitle(files: RunFiles) -> str:

@@ -1,6 +1,7 @@
 """The backbone against diffusers' own pipeline: shapes, predictions, text, decoding."""
 
 import gc
+import inspect
 import json
 import shutil
 import weakref
@@ -10,7 +11,7 @@ import huggingface_hub
 import pytest
 import sentencepiece
 import torch
-from diffusers import AutoencoderKLCogVideoX
+from diffusers import AutoencoderKLCogVideoX, CogVideoXTransformer3DModel
 from huggingface_hub.errors import RepositoryNotFoundError
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -20,6 +21,7 @@ from memory.plan import MemoryPlan
 from trainer.assemble import named_scheduler, open_training, resolve_dtype
 from trainer.backbones import published, text_encoder
 from trainer.backbones.cogvideox import CogVideoX
+from trainer.backbones.location import config_hash
 from trainer.backbones.text_encoder import TextEncoder
 from trainer.errors import CheckpointError, NonFinite, UsageError
 from trainer.planning import workload
@@ -287,6 +289,14 @@ def test_float16_on_a_bf16_native_model_is_refused_unless_insisted(pipelines):
 def test_identity_belongs_to_the_configuration_not_to_the_place(copied, sincos, pipelines):
     assert CogVideoX(str(copied("2b"))).identity()["config_hash"] == sincos.identity()["config_hash"]
     assert CogVideoX(str(pipelines["5b"])).identity()["config_hash"] != sincos.identity()["config_hash"]
+
+
+def test_identity_survives_an_argument_that_a_later_diffusers_adds(sincos, monkeypatch):
+    config, init = vars(sincos.config), CogVideoXTransformer3DModel.__init__
+    before, now = config_hash(config), inspect.signature(init)
+    added = inspect.Parameter("window", inspect.Parameter.KEYWORD_ONLY, default=1)
+    monkeypatch.setattr(init, "__signature__", now.replace(parameters=[*now.parameters.values(), added]), raising=False)
+    assert [config_hash(config | {"window": size}) == before for size in (1, 2)] == [True, False]
 
 
 def test_schedulers_by_name_share_the_models_schedule(backbone):

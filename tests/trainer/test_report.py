@@ -269,6 +269,13 @@ def test_a_name_that_is_no_text_is_shown_as_far_as_it_is(run, tmp_path):
         require_place(odd / "run")
 
 
+def test_a_run_without_a_concept_is_titled_by_its_directory(tmp_path, monkeypatch):
+    (directory := tmp_path / "golf-1").mkdir()
+    (directory / "findings.json").write_text(json.dumps(Bill(findings=()).as_json()))
+    monkeypatch.chdir(directory)
+    assert "<title>Run golf-1" in write_report(Path(".")).read_text()
+
+
 def test_a_run_that_the_preflight_stopped_is_one(tmp_path):
     bill = Bill(findings=(finding("wiped-weights", "weights", module="proj_out.weight"),))
     (tmp_path / "findings.json").write_text(json.dumps(bill.as_json()))

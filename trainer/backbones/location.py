@@ -2,6 +2,7 @@
 
 import difflib
 import hashlib
+import inspect
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping
@@ -85,8 +86,12 @@ def read_config(directory: Path, component: str) -> dict[str, Any]:
 
 
 def config_hash(config: Mapping[str, Any]) -> str:
-    """Identifies a transformer by its whole configuration, without the entries that diffusers keeps for itself."""
-    text = json.dumps({k: v for k, v in sorted(config.items()) if not k.startswith("_")}, default=str)
+    """Identifies a transformer by its configuration: by what is not as diffusers has it by default, since later versions have more arguments.
+    The entries that diffusers keeps for itself do not count."""
+    from diffusers import CogVideoXTransformer3DModel
+
+    usual = {name: argument.default for name, argument in inspect.signature(CogVideoXTransformer3DModel.__init__).parameters.items()}
+    text = json.dumps({k: v for k, v in sorted(config.items()) if not k.startswith("_") and (k not in usual or v != usual[k])}, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
