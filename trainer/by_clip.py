@@ -37,6 +37,8 @@ from trainer.projection_examples import Example
 from trainer.projection_features import compute
 from trainer.prompts import TEMPLATES, UNSEEN, Embeddings, collect, word
 from trainer.rates import rates
+from trainer.run_directory import is_run
+from trainer.state import prompts_kept
 from trainer.video import spread, stills
 from trainer.video_config import EvaluateConfig
 
@@ -64,6 +66,8 @@ def cases(config: EvaluateConfig, model: ModelConfig, concept: str) -> tuple[lis
         if file and file != config.prompts and not file.exists():  # it was named when the run began, perhaps in another directory
             raise UsageError(f"{config.run} was trained with {file}, which is not there; {flag} names others")
     prompts = collect(wanted, bundled=is_bundled(model), templates=UNSEEN)
+    if not (config.prompts or config.preserve) and is_run(config.run) and not prompts_kept(config.run):
+        logger.warning("the files of %s's prompts were edited since it was trained: it is measured by what they say now", config.run)
     if wanted.prompts != config.prompts and wanted.concept != data.concept and not any(map(word(wanted.concept).search, prompts.prompts)):
         raise UsageError(f"--concept {concept}: {config.run} erases {data.concept}, of which its prompts are ({data.prompts}); leave --concept out, "
                          "or name prompts of it by --prompts")

@@ -129,6 +129,8 @@ def _train(argv: Sequence[str]) -> None:
     print(f"run: {run_dir}", flush=True)  # whatever becomes of the measurement
     if measures and not (untouched and _measured(run_dir)):
         _measure(EvaluateConfig(run=run_dir, model=config.model))
+    elif config.output.evaluate and config.model.model != "shapes" and config.model.weights != "random":
+        print(f"whether it erases: run.py evaluate {run_dir} --rater openai/clip-vit-large-patch14", file=sys.stderr)
 
 
 def _plan(argv: Sequence[str]) -> None:

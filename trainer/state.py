@@ -139,6 +139,12 @@ def require_kept(run_dir: Path, config: TrainConfig) -> None:
     _check_content(content, {"prompts": _digest(collect(config.data, bundled=config.model.model == "shapes"))}, config)
 
 
+def prompts_kept(run_dir: Path) -> bool:
+    """Whether the files that a run's prompts are in say what they said when it was trained, as far as the run knows."""
+    config, content = read_config(run_dir)
+    return content.get("prompts") in (None, _digest(collect(config.data, bundled=config.model.model == "shapes")))
+
+
 def _check_settings(saved: Mapping[str, Any], config: TrainConfig, native_dtype: torch.dtype | None = None) -> None:
     """`native_dtype`: what `--dtype native` stands for; None where the model was not looked at yet."""
     before, ours = saved["config"], as_json(config)

@@ -20,9 +20,11 @@ from trainer.erasers import Erasers
 from trainer.errors import CheckpointError, UsageError
 from trainer.evaluate import evaluate
 from trainer.projection_encoders import BUNDLED
+from trainer.prompts import collect
 from trainer.report import write_report
 from trainer.run_directory import write_config
 from trainer.shapes import world
+from trainer.state import _digest
 from trainer.video_config import EvaluateConfig
 
 CPU = ModelConfig(device="cpu")
@@ -176,6 +178,18 @@ def test_files_of_a_run_that_are_gone_are_told_with_the_flags_that_evaluate_has(
     assert cases(_config(run, prompts=mine, preserve=("green",)), model, "red")[1] == ["red", "green"]
     with pytest.raises(UsageError, match="^--prompts .*absent.txt: cannot be read"):
         cases(_config(run, prompts=tmp_path / "absent.txt", preserve=("green",)), model, "red")
+
+
+def test_prompts_that_were_edited_since_are_told(pipelines, tmp_path, caplog):
+    run, file = tmp_path / "run", tmp_path / "p.txt"
+    config = TrainConfig(model=ModelConfig(model=str(pipelines["2b"])), data=DataConfig(concept="red", prompts=file, preserve=("green",)))
+    run.mkdir()
+    file.write_text("a red circle moving left\n")
+    write_config(run, config, {}, prompts=_digest(collect(config.data, bundled=False)))
+    for text, told in (("a red circle moving left\n", False), ("a red circle\n", True)):
+        file.write_text(text)
+        cases(_config(run), config.model, "red")
+        assert ("were edited since it was trained" in caplog.text) == told
 
 
 def test_the_prompts_of_a_run_are_not_taken_for_those_of_another_concept(pipelines, tmp_path):

@@ -101,8 +101,9 @@ def settings(prompts, tmp_path, pipelines) -> list[str]:
 
 @pytest.fixture
 def trained(settings, call, tmp_path) -> Path:
-    code, out, _ = call(*settings)
+    code, out, said = call(*settings)
     assert code == 0 and out.splitlines()[-1] == f"run: {tmp_path / 'run'}"
+    assert said[-1] == f"whether it erases: run.py evaluate {tmp_path / 'run'} --rater openai/clip-vit-large-patch14"
     return tmp_path / "run"
 
 
