@@ -26,6 +26,7 @@ from memory.plan import MemoryPlan
 from trainer.assemble import assemble, embed_prompts, is_bundled, resolve_device, resolve_dtype, video_size
 from trainer.backbones.cogvideox import CogVideoX
 from trainer.backbones.location import fingerprint
+from trainer.by_rule import require_own
 from trainer.cache import cache_directory, recall, store
 from trainer.config import DataConfig, ModelConfig
 from trainer.eraser_files import EraserFile
@@ -59,13 +60,17 @@ def cases(config: EvaluateConfig, model: ModelConfig, concept: str) -> tuple[lis
     """`num_videos` prompts of the concept, then as many of all that is preserved; and the descriptions, the concept first. Prompts are those
     of the run or the flags; made from words, they are in wordings that training did not have, or the bundled model's captions."""
     run = trained_config(config.run)
-    data = run.data if run else DataConfig()
+    data, bundled = run.data if run else DataConfig(), is_bundled(model)
+    if bundled:
+        require_own(concept, data.concept if run else None, config.run)
+    elif not config.preserve and any(word(concept).fullmatch(name) for name in data.preserve):
+        raise UsageError(f"--concept {concept}: {config.run} erases {data.concept} and preserves {concept}; leave --concept out")
     kept = {"preserve": config.preserve, "preserve_file": None} if config.preserve else {}
     wanted = replace(data, concept=concept, instead="", prompts=config.prompts or data.prompts, **kept)
     for file, flag in ((wanted.prompts, "--prompts"), (wanted.preserve_file, "--preserve")):
         if file and file != config.prompts and not file.exists():  # it was named when the run began, perhaps in another directory
             raise UsageError(f"{config.run} was trained with {file}, which is not there; {flag} names others")
-    prompts = collect(wanted, bundled=is_bundled(model), templates=UNSEEN)
+    prompts = collect(wanted, bundled=bundled, templates=UNSEEN)
     if not (config.prompts or config.preserve) and is_run(config.run) and not prompts_kept(config.run):
         logger.warning("the files of %s's prompts were edited since it was trained: it is measured by what they say now", config.run)
     if wanted.prompts != config.prompts and wanted.concept != data.concept and not any(map(word(wanted.concept).search, prompts.prompts)):

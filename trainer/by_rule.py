@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -76,12 +77,17 @@ def require_measurable(concept: str, model: ModelConfig) -> None:
                              "be measured")
 
 
+def require_own(concept: str, own: str | None, run: Path) -> None:
+    """Raises UsageError for another concept than the one that `run` erases. Of what the world does not know anything may be measured."""
+    with suppress(KeyError):
+        if world.kind_of(own or "") != world.kind_of(concept):
+            raise UsageError(f"--concept {concept}: {run} erases {own}; leave --concept out")
+
+
 def measured(config: EvaluateConfig, model: ModelConfig, concept: str, *, own: str | None) -> tuple[dict[str, Any], list[tuple[str, Tensor]]]:
     """The evaluation and a before/after sheet's rows. `own`: the concept that the run erases, if it says so. Raises UsageError."""
     require_measurable(concept, model)
-    with suppress(KeyError):  # of what it does not say, or the world does not know, anything may be measured
-        if world.kind_of(own or "") != world.kind_of(concept):
-            raise UsageError(f"--concept {concept}: {config.run} erases {own}; leave --concept out")
+    require_own(concept, own, config.run)
     chosen = cases(concept, config.num_videos, config.seed)
     print(f"measuring {len(chosen)} videos, without the eraser and with it: a minute or more", file=sys.stderr, flush=True)
     backbone = open_backbone(model)

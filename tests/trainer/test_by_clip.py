@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -178,6 +179,16 @@ def test_files_of_a_run_that_are_gone_are_told_with_the_flags_that_evaluate_has(
     assert cases(_config(run, prompts=mine, preserve=("green",)), model, "red")[1] == ["red", "green"]
     with pytest.raises(UsageError, match="^--prompts .*absent.txt: cannot be read"):
         cases(_config(run, prompts=tmp_path / "absent.txt", preserve=("green",)), model, "red")
+
+
+@pytest.mark.parametrize("model, concept, message", [
+    ("shapes", "circle", "^--concept circle: .*/run erases red; leave --concept out"), ("shapes", "crimson", None),
+    ("2b", "green", "^--concept green: .*/run erases red and preserves green; leave --concept out"), ("2b", "scarlet", None)])
+def test_another_concept_than_the_runs_own_is_not_measured_as_erased(pipelines, tmp_path, model, concept, message):
+    model = str(pipelines.get(model, model))
+    run = _run(tmp_path / "run", model, concept="red", preserve=("green", "blue"))
+    with pytest.raises(UsageError, match=message) if message else nullcontext():
+        cases(_config(run, concept=concept), ModelConfig(model=model), concept)
 
 
 def test_prompts_that_were_edited_since_are_told(pipelines, tmp_path, caplog):
