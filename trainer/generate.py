@@ -3,8 +3,8 @@
 Legend: B videos, F latent frames, C latent channels, H W latent size, L text tokens, D text width, T video frames.
 """
 
-from collections.abc import Callable, Collection, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -120,15 +120,27 @@ def _latents(config: GenerateConfig, backbone: CogVideoX, model: ModelConfig, pl
     scheduler = named_scheduler(backbone, config.scheduler)
     seeds = [config.seed + i for i in range(len(config.prompt))]
 
-    def run(on: bool) -> Tensor:
+    def run(on: bool, step: Callable[[int], None]) -> Tensor:
         switch = assembly.erasers.switched(on) if assembly.erasers else nullcontext()
         with switch:
             return generate_latents(assembly.predict, scheduler, embeddings.to(assembly.device), config.prompt, seeds,
                                     assembly.latent_shape, num_steps=config.num_steps, batch_size=1,
-                                    guidance_scale=config.guidance_scale, guidance=plan.guidance)
+                                    guidance_scale=config.guidance_scale, guidance=plan.guidance, check=step)
 
-    with assembly:
-        return run(True), run(False) if config.compare else None
+    with assembly, _progress(len(seeds) * config.num_steps * (1 + config.compare)) as step:
+        return run(True, step), run(False, step) if config.compare else None
+
+
+@contextmanager
+def _progress(total: int) -> Iterator[Callable[[int], None]]:
+    """A bar on stderr where that is a terminal, and what moves it: the videos of a published model take minutes each."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns, console = (TextColumn("denoising steps"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()), Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task("", total=total)
+        yield lambda index: progress.advance(task)
 
 
 def _write(config: GenerateConfig, decode: Decode, after: Tensor, before: Tensor | None) -> list[Path]:

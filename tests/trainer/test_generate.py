@@ -224,6 +224,14 @@ def test_several_prompts_make_numbered_videos_each_of_its_own_seed(sincos, writt
     torch.testing.assert_close(written["x-1.mp4"], written["alone.mp4"], rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_bar_counts_the_steps_of_all_videos_on_a_terminal(sincos, eraser, written, tmp_path, monkeypatch, capsys, terminal):
+    monkeypatch.setenv("TTY_COMPATIBLE", str(int(terminal)))
+    module.generate(_config(sincos.directory, tmp_path / "x.mp4", no_eraser=False, eraser=eraser, compare=True))
+    captured = capsys.readouterr()
+    assert (f"{2 * NUM_STEPS}/{2 * NUM_STEPS}" in captured.err, captured.err == "", captured.out) == (terminal, not terminal, "")
+
+
 def test_latents_do_not_depend_on_the_batch_size(backbone):
     shape = backbone.latent_shape(FRAMES, SIDE, SIDE)
     predict = backbone.predictor(backbone.load_transformer(dtype=torch.float32), shape)
