@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from memory.exhaustion import exhausted
 from trainer.errors import InputOutputError, TrainerError, UsageError
 from trainer.signals import StopFlag
 
@@ -143,7 +144,8 @@ def everyones(value: Any) -> list[Any]:
 
 
 def on_main(function: Callable, *args: Any, **kwargs: Any) -> Any:
-    """Call it in process 0 only; None in the others, which wait. What goes wrong is raised in all of them."""
+    """Call it in process 0 only; None in the others, which wait. What goes wrong is raised in all of them, unless memory ran out: what is to
+    be said of that takes a while, and the first to leave would end all (torchrun). They wait on until process 0 has left."""
     if num_ranks() == 1:
         return function(*args, **kwargs)
     result, failure, told = None, None, [None]
@@ -151,15 +153,22 @@ def on_main(function: Callable, *args: Any, **kwargs: Any) -> Any:
         try:
             result = function(*args, **kwargs)
         except Exception as e:
-            failure, told = e, [(f"{e}", getattr(e, "exit_code", 1))]
+            if exhausted(e):
+                raise
+            failure, told = e, [_plain(e)]
     dist.broadcast_object_list(told, device=torch.device("cpu"))
-    if failure is not None:
-        raise failure
-    if told[0] is not None:
-        error = TrainerError(told[0][0])
-        error.exit_code = told[0][1]
+    if error := failure or told[0]:
         raise error
     return result
+
+
+def _plain(error: Exception) -> Exception:
+    """An error that travels, and ends a process as `error` does. Those of the trainer may hold what cannot, or is made otherwise again."""
+    if isinstance(error, OSError) and error.errno:
+        return OSError(error.errno, error.strerror, error.filename)
+    plain = TrainerError(str(error))
+    plain.exit_code = getattr(error, "exit_code", 1)
+    return plain
 
 
 @contextmanager

@@ -307,6 +307,31 @@ def test_what_fails_where_files_are_written_fails_everywhere(two):
     assert len(two.errors) == 2 and all("no space left" in error for error in two.errors)
 
 
+def test_what_the_file_system_refuses_one_is_the_same_error_in_all(tmp_path):
+    """run.py makes 6 of it, and of an error that it does not know 1."""
+    ended = in_processes(lambda rank: on_main((tmp_path / "absent").unlink))
+    first, second = sorted(ended.errors)
+    assert first.removeprefix("rank 0: ") == second.removeprefix("rank 1: ") and first.startswith("rank 0: FileNotFoundError: [Errno 2]"), ended
+
+
+def test_where_memory_runs_out_for_all_the_others_wait_for_what_is_said(monkeypatch):
+    """What would do is planned first, and torchrun ends all as soon as one has left."""
+    monkeypatch.setattr(distributed, "PARTING", timedelta(seconds=3))
+
+    def work(rank: int) -> None:
+        def save() -> None:
+            raise MemoryError
+
+        try:
+            on_main(save)
+        except MemoryError:
+            time.sleep(4)
+            raise UsageError("said") from None
+
+    ended = in_processes(work)
+    assert ended.codes == [2, 6] and "lost the others" in " ".join(ended.errors), ended
+
+
 def test_a_run_directory_in_use_stops_all(two, tmp_path):
     with RunLock(tmp_path / "used"):
         two("used", expect=(5, 5))
