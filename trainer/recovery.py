@@ -126,7 +126,8 @@ class Rescue:
             return
         self.meter.turn_to(None)  # the phase that failed, too, has its row
         saved = self._save(sound=not phase_of(traceback).endswith("second pass"))
-        raise OutOfMemory(Failure.of(error, step=self.state.step, run_dir=self.run_dir, saved_step=saved,
+        # Before a checkpoint is restored, in the pre-flight of a run that goes on, the steps that are done are those of the checkpoint.
+        raise OutOfMemory(Failure.of(error, step=max(self.state.step, saved or 0), run_dir=self.run_dir, saved_step=saved,
                                      peaks=dict(self.meter.peaks))) from error
 
     def _save(self, *, sound: bool) -> int | None:
@@ -166,7 +167,7 @@ def train_in_memory(train: Callable[..., Path], config: TrainConfig, origins: Ma
         except (MemoryError, RuntimeError) as e:
             if not exhausted(e):
                 raise
-            failure = Failure.of(e)
+            failure = Failure.of(e, step=_steps_done(resume))
         # Only here, outside of `except`, is nothing left that holds the tensors of the failed step.
         gc.collect()
         if torch.cuda.is_available():
@@ -186,6 +187,12 @@ def train_in_memory(train: Callable[..., Path], config: TrainConfig, origins: Ma
         if not begun and run_dir is not None:  # stopped by the pre-flight: the same directory again
             config = replace(config, output=replace(config.output, out=run_dir))
         origins = {**origins, **{f"memory.{name}": f"step-down at step {failure.step}" for name in advice.change}}
+
+
+def _steps_done(resume: Path | None) -> int:
+    """Of a run that goes on, before it could."""
+    found = resume and latest_checkpoint(resume, rename_bad=False)
+    return found.step if found else 0
 
 
 def cheaper(config: TrainConfig, card: Card, failure: Failure) -> Advice | None:

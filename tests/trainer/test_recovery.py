@@ -21,6 +21,7 @@ from trainer.assemble import Assembly
 from trainer.backbones.cogvideox import CogVideoX
 from trainer.backbones.text_encoder import TextEncoder
 from trainer.checkpoint import latest_checkpoint
+from trainer.config import replaced
 from trainer.eraser_files import load_eraser
 from trainer.errors import DoesNotFit, InputOutputError, OutOfMemory
 from trainer.forecast_text import program
@@ -188,6 +189,15 @@ def test_stop_says_where_and_what_to_paste(phase, config, monkeypatch):
         assert [line.split()[0] for line in lines if line.split()[0] in ("teacher", "student", "backward", "optimizer")] == [
             "teacher", "student", "backward", "optimizer"]
     assert lines[-2].startswith("cheaper: ") and "predicted" in lines[-2]
+
+
+@pytest.mark.parametrize("phase", ["load", "teacher of the pre-flight"])
+def test_a_run_that_goes_on_has_the_steps_of_its_checkpoint_before_it_is_restored(phase, config, monkeypatch):
+    settings = config()
+    run_dir = train(replaced(settings, {"optim.steps": 2}), {})
+    monkeypatch.setattr(*PHASES[phase][0]())
+    with pytest.raises(DoesNotFit, match=f"in {phase}, after 2 steps"):
+        train_in_memory(train, settings, {}, resume=run_dir, card=lookup("cpu"), step_down=False, command=("python", "run.py", "--resume", "RUN"))
 
 
 def test_where_no_plan_helps_it_says_what_would(config, monkeypatch, tmp_path):
