@@ -83,6 +83,7 @@ def train(config: TrainConfig, origins: Mapping[str, str], *, resume: Path | Non
             state.check(earlier)  # before anything is written
         meter.phase("pre-flight")(health.before_training)()  # one step, looked at from all sides and taken back
         state.frozen = health.frozen()
+        state.require_same()
         if resume:
             state.check(earlier)  # the weights, too, are known now
         if checkpoint:

@@ -16,9 +16,9 @@ from torch.optim import Optimizer
 from trainer.checkpoint import Checkpoint, compatible
 from trainer.config import TrainConfig
 from trainer.config_file import as_json
-from trainer.distributed import num_ranks
+from trainer.distributed import everyones, num_ranks
 from trainer.erasers import Erasers
-from trainer.errors import CheckpointError
+from trainer.errors import CheckpointError, UsageError
 from trainer.latents import Latents
 from trainer.metrics import read_metrics
 from trainer.optimizer_state import export_optimizer, import_optimizer
@@ -130,6 +130,14 @@ class TrainState:
             "optimizer": self.config.memory.optimizer,
             "prompts": self._prompts, "frozen": self.frozen,
         }
+
+    def require_same(self) -> None:
+        """Of several processes, whether each is part of the same run. Raises UsageError in all where their files differ."""
+        first, *others = everyones(self.described())
+        for number, other in enumerate(others, 1):
+            for name, what in (("prompts", "prompts"), ("base_model", "a model"), ("frozen", "weights")):
+                if other[name] != first[name]:
+                    raise UsageError(f"process {number} has read {what} other than those of process 0; all processes must see the same files")
 
 
 def require_kept(run_dir: Path, config: TrainConfig) -> None:

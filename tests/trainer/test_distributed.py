@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from processes import in_processes
 from safetensors.torch import load_file
 
 from memory.sharding import can_shard
-from trainer import distributed, loop
+from trainer import assemble, distributed, loop
 from trainer.checkpoint import latest_checkpoint
 from trainer.distributed import attended, average, everyones, on_main, rows_of, shared
 from trainer.eraser_files import load_eraser
@@ -27,6 +28,7 @@ from trainer.errors import InputOutputError, UsageError
 from trainer.health import Health
 from trainer.lock import RunLock
 from trainer.loop import train
+from trainer.prompts import collect
 from trainer.run_directory import restarted_run, write_config
 
 # A batch of one rounds otherwise than a batch of two, and Adam divides small gradients by themselves.
@@ -336,6 +338,21 @@ def test_a_run_directory_in_use_stops_all(two, tmp_path):
     with RunLock(tmp_path / "used"):
         two("used", expect=(5, 5))
     assert all(f"in use by process {os.getpid()}" in error for error in two.errors)
+
+
+@pytest.mark.parametrize("what", ["prompts", "weights"])
+def test_processes_that_read_other_files_are_no_run(two, tmp_path, what):
+    """On another host's disk, say, or because a file changes while they start."""
+    def before(rank: int) -> None:
+        if rank and what == "prompts":
+            (other := tmp_path / "other.txt").write_text("a red triangle moving left\n")
+            assemble.collect = lambda data, **more: collect(replace(data, prompts=other), **more)
+        if rank and what == "weights":
+            Health.frozen = lambda health: "others"
+
+    run_dir = two("other", before, expect=(2, 2))
+    assert all(f"process 1 has read {what} other than those of process 0" in error for error in two.errors)
+    assert not (run_dir / "config.json").exists()
 
 
 def test_a_batch_that_cannot_be_divided_is_refused(two):
