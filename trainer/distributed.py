@@ -6,8 +6,10 @@ learns (a signal, an error, a finding) all act upon at the same step, or one wou
 In a run of one process every function here does the plain thing. Processes must see the same file system.
 """
 
+import atexit
 import logging
 import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
@@ -56,7 +58,10 @@ def joined(device: str) -> Iterator[int]:
         # torchrun ends the others as soon as one has failed: nobody leaves while another may still be writing.
         with suppress(RuntimeError):
             dist.barrier(group=parting)
-        dist.destroy_process_group()
+        if sys.exception() is None:
+            dist.destroy_process_group()
+        else:  # when it has said what is wrong: who loses it then leaves, and torchrun ends it
+            atexit.register(dist.destroy_process_group)
         logging.getLogger().setLevel(level)
 
 

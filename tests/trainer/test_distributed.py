@@ -334,6 +334,23 @@ def test_where_memory_runs_out_for_all_the_others_wait_for_what_is_said(monkeypa
     assert ended.codes == [2, 6] and "lost the others" in " ".join(ended.errors), ended
 
 
+def test_who_fails_says_why_before_the_others_can_leave(monkeypatch):
+    monkeypatch.setattr(distributed, "PARTING", timedelta(seconds=3))
+
+    class Wordy(UsageError):
+        def __str__(self) -> str:
+            time.sleep(3)
+            return "the cause"
+
+    def work(rank: int) -> None:
+        if rank == 0:
+            raise Wordy
+        everyones(rank)
+
+    ended = in_processes(work)
+    assert ended.codes == [2, 6] and [e.split(":")[0] for e in ended.errors] == ["rank 0", "rank 1"], ended
+
+
 def test_a_run_directory_in_use_stops_all(two, tmp_path):
     with RunLock(tmp_path / "used"):
         two("used", expect=(5, 5))
