@@ -161,6 +161,8 @@ def _geometry(state: Mapping[str, Tensor], file: Path) -> tuple[int, int, int]:
     first = state.get("0.down.weight")
     if not all(isinstance(tensor, Tensor) for tensor in state.values()) or first is None or first.ndim != 2:
         raise CheckpointError(f"{file}: holds no eraser (no 0.down.weight); is it another model's file?")
+    if whole := next((name for name, tensor in state.items() if not tensor.is_floating_point()), None):  # a quantizer's, whose scale is elsewhere
+        raise CheckpointError(f"{file}: {whole} is stored in {str(state[whole].dtype).removeprefix('torch.')}; name the eraser as it was before that")
     rank, width = first.shape
     num_blocks = len(state) // len(LEAVES)
     shapes = {"down.weight": (rank, width), "down.bias": (rank,), "up.weight": (width, rank), "up.bias": (width,)}

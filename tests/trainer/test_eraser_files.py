@@ -245,6 +245,18 @@ def test_foreign_safetensors(saved):
         load_eraser(directory / WEIGHTS)
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.complex64])
+def test_weights_that_are_no_fractions_are_refused(saved, tmp_path, dtype):
+    """Rounded to integers, an eraser does nothing."""
+    directory, erasers, _ = saved
+    state = erasers.state_dict() | {"1.up.weight": erasers.state_dict()["1.up.weight"].to(dtype)}
+    save_released(tmp_path / "released", state, RANK)
+    save_file(state, directory / WEIGHTS)
+    for path in (tmp_path / "released", directory):
+        with pytest.raises(CheckpointError, match=f"1.up.weight is stored in {str(dtype)[6:]}; name the eraser as it was before that"):
+            load_eraser(path)
+
+
 @pytest.mark.parametrize("description", [
     None, "", "[]", "{", "{}", '{"rank": 5}', '{"rank": "4"}', '{"rank": 4, "base_model": 3}',
     '{"rank": 4, "base_model": {"name": "x"}}', '{"rank": 4, "training": []}', '{"rank": 4, "training": {"data": 1}}',
