@@ -49,12 +49,16 @@ class EraserFile:
         return replace(asked, model=self.base_model["name"]) if self.base_model and asked.model == ModelConfig().model else asked
 
     def require_fit(self, num_blocks: int, width: int, base_model: Mapping[str, str] | None) -> None:
-        """Raises CheckpointError for a transformer that it was not made for. `base_model`: the identity of that, where it is known."""
+        """Raises CheckpointError for a transformer that it was not made for, and for weights that would make its videos black.
+        `base_model`: the identity of the transformer, where it is known."""
         if (self.num_blocks, self.width) != (num_blocks, width):
             raise CheckpointError(f"{self.path}: made for {self.num_blocks} blocks of width {self.width}, "
                                   f"this transformer has {num_blocks} of width {width}")
         if base_model and self.base_model and self.base_model["config_hash"] != base_model["config_hash"]:
             raise CheckpointError(f"{self.path}: made for {self.base_model['name']}, not for {base_model['name']}")
+        if spoiled := next((name for name, tensor in self.state.items() if not tensor.isfinite().all()), None):
+            raise CheckpointError(f"{self.path}: {spoiled} holds NaN or infinity, and so would every video; copy it again, or let "
+                                  f"`run.py diagnose {self.path}` look at it")
 
 
 def save_eraser(directory: Path, erasers: Erasers, *, base_model: Mapping[str, str],
@@ -198,6 +202,8 @@ def apply_eraser(transformer: nn.Module, path: Path | str, *, base_model: Mappin
     if not base_model and file.base_model and config and config_hash(config) != file.base_model["config_hash"]:
         logger.warning("%s: made for %s, and this transformer is configured in another way; look whether it erases here", file.path,
                        file.base_model["name"])
+    if not any(tensor.any() for name, tensor in file.state.items() if ".up." in name):
+        logger.warning("%s: was never trained: it changes nothing", file.path)
     erasers = Erasers(blocks, file.rank)
     erasers.load_state_dict(file.state)
     return erasers

@@ -142,6 +142,29 @@ def test_stock_transformer_of_the_same_geometry_and_another_configuration_is_a_w
     assert ("configured in another way" in caplog.text) == (kind != "2b")
 
 
+@pytest.mark.parametrize("layout", ["ours", "released"])
+def test_an_eraser_that_holds_nan_is_refused(saved, sincos, layout):
+    """A stock pipeline would write black videos."""
+    directory, erasers, _ = saved
+    with torch.no_grad():
+        erasers.adapters[1].up.bias[3] = float("nan")
+    if layout == "ours":
+        save_eraser(directory, erasers, base_model=sincos.identity(), training={})
+    else:
+        save_released(directory := directory / "released", erasers.state_dict(), RANK)
+    with pytest.raises(CheckpointError, match="1.up.bias holds NaN or infinity, and so would every video; copy it again, or let `run.py diagnose .*` look at it"):
+        apply_eraser(Model(sincos).transformer, directory)
+
+
+def test_an_eraser_that_was_never_trained_is_a_warning(saved, sincos, caplog):
+    directory, _, _ = saved
+    apply_eraser(Model(sincos).transformer, directory)
+    assert not caplog.text
+    save_eraser(directory, Model(sincos).inject(trained=False), base_model=sincos.identity(), training={})
+    apply_eraser((model := Model(sincos)).transformer, directory)
+    assert "eraser.safetensors: was never trained: it changes nothing" in caplog.text and torch.equal(model.run(), model.before)
+
+
 def test_the_directory_one_is_in(saved, monkeypatch):
     monkeypatch.chdir(saved[0])
     assert load_eraser(".").path == Path(WEIGHTS)  # a path without a name
