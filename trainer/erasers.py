@@ -33,7 +33,7 @@ class _CastingLinear(nn.Module):
 
     def __init__(self, in_features: int, out_features: int):
         super().__init__()
-        drawn = nn.Linear(in_features, out_features)
+        drawn = nn.Linear(in_features, out_features, dtype=torch.float32)  # torch's default may be another
         self.weight, self.bias = drawn.weight, drawn.bias
 
     def forward(self, x: Tensor) -> Tensor:
@@ -161,7 +161,7 @@ class Erasers:
         device = self.attentions[0].to_v.weight.device
         if device.type == "meta":  # accelerate's offloading keeps the weights elsewhere between passes
             device = torch.device("cpu")
-        with torch.random.fork_rng(devices=[]), torch.inference_mode(False):
+        with torch.random.fork_rng(devices=[]), torch.inference_mode(False), torch.device("cpu"):  # a caller's default may be another
             torch.default_generator.manual_seed(seed)  # the host's; torch.manual_seed would seed every card's, too, for good
             for attention in self.attentions:
                 self.adapters.append(AdapterEraser(width_of(attention), rank))

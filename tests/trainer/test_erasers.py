@@ -254,6 +254,19 @@ def test_weights_are_a_function_of_the_seed_and_leave_global_generators_alone(si
     assert torch.equal(torch.get_rng_state(), before) and not seeded
 
 
+def test_erasers_are_float32_and_drawn_on_the_host_whatever_the_defaults_are(model):
+    expected = model.inject(trained=False).state_dict()
+    blocks = model.backbone.load_transformer(dtype=torch.float32).transformer_blocks
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device("meta"):  # a card, in the script of someone who has one
+            erasers = Erasers(blocks, RANK)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(p.dtype == torch.float32 and p.device.type == "cpu" for p in erasers.parameters())
+    assert all(torch.equal(expected[name], p) for name, p in erasers.named_parameters())
+
+
 def test_attention_output_gets_the_eraser_and_the_text_stream_does_not(model):
     attention = model.blocks[1].attn1
     seen = {}
