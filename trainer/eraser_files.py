@@ -176,6 +176,12 @@ def _geometry(state: Mapping[str, Tensor], file: Path) -> tuple[int, int, int]:
     return num_blocks, rank, width
 
 
+def _joins_video_and_text(block: nn.Module) -> bool:
+    """Whether a block's attention takes video and text, and returns both: CogVideoX's do, those of its descendants and of copies of its code.
+    Of other models some have as many blocks of that width, and attentions of the same name."""
+    return hasattr(block, "attn1") and any(kind.__name__ == "CogVideoXLayerNormZero" for kind in type(getattr(block, "norm1", None)).__mro__)
+
+
 def _streamed_by_diffusers(block: nn.Module) -> bool:
     """Whether diffusers' group offload, block by block, holds copies of the block's weights, and of none that come later."""
     registry = getattr(block, "_diffusers_hook", None)
@@ -191,7 +197,7 @@ def apply_eraser(transformer: nn.Module, path: Path | str, *, base_model: Mappin
     """
     file = load_eraser(path)
     blocks = getattr(transformer, "transformer_blocks", ())
-    if not len(blocks) or not hasattr(blocks[0], "attn1"):
+    if not len(blocks) or not _joins_video_and_text(blocks[0]):
         raise UsageError(f"a {type(transformer).__name__} is no CogVideoX transformer; with a pipeline say "
                          f"apply_eraser(pipe.transformer, {str(path)!r})")
     if any(map(_streamed_by_diffusers, blocks)):

@@ -131,6 +131,33 @@ def test_what_is_no_transformer_is_refused(saved, sincos):
             apply_eraser(other, saved[0])
 
 
+@pytest.mark.parametrize("kind, config", [("LTXVideoTransformer3DModel", {"cross_attention_dim": 32}),
+                                          ("CogView4Transformer2DModel", {"text_embed_dim": 16, "time_embed_dim": 16, "condition_dim": 8})])
+def test_another_model_of_the_same_geometry_is_refused(saved, tmp_path, kind, config):
+    """Its attention has the name of CogVideoX's, and an exported eraser does not say for which model it is."""
+    import diffusers
+
+    transformer = getattr(diffusers, kind)(num_layers=2, num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=4, **config)
+    save_released(tmp_path / "released", saved[1].state_dict(), RANK)
+    for path in (saved[0], tmp_path / "released"):
+        with pytest.raises(UsageError, match=f"a {kind} is no CogVideoX transformer"):
+            apply_eraser(transformer, path)
+
+
+def test_a_transformer_that_descends_from_cogvideox_is_taken(saved):
+    from diffusers import ConsisIDTransformer3DModel
+
+    transformer = ConsisIDTransformer3DModel(
+        num_layers=2, num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=4, text_embed_dim=16, time_embed_dim=16,
+        max_text_seq_length=8, sample_width=4, sample_height=4, sample_frames=9, is_train_face=False, use_rotary_positional_embeddings=False)
+    dice = torch.Generator().manual_seed(0)
+    x, text = torch.randn(1, 3, 4, 4, 4, generator=dice), torch.randn(1, 8, 16, generator=dice)
+    with torch.no_grad():
+        before = transformer(x, text, torch.tensor([500]), return_dict=False)[0]
+        apply_eraser(transformer, saved[0])
+        assert (transformer(x, text, torch.tensor([500]), return_dict=False)[0] - before).abs().max() > 0.01
+
+
 @pytest.mark.parametrize("kind", ["2b", "1.5"])
 def test_stock_transformer_of_the_same_geometry_and_another_configuration_is_a_warning(saved, pipelines, caplog, kind):
     """The 5b and the 1.5-5B have as many blocks of the same width."""
