@@ -152,7 +152,8 @@ class Erasers:
         if not len(blocks):
             raise UsageError("no transformer blocks to put erasers into")
         if any(hasattr(block.attn1, "adapter") for block in blocks):
-            raise UsageError("this transformer has erasers already; undo() the first ones")
+            raise UsageError("this transformer has erasers already; undo() the first ones; where nothing is left to call that of, as in a copy, "
+                             "load the transformer again")
         self.rank, self._mode = rank, _Mode()
         self.attentions = [block.attn1 for block in blocks]
         self.width = width_of(self.attentions[0])

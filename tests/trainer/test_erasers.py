@@ -283,8 +283,9 @@ def test_attention_output_gets_the_eraser_and_the_text_stream_does_not(model):
 
 def test_injecting_twice_raises(model):
     model.inject()
-    with pytest.raises(UsageError, match="erasers already"):
-        Erasers(model.blocks, RANK)
+    for blocks in (model.blocks, copy.deepcopy(model.blocks)):
+        with pytest.raises(UsageError, match="erasers already; undo.* as in a copy, load the transformer again"):
+            Erasers(blocks, RANK)
 
 
 def test_no_blocks_and_rank_0_raise(model):
