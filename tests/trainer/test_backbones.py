@@ -299,6 +299,11 @@ def test_identity_survives_an_argument_that_a_later_diffusers_adds(sincos, monke
     assert [config_hash(config | {"window": size}) == before for size in (1, 2)] == [True, False]
 
 
+@pytest.mark.parametrize("name, known", [("cogvideox-2b", "e60c729c744c8d24"), ("cogvideox-5b", "7bd7c94ba7cdb353")])
+def test_erasers_that_were_made_are_still_of_their_model(name, known):
+    assert CogVideoX(name, weights="random").identity()["config_hash"] == known
+
+
 def test_schedulers_by_name_share_the_models_schedule(backbone):
     own = backbone.scheduler()
     for name, kind in (("model", type(own).__name__), ("ddim", "CogVideoXDDIMScheduler"), ("dpm", "CogVideoXDPMScheduler")):

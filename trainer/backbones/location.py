@@ -23,6 +23,11 @@ COMPONENTS = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")
 _WEIGHTED = ("transformer/", "vae/", "text_encoder/")
 _DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float32}
 _CLASSES = {"transformer": "CogVideoXTransformer3DModel", "vae": "AutoencoderKLCogVideoX"}
+_ARGUMENTS = frozenset("""
+    activation_fn attention_bias attention_head_dim dropout flip_sin_to_cos freq_shift in_channels max_text_seq_length norm_elementwise_affine
+    norm_eps num_attention_heads num_layers ofs_embed_dim out_channels patch_bias patch_size patch_size_t sample_frames sample_height
+    sample_width spatial_interpolation_scale temporal_compression_ratio temporal_interpolation_scale text_embed_dim time_embed_dim
+    timestep_activation_fn use_learned_positional_embeddings use_rotary_positional_embeddings""".split())
 
 
 def locate(model: str) -> Path:
@@ -86,12 +91,13 @@ def read_config(directory: Path, component: str) -> dict[str, Any]:
 
 
 def config_hash(config: Mapping[str, Any]) -> str:
-    """Identifies a transformer by its configuration: by what is not as diffusers has it by default, since later versions have more arguments.
-    The entries that diffusers keeps for itself do not count."""
+    """Identifies a transformer by its configuration: by all arguments that diffusers 0.42 knows, and of those that a later version has by the
+    ones that are not as usual there. The entries that diffusers keeps for itself do not count."""
     from diffusers import CogVideoXTransformer3DModel
 
-    usual = {name: argument.default for name, argument in inspect.signature(CogVideoXTransformer3DModel.__init__).parameters.items()}
-    text = json.dumps({k: v for k, v in sorted(config.items()) if not k.startswith("_") and (k not in usual or v != usual[k])}, default=str)
+    known = inspect.signature(CogVideoXTransformer3DModel.__init__).parameters
+    added = {name: argument.default for name, argument in known.items() if name not in _ARGUMENTS}
+    text = json.dumps({k: v for k, v in sorted(config.items()) if not k.startswith("_") and (k not in added or v != added[k])}, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
