@@ -144,13 +144,13 @@ def require_kept(run_dir: Path, config: TrainConfig) -> None:
     """Raises CheckpointError where settings or prompts are not the run's, before anything is loaded; all else `TrainState.check` compares."""
     before, content = read_config(run_dir)
     _check_settings(content | {"config": as_json(before)}, config)
-    _check_content(content, {"prompts": _digest(collect(config.data, bundled=config.model.model == "shapes"))}, config)
+    _check_content(content, {"prompts": _digest_now(config)}, config)
 
 
 def prompts_kept(run_dir: Path) -> bool:
     """Whether the files that a run's prompts are in say what they said when it was trained, as far as the run knows."""
     config, content = read_config(run_dir)
-    return content.get("prompts") in (None, _digest(collect(config.data, bundled=config.model.model == "shapes")))
+    return content.get("prompts") in (None, _digest_now(config))
 
 
 def _check_settings(saved: Mapping[str, Any], config: TrainConfig, native_dtype: torch.dtype | None = None) -> None:
@@ -181,6 +181,11 @@ def _check_content(saved: Mapping[str, Any], ours: Mapping[str, Any], config: Tr
     for name, what in (("prompts", f"the prompts ({sources})"), ("frozen", f"the weights of --model {model}")):
         if saved.get(name) and ours.get(name) and saved[name] != ours[name]:
             raise CheckpointError(f"cannot resume: {what} are not those that it was trained on so far; a resumed run keeps what it trains on")
+
+
+def _digest_now(config: TrainConfig) -> str:
+    """Of the prompts that the settings ask for, as their files are."""
+    return _digest(collect(config.data, bundled=config.model.model == "shapes"))
 
 
 def _digest(prompts: PromptSet) -> str:
