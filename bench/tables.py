@@ -1,4 +1,4 @@
-"""The tables of README.md, MEMORY.md and FORGETTING.md, made from the committed results.
+"""The tables of README.md, MEMORY.md, FORGETTING.md and RELIABILITY.md, made from the committed results.
 
     python -m bench.tables           rewrite the tables between `<!-- table: NAME -->` and `<!-- end -->`
     python -m bench.tables --check   exit 1 if a document differs from its results
@@ -22,7 +22,7 @@ from bench.provenance import ROOT
 from memory.cards import GIB
 from trainer.findings import CODES, Code
 
-DOCUMENTS = ("README.md", "MEMORY.md", "FORGETTING.md")
+DOCUMENTS = ("README.md", "MEMORY.md", "FORGETTING.md", "RELIABILITY.md")
 MARK = re.compile(r"(<!-- table: (?P<name>[a-z0-9-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
