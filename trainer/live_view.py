@@ -64,9 +64,12 @@ def _flow(label: str, parts: Sequence[Text], room: int) -> list[Row]:
 
 
 def duration(seconds: float) -> str:
-    """42 as 0:42, 4000 as 1:06:40."""
+    """42 as 0:42, 4000 as 1:06:40, 400000 as 4 d 15:06:40."""
     minutes, seconds = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
+    days, hours = divmod(hours, 24)
+    if days:
+        return f"{days} d {hours}:{minutes:02d}:{seconds:02d}"
     return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
 
 

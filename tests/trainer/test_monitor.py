@@ -149,7 +149,7 @@ def test_sparkline_and_trend():
     assert trend(swinging[:44])[0] != "→ +0%" and {trend(swinging[:n], 8)[0] for n in range(16, 72)} == {"→ +0%"} and trend(swinging[:15], 8)[0] == ""
     assert trend([1.0] * 50 + [2.0] * 50, 50)[0] == "↗ +100%"
     assert trend([1.0] * 39 + [math.inf])[0] == "not finite" and trend([1.0]) == ("", "")
-    assert duration(42) == "0:42" and duration(4000) == "1:06:40"
+    assert duration(42) == "0:42" and duration(4000) == "1:06:40" and duration(400_000) == "4 d 15:06:40"
 
 
 def test_plain_lines_have_no_escapes_and_keep_the_interval():
