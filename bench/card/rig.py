@@ -109,7 +109,7 @@ class Rig:
         blocks = backbone.blocks(transformer)
         self.erasers = Erasers(blocks, config.optim.rank)
         # The predictor places its position tables where the weights are: before a peer takes those away.
-        self.predict, self._around_student = backbone.predictor(transformer, shape[1:]), around_student
+        predict = self.predict = backbone.predictor(transformer, shape[1:])
         self.applied = apply(transformer, blocks, config.memory, device)
         if self.applied is not None and self.applied.offload is not None:
             _close_ranks(transformer, gauge)
@@ -123,9 +123,16 @@ class Rig:
                           latents=latents, preserved_latents=preserved, seed=0, guidance=config.memory.guidance)
         self.samples = Samples(teacher, config.data.pool, device)
         self.optimizer = make_optimizer(self.erasers.parameters(), kind=config.memory.optimizer, lr=config.optim.lr)
-        self.scaler, self.clock = make_scaler(dtype, device), PhaseClock(device)
+        self.scaler, self.clock = make_scaler(dtype, device), PhaseClock(device, on_phase=gauge.phase)
         if self.applied is not None:
             self.applied.count_waits(self.clock.waiting)
+
+        def student(*args: Any) -> torch.Tensor:
+            with around_student():
+                return predict(*args)
+
+        lockstep = self.applied and self.applied.lockstep
+        self.student, self.together = (f and self.clock.around(f, during=FORWARD, after=BACKWARD) for f in (student, lockstep))
         self.health: Health | None = None
         if watched:
             assembly = Assembly(transformer, blocks, self.predict, self.applied, self.erasers, device, dtype, shape[1:])
@@ -135,17 +142,17 @@ class Rig:
 
     def step(self) -> None:
         """One optimizer step, as in `trainer.loop`. The host does not wait."""
-        self._phase(TEACHER)
+        self.clock.phase(TEACHER)
         share = self.scaler.scale(torch.ones((), device=self.gauge.device))
         number, loss = self.num_steps, self.config.loss
-        if self.applied is not None and (lockstep := self.applied.lockstep):
-            terms = lockstep_backward(self._phased(lockstep), self.predict, self.erasers, self.samples.teacher, self.samples.drawn(number), loss, scale=share)
+        if self.together:
+            terms = lockstep_backward(self.together, self.predict, self.erasers, self.samples.teacher, self.samples.drawn(number), loss, scale=share)
         else:
-            terms = student_backward(self._phased(self.predict), self.erasers, self.samples(number), loss, scale=share)
-        self._phase(OPTIMIZER)
+            terms = student_backward(self.student, self.erasers, self.samples(number), loss, scale=share)
+        self.clock.phase(OPTIMIZER)
         self.scaler.unscale_(self.optimizer)
         if self.health is not None:
-            self.health.apply(self.num_steps, terms)
+            self.health.apply(number, terms)
         else:
             parameters = self.erasers.parameters()
             norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
@@ -157,21 +164,6 @@ class Rig:
         self.clock.end_step()
         self.loss.copy_(terms["loss"])  # a tensor that is kept would be one more every step
         self.num_steps += 1
-
-    def _phase(self, name: str) -> None:
-        self.clock.phase(name)
-        self.gauge.phase(name)
-
-    def _phased(self, run: Callable) -> Callable:
-        """The student's forward pass; backward comes after it."""
-        def phased(*args: Any) -> Any:
-            self._phase(FORWARD)
-            with self._around_student():
-                result = run(*args)
-            self._phase(BACKWARD)
-            return result
-
-        return phased
 
     def run(self, num_steps: int, *, num_warm: int = 1) -> dict[str, Any]:
         """Median seconds a step, in all and by phase, and the peaks of the steps after `num_warm` others."""
