@@ -39,9 +39,8 @@ def measure(session: Session, out: Path) -> dict[str, Any]:
     todo = []
     for kind, frames in session.few(MODELS, 1):
         plain = _plain(session, kind, frames)
-        plans = session.forecaster.answer(plans_of, plain, _cards(session))
         todo.append((f"{kind} {frames}f plain", plain, None))
-        for card, (best, _) in zip(_cards(session), plans):
+        for card, (best, _) in zip(_cards(session), session.plans(plain, _cards(session))):
             if best is not None and not (card.name.endswith("-host") and best.plan.kept == "device"):  # that would be the first one again
                 cell = dataclasses.replace(plain, plan=best.plan)
                 todo.append((f"{kind} {frames}f {card.name}", cell, card.available_bytes))

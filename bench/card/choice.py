@@ -42,8 +42,7 @@ def measure(session: Session, out: Path) -> dict[str, Any]:
     """The part's result. The grid runs without a cap; a cell fits a card if what it reserved is available there."""
     found, skipped, chosen, again, regrets, cells = {}, [], {}, {}, {}, {}
     plain = _plain(session)
-    plans = session.forecaster.answer(plans_of, plain, _cards(session))
-    for card, (best, _) in zip(_cards(session), plans):
+    for card, (best, _) in zip(_cards(session), session.plans(plain, _cards(session))):
         if best is not None:
             cell = dataclasses.replace(plain, plan=best.plan)
             cells[card.name] = cell

@@ -59,9 +59,9 @@ def came_to(naive: dict[str, Any]) -> str:
 def _planned(session: Session, card: Card, frames: int) -> dict[str, Any]:
     """Three steps of the whole recipe by the plan for a card, under that card's cap."""
     plain, cards = _plans(session, frames)
-    best, smallest = session.forecaster.answer(plans_of, plain, cards)[cards.index(card)]
+    best, why = session.plans(plain, cards)[cards.index(card)]
     if best is None:
-        return {"failed": f"the planner says it does not fit: {smallest.reason}"}
+        return {"failed": why}
     cell = dataclasses.replace(plain, plan=best.plan)
     return session.measure(cell, num_steps=NUM_STEPS - 1, cap=card.available_bytes) | {
         "cap_bytes": card.available_bytes,

@@ -36,7 +36,7 @@ def measure(session: Session, out: Path) -> dict[str, Any]:
         found[f"{key[0]} {key[1]}f {cell.plan.optimizer}"] = session.measure(cell, num_steps=1, num_warm=int(key != LONG))
     predicted = {}
     for key, cells in _cells(session).items():
-        told = session.gauge.attempt(lambda: session.forecaster.answer(peaks_of, cells[0], session.workspace_bytes))
+        told = session.forecast(peaks_of, cells[0], session.workspace_bytes)
         if told.worked:
             predicted[f"{key[0]} {key[1]}f"] = told.value[0].allocator.peak_allocated_bytes
         peaks = [cell["allocated_bytes"] for name, cell in found.items()

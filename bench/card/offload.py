@@ -103,7 +103,7 @@ def _cells(session: Session) -> list[tuple[str, Cell, dict[str, Any]]]:
     long = [(f"5b-49f {name}", session.cell("5b", 49, student_only=True, **ours[name]), {})
             for name in ("all resident", "ring", "ring, boundaries on host")]
     short = [(f"5b-17f {name}", session.cell("5b", _SHORT, **fields), {}) for name, fields in ours.items()]
-    best, _ = session.forecaster.answer(plans_of, *_residency(session))[0]
+    best, _ = session.plans(*_residency(session))[0]
     if best is not None:
         short[2:2] = [("5b-17f planner's residency", session.cell("5b", _SHORT, resident_blocks=best.plan.resident_blocks), {})]
     beside = [(f"5b-17f {name}", session.cell("5b", 17), more) for name, more in peer.items() if name != sequential]

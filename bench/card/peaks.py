@@ -47,7 +47,7 @@ def prepare(session: Session) -> None:
 def compared(session: Session, cell: Cell, *, num_warm: int = 1) -> dict[str, Any]:
     """The peaks of a step of `cell`, predicted and measured, after `num_warm` others."""
     measured = session.measure(cell, num_steps=1, num_warm=num_warm)
-    told = session.gauge.attempt(lambda: session.forecaster.answer(peaks_of, cell, session.workspace_bytes))  # has been on its way meanwhile
+    told = session.forecast(peaks_of, cell, session.workspace_bytes)  # has been on its way meanwhile
     if not told.worked:
         return {"settings": cell.name(), "predicted": told.as_json(), "measured": measured}
     prediction, _ = told.value

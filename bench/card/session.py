@@ -1,14 +1,16 @@
 """What all parts share: the gauge, the models and sizes, budgets of time, and goals."""
 
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from bench.card.forecasts import Forecaster
+from bench.card.forecasts import Forecaster, plans_of
 from bench.card.gauge import Attempt, Gauge
 from bench.card.rig import Cell, backbone_of, measured
 from bench.naive import Recipe
+from memory.assess import Assessment
 from memory.cards import GIB, Card
 from memory.plan import MemoryPlan
 from memory.streams import release_pinned
@@ -89,6 +91,19 @@ class Session:
         else:  # torch would emulate it, with an attention that holds its matrix
             attempt = Attempt(failed=f"{self.card.label} has no {dtype}")
         return {"settings": cell.name(), "num_forecasts_beside": beside, **attempt.as_json()}
+
+    def forecast(self, function: Callable[..., Any], *args: Any) -> Attempt:
+        """What the forecaster says. One that fails costs no measurement."""
+        return self.gauge.attempt(lambda: self.forecaster.answer(function, *args))
+
+    def plans(self, cell: Cell, cards: tuple[Card, ...], *free: tuple[str, ...]) -> list[tuple[Assessment | None, str]]:
+        """For each card the fastest plan (`plans_of`), or None and why there is none."""
+        told = self.forecast(plans_of, cell, cards, *free)
+        if not told.worked:
+            why = f"the planner failed: {told.out_of_memory or told.failed}"
+            print(f"{cell.name()}: {why}", file=sys.stderr)
+            return [(None, why)] * len(cards)
+        return [(best, "" if best else f"the planner says it does not fit: {smallest.reason}") for best, smallest in told.value]
 
 
 _COUNTS = ("resident_blocks", "num_keep_attention", "num_keep_everything")

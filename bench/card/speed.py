@@ -93,20 +93,19 @@ def _naive(session: Session) -> dict[str, Any]:
     return {"step_seconds": seconds, **peak}
 
 
-def _variants(session: Session) -> list[tuple[str, Any]]:
+def _variants(session: Session, picked: SDPBackend) -> list[tuple[str, Any]]:
     small, plain, streamed = session.cell("2b", 17), session.cell("5b", 49), dict(resident_blocks=0, boundaries="host")
     backends = (SDPBackend.FLASH_ATTENTION, SDPBackend.MATH) if session.dry else (
         SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION)
-    picked = _picked_attention(session)
     other = next(backend for backend in backends if backend != picked)
 
     def run(cell: Cell):
         return lambda: measured(cell, session.gauge, num_steps=2, num_warm=2 if cell.plan.compile else 1)
 
     def filled():
-        best, _ = session.forecaster.answer(plans_of, plain, (session.card,))[0]
+        best, why = session.plans(plain, (session.card,))[0]
         if best is None:
-            raise RuntimeError("no plan fits this card")
+            raise RuntimeError(why)
         return measured(dataclasses.replace(plain, plan=best.plan), session.gauge, num_steps=2)
 
     # Short steps come when the forecasts are done, which take the host's cores.
@@ -130,14 +129,14 @@ def prepare(session: Session) -> None:
 
 def measure(session: Session, out: Path) -> dict[str, Any]:
     """The part's result. Variants may fail for want of a kernel or a compiler; that is written down."""
+    picked = _picked_attention(session)  # now: the device may be gone at the end
     rate, norms = session.gauge.attempt(lambda: _rates(session)).as_json(), session.gauge.attempt(lambda: _norm_seconds(session)).as_json()
     found, skipped = {}, []
-    session.gauge.release()
-    for name, run in session.within_budget(_variants(session), skipped, name=lambda pair: pair[0]):
+    for name, run in session.within_budget(_variants(session, picked), skipped, name=lambda pair: pair[0]):
         beside = session.forecaster.num_under_way()
         found[name] = {"num_forecasts_beside": beside, **session.gauge.attempt(run).as_json()}
     kernels = [session.gauge.attempt(lambda: _kernels(session)).as_json() for _ in session.within_budget(["kernels"], skipped)]
-    told = session.gauge.attempt(lambda: session.forecaster.answer(peaks_of, session.cell("5b", 49), session.workspace_bytes))
+    told = session.forecast(peaks_of, session.cell("5b", 49), session.workspace_bytes)
     flops = told.value[1] if told.worked else None
     small, naive = (found.get(name, {}) for name in ("2b 17f smallest", "naive 2b 17f"))
     # One and the same work; filling the card does less of it.
@@ -146,7 +145,7 @@ def measure(session: Session, out: Path) -> dict[str, Any]:
     others = [share for name, share in shares.items() if name != "5b 49f"]
     both = "step_seconds" in small and "step_seconds" in naive
     return {
-        "rates": rate, "norm_seconds": norms, "kernels_5b_49f_student_only": kernels and kernels[0], "picked_attention": _picked_attention(session).name.lower(),
+        "rates": rate, "norm_seconds": norms, "kernels_5b_49f_student_only": kernels and kernels[0], "picked_attention": picked.name.lower(),
         "flops_5b_49f": flops, "share_of_matrix_rate": shares,
         "share_of_burst_rate": {name: share * rate["matrix_flops_per_second"] / rate["burst_flops_per_second"] for name, share in shares.items()},
         "cells": found, "skipped": skipped,

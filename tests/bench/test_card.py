@@ -155,6 +155,18 @@ def test_a_forecast_that_fails_costs_no_measurement(tmp_path, monkeypatch):
     assert others and all("allocated_error" in cell for cell in others)
 
 
+def test_a_planner_that_fails_costs_its_own_cells_only(tmp_path, monkeypatch, capsys):
+    def fail(*args, **settings):
+        raise RuntimeError("no such plan")
+
+    monkeypatch.setattr("bench.card.forecasts.search", fail)
+    assert suite.run(["--dry", "--only", "cap", "feasibility", "choice", "--out", str(tmp_path)]) == 0
+    results = {part: json.loads((tmp_path / "dry" / f"{part}.json").read_text()) for part in ("cap", "feasibility", "choice")}
+    assert list(results["cap"]["cells"]) == ["5b 49f plain"] and len(results["choice"]["grid"]) == 3 and results["feasibility"]["naive"]
+    assert all(cell["failed"].endswith("RuntimeError: no such plan") for cell in results["feasibility"]["cells"].values())
+    assert "the planner failed: RuntimeError: no such plan" in capsys.readouterr().err
+
+
 def test_nothing_is_predicted_beside_what_measures_the_host(tmp_path, monkeypatch):
     order = []
     for name, part in suite.PARTS.items():
@@ -183,6 +195,18 @@ def test_a_device_that_is_gone_ends_the_suite_with_what_was_measured(tmp_path, m
     said, result = capsys.readouterr(), json.loads((tmp_path / "dry" / "peaks.json").read_text())
     assert result["cells"] == ["first", {"failed": "RuntimeError: CUDA error: an illegal memory access was encountered"}] and result["skipped"] == ["third"]
     assert "does not answer any more: CUDA error: an illegal" in said.err and "not begun: cap; the same command again" in said.out
+
+
+def test_rates_are_kept_of_a_device_that_goes_in_the_first_step(tmp_path, monkeypatch):
+    def lose(cell, gauge, **settings):
+        gauge.lost = "CUDA error: an illegal memory access was encountered"
+        monkeypatch.setattr(torch, "_fused_sdp_choice", lambda *_: torch.empty(-1))
+        raise RuntimeError(gauge.lost)
+
+    monkeypatch.setattr(speed, "measured", lose)
+    assert suite.run(["--dry", "--only", "speed", "--out", str(tmp_path)]) == 1
+    result = json.loads((tmp_path / "dry" / "speed.json").read_text())
+    assert result["rates"]["matrix_flops_per_second"] > 0 and "illegal memory access" in result["cells"]["5b 49f"]["failed"]
 
 
 def test_a_part_that_loses_the_device_is_told(tmp_path, monkeypatch, capsys):
