@@ -109,9 +109,6 @@ def run_part(name: str, session: Session, out: Path) -> dict[str, Any]:
     content = {"part": name, "dry": session.dry, "seconds": round(time.monotonic() - started, 1), "card": session.card.name,
                "fixed_terms": session.fixed, "context_bytes_after": None if session.gauge.lost else session.gauge.context_bytes(), **result}
     write_result(name, content, out)
-    session.gauge.release()
-    if not session.gauge.lost:
-        release_pinned()  # in sizes that other parts may not ask for
     return content
 
 
@@ -153,16 +150,59 @@ def _conclude(out: Path, results: dict[str, Any], *, measured: Sequence[str], le
         print(f"not begun: {', '.join(left)}; {how} measures {'them' if len(left) > 1 else 'it'}")
 
 
+def _opened(config: Card) -> Session:
+    """What all parts share, on a device of which nothing was asked yet."""
+    logging.getLogger("bitsandbytes.backends").setLevel(logging.ERROR)
+    workers = config.workers if config.workers is not None else min(8, (os.cpu_count() or 1) // 2)
+    device = torch.device("cpu") if config.dry else torch.device("cuda", torch.cuda.current_device())
+    if config.dry:
+        register_toys()
+    session = Session(Gauge(device), card_here(dry=config.dry), Forecaster(0 if config.dry else workers), dry=config.dry)
+    backbone_of(session.cell("2b", 17))  # imports what all parts need
+    gc.freeze()  # and that stays: the collection between two cells need not look at it
+    calibrate(session)
+    return session
+
+
+def _measured(parts: Sequence[str], session: Session, out: Path) -> tuple[dict[str, Any], list[str]]:
+    """The results of parts, one after the other until the time is used up, a signal comes or the device is lost; and which parts failed."""
+    results: dict[str, Any] = {}
+    failed: list[str] = []
+
+    def stop(number: int, frame: Any) -> None:
+        session.deadline = 0.0  # the cell under way is the last, and what was measured is written
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        for i, name in enumerate(parts):
+            if time.monotonic() > session.deadline or session.gauge.lost:
+                break
+            if name not in QUIET and (not i or parts[i - 1] in QUIET):  # all that is to come is predicted ahead, once nothing is disturbed
+                for part in (PARTS[other] for other in parts[i:] if hasattr(PARTS[other], "prepare")):
+                    part.prepare(session)
+            try:
+                results[name] = run_part(name, session, out)
+            except Exception:  # said aloud, and the parts after it are measured
+                traceback.print_exc()
+                failed.append(name)
+            else:
+                print_table(f"{name} ({results[name]['seconds']} s)", results[name]["table"])
+                sys.stdout.flush()
+            session.gauge.release()  # not in the except block, where the traceback holds what the part held
+            if not session.gauge.lost:
+                release_pinned()  # in sizes that other parts may not ask for
+    finally:
+        session.forecaster.close()
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    return results, failed
+
+
 def main(config: Card) -> int:
     started = time.monotonic()
     if not config.dry and not torch.cuda.is_available():
         print("error: there is no CUDA card here; --dry walks through every part on the CPU", file=sys.stderr)
         return 2
-    logging.getLogger("bitsandbytes.backends").setLevel(logging.ERROR)
-    device = torch.device("cpu") if config.dry else torch.device("cuda", torch.cuda.current_device())
-    if config.dry:
-        register_toys()
-    workers = config.workers if config.workers is not None else min(8, (os.cpu_count() or 1) // 2)
     label = "dry" if config.dry else re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-")
     out = config.out / label
     try:
@@ -170,41 +210,14 @@ def main(config: Card) -> int:
     except OSError as e:
         print(f"error: --out {config.out}: cannot be written ({e.strerror})", file=sys.stderr)
         return 6
-    session = Session(Gauge(device), card_here(dry=config.dry), Forecaster(0 if config.dry else workers), dry=config.dry)
-    backbone_of(session.cell("2b", 17))  # imports what all parts need
-    gc.freeze()  # and that stays: the collection between two cells need not look at it
-    calibrate(session)
+    session = _opened(config)
     wanted = [name for name in PARTS if name in (config.only or PARTS)]
     results = {} if config.again else {name: known for name in wanted if (known := stored(out / f"{name}.json"))}
     missing = [name for name in wanted if name not in results]
-    failed: list[str] = []
     todo = missing if config.dry else in_time(missing, config.seconds)
     session.deadline = float("inf") if config.dry else started + config.seconds
-
-    def stop(number: int, frame: Any) -> None:
-        session.deadline = 0.0  # the cell under way is the last, and what was measured is written
-
-    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        for i, name in enumerate(todo):
-            if time.monotonic() > session.deadline or session.gauge.lost:
-                break
-            if name not in QUIET and (not i or todo[i - 1] in QUIET):  # all that is to come is predicted ahead, once nothing is disturbed
-                for part in (PARTS[other] for other in todo[i:] if hasattr(PARTS[other], "prepare")):
-                    part.prepare(session)
-            try:
-                results[name] = run_part(name, session, out)
-            except Exception:  # said aloud, and the parts after it are measured
-                traceback.print_exc()
-                failed.append(name)
-                session.gauge.release()
-                continue
-            print_table(f"{name} ({results[name]['seconds']} s)", results[name]["table"])
-            sys.stdout.flush()
-    finally:
-        session.forecaster.close()
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    measured, failed = _measured(todo, session, out)
+    results |= measured
     left = [name for name in missing if name not in results and name not in failed]
     _conclude(out, {name: results[name] for name in wanted if name in results}, measured=todo, left=left, again=config.again)
     if session.gauge.lost:
