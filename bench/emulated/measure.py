@@ -113,21 +113,21 @@ def main() -> int:
     other = "" if options.card == DEFAULT_CARD else options.card
     name, command = f"emulated-{other}" if other else "emulated", "python -m bench.emulated" + f" --card {other}" * bool(other)
     path = options.out / f"{name}.json"
-    content = json.loads(path.read_text()) if options.only and path.exists() else {}
+    content = json.loads(path.read_text()) if path.exists() else {}
     content |= {"card": torch.cuda.get_device_name(), "fixed_terms": session.fixed}
+    content.pop("provenance", None)
     for part in options.only or PARTS:
         content[part] = PARTS[part](session)
         content["measured"] = content.get("measured", {}) | {part: {key: provenance()[key] for key in ("date", "commit")}}
+        if options.toy and "goals" in content[part]:  # a toy's figure reaches no goal and misses none
+            content[part]["goals"] = [g | {"reached": None} for g in content[part]["goals"]]
+        write_result(name, content, options.out, command=command)  # without the options, which name a path
         session.gauge.release()
         if "goals" in content[part]:
-            if options.toy:  # a toy's figure reaches no goal and misses none
-                content[part]["goals"] = [g | {"reached": None} for g in content[part]["goals"]]
             print_table(part, [goal_row(part, g) for g in content[part]["goals"]])
         else:
             print_table(part, [[step["settings"], f"{step['num_kernels']:,.0f} kernels", f"{step['host_seconds']:.2f} s of the host"] for step in content[part]])
         sys.stdout.flush()
-    content.pop("provenance", None)
-    write_result(name, content, options.out, command=command)  # without the options, which name a path
     return 0
 
 

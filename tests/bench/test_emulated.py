@@ -7,6 +7,9 @@ import sys
 import pytest
 import torch
 
+from bench.card.gauge import Gauge
+from bench.card.session import goal
+from bench.emulated import measure
 from bench.emulated.library import CannotEmulate, environment
 from bench.emulated.measure import without
 from memory.cards import lookup
@@ -26,6 +29,22 @@ def test_what_is_no_card_is_refused():
 def test_results_of_what_is_not_computed_have_no_times_and_losses():
     cell = {"step_seconds": 1.0, "peaks": {"teacher": {"allocated_bytes": 5}}, "cells": [{"seconds_by_phase": {}, "num_retries": 0, "loss": 0.0}]}
     assert without(("second", "loss"), cell) == {"peaks": {"teacher": {"allocated_bytes": 5}}, "cells": [{"num_retries": 0}]}
+
+
+def test_a_part_that_fails_costs_no_part_before_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["measure", "--toy", "--out", str(tmp_path)])
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Emulated")
+    monkeypatch.setattr(measure, "Gauge", lambda device: Gauge(torch.device("cpu")))
+    monkeypatch.setattr(measure, "register_toys", lambda: None)
+    goals = {"goals": [goal("cells", 1, 1)]}
+    monkeypatch.setattr(measure, "PARTS", {"peaks": lambda session: goals, "schedule": lambda session: 1 / 0})
+    with pytest.raises(ZeroDivisionError):
+        measure.main()
+    written = json.loads((tmp_path / "emulated.json").read_text())
+    assert written["peaks"]["goals"][0]["measured"] == 1 and list(written["measured"]) == ["peaks"] and "schedule" not in written
+    monkeypatch.setattr(measure, "PARTS", {"schedule": lambda session: goals})
+    assert measure.main() == 0  # what a run does not measure stays as it is
+    assert json.loads((tmp_path / "emulated.json").read_text())["measured"].keys() == {"peaks", "schedule"}
 
 
 @pytest.mark.skipif(torch.version.cuda is None, reason="torch is built without CUDA")
