@@ -17,11 +17,9 @@ def replace_forward(module: nn.Module, strategy: str, wrap: Callable[[Callable],
     Raises RuntimeError if `strategy` is on this module already; the undo function raises it
     if another strategy was put on top in the meantime and is still there.
     """
+    _require_unapplied(module, strategy)
     inner = module.forward
     had_own = "forward" in module.__dict__
-    if strategy in applied_strategies(module):
-        raise RuntimeError(f"{strategy} is applied to this {type(module).__name__} already; undo() it first")
-
     forward = functools.wraps(inner)(wrap(inner))
     forward.strategy, forward.inner = strategy, inner
     module.forward = forward
@@ -40,6 +38,11 @@ def replace_forward(module: nn.Module, strategy: str, wrap: Callable[[Callable],
     return undo
 
 
+def _require_unapplied(module: nn.Module, strategy: str) -> None:
+    if strategy in applied_strategies(module):
+        raise RuntimeError(f"{strategy} is applied to this {type(module).__name__} already; undo() it first")
+
+
 def applied_strategies(module: nn.Module) -> list[str]:
     """The strategies on `module`, the one applied last first."""
     names = []
@@ -52,15 +55,14 @@ def applied_strategies(module: nn.Module) -> list[str]:
 
 
 def require_modules(modules: Sequence[nn.Module], strategy: str) -> list[nn.Module]:
-    """`modules` as a list; ValueError if there are none or if one is listed twice."""
+    """`modules` as a list; ValueError if there are none or if one is listed twice, RuntimeError if `strategy` is on one of them already."""
     modules = list(modules)
     if not modules:
         raise ValueError(f"{strategy} matched nothing: the sequence of modules is empty")
     if len({id(module) for module in modules}) != len(modules):
         raise ValueError(f"{strategy}: a module is listed twice")
     for module in modules:
-        if strategy in applied_strategies(module):
-            raise RuntimeError(f"{strategy} is applied to this {type(module).__name__} already; undo() it first")
+        _require_unapplied(module, strategy)
     return modules
 
 
