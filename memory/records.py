@@ -2,7 +2,7 @@
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 from memory.timeline import BACKWARD, FORWARD, OPTIMIZER, Span, Storage, Trace, Visit
 from memory.work import Work
@@ -13,12 +13,14 @@ class Record:
     """A storage while recording; categories are settled at the end."""
 
     num_bytes: int
-    category: str | None
-    place: str
-    block: int | None
     born: str
+    """The phase."""
     standing: bool
+    category: str | None = None
+    place: str = "device"
+    block: int | None = None
     died: str | None = None
+    """The phase; None: it is alive at the end."""
     in_place: bool = False
 
 
@@ -48,42 +50,24 @@ def settled(
     `survivors`: records that are alive at the end. `copies`: number of a copy's work -> (to record, from record, bytes).
     """
     standing = [i for i, record in enumerate(records) if record.standing or i in survivors]
-    skipped = set(standing) | {~index for index in standing}
-    kept, spans, position = [], [], {}
-    for number, event in enumerate(events):
-        position[number] = len(kept)
-        if event not in skipped:
-            kept.append(event)
-    position[len(events)] = len(kept)
+    skipped = {*standing, *(~index for index in standing)}
+    kept = tuple(event for event in events if event not in skipped)
+    position = list(accumulate((event not in skipped for event in events), initial=0))  # of an event among those that are kept
     work = list(work)
     for number, (destination, source, num_bytes) in copies.items():
         kind = _link(records[destination], records[source])
         if kind is not None:
             work[number] = Work(kind, 0.0, num_bytes)
-    for mark, end in pairwise(marks):
-        if mark.event == end.event and mark.work == end.work and mark.visit is None:
-            continue
-        spans.append(
-            Span(
-                phase=mark.phase,
-                start=position[mark.event],
-                stop=position[end.event],
-                work=tuple(work[mark.work : end.work]),
-                visit=mark.visit,
-                records_graph=mark.records_graph,
-            )
-        )
+    spans = tuple(
+        Span(phase=mark.phase, start=position[mark.event], stop=position[end.event], work=tuple(work[mark.work : end.work]),
+             visit=mark.visit, records_graph=mark.records_graph)
+        for mark, end in pairwise(marks) if mark.visit is not None or (mark.event, mark.work) != (end.event, end.work)
+    )
     storages = tuple(
         Storage(num_bytes=r.num_bytes, category=_category(r), place=r.place, block=r.block, in_place=r.in_place)
         for r in records
     )
-    return Trace(
-        storages=storages,
-        events=tuple(kept),
-        spans=tuple(spans),
-        standing=tuple(standing),
-        num_blocks=num_blocks,
-    )
+    return Trace(storages=storages, events=kept, spans=spans, standing=tuple(standing), num_blocks=num_blocks)
 
 
 def _category(record: Record) -> str:

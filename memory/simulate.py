@@ -29,6 +29,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from memory.applied import AppliedPlan
 from memory.records import Mark, Record, settled
 from memory.timeline import CATEGORIES, PLACES, Trace, Visit
 from memory.walks import Walks
@@ -56,9 +57,10 @@ class Recorder(TorchDispatchMode):
         self._phase = OUTSIDE
         self._sum: tuple[int, int] | None = None  # records of what torch's C++ sums up and of its first summand, until something else happens
         self._product: int | None = None  # record of what the operator before has reshaped, as a matrix product's result is
-        self._marks = [Mark(event=0, work=0, phase=OUTSIDE, visit=None, records_graph=False)]
+        self._marks: list[Mark] = []
         self._num_blocks = 0
         self._hooks: list = []
+        self._mark(None)
 
     # ---- what the caller declares --------------------------------------------------------------------------------
 
@@ -76,7 +78,7 @@ class Recorder(TorchDispatchMode):
             if record.category is None:
                 record.category, record.place, record.block = category, place, block
 
-    def adopt_model(self, model: nn.Module, blocks: Sequence[nn.Module] = (), applied=None) -> None:
+    def adopt_model(self, model: nn.Module, blocks: Sequence[nn.Module] = (), applied: AppliedPlan | None = None) -> None:
         """Declare all of `model`: frozen parameters and buffers as weights, trainable ones as adapters.
 
         `applied` is the handle of `memory.plan.apply_plan`: its masters are pinned host memory, its ring transfer
@@ -174,16 +176,7 @@ class Recorder(TorchDispatchMode):
         if entry is not None:
             return entry[0]
         index = len(self._records)
-        self._records.append(
-            Record(
-                num_bytes=storage.nbytes(),
-                category=None,
-                place="device",
-                block=None,
-                born=self._phase,
-                standing=standing,
-            )
-        )
+        self._records.append(Record(num_bytes=storage.nbytes(), born=self._phase, standing=standing))
         if not standing:
             self._events.append(index)
 
@@ -221,8 +214,8 @@ class Recorder(TorchDispatchMode):
     def _take(self, sizes: Sequence[int]) -> range:
         """What a kernel takes inside, one buffer after the other."""
         first = len(self._records)
-        self._records += [Record(num_bytes=size, category="working set", place="device", block=None, born=self._phase,
-                                  standing=False, died=self._phase) for size in sizes]
+        self._records += [Record(num_bytes=size, category="working set", born=self._phase, standing=False, died=self._phase)
+                          for size in sizes]
         taken = range(first, len(self._records))
         self._events += taken
         return taken
@@ -235,15 +228,8 @@ class Recorder(TorchDispatchMode):
         self._records[self._see(parameter.grad, standing=False)].category = "gradients"
 
     def _mark(self, visit: Visit | None, records_graph: bool = False) -> None:
-        self._marks.append(
-            Mark(
-                event=len(self._events),
-                work=len(self._work),
-                phase=self._phase,
-                visit=visit,
-                records_graph=records_graph,
-            )
-        )
+        self._marks.append(Mark(event=len(self._events), work=len(self._work), phase=self._phase, visit=visit,
+                                records_graph=records_graph))
 
 
 @contextlib.contextmanager

@@ -7,6 +7,7 @@ but at which address a request is served.
 """
 
 from bisect import bisect_left, insort
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from memory.allocator import AllocatorStats, CachingAllocator
@@ -90,6 +91,18 @@ class _Driver:
         return self._elsewhere - num_bytes
 
 
+def _peak_reserved(history: Sequence[dict], reserved: int) -> int:
+    """Largest reserved bytes by the recorded segment events, from `reserved` at the beginning on."""
+    peak = reserved
+    for entry in history:
+        if entry["action"] in _GROWS:
+            reserved += entry["size"]
+        elif entry["action"] in _SHRINKS:
+            reserved -= entry["size"]
+        peak = max(peak, reserved)
+    return peak
+
+
 def replay_snapshot(snapshot: dict) -> SnapshotReplay:
     """Replay the first card's part of `torch.cuda.memory._snapshot()` (recorded with `_record_memory_history`) through the simulator.
 
@@ -107,7 +120,7 @@ def replay_snapshot(snapshot: dict) -> SnapshotReplay:
         allocator.adopt(address, num_bytes, held, is_small=is_small, stream=stream)
         addresses.update(zip(held, held))
     pending: dict[int, int] = {}
-    reserved = peak = allocator.stats.reserved_bytes
+    recorded_peak = _peak_reserved(history, allocator.stats.reserved_bytes)
     num_requests = num_placed_alike = num_unmatched = 0
     previous = ""
     for entry in history:
@@ -129,16 +142,12 @@ def replay_snapshot(snapshot: dict) -> SnapshotReplay:
                 allocator.complete_free(ours)
         elif action in _GROWS:
             driver.upcoming.append((address, size))
-            reserved += size
-            peak = max(peak, reserved)
-        elif action in _SHRINKS:
-            reserved -= size
-            if previous not in _SHRINKS:
-                allocator.empty_cache()
+        elif action in _SHRINKS and previous not in _SHRINKS:
+            allocator.empty_cache()
         previous = action
     return SnapshotReplay(
         simulated=allocator.stats,
-        recorded_peak_reserved_bytes=peak,
+        recorded_peak_reserved_bytes=recorded_peak,
         num_events=len(history),
         num_requests=num_requests,
         num_placed_alike=num_placed_alike,
