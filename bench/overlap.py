@@ -61,7 +61,7 @@ def predict() -> dict[str, Any]:
 
 
 def count_loads(num_blocks: int) -> dict[str, float]:
-    """How often what streams crosses the link in a step of so many blocks, none of them resident. Counted on the CPU, where the ring
+    """How often streamed weights cross the link in a step of a model of `num_blocks`, none of them resident. Counted on the CPU, where the ring
     loads what it loads on a card: order and number of loads depend on the passes over the blocks alone."""
     register_toys(num_blocks)
     session = Session(Gauge(torch.device("cpu")), card_here(dry=True), Forecaster(0), dry=True)

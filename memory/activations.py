@@ -33,7 +33,7 @@ MAX_SLAB_BYTES = 2**30
 
 
 def slab_bytes(num_bytes: int, num_blocks: int) -> int:
-    """Of a slab in which a tensor of `num_bytes` is the first: enough for one such a block, in as few slabs as is decent."""
+    """Size of a slab whose first tensor has `num_bytes`: room for one such tensor of every block, up to `MAX_SLAB_BYTES`."""
     return pinned_bytes(max(num_bytes, min(num_bytes * num_blocks, MAX_SLAB_BYTES)))
 
 
@@ -216,7 +216,7 @@ class ActivationOffload(Handle):
         self._room = 0
 
     host_buffers = property(lambda self: list(self.arena.slabs), doc="Slabs of host memory, allocated in the first step.")
-    lanes = property(lambda self: [self.store_lane, self.load_lane], doc="What copies.")
+    lanes = property(lambda self: [self.store_lane, self.load_lane], doc="What activations are copied on, to the host and back.")
 
     def _leave_arena(self) -> None:
         """The host gets its memory back; what a graph still reads, torch keeps for the next pinned memory once that is gone."""
@@ -237,7 +237,7 @@ class ActivationOffload(Handle):
             self._room -= self._forget_oldest()
 
     def _forget_oldest(self) -> int:
-        """The bytes that were given up."""
+        """Returns the bytes that were given up on the device."""
         parked = self._leaving.popleft()()
         if parked is None:
             return 0

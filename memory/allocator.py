@@ -49,7 +49,7 @@ class AllocatorStats:
 
 
 class CachingAllocator:
-    """One device's allocator. `driver` says where a new segment of so many bytes lies; by default addresses grow."""
+    """One device's allocator. `driver` maps a new segment's bytes to its address; by default addresses grow."""
 
     def __init__(self, *, expandable_segments: bool = False, driver: Callable[[int], int] | None = None):
         self.expandable_segments = expandable_segments

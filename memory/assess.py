@@ -29,7 +29,7 @@ class PhaseNeed:
     host_bytes: int = 0
     """Peak on the host, without the transformer's masters."""
     of_streaming: bool = False
-    """Whether it needs that of the host only where blocks stream."""
+    """Whether `host_bytes` are needed only where blocks stream."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,11 +43,12 @@ class Workload:
     phases: Callable[[MemoryPlan], Sequence[PhaseNeed]] = lambda plan: ()
     """The other phases of the run under a plan; what `memory.search` sets on its own account does not matter to them."""
     prepare: Callable[[Sequence[tuple[MemoryPlan, int]], Sequence[MemoryPlan]], None] = lambda traces, phases: None
-    """Is told which traces, in about this order, and which phases a search will ask for, most of them; empty: no more."""
+    """Called with most of the traces, roughly in order, and of the phases that a search will ask for, so that they can be computed
+    ahead; with nothing, when no more are wanted."""
     repeats: float = 1.0
-    """How often a step does what a trace shows, the optimizer's work excepted."""
+    """Gradient accumulation: how often an optimizer step does what a trace shows, the optimizer's own work excepted."""
     teacher_share: float = 1.0
-    """How often it has the teacher in it, of those times: less than 1 where samples are kept and used again."""
+    """Share of these repeats in which the teacher runs: less than 1 where its samples are cached and used again."""
     host_bytes: int = 3 * GIB
     """What the process takes of the host besides: interpreter, libraries, CUDA's own (assumed)."""
 
@@ -61,13 +62,13 @@ class Assessment:
     reason: str
     """Empty if it fits; otherwise what is missing and in which phase."""
     fits_card: bool
-    """Whether it does as far as the card goes; the host may still be short."""
+    """Whether the card has room for it; the host may still be short."""
     prediction: Prediction
     by_phase: dict[str, int]
     """Device bytes of every phase of the run, allocated."""
     needed_bytes: int
-    """Reserved at the peak of the whole run, and the context: the least a card must have usable, without margin. On a CPU with what
-    else the process takes there."""
+    """Reserved at the peak of the whole run, plus the context: the least a card must have usable, margin excluded. On a CPU, host memory
+    included."""
     host_bytes: int
     time: StepTime
     trace: Trace = field(repr=False, compare=False)
@@ -75,8 +76,8 @@ class Assessment:
 
 
 def compiled_fragmentation(plan: MemoryPlan) -> float:
-    """Bytes that a step reserves under `plan`, over those predicted for blocks as they are, at most and but for the margin: more than 1
-    for compiled blocks (`bench.emulated`, part compiled). They allocate what is predicted."""
+    """Upper bound, margin aside, of what a step reserves under `plan` relative to the prediction, which is for blocks that are not compiled.
+    Compiled ones allocate what is predicted, and reserve more (`bench.emulated`, part compiled)."""
     return 1.06 if plan.compile else 1.0
 
 
@@ -89,7 +90,7 @@ class Limits:
         self.host_bytes = card.host_bytes if host_bytes is None else host_bytes
 
     def shortage(self, reserved_bytes: int, host_bytes: int) -> tuple[int, int]:
-        """(device bytes, host bytes) missing. A CPU's are of one memory."""
+        """(device bytes, host bytes) missing. On a CPU both are of the same memory."""
         reserved_bytes += host_bytes if self.card.is_cpu else 0
         host = 0 if self.host_bytes is None else host_bytes - self.host_bytes
         return max(0, reserved_bytes - self.reservable_bytes), max(0, host)

@@ -143,7 +143,7 @@ def size_bytes(text: str) -> int | None:
 
 
 def size_text(num_bytes: float) -> str:
-    """Bytes as a message says them."""
+    """Bytes for a message, in GiB or MiB."""
     return f"{num_bytes / GIB:.2f} GiB" if num_bytes >= GIB // 10 else f"{num_bytes / 2**20:.2f} MiB"
 
 

@@ -101,14 +101,14 @@ def _checkpointed_forward(handle: Checkpointing, index: int, block: nn.Module, k
 
 
 def _droppers(block: nn.Module) -> list[tuple[nn.Module, str]]:
-    """The modules of `block` that drop by a share, whatever it is now, and the share's name; nn.MultiheadAttention has it as `dropout`."""
+    """The modules of `block` that have a dropout probability, even of 0, and its attribute's name: `dropout` in nn.MultiheadAttention."""
     named = [(module, "p" if isinstance(module, _DropoutNd) else "dropout") for module in block.modules()]
     return [(module, name) for module, name in named if isinstance(getattr(module, name, None), float | int)]
 
 
 def _is_random(block: nn.Module, droppers: list[tuple[nn.Module, str]]) -> bool:
-    """Whether recomputation must restore the random state. Reading it costs time, and a frozen block is in eval mode: then dropout
-    is all that is looked for, and what else draws in eval mode draws anew."""
+    """Whether recomputation must restore the random state. Saving that costs time, so in a block in eval mode, as a frozen one is, only
+    dropout is looked for; anything else that draws random numbers in eval mode draws new ones."""
     return block.training or any(module.training and getattr(module, name) > 0 for module, name in droppers)
 
 

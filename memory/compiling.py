@@ -30,8 +30,8 @@ from memory.plan import PlanError
 
 STRATEGY = "compilation"
 NUM_VARIANTS = 64
-"""Of the same code: the first block and the others, each with and without gradient, for every size of a batch. What comes after
-torch's own 8 would silently not be compiled."""
+"""Compiled versions of the same code: for the first block and the others, with and without gradient, for every batch size. Beyond
+torch's default of 8, further ones would silently not be compiled."""
 
 
 def compile_blocks(blocks: Sequence[nn.Module], *, device: torch.device, backend: str = "inductor") -> Handle:

@@ -1,4 +1,4 @@
-"""What errors say, and how running out of memory and losing the card look: torch says it in several ways, and the host in others.
+"""Which errors mean that memory ran out or that the card is lost: torch, CUDA's libraries and the host each word them differently.
 
 Importable without torch.
 """

@@ -72,7 +72,7 @@ class FakeMode(FakeTensorMode):
 
 
 def _kind(func: OpOverload) -> str | None:
-    """Which of an operator's outputs share memory, if it is one whose outputs' metadata follow from those of its inputs."""
+    """Whether an operator's outputs are views, its own first input, or fresh; None where their metadata may not follow from the inputs'."""
     hidden = {Tag.inplace_view, Tag.dynamic_output_shape, Tag.data_dependent_output} & set(func.tags)
     returns, arguments = func._schema.returns, func._schema.arguments
     if func.namespace != "aten" or hidden or not returns:
@@ -87,7 +87,7 @@ def _kind(func: OpOverload) -> str | None:
 
 
 def _described(value: Any) -> Any:
-    """What of an argument decides what an operator's outputs are like. Raises _Foreign."""
+    """What of an argument determines the metadata of an operator's outputs. Raises _Foreign."""
     if type(value) is FakeTensor:
         if value.constant is not None or value.dtype.is_complex or value.layout is not torch.strided:
             raise _Foreign
@@ -100,7 +100,7 @@ def _described(value: Any) -> Any:
 
 
 def _remembered(outputs: Any, inputs: Any) -> Any:
-    """What to make the outputs of next time; _UNKNOWN if they are more, or less, than what they are like."""
+    """What the outputs can be made from next time; _UNKNOWN if metadata do not describe them completely."""
     taken = {tensor.untyped_storage()._cdata for tensor in tree_leaves(inputs) if isinstance(tensor, torch.Tensor)}
 
     def like(output: Any) -> _Like:

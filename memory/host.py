@@ -1,4 +1,4 @@
-"""Host memory that can be had: what the machine has left, and what containers, jobs and services leave of it.
+"""Available host memory: what the machine has left, within the limits of containers, jobs and services (control groups).
 
 Importable without torch.
 """
@@ -14,12 +14,12 @@ _V1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_")  # limit, usa
 
 
 def machine_bytes() -> int:
-    """The machine's memory, whatever of it may be had."""
+    """All of the machine's memory, free or not."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def host_bytes() -> tuple[int, int]:
-    """Host memory within the limits of the control groups that this process is in: (in all, to be had without swapping)."""
+    """(total, available without swapping) host memory, within the limits of the control groups that this process is in."""
     total = available = machine_bytes()
     if _MEMINFO.exists():
         fields = dict(line.split(":", 1) for line in _MEMINFO.read_text().splitlines() if ":" in line)
@@ -29,12 +29,12 @@ def host_bytes() -> tuple[int, int]:
 
 
 def available_host_bytes() -> int:
-    """Host memory that can be had without swapping."""
+    """Host memory that is available without swapping, within the same limits."""
     return host_bytes()[1]
 
 
 def host_limit_bytes() -> int | None:
-    """The least that a control group allows; None where none allows less than there is."""
+    """The tightest limit of a control group; None where none is below the machine's memory."""
     return min((limit for limit, _ in _limits()), default=None)
 
 

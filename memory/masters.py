@@ -13,7 +13,7 @@ ALIGNMENT = 256  # bytes, as cudaMalloc aligns: kernels choose by alignment, and
 
 
 def aligned(num_bytes: int) -> int:
-    """Bytes that so many take of a flat buffer."""
+    """Bytes that `num_bytes` take of a flat buffer: multiples of `ALIGNMENT`."""
     return -(-num_bytes // ALIGNMENT) * ALIGNMENT
 
 

@@ -16,7 +16,7 @@ import torch
 
 @dataclass(frozen=True, kw_only=True)
 class Reading:
-    """One moment, in bytes. None: not to be had here."""
+    """One moment, in bytes. None: not available here."""
 
     allocated_bytes: int | None
     """Held by tensors on the device."""

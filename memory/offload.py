@@ -157,7 +157,7 @@ class Offload(Handle):
     host_buffers = property(lambda self: [m.flat for m in self._ring.masters.values() if m.flat is not None],
                             doc="Masters, one a block, if weights were gathered.")
     device_buffers = property(lambda self: [s.flat for s in self._ring.slots], doc="Slots of the ring.")
-    lanes = property(lambda self: [self._ring.lane], doc="What copies.")
+    lanes = property(lambda self: [self._ring.lane], doc="What weights are copied on.")
 
 
 def offload_blocks(

@@ -99,7 +99,7 @@ class Ranking:
         return smallest
 
     def parked(self, limits: Limits) -> SearchResult:
-        """The same of plans that keep in host memory what they keep: everything, or else of as many blocks as there is room for."""
+        """As `run`, of plans whose blocks keep everything in host memory: all blocks, or else as many as there is room for."""
         plan = dataclasses.replace(self.base, checkpoint="none", kept="host")
         self.workload.prepare(self._traces_of_recipe(self._resident(plan)), [self.base])
         candidates = list(self._resident_variant(plan).candidates([plan], self._residents()))

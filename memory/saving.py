@@ -113,7 +113,7 @@ def current_notes() -> dict | None:
 
 @contextmanager
 def returning(returns: bool) -> Iterator[None]:
-    """Within: whether a backward over the blocks follows, even if what runs now records nothing for it."""
+    """Within, `will_return` is true if `returns`, even where what runs now records no graph."""
     outer = _state.returns
     try:
         _state.returns = returns

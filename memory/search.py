@@ -19,9 +19,9 @@ from memory.plan import MemoryPlan, is_checkpointed, resolve_keeps
 from memory.ranking import COUNTS, Ranking, SearchResult
 
 HOST_SHARE = 0.8
-"""Of the host's memory that is available: at most so much, where what blocks keep goes there. What is pinned cannot be swapped."""
+"""Largest share of the available host memory that a plan which keeps things there may take: pinned memory cannot be swapped out."""
 HOST_GAIN = 0.03
-"""A plan that takes so much of the host has to be faster by so much. Predictions of time are not finer."""
+"""Share of the step's time that such a plan has to save: predictions of time are no finer."""
 
 
 def search(

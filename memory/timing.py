@@ -35,7 +35,7 @@ class StepTime:
     by_bound: dict[str, float]
     """Seconds by what limits them."""
     num_operators: float = 0.0
-    """That the host gives the card, each a kernel or a few (copies over the host link excepted)."""
+    """Operators that the host launches, each of one or a few kernels (copies over the host link excepted)."""
 
     @property
     def seconds(self) -> float:
@@ -58,7 +58,7 @@ class Load:
     num_operators: float = 0
 
     def times(self, share: float) -> "Load":
-        """The same asked for so often."""
+        """`share` times as much."""
         compute = {bound: share * seconds for bound, seconds in self.compute.items()}
         return Load(compute, round(share * self.to_device), round(share * self.to_host), share * self.num_operators)
 

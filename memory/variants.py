@@ -50,7 +50,7 @@ class Variant:
         return load
 
     def time(self, load: StepLoad, num_resident: int | None) -> StepTime:
-        """Of a step with so many blocks resident."""
+        """Of a step with `num_resident` blocks resident (None: all)."""
         num_streamed = 0 if num_resident is None else len(self.flats) - num_resident
         return step_time(load, self.card, weight_bytes=num_streamed * max(self.flats, default=0),
                          streamed_share=num_streamed / max(1, len(self.flats)), repeats=self.workload.repeats)

@@ -1,4 +1,4 @@
-"""What cells are measured with: one face for a card, and for the CPU on which a dry run walks the same code.
+"""What cells are measured with: one interface to a card, and to the CPU on which a dry run walks through the same code.
 
 On a card, peaks are the caching allocator's own counters, reset where a phase begins, and times are CUDA events. On the CPU
 there is no such counter: the resident bytes of the process stand in for it, so that the same code runs, and a dry

@@ -69,12 +69,12 @@ class Session:
         return list(cells) if not self.dry else [cells[i * len(cells) // count] for i in range(min(count, len(cells)))]
 
     def sizes(self, sizes: Sequence[float]) -> list[float]:
-        """Of sizes of cards in GiB those that this card can stand for, with at most a fifth of the memory missing."""
+        """Those of `sizes` (of cards, in GiB) that this card can stand for: it lacks at most a fifth of their memory."""
         total = self.gauge.total_bytes()
         return [gib for gib in sizes if total is None or gib * GIB <= 1.25 * total]
 
     def within_budget(self, cells: Sequence[Any], skipped: list[str], *, name: Callable[[Any], str] = str) -> Iterator[Any]:
-        """The cells until the call's time is used up, or the device lost; the names of the others go to `skipped`."""
+        """The cells until the call's time is used up or the device is lost; the names of the rest go to `skipped`."""
         for cell in cells:
             if time.monotonic() > self.deadline or self.gauge.lost:
                 skipped.append(name(cell))

@@ -41,8 +41,8 @@ def _rates(session: Session) -> dict[str, float]:
 
 
 def _norm_seconds(session: Session) -> dict[str, float]:
-    """Of norming and rotating a 5b block's queries at 49 frames, forward and backward: by Triton's kernel where there is one, and by torch's
-    operators with so many MiB of float32 copies at a time, which says what a cache is worth."""
+    """Seconds of norming and rotating a 5b block's queries at 49 frames, forward and backward: by Triton's kernel where there is one, and by
+    torch's operators with float32 copies of a few MiB at a time, from less to more than a cache holds."""
     num_heads, num_tokens = (2, 8) if session.dry else (48, 17_550)
     norm = RotatingNorm(64, device=session.gauge.device, dtype=torch.bfloat16).requires_grad_(False)
     x, grad = torch.randn(2, 1, num_tokens, num_heads, 64, dtype=torch.bfloat16, device=session.gauge.device)
