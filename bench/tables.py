@@ -3,7 +3,7 @@
     python -m bench.tables           rewrite the tables between `<!-- table: NAME -->` and `<!-- end -->`
     python -m bench.tables --check   exit 1 if a document differs from its results
 
-A figure in a table is written by this file or not at all.
+A figure in a table is made by a function of `TABLES` or not at all.
 """
 
 import argparse
@@ -13,13 +13,12 @@ from collections.abc import Callable
 from itertools import chain
 from typing import Any
 
-from bench import others
+from bench import others, predicted
 from bench.card import tables as card
 from bench.emulated import tables as emulated
 from bench.erasure import VARIANTS, summary
 from bench.markdown import folded, load, markdown
 from bench.provenance import ROOT
-from memory.cards import GIB
 from trainer.findings import CODES, Code
 
 DOCUMENTS = ("README.md", "MEMORY.md", "FORGETTING.md", "RELIABILITY.md")
@@ -127,25 +126,6 @@ def leak() -> str:
     return markdown(header, rows) + _source(result)
 
 
-def overlap() -> str:
-    """A block's computation over its weights' transfer, for every listed card: above 1, streaming hides."""
-    result = load("overlap")
-    cells, rows = result["cells"], []
-    for card in next(iter(cells.values()))["cards"]:
-        found = [cell["cards"][card] for cell in cells.values()]
-        rows.append([card, *(f"{1e3 * c['compute_seconds']:.1f} ms: " + " / ".join(
-            f"{ratio:.1f}" for ratio in c["compute_over_transfer"].values()) for c in found)])
-    transfers = {name.split()[0]: f"{cell['block_bytes'] / 2**20:.0f} MiB, " + " / ".join(
-        f"{1e3 * seconds:.1f}" for seconds in cell["transfer_seconds"].values()) + " ms" for name, cell in cells.items()}
-    sizes = "; ".join(f"{model}: {text}" for model, text in transfers.items())
-    loads = ", ".join(f"{name} {times:.1f}" for name, times in result["loads"].items())
-    header = ["card", *(f"{name.replace('cogvideox', '').strip('-')} frames" for name in cells)]
-    return (folded(f"{len(rows)} cards", markdown(header, rows))
-            + f"\nA cell: a block's forward pass, over its transfer by PCIe 3 / 4 / 5. A block's weights and their "
-            f"transfers: {sizes}.\nHow often the streamed weights cross the link, counted: {loads} times.\n"
-            f"Predicted, not measured, by `{result['provenance']['command']}`.\n")
-
-
 def codes() -> str:
     """Every finding that the watcher and `diagnose` know."""
     rows = [[f"`{code}`", *known] for code, known in CODES.items()]
@@ -169,64 +149,6 @@ def faults() -> str:
     return folded(summary, markdown(["put in", "named", "right, with its block"], rows)) + note + _source(result)
 
 
-def _predicted(result: dict[str, Any]) -> str:
-    return f"\nPredicted, not measured, by `{result['provenance']['command']}`, torch {result['provenance']['versions']['torch']}, {result['provenance']['date']}.\n"
-
-
-def rank() -> str:
-    """Bytes by rank, dtype and optimizer, and the documents' own figures."""
-    result, rows = load("rank"), []
-    whats = ("fp16_bytes", "train_fp16_bytes", "fp32_bytes", "train_adamw_bytes", "train_adamw8bit_bytes")
-    for model, m in result["models"].items():
-        for rank, costs in m["ranks"].items():
-            document = result["document"].get(rank) if model.startswith("documents") else None
-            says = f"{document['params'] / 1e6:.1f} M, {document['fp16_bytes'] / 1e6:.0f} / {document['train_bytes'] / 1e6:.0f} MB" if document else ""
-            rows.append([f"{model}, {m['num_blocks']} x {m['width']}", rank, f"{costs['params']:,}",
-                         *(f"{costs[what] / 1e6:.1f}" for what in whats), says])
-    header = ["model", "rank", "parameters", "fp16 weights, MB", "fp16 in training", "fp32 weights", "fp32, AdamW", "fp32, 8-bit AdamW",
-              "the document says"]
-    return markdown(header, rows) + f"\nComputed exactly by `{result['provenance']['command']}`; in training: weights, gradients, state.\n"
-
-
-def _feasible(cell: dict[str, Any], needed: int) -> str:
-    seconds = cell["step_seconds"]
-    return f"{needed / GIB:.1f} GiB, {seconds:.{0 if seconds >= 100 else 1}f} s" if cell["fits"] else f"no: {needed / GIB:.1f} GiB"
-
-
-def _hosted(cell: dict[str, Any], without: dict[str, Any]) -> str:
-    if cell["settings"] == without["settings"]:
-        return "the same"
-    return f"{_feasible(cell, cell['predicted']['needed_bytes'])}, host {cell['predicted']['host_bytes'] / GIB:.0f} GiB"
-
-
-def feasibility() -> str:
-    """Fits or not, peak and step time, by model, frames and card; naive / planned."""
-    result, rows = load("feasibility"), []
-    for name, cell in result["cells"].items():
-        model, frames = name.rsplit("-", 1)
-        naive, planned = cell["naive"], cell["planned"]
-        rows.append([f"{model}, {frames} frames, naive", *(_feasible(naive[c], naive[c]["needed_bytes"]) for c in result["cards"])])
-        rows.append([f"{model}, {frames} frames, planned", *(
-            _feasible(planned[c], planned[c]["predicted"]["needed_bytes"]) for c in result["cards"])])
-        for kind, hosted in cell.items():
-            if kind not in ("naive", "planned"):
-                rows.append([f"{model}, {frames} frames, {kind}", *(_hosted(hosted[c], planned[c]) for c in result["cards"])])
-    return markdown(["", *result["cards"]], rows) + _predicted(result)
-
-
-def cards() -> str:
-    """Peak and step time of the planner's plans, a row a card."""
-    result = load("feasibility")
-    names, plans = [name.rsplit("-", 1) for name in result["cells"]], [cell["planned"] for cell in result["cells"].values()]
-    # An h20 is the card that stands for 96gb.
-    rows = [[f"`{card}`", *(_feasible(plan[card], plan[card]["predicted"]["needed_bytes"]) for plan in plans)] for card in result["cards"] if card != "h20"]
-    header = ["`--profile`", *(f"{model.removeprefix('cogvideox').strip('-')}, {frames} frames" for model, frames in names)]
-    least = max(load(name)["minimum"]["cells"]["5b 49f adamw8bit"]["allocated_bytes"] for name in ("emulated", "emulated-h100"))
-    note = (f"\nAt the least, with all streamed and recomputed that can be, steps of the 5b at 49 frames allocate {least / GIB:.2f} GiB "
-            "(`python -m bench.emulated`, the larger of two cards).\n")
-    return markdown(header, rows) + note + _predicted(result)
-
-
 def planning() -> str:
     """Seconds of a search and of the whole process, how many plans were ranked, and what the chosen one loses to the best."""
     result, rows = load("planning"), []
@@ -238,41 +160,6 @@ def planning() -> str:
     return markdown(["search (whole process), candidates, regret", *result["cards"]], rows) + _source(result)
 
 
-def strategies() -> str:
-    """Peak of the step and its time under each strategy, and against full checkpointing."""
-    result = load("strategies")
-    cells = result["cells"]
-    rows = []
-    for name in next(iter(cells.values())):
-        row = [name]
-        for cell in cells.values():
-            here, base = cell.get(name), cell.get("checkpoint all")
-            row.append("" if here is None or base is None else (
-                f"{here['step_peak_bytes'] / GIB:.2f} GiB ({here['step_peak_bytes'] / base['step_peak_bytes'] - 1:+.0%}), "
-                f"{here['step_seconds']:.2f} s ({here['step_seconds'] / base['step_seconds'] - 1:+.1%})"))
-        rows.append(row)
-    lost = [name for name in next(iter(cells.values())) if not name.startswith(("checkpoint all", "batch", "rank")) and all(
-        cell[name]["step_peak_bytes"] > 0.98 * cell["checkpoint all"]["step_peak_bytes"]
-        and cell[name]["step_seconds"] > 0.99 * cell["checkpoint all"]["step_seconds"] for cell in cells.values() if name in cell)]
-    note = f"\nNot 2 % smaller nor 1 % faster than checkpointing alone: {'; '.join(lost)}.\n"
-    return markdown(["strategy (change against checkpoint all)", *cells], rows) + note + _predicted(result)
-
-
-def lean() -> str:
-    """The trainer's blocks against diffusers', of the same step."""
-    result, rows = load("lean"), []
-    for name, cell in result["cells"].items():
-        model, frames = name.rsplit("-", 1)
-        theirs, ours = cell["diffusers"], cell["ours"]
-        pairs = [(which["moved_bytes"] / 1e9, which["forward_peak_bytes"] / GIB, which["peak_bytes"] / GIB,
-                  *(which["seconds"][card] for card in result["cards"])) for which in (theirs, ours)]
-        forms = ("{:.0f} GB", "{:.2f} GiB", "{:.2f} GiB", *("{:.2f} s" for _ in result["cards"]))
-        rows.append([f"{model}, {frames} frames", *(f"{form.format(a)} → {form.format(b)}" for form, a, b in zip(forms, *pairs))])
-    header = ["diffusers' blocks → ours", "moved by element-wise kernels", "peak of the student's forward", "peak of the step",
-              *(f"computing, {card}" for card in result["cards"])]
-    return markdown(header, rows) + _predicted(result)
-
-
 def blocks() -> str:
     """Peak of two blocks, predicted and measured, as they are and compiled. How long a CPU takes says nothing of a card."""
     result, rows = load("blocks"), []
@@ -281,17 +168,6 @@ def blocks() -> str:
         rows.append([name, f"{expected / 2**20:.2f} MiB", f"{plain['peak_bytes'] / 2**20:.2f} MiB ({plain['peak_bytes'] / expected - 1:+.3%})",
                      f"{found['peak_bytes'] / 2**20:.2f} MiB ({found['peak_bytes'] / expected - 1:+.3%})"])
     return markdown(["two blocks, what they keep", "predicted peak", "measured", "compiled"], rows) + _source(result)
-
-
-def story() -> str:
-    """The reproduction log, replayed."""
-    result, rows = load("story"), []
-    for name, v in result["variants"].items():
-        cards = [("fits" if c["fits"] else f"breaks in {c['breaks_in'] or 'reserving'}") for c in v["cards"].values()]
-        kinds = [f"{v['by_category'][k] / GIB:.1f}" for k in ("weights", "saved activations", "working set")]
-        rows.append([name, f"{v['peak_bytes'] / GIB:.1f} GiB", *kinds, *cards])
-    cards = list(next(iter(result["variants"].values()))["cards"])
-    return markdown(["2b, 17 frames, fp32", "peak", "weights", "saved activations", "working set", *cards], rows) + _predicted(result)
 
 
 def claims() -> str:
@@ -310,11 +186,9 @@ def reliability() -> str:
 
 
 TABLES: dict[str, Callable[[], str]] = {
-    "reliability": reliability,
-    "rank": rank, "feasibility": feasibility, "cards": cards, "planning": planning, "strategies": strategies, "story": story, "claims": claims,
-    "main": main_run, "pretrained": pretrained, "rater": rater, "erasure": erasure, "overlap": overlap, "lean": lean, "blocks": blocks,
-    **others.TABLES, **emulated.TABLES, **card.TABLES,
-    "codes": codes, "faults": faults, "projection": projection, "leak": leak}
+    "main": main_run, "pretrained": pretrained, "rater": rater, "erasure": erasure, "projection": projection, "leak": leak, "codes": codes,
+    "faults": faults, "reliability": reliability, "planning": planning, "blocks": blocks, "claims": claims,
+    **predicted.TABLES, **others.TABLES, **emulated.TABLES, **card.TABLES}
 
 
 def rendered(text: str) -> str:
