@@ -17,6 +17,19 @@ def markdown(header: list[str], rows: list[list[str]], *, words: bool = False) -
     return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, rule, *rows)) + "\n"
 
 
+def without_figures(cell: dict[str, Any]) -> str:
+    """Why a measured cell has none, in the words of the error."""
+    return cell.get("out_of_memory") or cell.get("failed") or ""
+
+
+def step_seconds(cell: dict[str, Any], base: dict[str, Any] | None = None) -> str:
+    """Seconds of a measured step, and by how much they differ from those of `base`; nothing without a measurement."""
+    if "step_seconds" not in cell:
+        return ""
+    against = f" ({cell['step_seconds'] / base['step_seconds'] - 1:+.1%})" if base and base is not cell and "step_seconds" in base else ""
+    return f"{cell['step_seconds']:.3f} s{against}"
+
+
 def folded(summary: str, table: str) -> str:
     """A long table, of which a reader sees the summary until it is opened."""
     return f"<details><summary>{summary}</summary>\n\n{table}\n</details>\n"

@@ -8,7 +8,7 @@ from itertools import chain
 from typing import Any
 
 from bench.card.session import goal_row
-from bench.markdown import load, markdown
+from bench.markdown import load, markdown, step_seconds, without_figures
 from bench.provenance import of_cards
 from memory.cards import GIB
 
@@ -52,7 +52,7 @@ def headline() -> str:
         cells |= {(part, name): cell for name, cell in result["cells"].items()} if part != "peaks" else {}
     first = _first_step(by_part.get("minimum", {}))
     rows = [[label + ", first step *" * bool(first and (part, name) == _FIRST),
-             _bytes(cells[part, name])[0], _seconds(cells[part, name], None)] for part, name, label in _HEADLINE if (part, name) in cells]
+             _bytes(cells[part, name])[0], step_seconds(cells[part, name])] for part, name, label in _HEADLINE if (part, name) in cells]
     seconds = {key: cell["step_seconds"] for key, cell in cells.items() if "step_seconds" in cell}
     for part, name, of, base, text in (
             ("minimum", "5b 49f adamw8bit", "speed", "5b 49f", "The least memory takes {:.1%} longer than all on the card, of the 5b at 49 frames."),
@@ -86,7 +86,7 @@ def goals() -> str:
 def offload() -> str:
     """Ours beside resident blocks and beside peers: seconds and bytes of a step."""
     found = results("offload")
-    rows = [[_of(found, result, name), *_bytes(cell), _seconds(cell, result["cells"].get(f"{name.split()[0]} all resident"))]
+    rows = [[_of(found, result, name), *_bytes(cell), step_seconds(cell, result["cells"].get(f"{name.split()[0]} all resident"))]
             for _, result in found for name, cell in result["cells"].items()]
     beside = [o["to device hidden seconds"] / o["to device seconds"] for _, result in found if (o := result["overlap"]).get("to device seconds")]
     record = f"\nBy the profiler's record {min(beside):.1%} of the time of copies to the card lies beside a kernel.\n" if beside else ""
@@ -96,7 +96,7 @@ def offload() -> str:
 def steps() -> str:
     """The smallest, the fastest, and what changes a step."""
     found = results("minimum", "speed", "cap")
-    rows = [[_of(found, result, f"{part}: {name}"), *_bytes(cell), _seconds(cell, result["cells"].get(" ".join(name.split()[:2]) + " plain"))]
+    rows = [[_of(found, result, f"{part}: {name}"), *_bytes(cell), step_seconds(cell, result["cells"].get(" ".join(name.split()[:2]) + " plain"))]
             for part, result in found for name, cell in result["cells"].items()]
     repeats: dict[str, list[float]] = {}
     for name, cell in chain.from_iterable(result["cells"].items() for _, result in found):
@@ -181,16 +181,8 @@ def _of(found: list[tuple[str, dict[str, Any]]], result: dict[str, Any], text: s
 
 def _bytes(cell: dict[str, Any]) -> list[str]:
     if "allocated_bytes" not in cell:
-        return [cell.get("out_of_memory") or cell.get("failed") or "", ""]
+        return [without_figures(cell), ""]
     return [f"{cell[f'{kind}_bytes'] / GIB:.2f} GiB" for kind in ("allocated", "reserved")]
-
-
-def _seconds(cell: dict[str, Any], base: dict[str, Any] | None) -> str:
-    """Seconds, and by how much they differ from the group's first."""
-    if "step_seconds" not in cell:
-        return ""
-    against = f" ({cell['step_seconds'] / base['step_seconds'] - 1:+.1%})" if base and base is not cell and "step_seconds" in base else ""
-    return f"{cell['step_seconds']:.3f} s{against}"
 
 
 def _source(found: list[tuple[str, dict[str, Any]]]) -> str:

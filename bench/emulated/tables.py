@@ -6,7 +6,7 @@ from typing import Any
 
 from bench.card.feasibility import came_to
 from bench.card.session import goal_row
-from bench.markdown import folded, load, markdown
+from bench.markdown import folded, load, markdown, step_seconds, without_figures
 from bench.provenance import RESULTS
 from memory.cards import GIB
 
@@ -65,7 +65,7 @@ def _short(name: str) -> str:
 
 def _outcome(cell: dict[str, Any]) -> list[str]:
     if "allocated_bytes" not in cell:
-        return [cell.get("out_of_memory") or cell.get("failed") or "", ""]
+        return [without_figures(cell), ""]
     return ["runs", f"{cell['allocated_bytes'] / GIB:.2f} / {cell['reserved_bytes'] / GIB:.2f} GiB"]
 
 
@@ -164,10 +164,7 @@ def _allocated(cell: dict[str, Any]) -> str:
 def _added(cells: dict[str, dict[str, Any]], name: str, base: str) -> str:
     """Seconds of a cell, and by how much it differs from its group's plain one."""
     group = name.split()[0] if base == "all resident" else " ".join(name.split()[:2])
-    plain, cell = cells[f"{group} {base}"], cells[name]
-    if "step_seconds" not in cell:
-        return "fails"
-    return f"{cell['step_seconds']:.3f} s" + (f" ({cell['step_seconds'] / plain['step_seconds'] - 1:+.1%})" if cell is not plain else "")
+    return step_seconds(cells[name], cells[f"{group} {base}"]) or "fails"
 
 
 def _missed(*results: dict[str, Any], part: str) -> str:
