@@ -92,6 +92,7 @@ class Lane:
     def join(self, done: torch.cuda.Event | None) -> None:
         """Let the compute stream, not the host, wait for the copy that `done` was last handed to. It is one stream, so once is enough."""
         if done in self._not_joined:
-            with self.waiting():
-                (_copying.compute or torch.cuda.current_stream(self.device)).wait_event(done)
+            compute = _copying.compute
+            with self.waiting() if compute is None else nullcontext():  # whoever takes the time does so on the current stream
+                (compute or torch.cuda.current_stream(self.device)).wait_event(done)
             self._not_joined.discard(done)

@@ -130,7 +130,7 @@ def before_a_copy_ends(patch, detector, do):
 
 
 def test_garbage_collected_in_the_middle_of_a_copy_waits_on_the_stream_that_computes(monkeypatch):
-    tiny, detector, collections = make_tiny("rope"), RaceDetector(), iter([gc.collect])
+    tiny, detector, collections, waiting = make_tiny("rope"), RaceDetector(), iter([gc.collect]), []
     emulate(monkeypatch, detector)
     gc.disable()
     try:
@@ -138,6 +138,7 @@ def test_garbage_collected_in_the_middle_of_a_copy_waits_on_the_stream_that_comp
             applied = apply(tiny, MemoryPlan(resident_blocks=0, kept="host", checkpoint="none"), "cpu")
             tiny.step()
             parked_on_their_way_back(tiny)
+            applied.count_waits(lambda: nullcontext(waiting.append(detector.current)))
             before_a_copy_ends(monkeypatch, detector, lambda stream: next(collections, int)())
             tiny.step()
             detector.declare_host(applied.host_buffers)
@@ -145,6 +146,7 @@ def test_garbage_collected_in_the_middle_of_a_copy_waits_on_the_stream_that_comp
     finally:
         gc.enable()
     assert next(collections, None) is None and detector.races == []
+    assert set(waiting) == {detector.compute}  # whoever takes the time of a wait records its ends on the current stream
 
 
 def test_a_load_that_is_interrupted_is_waited_for(monkeypatch):
