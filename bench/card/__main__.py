@@ -34,7 +34,7 @@ from bench.card import cap, choice, feasibility, health, minimum, offload, peaks
 from bench.card.forecasts import Forecaster, card_here
 from bench.card.gauge import Gauge
 from bench.card.rig import backbone_of
-from bench.card.session import Session, goal_row, register_toys
+from bench.card.session import Session, goal_row, print_table, register_toys
 from bench.provenance import RESULTS, write_result
 from memory.streams import release_pinned
 from trainer.run_directory import probe
@@ -72,34 +72,6 @@ class Card:
             raise ValueError(f"--workers {self.workers}: from 0 to 64; 0 predicts in this process")
 
 
-def calibrate(session: Session) -> None:
-    """What a context and cuBLAS cost on this card. Call it before anything else multiplies matrices."""
-    gauge = session.gauge
-    if not gauge.is_card:
-        session.fixed = {"context_bytes": 0, "cublas_workspace_bytes": 0}
-        return
-    x = torch.ones(64, 64, device=gauge.device, dtype=torch.bfloat16, requires_grad=True)
-    before = torch.cuda.memory_allocated()
-    y = x @ x
-    forward = torch.cuda.memory_allocated() - before - y.nbytes
-    y.sum().backward()  # in a thread of its own, which has another workspace
-    session.workspace_bytes = torch.cuda.memory_allocated() - before - y.nbytes - x.grad.nbytes
-    # A product with a bias goes another way (cuBLASLt), whose workspace may be one more.
-    held = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    with torch.no_grad():
-        z = torch.nn.functional.linear(x, x, x[0])
-    more = torch.cuda.max_memory_allocated() - held - z.nbytes
-    gauge.synchronize()
-    session.fixed = {
-        "workspace_of_forward_bytes": forward, "more_workspace_with_bias_bytes": more,
-        "context_bytes": gauge.context_bytes(), "cublas_workspace_bytes": session.workspace_bytes,
-        "total_bytes": gauge.total_bytes(), "assumed_context_bytes": session.card.context_bytes,
-        "assumed_cublas_workspace_bytes": session.card.cublas_workspace_bytes,
-        "allocator": os.environ.get("PYTORCH_ALLOC_CONF") or os.environ.get("PYTORCH_CUDA_ALLOC_CONF"),
-        "cublas": os.environ.get("CUBLAS_WORKSPACE_CONFIG"), "note": "context: all that is used and not reserved by this process, before its first kernels of size"}
-
-
 def run_part(name: str, session: Session, out: Path) -> dict[str, Any]:
     """Measure one part; write its JSON, also of what was measured until the device was lost."""
     started = time.monotonic()
@@ -110,14 +82,6 @@ def run_part(name: str, session: Session, out: Path) -> dict[str, Any]:
                "fixed_terms": session.fixed, "context_bytes_after": None if session.gauge.lost else session.gauge.context_bytes(), **result}
     write_result(name, content, out)
     return content
-
-
-def print_table(title: str, rows: list[list[str]]) -> None:
-    """A title and rows of cells on stdout, the first column flush left, the others right."""
-    print(f"\n{title}")
-    widths = [max(len(row[i]) for row in rows if i < len(row)) for i in range(max(map(len, rows), default=0))]
-    for row in rows:
-        print("  ".join([row[0].ljust(widths[0])] + [cell.rjust(width) for cell, width in zip(row[1:], widths[1:])]))
 
 
 def in_time(parts: Sequence[str], seconds: float) -> list[str]:
@@ -160,7 +124,7 @@ def _opened(config: Card) -> Session:
     session = Session(Gauge(device), card_here(dry=config.dry), Forecaster(0 if config.dry else workers), dry=config.dry)
     backbone_of(session.cell("2b", 17))  # imports what all parts need
     gc.freeze()  # and that stays: the collection between two cells need not look at it
-    calibrate(session)
+    session.calibrate()
     return session
 
 

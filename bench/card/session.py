@@ -1,10 +1,13 @@
 """What all parts share: the gauge, the models and sizes, budgets of time, and goals."""
 
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
+
+import torch
 
 from bench.card.forecasts import Forecaster, plans_of
 from bench.card.gauge import Attempt, Gauge
@@ -49,6 +52,33 @@ class Session:
     """Terms of this card that no simulator knows, measured once a process."""
     deadline: float = float("inf")
     """When the call's time is used up, by time.monotonic(): no cell starts after it."""
+
+    def calibrate(self) -> None:
+        """Measure what a context and cuBLAS cost on this card. Call it before anything else multiplies matrices."""
+        gauge = self.gauge
+        if not gauge.is_card:
+            self.fixed = {"context_bytes": 0, "cublas_workspace_bytes": 0}
+            return
+        x = torch.ones(64, 64, device=gauge.device, dtype=torch.bfloat16, requires_grad=True)
+        before = torch.cuda.memory_allocated()
+        y = x @ x
+        forward = torch.cuda.memory_allocated() - before - y.nbytes
+        y.sum().backward()  # in a thread of its own, which has another workspace
+        self.workspace_bytes = torch.cuda.memory_allocated() - before - y.nbytes - x.grad.nbytes
+        # A product with a bias goes another way (cuBLASLt), whose workspace may be one more.
+        held = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        with torch.no_grad():
+            z = torch.nn.functional.linear(x, x, x[0])
+        more = torch.cuda.max_memory_allocated() - held - z.nbytes
+        gauge.synchronize()
+        self.fixed = {
+            "workspace_of_forward_bytes": forward, "more_workspace_with_bias_bytes": more,
+            "context_bytes": gauge.context_bytes(), "cublas_workspace_bytes": self.workspace_bytes,
+            "total_bytes": gauge.total_bytes(), "assumed_context_bytes": self.card.context_bytes,
+            "assumed_cublas_workspace_bytes": self.card.cublas_workspace_bytes,
+            "allocator": os.environ.get("PYTORCH_ALLOC_CONF") or os.environ.get("PYTORCH_CUDA_ALLOC_CONF"),
+            "cublas": os.environ.get("CUBLAS_WORKSPACE_CONFIG"), "note": "context: all that is used and not reserved by this process, before its first kernels of size"}
 
     def cell(self, kind: str, frames: int, *, rank: int = 128, student_only: bool = False, **plan: Any) -> Cell:
         """A cell of a published model; in a dry run of the toy of that kind, with everything in its scale."""
@@ -128,6 +158,14 @@ def _figure(value: float, unit: str) -> str:
 def failures(failed: Sequence[bool], *, complete: bool) -> int | None:
     """How many failed. None where none has but not all were asked."""
     return sum(failed) if any(failed) or (complete and failed) else None
+
+
+def print_table(title: str, rows: list[list[str]]) -> None:
+    """A title and rows of cells on stdout, the first column flush left, the others right."""
+    print(f"\n{title}")
+    widths = [max(len(row[i]) for row in rows if i < len(row)) for i in range(max(map(len, rows), default=0))]
+    for row in rows:
+        print("  ".join([row[0].ljust(widths[0])] + [cell.rjust(width) for cell, width in zip(row[1:], widths[1:])]))
 
 
 def rows(attempts: dict[str, dict[str, Any]]) -> list[list[str]]:

@@ -21,11 +21,10 @@ environment.prepare()  # before torch is imported: as a run does
 import torch
 
 from bench.card import feasibility, minimum, peaks
-from bench.card.__main__ import calibrate, print_table
 from bench.card.forecasts import Forecaster, card_here
 from bench.card.gauge import Gauge
 from bench.card.rig import Cell, rigged
-from bench.card.session import Session, goal, goal_row, register_toys
+from bench.card.session import Session, goal, goal_row, print_table, register_toys
 from bench.emulated import drawn, runs, schedule
 from bench.emulated.library import DEFAULT_CARD
 from bench.provenance import provenance, write_result
@@ -108,7 +107,7 @@ def main() -> int:
     if options.toy:
         register_toys()
     session = Session(Gauge(torch.device("cuda", 0)), card_here(dry=options.toy), Forecaster(0), dry=options.toy)
-    calibrate(session)
+    session.calibrate()
     session.gauge.release()  # its workspaces; whole runs make theirs when they need them
     other = "" if options.card == DEFAULT_CARD else options.card
     name, command = f"emulated-{other}" if other else "emulated", "python -m bench.emulated" + f" --card {other}" * bool(other)
