@@ -173,7 +173,7 @@ def offload_blocks(
     Blocks run in the order given. `num_buffers` slots of one block each are allocated on the device. `gathered`: a block's weights
     lie in one pinned buffer, from where copies run beside the computation. Otherwise they are read from where they are, such as
     a file that is mapped into memory: slower, and for passes so few that pinning would take longer.
-    While it is applied, streamed weights are not to be changed: what is on the device would not know. Loading them is refused.
+    While it is applied, streamed weights must not be changed: copies on the device would not follow. Loading them is refused.
     Masters are built block by block, so the model may be larger than the device. Parameters that are trainable
     now, buffers and resident blocks move to the device. Checkpointing, if any, goes on top of this.
     Raises ValueError for no blocks, meta tensors, a parameter that two blocks share, fewer than two buffers,
@@ -213,7 +213,7 @@ def _refuse_to_load(block: nn.Module, streamed: Sequence[nn.Parameter]):
 
     def refuse(module: nn.Module, state: dict, prefix: str, *_: object) -> None:
         if loaded := next((name for name in names if prefix + name in state), None):
-            raise RuntimeError(f"{prefix + loaded} is streamed, and would be loaded past what is on the device; undo() the offload first")
+            raise RuntimeError(f"{prefix + loaded} is streamed, and its copy on the device would stay as it is; undo() the offload first")
 
     return refuse
 

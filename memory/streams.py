@@ -40,7 +40,8 @@ def release_pinned() -> None:
 
 
 class _Copying(threading.local):
-    """While a lane copies: what computes. The current stream is the lane's then, and a collection of garbage that happens to come by joins."""
+    """The compute stream, while this thread issues a lane's copies: the current stream is the lane's then, and the garbage collector, which may
+    run in between, calls `join`."""
 
     compute: torch.cuda.Stream | None = None
 

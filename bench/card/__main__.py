@@ -60,8 +60,8 @@ class Card:
     out: Path = RESULTS
     """Directory of results; a directory of the card's name is made in it."""
     seconds: float = 480.0
-    """After which no cell starts; what the last one takes comes on top. A part that would not end by then (by what an H100 needs) is left
-    for the next call, unless it is the first. Ctrl-C does the same at once."""
+    """Time after which no cell starts; the last one may take longer. A part that would not end in it (by what an H100 needs) is left for the
+    next call, unless it is the first. Ctrl-C does the same at once."""
     workers: int | None = None
     """Processes that predict while the card measures; by default half of the cores, at most 8."""
 
