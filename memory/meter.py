@@ -102,12 +102,12 @@ class Meter:
     def _end(self, name: str, peak: list[int]) -> None:
         self._open = [other for other in self._open if other is not peak]
         allocated, reserved = peak
-        before = self.peaks.get(name)
+        before = self.peaks.get(name, PhasePeak(allocated_bytes=0, reserved_bytes=0, host_bytes=0, num_visits=0))
         self.peaks[name] = PhasePeak(
-            allocated_bytes=max(allocated, before.allocated_bytes if before else 0) if self._has_card else None,
-            reserved_bytes=max(reserved, before.reserved_bytes if before else 0) if self._has_card else None,
-            host_bytes=max(resident_bytes(), before.host_bytes if before else 0),
-            num_visits=(before.num_visits if before else 0) + 1,
+            allocated_bytes=max(allocated, before.allocated_bytes) if self._has_card else None,
+            reserved_bytes=max(reserved, before.reserved_bytes) if self._has_card else None,
+            host_bytes=max(resident_bytes(), before.host_bytes),
+            num_visits=before.num_visits + 1,
         )
 
     def _harvest(self) -> None:
