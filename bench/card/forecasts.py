@@ -7,7 +7,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from functools import lru_cache, partial
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 from typing import Any
 from unittest.mock import patch
 
@@ -120,5 +120,8 @@ class Forecaster:
             return function(*args)
 
     def close(self) -> None:
+        """End the workers, in the middle of a forecast too: nobody waits for it, and a card may be there for minutes only."""
         if self._pool is not None:
-            self._pool.shutdown(cancel_futures=True)
+            self._pool.shutdown(wait=False, cancel_futures=True)
+            for worker in active_children():
+                worker.terminate()

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -324,6 +325,18 @@ def test_forecasts_under_way_are_counted_and_leave_cores_and_signals_to_others()
         assert forecaster.answer(signal.getsignal, signal.SIGINT) == signal.SIG_IGN  # else Ctrl-C would end what is measured too
     finally:
         forecaster.close()
+
+
+def test_a_forecast_that_nobody_waits_for_does_not_hold_up_the_end():
+    forecaster = Forecaster(1)
+    forecaster.ask(os.nice, 0)
+    forecaster.ask(time.sleep, 30)
+    forecaster.answer(os.nice, 0)  # the worker is there
+    started = time.monotonic()
+    forecaster.close()
+    for worker in multiprocessing.active_children():  # as the interpreter does when it ends
+        worker.join()
+    assert time.monotonic() - started < 10
 
 
 @pytest.mark.parametrize("failed, complete, count", [([], True, None), ([False], False, None), ([False, False], True, 0), ([False, True], False, 1)])
