@@ -159,8 +159,8 @@ def resolve(argv: Sequence[str], kind: type = TrainCommand) -> tuple[Any, dict[s
 
 def _of_run(run_dir: Path) -> tuple[dict[str, Any], dict[str, str]]:
     """The settings of a run that goes on, and where each came from, as far as the run knows."""
-    from trainer.run_directory import CONFIG, read_config
-    from trainer.run_files import lookup
+    from trainer.run_directory import read_config
+    from trainer.run_files import CONFIG, lookup
 
     if not (run_dir / CONFIG).exists():
         raise CheckpointError(f"--resume {run_dir}: not a run directory (there is no {CONFIG}); name the directory of a run, such as runs/red-1")

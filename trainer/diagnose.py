@@ -14,7 +14,6 @@ from trainer.config import TrainConfig
 from trainer.eraser_files import WEIGHTS, EraserFile, load_eraser
 from trainer.errors import CheckpointError
 from trainer.findings import Bill, Finding, finding, from_json
-from trainer.health import FINDINGS
 from trainer.inspection import Subject
 from trainer.lora import WEIGHTS as LORA, load_updates
 from trainer.metrics import METRICS, read_metrics
@@ -22,7 +21,8 @@ from trainer.preflight import Preflight
 from trainer.projection_config import read_forget_config
 from trainer.projection_health import unsound
 from trainer.records import Judge, non_finite
-from trainer.run_directory import CONFIG, read_config, read_content, resuming
+from trainer.run_directory import read_config, read_content, resuming
+from trainer.run_files import CONFIG, FINDINGS
 
 
 def diagnose_path(path: Path) -> Bill:

@@ -22,8 +22,8 @@ from trainer.backbones.location import config_hash
 from trainer.config import ModelConfig
 from trainer.erasers import LEAVES, Erasers, width_of
 from trainer.errors import CheckpointError, InputOutputError, UsageError
-from trainer.run_directory import CONFIG, is_run
-from trainer.run_files import lookup, part_of, read_object, write_tensors, write_whole
+from trainer.run_directory import is_run
+from trainer.run_files import CONFIG, lookup, part_of, read_object, write_tensors, write_whole
 
 logger = logging.getLogger(__name__)
 

@@ -12,8 +12,8 @@ from trainer.assemble import is_bundled, require_real, resolve_device
 from trainer.eraser_files import load_eraser
 from trainer.errors import InputOutputError, UsageError
 from trainer.lock import RunLock
-from trainer.run_directory import CONFIG, probe
-from trainer.run_files import EVALUATION, PICTURES, lookup, write_json
+from trainer.run_directory import probe
+from trainer.run_files import CONFIG, EVALUATION, PICTURES, lookup, write_json
 from trainer.shapes import world
 from trainer.video import contact_sheet
 from trainer.video_config import EvaluateConfig

@@ -23,12 +23,11 @@ from trainer.findings import Bill, Finding, finding, gone_by
 from trainer.inspection import Fingerprint, Subject, adapter_findings
 from trainer.preflight import Preflight
 from trainer.records import Judge, Pending, non_finite
-from trainer.run_files import read_object, write_json
+from trainer.run_files import FINDINGS, read_object, write_json
 from trainer.tracing import scale_collapsed, trace
 
 logger = logging.getLogger(__name__)
 
-FINDINGS = "findings.json"
 MAX_SKIPS = 20  # in a row; a loss scale that starts at 65536 is below 1 after 17
 
 

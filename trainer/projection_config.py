@@ -10,7 +10,8 @@ from memory.plan import MemoryPlan, PlanError
 from trainer.config import at_least, check_seed, expand
 from trainer.config_file import from_json, typed
 from trainer.errors import CheckpointError, UsageError
-from trainer.run_directory import CONFIG, read_content
+from trainer.run_directory import read_content
+from trainer.run_files import CONFIG
 
 WOULD_HELP = ("Where the loss still fell at the end, more --steps or a higher --lr would help, elsewhere a higher --lambda-forget, "
               "and a --rank that is too small can be raised.")

@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 
 from trainer.findings import Bill, Finding, finding
-from trainer.health import FINDINGS
 from trainer.projection_problem import Problem
-from trainer.run_files import write_json
+from trainer.run_files import FINDINGS, write_json
 
 
 def examine(problems: Mapping[str, Problem]) -> Bill:

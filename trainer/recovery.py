@@ -33,7 +33,7 @@ from trainer.distributed import num_ranks, rank
 from trainer.errors import DoesNotFit, OutOfMemory, TrainerError
 from trainer.health import Health
 from trainer.planning import forecast_as_given
-from trainer.run_directory import CONFIG
+from trainer.run_files import CONFIG
 from trainer.state import TrainState
 
 logger = logging.getLogger(__name__)

@@ -18,7 +18,7 @@ from trainer.config import TrainConfig, leaves
 from trainer.errors import InputOutputError, UsageError
 from trainer.findings import evidence_text
 from trainer.projection_config import WOULD_HELP, ForgetConfig
-from trainer.run_files import RunFiles, lookup, write_whole
+from trainer.run_files import PICTURES, RunFiles, lookup, write_whole
 
 REPORT = "report.html"
 _TEMPLATE = Path(__file__).with_name("report.html")
@@ -201,7 +201,7 @@ def _pictures(files: RunFiles) -> str:
         return ""
     ends = dict.fromkeys(files.samples[:1] + files.samples[-1:])
     chosen = [(f"Sample at step {int(path.stem.removeprefix('step-'))}", path) for path in ends]
-    if (sheet := files.path / "before-after.png").exists():
+    if (sheet := files.path / PICTURES).exists():
         chosen.insert(0, ("Before and after, from the same noise", sheet))
     figures = [figure for caption, path in chosen if (figure := _figure(caption, path))]
     return _section("Samples", _charts(figures, "No sample can be read." if chosen else "No samples in this run directory."))

@@ -12,9 +12,7 @@ from memory.plan import PlanError
 from trainer.config import TrainConfig
 from trainer.config_file import as_json, from_json
 from trainer.errors import CheckpointError, InputOutputError, UsageError
-from trainer.run_files import lookup, read_object, write_json
-
-CONFIG = "config.json"
+from trainer.run_files import CONFIG, lookup, read_object, write_json
 
 
 def require_place(out: Path | None) -> None:

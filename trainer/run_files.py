@@ -24,7 +24,8 @@ from trainer.metrics import METRICS, peaks_by_phase, read_metrics
 if TYPE_CHECKING:
     from torch import Tensor
 
-EVALUATION, PICTURES, MEMORY = "evaluation.json", "before-after.png", "memory.json"
+CONFIG, FINDINGS, MEMORY = "config.json", "findings.json", "memory.json"
+EVALUATION, PICTURES = "evaluation.json", "before-after.png"
 logger = logging.getLogger(__name__)
 
 
@@ -43,10 +44,10 @@ class RunFiles:
     @classmethod
     def read(cls, run: Path) -> "RunFiles":
         """Raises CheckpointError if `run` holds neither settings nor metrics, nor the findings of a run that the pre-flight stopped."""
-        config = read_object(run / "config.json")
-        if "config" not in config and not any((run / name).exists() for name in (METRICS, "findings.json")):
-            raise CheckpointError(f"{run}: not a run directory (none of a run's config.json, {METRICS} and findings.json is in it)")
-        return cls(run, config, read_metrics(run), read_object(run / "findings.json"),
+        config = read_object(run / CONFIG)
+        if "config" not in config and not any((run / name).exists() for name in (METRICS, FINDINGS)):
+            raise CheckpointError(f"{run}: not a run directory (none of a run's {CONFIG}, {METRICS} and {FINDINGS} is in it)")
+        return cls(run, config, read_metrics(run), read_object(run / FINDINGS),
                    read_object(run / EVALUATION), read_object(run / MEMORY),
                    sorted((run / "samples").glob("step-[0-9]*[0-9].png")))
 

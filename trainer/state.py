@@ -23,8 +23,8 @@ from trainer.latents import Latents
 from trainer.metrics import read_metrics
 from trainer.optimizer_state import export_optimizer, import_optimizer
 from trainer.prompts import PromptSet, collect
-from trainer.run_directory import CONFIG, read_config
-from trainer.run_files import lookup
+from trainer.run_directory import read_config
+from trainer.run_files import CONFIG, lookup
 
 PACKAGES = ("torch", "diffusers", "transformers", "bitsandbytes", "safetensors")
 # A resumed run may differ in memory plan, model location and output, and, with a constant learning rate, be longer.

@@ -40,7 +40,7 @@ from trainer.config import TrainConfig, replaced
 from trainer.errors import InputOutputError, Interrupted
 from trainer.loop import train
 from trainer.metrics import MetricsLog, read_metrics
-from trainer.run_directory import CONFIG
+from trainer.run_files import CONFIG
 from trainer.signals import ONE_STROKE, SIGNALS
 
 SAVE_EVERY = 5

@@ -13,7 +13,8 @@ from trainer.config_file import read_toml
 from trainer.errors import CheckpointError, UsageError
 from trainer.metrics import METRICS, read_metrics
 from trainer.prompts import collect
-from trainer.run_directory import CONFIG, read_config
+from trainer.run_directory import read_config
+from trainer.run_files import CONFIG
 
 SETTINGS = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 JSON = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),

@@ -24,13 +24,13 @@ from trainer.diagnose import diagnose_eraser, diagnose_path, diagnose_run, diagn
 from trainer.eraser_files import WEIGHTS, save_released
 from trainer.errors import CheckpointError
 from trainer.findings import CODES, Bill, Unhealthy, finding, from_json, gone_by, print_bill
-from trainer.health import FINDINGS
 from trainer.inspection import Fingerprint, adapter_findings
 from trainer.loop import train
 from trainer.manifest import MANIFEST, write_manifest
 from trainer.metrics import METRICS, read_metrics
 from trainer.optimizer_state import export_optimizer
 from trainer.preflight import CHECKED, Preflight
+from trainer.run_files import FINDINGS
 
 Make = Callable[..., TrainConfig]
 KEYS = {"code", "severity", "phase", "block", "module", "evidence", "cause", "fix"}

@@ -18,13 +18,14 @@ from trainer.checkpoint import latest_checkpoint
 from trainer.config import TrainConfig
 from trainer.diagnose import prepare
 from trainer.findings import Unhealthy
-from trainer.health import FINDINGS, MAX_SKIPS, Health
+from trainer.health import MAX_SKIPS, Health
 from trainer.inspection import Fingerprint
 from trainer.loop import train
 from trainer.losses import Teacher, student_backward
 from trainer.metrics import read_metrics
 from trainer.preflight import Preflight
 from trainer.records import BLOCK_NORMS, Judge, non_finite
+from trainer.run_files import FINDINGS
 from trainer.state import learning_rate
 
 Make = Callable[..., TrainConfig]

@@ -20,7 +20,8 @@ from trainer.findings import Unhealthy
 from trainer.metrics import read_metrics
 from trainer.projection_config import ForgetConfig, read_forget_config
 from trainer.projection_examples import classes, images, open_picture
-from trainer.run_directory import CONFIG, write_config
+from trainer.run_directory import write_config
+from trainer.run_files import CONFIG
 from trainer.shapes.pictures import picture
 
 FAST = ["--steps", "6", "--max-attempts", "1", "--save-every", "2", "--monitor", "off", "--device", "cpu"]
