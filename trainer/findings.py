@@ -8,9 +8,11 @@ import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any, Literal, NamedTuple, TextIO
 
-from trainer.errors import NonFinite
+from trainer.errors import InputOutputError, NonFinite
+from trainer.run_files import FINDINGS, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -255,6 +257,14 @@ class Bill:
     def as_json(self) -> dict[str, Any]:
         return {"healthy": self.healthy, "findings": [f.as_json() for f in self.findings],
                 "checked": list(self.checked)}
+
+
+def keep_findings(run_dir: Path, bill: Bill) -> None:
+    """Write RUN/findings.json. Where a full disk does not take it, that is a warning: what was found is said all the same."""
+    try:
+        write_json(run_dir / FINDINGS, bill.as_json())
+    except InputOutputError as e:
+        logger.warning("%s", e)
 
 
 def print_bill(bill: Bill, file: TextIO, *, as_json: bool = False) -> None:

@@ -18,12 +18,11 @@ from torch import Tensor, nn
 from memory.optimizers import update_norms
 from trainer.distributed import average, everyones, num_ranks, rank
 from trainer.erasers import in_backward
-from trainer.errors import InputOutputError
-from trainer.findings import Bill, Finding, finding, gone_by
+from trainer.findings import Bill, Finding, finding, gone_by, keep_findings
 from trainer.inspection import Fingerprint, Subject, adapter_findings
 from trainer.preflight import Preflight
 from trainer.records import Judge, Pending, non_finite
-from trainer.run_files import FINDINGS, read_object, write_json
+from trainer.run_files import FINDINGS, read_object
 from trainer.tracing import scale_collapsed, trace
 
 logger = logging.getLogger(__name__)
@@ -283,12 +282,8 @@ class Health:
             self._left = self._zero if gradient is None else _norm(gradient)
 
     def _write(self) -> None:
-        """Keep the bill in the run directory. What a full disk does not take is said all the same, and is not worth a run."""
         if self.run_dir is not None:
-            try:
-                write_json(self.run_dir / FINDINGS, self.bill.with_findings(self.earlier).as_json())
-            except InputOutputError as e:
-                logger.warning("%s", e)
+            keep_findings(self.run_dir, self.bill.with_findings(self.earlier))
 
 
 def _norm(tensor: Tensor) -> Tensor:

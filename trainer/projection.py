@@ -17,8 +17,8 @@ from trainer.assemble import resolve_device
 from trainer.checkpoint import Checkpoint, Saver, latest_checkpoint
 from trainer.clock import PhaseClock
 from trainer.config_file import as_json
-from trainer.errors import CheckpointError, InputOutputError, Interrupted
-from trainer.findings import Bill, Unhealthy
+from trainer.errors import CheckpointError, Interrupted
+from trainer.findings import Bill, Unhealthy, keep_findings
 from trainer.lock import RunLock
 from trainer.lora import Lora, save_lora, save_merged
 from trainer.metrics import MetricsLog, read_metrics
@@ -27,7 +27,7 @@ from trainer.optimizer_state import export_optimizer, import_optimizer
 from trainer.projection_config import WOULD_HELP, ForgetConfig
 from trainer.projection_encoders import encoder_fingerprint
 from trainer.projection_evaluate import evaluate_forgetting
-from trainer.projection_health import conclude, examine, keep_findings, unsound
+from trainer.projection_health import conclude, examine, unsound
 from trainer.projection_memory import keep_prediction, predict_step
 from trainer.projection_problem import Problem, make_problem, prepare
 from trainer.run_directory import make_run_directory, read_content, require_place, write_config
@@ -189,10 +189,7 @@ def forget(config: ForgetConfig, origins: Mapping[str, str], *,
                 try:
                     record = run.advance(clock.phase)
                 except Unhealthy as e:
-                    try:
-                        keep_findings(run_dir, bill.with_findings(e.findings))
-                    except InputOutputError as full:
-                        logger.warning("%s", full)  # what was found is said all the same
+                    keep_findings(run_dir, bill.with_findings(e.findings))
                     raise
                 clock.end_step()
                 record |= clock.read()

@@ -1,8 +1,7 @@
-"""What is looked at before a projection is trained, and what is left in findings.json."""
+"""What is looked at before and after a projection is trained."""
 
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,7 +9,6 @@ from torch import Tensor
 
 from trainer.findings import Bill, Finding, finding
 from trainer.projection_problem import Problem
-from trainer.run_files import FINDINGS, write_json
 
 
 def examine(problems: Mapping[str, Problem]) -> Bill:
@@ -51,8 +49,3 @@ def conclude(bill: Bill, problems: Mapping[str, Problem], updates: Mapping[str, 
         *bill.checked, f"loss and gradient: finite in each of {num_steps} steps",
         "updates: " + ", ".join(f"‖s B A‖ {update.norm().item():.3g} beside ‖W‖ {before[name].norm().item():.3g} in {name}"
                                 for name, update in updates.items()), "frozen weights: what they were, to the bit"))
-
-
-def keep_findings(run_dir: Path, bill: Bill) -> None:
-    """Write RUN/findings.json, as a training run does."""
-    write_json(run_dir / FINDINGS, bill.as_json())

@@ -16,7 +16,7 @@ from trainer.checkpoint import Saver, latest_checkpoint
 from trainer.cli import main
 from trainer.config import TrainConfig
 from trainer.errors import CheckpointError, Interrupted, NonFinite, TrainerError, UsageError
-from trainer.findings import Unhealthy
+from trainer.findings import Bill, Unhealthy, finding
 from trainer.metrics import read_metrics
 from trainer.projection_config import ForgetConfig, read_forget_config
 from trainer.projection_examples import classes, images, open_picture
@@ -145,6 +145,10 @@ def test_what_a_full_disk_does_not_take_is_said_all_the_same(encoders, tmp_path,
     with pytest.raises(Unhealthy, match="non-finite-loss"):
         main(clip(encoders, tmp_path / "run", "--lr", "1e30"))
     assert "findings.json cannot be written" in caplog.text
+    (tmp_path / "other" / ".findings.json.part").mkdir(parents=True)
+    monkeypatch.setattr(projection, "examine", lambda problems: Bill(findings=(finding("wiped-weights", "weights"),)))
+    with pytest.raises(Unhealthy, match="before training .*wiped-weights"):
+        main(clip(encoders, tmp_path / "other"))
 
 
 def test_a_lora_that_no_step_made_better_is_said_with_what_helps(encoders, tmp_path):
