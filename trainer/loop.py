@@ -33,7 +33,7 @@ from trainer.run_directory import make_run_directory, require_place, write_confi
 from trainer.run_files import withdraw
 from trainer.samples import Sampling, picture
 from trainer.signals import StopFlag
-from trainer.state import TrainState, learning_rate
+from trainer.state import TrainState, learning_rate, unsaved
 
 logger = logging.getLogger(__name__)
 
@@ -79,7 +79,7 @@ def train(config: TrainConfig, origins: Mapping[str, str], *, resume: Path | Non
         on_main(files.enter_context, RunLock(run_dir))
         checkpoint = shared(latest_checkpoint, run_dir) if resume else None
         if resume:
-            earlier = checkpoint.state if checkpoint else shared(state.earlier, run_dir)
+            earlier = checkpoint.state if checkpoint else shared(unsaved, run_dir)
             state.check(earlier)  # before anything is written
         meter.phase("pre-flight")(health.before_training)()  # one step, looked at from all sides and taken back
         state.frozen = health.frozen()
@@ -89,7 +89,7 @@ def train(config: TrainConfig, origins: Mapping[str, str], *, resume: Path | Non
         if checkpoint:
             state.restore(checkpoint)
         elif resume:
-            on_main(logger.warning, "%s ended before its first checkpoint: it begins anew, and arrives at the same", run_dir)
+            logger.warning("%s ended before its first checkpoint: it begins anew, and arrives at the same", run_dir)
         facts = state.described() | {"base_model": backbone.identity(), "first_step": state.step}
         on_main(write_config, run_dir, config, origins, **facts)
         saver = Saver(run_dir, last_step=checkpoint and checkpoint.step)

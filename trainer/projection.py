@@ -21,7 +21,7 @@ from trainer.errors import CheckpointError, Interrupted
 from trainer.findings import Bill, Unhealthy, keep_findings
 from trainer.lock import RunLock
 from trainer.lora import Lora, save_lora, save_merged
-from trainer.metrics import MetricsLog, read_metrics
+from trainer.metrics import MetricsLog
 from trainer.monitor import Monitor, read_memory
 from trainer.optimizer_state import export_optimizer, import_optimizer
 from trainer.projection_config import WOULD_HELP, ForgetConfig
@@ -30,7 +30,7 @@ from trainer.projection_evaluate import evaluate_forgetting
 from trainer.projection_health import conclude, examine, unsound
 from trainer.projection_memory import keep_prediction, predict_step
 from trainer.projection_problem import Problem, make_problem, prepare
-from trainer.run_directory import make_run_directory, read_content, require_place, write_config
+from trainer.run_directory import make_run_directory, read_content, require_none_due, require_place, write_config
 from trainer.signals import StopFlag
 
 logger = logging.getLogger(__name__)
@@ -225,9 +225,11 @@ _KEPT = ("dtype", "optimizer")  # of the memory plan, what may not
 def _restore(run: Run, run_dir: Path, identity: str, examples: str, config: ForgetConfig, device: torch.device) -> Checkpoint | None:
     """Make `run` what the newest checkpoint holds, which is returned; None where the run ended before its first one."""
     checkpoint = latest_checkpoint(run_dir)
-    earlier = checkpoint.state if checkpoint else read_content(run_dir)
-    if not checkpoint and len(read_metrics(run_dir)) > earlier["config"]["save_every"]:
-        raise CheckpointError(f"--resume {run_dir}: there is no checkpoint; start again with another --out")
+    if checkpoint:
+        earlier = checkpoint.state
+    else:
+        earlier = read_content(run_dir)
+        require_none_due(run_dir, save_every=earlier["config"]["save_every"])
     if earlier.get("base_model") != identity:
         raise CheckpointError(f"--resume {run_dir}: the model is not the one that the run began with; give that one back")
     if earlier.get("examples", examples) != examples:

@@ -12,6 +12,7 @@ from memory.plan import PlanError
 from trainer.config import TrainConfig
 from trainer.config_file import as_json, from_json
 from trainer.errors import CheckpointError, InputOutputError, UsageError
+from trainer.metrics import read_metrics
 from trainer.run_files import CONFIG, lookup, read_object, write_json
 
 
@@ -114,6 +115,12 @@ def read_config(run_dir: Path) -> tuple[TrainConfig, dict[str, Any]]:
         return from_json(content["config"]), content
     except (ValueError, KeyError, TypeError, AttributeError, PlanError, UsageError) as e:
         raise CheckpointError(f"{run_dir}: not a run directory ({CONFIG}: {e})") from e
+
+
+def require_none_due(run_dir: Path, *, save_every: int) -> None:
+    """For a run without checkpoints, which begins anew: raises CheckpointError if it went on after its first one was due."""
+    if len(read_metrics(run_dir)) > save_every:
+        raise CheckpointError(f"--resume {run_dir}: there is no checkpoint; start again with another --out")
 
 
 def read_content(run_dir: Path) -> dict[str, Any]:

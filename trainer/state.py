@@ -20,11 +20,10 @@ from trainer.distributed import everyones, num_ranks
 from trainer.erasers import Erasers
 from trainer.errors import CheckpointError, UsageError
 from trainer.latents import Latents
-from trainer.metrics import read_metrics
 from trainer.optimizer_state import export_optimizer, import_optimizer
 from trainer.prompts import PromptSet, collect
-from trainer.run_directory import read_config
-from trainer.run_files import CONFIG, lookup
+from trainer.run_directory import read_config, require_none_due
+from trainer.run_files import lookup
 
 PACKAGES = ("torch", "diffusers", "transformers", "bitsandbytes", "safetensors")
 # A resumed run may differ in memory plan, model location and output, and, with a constant learning rate, be longer.
@@ -89,15 +88,6 @@ class TrainState:
             "position": {"student_passes": self.step * self.config.optim.accumulation},
             "origins": dict(self.origins), "versions": {p: version(p) for p in PACKAGES}}
 
-    def earlier(self, run_dir: Path) -> dict[str, Any]:
-        """What a run without any checkpoint said that it is, for `check`: it may start over if it ended before its first one was due.
-
-        Raises CheckpointError otherwise.
-        """
-        if not (run_dir / CONFIG).exists() or len(read_metrics(run_dir)) > read_config(run_dir)[0].output.save_every:
-            raise CheckpointError(f"--resume {run_dir}: there is no checkpoint; start again with another --out")
-        return read_config(run_dir)[1]
-
     def restore(self, checkpoint: Checkpoint) -> None:
         """Become what the checkpoint holds."""
         self.erasers.load_state_dict(checkpoint.tensors("adapter"))
@@ -113,7 +103,7 @@ class TrainState:
         self.step = checkpoint.state["step"]
 
     def check(self, saved: Mapping[str, Any]) -> None:
-        """Whether this run may go on from the state of a checkpoint, or of `earlier`. Raises CheckpointError naming the first difference."""
+        """Whether this run may go on from the state of a checkpoint, or of `unsaved`. Raises CheckpointError naming the first difference."""
         ours = self.described()
         compatible({**saved, "base_model": {"config_hash": lookup(saved, "base_model", "config_hash")}}, ours)
         _check_settings(saved, self.config, self.native_dtype)
@@ -138,6 +128,13 @@ class TrainState:
             for name, what in (("prompts", "prompts"), ("base_model", "a model"), ("frozen", "weights")):
                 if other[name] != first[name]:
                     raise UsageError(f"process {number} has read {what} other than those of process 0; all processes must see the same files")
+
+
+def unsaved(run_dir: Path) -> dict[str, Any]:
+    """What a run that has no checkpoint yet said that it is, for `TrainState.check`. Raises CheckpointError where it should have one."""
+    config, content = read_config(run_dir)
+    require_none_due(run_dir, save_every=config.output.save_every)
+    return content
 
 
 def require_kept(run_dir: Path, config: TrainConfig) -> None:

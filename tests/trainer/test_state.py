@@ -298,11 +298,15 @@ def test_a_prompt_file_at_another_place_is_the_same_run(straight, tiny_config, t
     assert not differences(expected, train(replace(config, data=replace(config.data, prompts=moved)), {}, resume=first))
 
 
-def test_run_without_a_checkpoint_cannot_resume(tiny_config):
+def test_run_without_a_checkpoint_cannot_resume(straight, tiny_config):
     config = tiny_config()
     config.output.out.mkdir()
-    with pytest.raises(CheckpointError, match="there is no checkpoint"):
+    with pytest.raises(CheckpointError, match="not a run directory"):
         train(config, {}, resume=config.output.out)
+    run_dir = straight()
+    shutil.rmtree(run_dir / "ckpt")  # lost: the first was due after step 3
+    with pytest.raises(CheckpointError, match="there is no checkpoint"):
+        train(config, {}, resume=run_dir)
 
 
 def test_run_directory_in_use_is_refused(straight, tiny_config):
