@@ -15,6 +15,7 @@ from typing import Any
 
 import tyro
 
+from memory.advice import flag_of
 from memory.cards import Card, UnknownCard, detect, lookup
 from memory.nvml import CardUnreadable
 from memory.plan import MemoryPlan, PlanError
@@ -30,7 +31,7 @@ _FLAT = (tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes)
 def in_flags(error: Exception) -> str:
     """What is wrong with a memory plan, by flags in place of its fields: memory/ knows none. A field is the first word,
     or stands before = and a value, or has an underscore."""
-    flags = {f.name: "--" + f.name.replace("_", "-") for f in fields(MemoryPlan)}
+    flags = {f.name: flag_of(f.name) for f in fields(MemoryPlan)}
     text = re.sub(r"^(\w+) is ", r"\1 = ", str(error))
     return re.sub(r"^\w+|\w+(?= = )|\w+_\w+", lambda word: flags.get(word[0], word[0]), text).replace(" = ", " ")
 
@@ -52,7 +53,7 @@ def parse(kind: type, argv: Sequence[str], command: str, default: Any = None, *,
     if unknown and not unknown[0].startswith("-"):
         raise UsageError(_superfluous(unknown[0], argv, parsed, program))
     if unknown:
-        options = ["--" + path.split(".")[-1].replace("_", "-") for path in settings.leaves(parsed)]
+        options = [_flag(path) for path in settings.leaves(parsed)]
         near = difflib.get_close_matches(unknown[0].split("=")[0], options, n=1)
         hint = f"did you mean {near[0]}?" if near else f"{program} --help lists them all"
         raise UsageError(f"there is no option {unknown[0]}; {hint}")
@@ -65,18 +66,23 @@ def _require_text(parsed: Any) -> None:
     for path, value in settings.leaves(parsed).items():
         for word in value if isinstance(value, tuple) else (value,):
             if isinstance(word, str) and word != (shown := word.encode(errors="replace").decode()):
-                raise UsageError(f"--{path.split('.')[-1].replace('_', '-')} {shown}: is not UTF-8; run it from a terminal, or a script, that is")
+                raise UsageError(f"{_flag(path)} {shown}: is not UTF-8; run it from a terminal, or a script, that is")
 
 
 def _superfluous(word: str, argv: Sequence[str], parsed: Any, program: str) -> str:
     """What is wrong with a word that belongs to no option."""
     words = ["", *itertools.chain.from_iterable(given.split("=", 1) if given.startswith("--") else [given] for given in argv)]
-    switches = {path.split(".")[-1].replace("_", "-") for path, value in settings.leaves(parsed).items() if isinstance(value, bool)}
+    switches = {_flag(path) for path, value in settings.leaves(parsed).items() if isinstance(value, bool)}
     for before in (before for before, after in itertools.pairwise(words) if after == word):
-        name = before.removeprefix("--").removeprefix("no-")
-        if before.startswith("--") and name in switches:
-            return f"{before} {word}: it takes no value; say --{name} or --no-{name}"
+        flag = re.sub("^--no-", "--", before)
+        if flag in switches:
+            return f"{before} {word}: it takes no value; say {flag} or --no-{flag[2:]}"
     return f"{word!r} is one word too many (quotes keep words together); {program} --help says what it takes"
+
+
+def _flag(path: str) -> str:
+    """What sets a setting: --resident-blocks of memory.resident_blocks."""
+    return flag_of(path.split(".")[-1])
 
 
 def _unboxed(text: str) -> str:

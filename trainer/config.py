@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from memory.advice import flag_of
 from memory.plan import MemoryPlan
 from trainer.errors import UsageError
 
@@ -32,8 +33,7 @@ class ModelConfig:
     """Insist on a dtype that the model is known not to survive."""
 
     def __post_init__(self):
-        for name in ("frames", "height", "width"):  # what else they must be the model says
-            _fits(name, getattr(self, name) or 0, 32)
+        _require_fit(self, 32, "frames", "height", "width")  # what else they must be the model says
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,10 +69,9 @@ class DataConfig:
         expand(self, "prompts", "preserve_file")
         if not self.concept:
             raise UsageError("--concept is empty; name what to erase, e.g. --concept red")
-        at_least("trajectory-steps", self.trajectory_steps, 1)
-        at_least("batch-size", self.batch_size, 1, 32)
-        at_least("pool", self.pool, 0)
-        at_least("trajectory-guidance", self.trajectory_guidance, 0)
+        at_least(self, 1, "trajectory_steps")
+        at_least(self, 1, "batch_size", num_bits=32)
+        at_least(self, 0, "pool", "trajectory_guidance")
         if self.latents == "trajectory" and self.pool % self.trajectory_steps:
             raise UsageError(f"--pool {self.pool}: with trajectory latents, a multiple of --trajectory-steps "
                              f"({self.trajectory_steps})")
@@ -94,10 +93,7 @@ class LossConfig:
     """Blocks whose attention makes the mask; empty takes all."""
 
     def __post_init__(self):
-        for name in ("eta", "alpha", "beta"):
-            at_least(name, getattr(self, name), 0)
-        for block in self.mask_blocks:
-            at_least("mask-blocks", block, 0)
+        at_least(self, 0, "eta", "alpha", "beta", "mask_blocks")
         if not 0 < self.mask_threshold <= 1:
             raise UsageError(f"--mask-threshold {self.mask_threshold}: above 0 and at most 1; --alpha 0 trains without localisation")
 
@@ -124,13 +120,10 @@ class OptimConfig:
     """Seed of weights, noise, timesteps and prompt order."""
 
     def __post_init__(self):
-        at_least("rank", self.rank, 1, 32)
-        at_least("steps", self.steps, 1)
-        at_least("accumulation", self.accumulation, 1)
-        at_least("warmup", self.warmup, 0)
-        at_least("clip", self.clip, 0)
-        at_least("weight-decay", self.weight_decay, 0)
-        check_seed(self.seed)
+        at_least(self, 1, "rank", num_bits=32)
+        at_least(self, 1, "steps", "accumulation")
+        at_least(self, 0, "warmup", "clip", "weight_decay")
+        require_seed(self)
         if not 0 < self.lr < math.inf:
             raise UsageError(f"--lr {self.lr}: must be above 0, and finite; 1e-4 is the published choice")
 
@@ -158,10 +151,8 @@ class OutputConfig:
 
     def __post_init__(self):
         expand(self, "out")
-        at_least("save-every", self.save_every, 1)
-        at_least("sample-every", self.sample_every, 0)
-        at_least("sample-steps", self.sample_steps, 1)
-        at_least("guidance-scale", self.guidance_scale, 0)
+        at_least(self, 1, "save_every", "sample_steps")
+        at_least(self, 0, "sample_every", "guidance_scale")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,23 +187,32 @@ def expand(config: Any, *names: str) -> None:
             object.__setattr__(config, name, expanded(path))
 
 
-def check_seed(seed: int) -> None:
-    """Raises UsageError for what no generator takes."""
-    _fits("seed", seed, 64)
+def require_seed(config: Any) -> None:
+    """Raises UsageError for a seed that no generator takes."""
+    _require_fit(config, 64, "seed")
 
 
-def _fits(flag: str, value: int, num_bits: int) -> None:
-    if not -2**(num_bits - 1) <= value < 2**(num_bits - 1):
-        raise UsageError(f"--{flag} {value}: must fit {num_bits} bits")
+def at_least(config: Any, least: float, *names: str, num_bits: int = 64) -> None:
+    """Raises UsageError for a setting that is less, or not finite. `num_bits`: what a whole number must fit; 32 where it is a tensor's
+    size, whose bytes must be countable too."""
+    for name in names:
+        for value in _numbers(config, name):
+            if not least <= value < math.inf:
+                raise UsageError(f"{flag_of(name)} {value}: must be {least} or more")
+    _require_fit(config, num_bits, *names)
 
 
-def at_least(flag: str, value: float, least: float, num_bits: int = 64) -> None:
-    """Raises UsageError for less, and for what is not finite. `num_bits`: what a whole number must fit; 32 where it is a tensor's size,
-    whose bytes must be countable too."""
-    if not least <= value < math.inf:
-        raise UsageError(f"--{flag} {value}: must be {least} or more")
-    if isinstance(value, int):
-        _fits(flag, value, num_bits)
+def _require_fit(config: Any, num_bits: int, *names: str) -> None:
+    for name in names:
+        for value in _numbers(config, name):
+            if isinstance(value, int) and not -2**(num_bits - 1) <= value < 2**(num_bits - 1):
+                raise UsageError(f"{flag_of(name)} {value}: must fit {num_bits} bits")
+
+
+def _numbers(config: Any, name: str) -> tuple[float, ...]:
+    """What a setting holds: one number, several, or none where it is None."""
+    value = getattr(config, name)
+    return value if isinstance(value, tuple) else () if value is None else (value,)
 
 
 # What suits the bundled model better than the published defaults, which are those of the 2b and the 5b.

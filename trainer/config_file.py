@@ -11,6 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
+from memory.advice import flag_of
 from trainer.config import TrainConfig, composed, leaves, replaced
 from trainer.errors import UsageError
 
@@ -53,7 +54,7 @@ def read_toml(path: Path) -> dict[str, Any]:
 def _instead_of(dotted: str, known: Iterable[str]) -> str:
     section, _, name = dotted.rpartition(".")
     if not section and name in ("profile", "resume", "on_oom", "on-oom"):
-        return f"--{name.replace('_', '-')} is a flag only"
+        return f"{flag_of(name)} is a flag only"
     spelled = name.replace("-", "_")
     near = [k for k in known if k.split(".")[1] == spelled] or difflib.get_close_matches(dotted, known, n=1, cutoff=0.8)
     if near:

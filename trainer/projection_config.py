@@ -6,8 +6,9 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Literal
 
+from memory.advice import flag_of
 from memory.plan import MemoryPlan, PlanError
-from trainer.config import at_least, check_seed, expand
+from trainer.config import at_least, expand, require_seed
 from trainer.config_file import from_json, typed
 from trainer.errors import CheckpointError, UsageError
 from trainer.run_directory import read_content
@@ -89,10 +90,8 @@ class ForgetConfig:
 
     def __post_init__(self):
         expand(self, "out", "images", "forget_images", "preserve_images", "preserve_file")
-        for name in ("rank", "steps", "max_attempts", "num_images", "batch_size", "save_every"):
-            at_least(name.replace("_", "-"), getattr(self, name), 1)
-        for name in ("num_answers", "lambda_forget", "lambda_preserve", "lambda_weight"):
-            at_least(name.replace("_", "-"), getattr(self, name), 0)
+        at_least(self, 1, "rank", "steps", "max_attempts", "num_images", "batch_size", "save_every")
+        at_least(self, 0, "num_answers", "lambda_forget", "lambda_preserve", "lambda_weight")
         for name in ("lr", "alpha"):
             if not 0 < getattr(self, name) < math.inf:
                 raise UsageError(f"--{name} {getattr(self, name)}: must be above 0, and finite")
@@ -102,9 +101,9 @@ class ForgetConfig:
             raise UsageError("--forget is empty; name the class to forget, e.g. --forget 'red circle'")
         for f in fields(MemoryPlan):
             if f.name not in _OBEYED and getattr(self.memory, f.name) != f.default:
-                raise UsageError(f"--{f.name.replace('_', '-')} is for training erasers; the encoder runs forward only, and obeys "
-                                 f"{', '.join('--' + name.replace('_', '-') for name in _OBEYED)}")
-        check_seed(self.seed)
+                raise UsageError(f"{flag_of(f.name)} is for training erasers; the encoder runs forward only, and obeys "
+                                 f"{', '.join(map(flag_of, _OBEYED))}")
+        require_seed(self)
         self._check_side()
 
     def _check_side(self) -> None:
@@ -112,7 +111,7 @@ class ForgetConfig:
                   "qwen3-vl": ("preserve", "preserve_file", "images")}
         for f in fields(self):
             if f.name in theirs[self.encoder] and getattr(self, f.name) != f.default:
-                raise UsageError(f"--{f.name.replace('_', '-')} is not for --encoder {self.encoder}")
+                raise UsageError(f"{flag_of(f.name)} is not for --encoder {self.encoder}")
         if self.encoder == "qwen3-vl" and self.target == "empty":
             raise UsageError("--target empty: an image has no empty string; random and mean would work")
 

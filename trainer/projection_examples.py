@@ -8,6 +8,7 @@ from typing import Literal
 
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from memory.advice import flag_of
 from trainer.config import composed
 from trainer.config_file import read_lines
 from trainer.errors import UsageError
@@ -118,9 +119,9 @@ def _measured_images(config: ForgetConfig, forget: str, kept: Sequence[str]) -> 
 
 
 def _folder_classes(config: ForgetConfig) -> tuple[str, tuple[str, ...]]:
-    for flag in ("forget_images", "preserve_images"):
-        if getattr(config, flag) is None:
-            raise UsageError(f"--{flag.replace('_', '-')} is missing; both folders are needed")
+    for name in ("forget_images", "preserve_images"):
+        if getattr(config, name) is None:
+            raise UsageError(f"{flag_of(name)} is missing; both folders are needed")
     _files(config.forget_images, "--forget-images")
     forget = composed(config.forget or config.forget_images.resolve().name)
     kept = tuple(_class_folders(config.preserve_images, "--preserve-images"))

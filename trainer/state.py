@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from memory.advice import flag_of
 from trainer.checkpoint import Checkpoint, compatible
 from trainer.config import TrainConfig
 from trainer.config_file import as_json
@@ -167,7 +168,7 @@ def _check_settings(saved: Mapping[str, Any], config: TrainConfig, native_dtype:
                 why = "a resumed run keeps what it trains on"
                 if name == "steps":
                     why = f"its cosine schedule ends at step {then}, and only a run with --schedule constant goes further"
-                raise CheckpointError(f"cannot resume: --{name.replace('_', '-')} was {then!r} and is {now!r} now; {why}")
+                raise CheckpointError(f"cannot resume: {flag_of(name)} was {then!r} and is {now!r} now; {why}")
 
 
 def _check_content(saved: Mapping[str, Any], ours: Mapping[str, Any], config: TrainConfig) -> None:

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 import tyro
 
 from memory.plan import MemoryPlan
-from trainer.config import ModelConfig, at_least, check_seed, expand
+from trainer.config import ModelConfig, at_least, expand, require_seed
 from trainer.errors import UsageError
 
 
@@ -48,15 +48,15 @@ class GenerateConfig:
             raise UsageError("--prompt is missing; say what to generate, e.g. --prompt 'a red circle moving left'")
         if self.out.suffix not in (".mp4", ".png"):
             raise UsageError(f"--out {self.out}: ends in .mp4 or .png")
-        at_least("num-steps", self.num_steps, 1)
+        at_least(self, 1, "num_steps")
         if not 1 <= self.fps <= 1000:
             raise UsageError(f"--fps {self.fps}: from 1 to 1000")
-        check_seed(self.seed)
+        require_seed(self)
         if self.eraser is None and not self.no_eraser:
             raise UsageError("--eraser is missing; name a run directory, or say --no-eraser")
         if self.no_eraser and self.compare:
             raise UsageError("--compare shows what an eraser changes; leave out --no-eraser, or --compare")
-        _check_guidance(self.guidance_scale, self.memory)
+        _require_guidance(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,16 +99,13 @@ class EvaluateConfig:
             raise UsageError(f"--{'prompts' if self.prompts else 'preserve'}: the rule that measures has prompts of its own; a --rater takes others")
         if self.rater == "":
             raise UsageError("--rater: an empty value; name a CLIP model, or leave the flag out")
-        for name in ("num_videos", "num_steps"):
-            if getattr(self, name) is not None:
-                at_least(name.replace("_", "-"), getattr(self, name), 1)
-        check_seed(self.seed)
-        if self.guidance_scale is not None:
-            _check_guidance(self.guidance_scale, self.memory)
+        at_least(self, 1, "num_videos", "num_steps")
+        require_seed(self)
+        _require_guidance(self)
 
 
-def _check_guidance(scale: float, memory: MemoryPlan) -> None:
-    at_least("guidance-scale", scale, 0)
-    if memory.guidance == "none" and scale != 1.0:
-        raise UsageError(f"--guidance none leaves --guidance-scale {scale} without effect; use --guidance sequential, "
+def _require_guidance(config: GenerateConfig | EvaluateConfig) -> None:
+    at_least(config, 0, "guidance_scale")
+    if config.memory.guidance == "none" and config.guidance_scale not in (None, 1.0):
+        raise UsageError(f"--guidance none leaves --guidance-scale {config.guidance_scale} without effect; use --guidance sequential, "
                          "or --guidance-scale 1")
