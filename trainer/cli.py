@@ -34,7 +34,7 @@ def main(argv: Sequence[str]) -> None:
     command = _train
     if argv and not argv[0].startswith("-"):
         if argv[0] not in commands:
-            raise UsageError(f"there is no command {argv[0]!r}; {', '.join(commands)}, bench are (without one, run.py trains)")
+            raise UsageError(f"there is no command {argv[0]!r}; there are {', '.join(commands)} and bench (without one, run.py trains)")
         command, argv = commands[argv[0]], argv[1:]
     try:
         command(argv)

@@ -198,7 +198,7 @@ def at_least(config: Any, least: float, *names: str, num_bits: int = 64) -> None
     for name in names:
         for value in _numbers(config, name):
             if not least <= value < math.inf:
-                raise UsageError(f"{flag_of(name)} {value}: must be {least} or more")
+                raise UsageError(f"{flag_of(name)} {value}: must be {least} or more" + ", and finite" * (not math.isfinite(value)))
     _require_fit(config, num_bits, *names)
 
 

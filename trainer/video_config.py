@@ -47,7 +47,7 @@ class GenerateConfig:
         if not self.prompt:
             raise UsageError("--prompt is missing; say what to generate, e.g. --prompt 'a red circle moving left'")
         if self.out.suffix not in (".mp4", ".png"):
-            raise UsageError(f"--out {self.out}: ends in .mp4 or .png")
+            raise UsageError(f"--out {self.out}: must end in .mp4 or .png")
         at_least(self, 1, "num_steps")
         if not 1 <= self.fps <= 1000:
             raise UsageError(f"--fps {self.fps}: from 1 to 1000")

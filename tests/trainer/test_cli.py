@@ -193,7 +193,7 @@ WRONG = {
     "block that is not there": (["--mask-blocks", "1", "2"], 2, "--mask-blocks 2:"),
     "more denoising steps than the scheduler has": (["--sample-steps", "5000"], 2, "5000 denoising steps"),
     "more steps of a trajectory": (["--trajectory-steps", "5000"], 2, "5000 denoising steps"),
-    "guidance that is no number": (["--guidance-scale", "nan"], 2, "--guidance-scale nan: must be 0 or more"),
+    "guidance that is no number": (["--guidance-scale", "nan"], 2, "--guidance-scale nan: must be 0 or more, and finite"),
     "seed of 67 bits": (["--seed", "99999999999999999999"], 2, "--seed 99999999999999999999: must fit 64 bits"),
     "device of another kind": (["--device", "mps"], 2, "--device mps: auto, cpu or cuda would work"),
     "name that is too long": (["--out", "{tmp}/" + 300 * "x"], 6, "cannot be written"),
@@ -234,9 +234,9 @@ def test_damaged_eraser_files(sincos, call, pipelines, tmp_path, damage, message
 
 
 @pytest.mark.parametrize("argv, message", [
-    (["frobnicate"], "there is no command 'frobnicate'; train, generate"),
+    (["frobnicate"], "there is no command 'frobnicate'; there are train, generate"),
     (["generate", "--prompt", "x"], "--eraser is missing"),
-    (["generate", "--prompt", "x", "--no-eraser", "--out", "x.gif"], "ends in .mp4 or .png"),
+    (["generate", "--prompt", "x", "--no-eraser", "--out", "x.gif"], "must end in .mp4 or .png"),
     (["generate", "--prompt", "x", "--no-eraser", "--guidance", "none"], "--guidance-scale 1"),
     (["generate", "--prompt", "x", "--no-eraser", "--num-steps", "0"], "--num-steps 0"),
     (["generate", "--prompt", "x", "--no-eraser", "--fps", "0"], "--fps 0: from 1 to 1000"),
