@@ -78,35 +78,45 @@ def _will_measure(config: TrainConfig) -> bool:
     return True
 
 
+def _require_trainable(command: TrainCommand, resume: Path | None, card: Card) -> None:
+    """Refuse what can be refused before the planner's minutes. `resume`: the run that goes on, by --resume or started again by torchrun."""
+    from trainer.assemble import trainable_prompts
+    from trainer.distributed import divided, num_ranks, on_main
+    from trainer.metrics import require_tensorboard
+    from trainer.planning import require_sense
+    from trainer.run_directory import require_place
+    from trainer.state import require_kept
+
+    config = command.settings
+    if command.resume:
+        require_kept(command.resume, config)
+    elif resume is None:
+        on_main(require_place, config.output.out)
+    trainable_prompts(config)
+    if config.output.tensorboard:
+        require_tensorboard()
+    divided(config.data.batch_size, num_ranks(), "processes", kept=command.resume is not None)
+    if config.memory.num_shards not in (1, num_ranks()):
+        raise UsageError(f"--num-shards {config.memory.num_shards}: all processes of a run share its blocks, here {num_ranks()}; start "
+                         f"with torchrun --nproc-per-node={config.memory.num_shards} -- run.py …, or say --num-shards 1")
+    if not command.resume and not card.is_cpu:
+        require_sense(config)
+
+
 def _train(argv: Sequence[str]) -> None:
     command, origins = resolve(argv)
     config, card = command.settings, _card_here(command)
-    from trainer.assemble import trainable_prompts
-    from trainer.distributed import divided, joined, num_ranks, on_main
+    from trainer.distributed import joined, num_ranks
     from trainer.forecast_text import program
     from trainer.loop import train
     from trainer.memory_file import Forecast
-    from trainer.metrics import require_tensorboard
     from trainer.planning import forecast_as_given, require_room, require_sense
     from trainer.recovery import train_in_memory
-    from trainer.run_directory import read_config, require_place, restarted_run
-    from trainer.state import require_kept
+    from trainer.run_directory import restarted_run
 
     with joined(config.model.device) as rank:
         resume = command.resume or restarted_run(config)
-        if command.resume:
-            require_kept(command.resume, config)
-        elif resume is None:
-            on_main(require_place, config.output.out)  # before the planner's minutes
-        trainable_prompts(config)  # before the planner's seconds
-        if config.output.tensorboard:
-            require_tensorboard()
-        divided(config.data.batch_size, num_ranks(), "processes", kept=command.resume is not None)
-        if config.memory.num_shards not in (1, num_ranks()):
-            raise UsageError(f"--num-shards {config.memory.num_shards}: all processes of a run share its blocks, here {num_ranks()}; start "
-                             f"with torchrun --nproc-per-node={config.memory.num_shards} -- run.py …, or say --num-shards 1")
-        if not command.resume and not card.is_cpu:
-            require_sense(config)  # before the planner's minutes
+        _require_trainable(command, resume, card)
         config, assessment = _planned(command, origins, card, argv)
         if not command.resume and card.is_cpu:
             assessment = assessment or forecast_as_given(config, card)
@@ -118,16 +128,25 @@ def _train(argv: Sequence[str]) -> None:
                            config.optim.steps / config.optim.warmup)
         run_dir = train_in_memory(partial(train, forecast=Forecast(card, assessment)), config, origins, card=card,
                                   resume=resume, step_down=command.on_oom == "step-down", command=(*program(num_ranks()), *argv))
-    if rank:
-        return  # the first process speaks for all
+    if not rank:  # the first process speaks for all
+        _after_training(run_dir, resumed=command.resume is not None, measures=measures)
+
+
+def _after_training(run_dir: Path, *, resumed: bool, measures: bool) -> None:
+    """Say what the run has left, and measure it."""
+    from trainer.run_directory import read_config
+    from trainer.run_files import EVALUATION
+
     config, content = read_config(run_dir)
-    untouched = command.resume and content["first_step"] >= config.optim.steps
+    untouched = resumed and content["first_step"] >= config.optim.steps
     if untouched:
         more = "--steps asks for more" if config.optim.schedule == "constant" else f"a {config.optim.schedule} schedule ends there"
         print(f"nothing was left to train: {run_dir} has its {config.optim.steps} steps; {more}", file=sys.stderr)
     print(f"eraser: {run_dir / 'eraser.safetensors'}")
     print(f"run: {run_dir}", flush=True)  # whatever becomes of the measurement
-    if measures and not (untouched and _measured(run_dir)):
+    if measures and untouched and (run_dir / EVALUATION).exists():
+        print(f"nothing was left to measure: {run_dir / EVALUATION} is there; run.py evaluate {run_dir} measures anew", file=sys.stderr)
+    elif measures:
         _measure(EvaluateConfig(run=run_dir, model=config.model))
     elif config.output.evaluate and config.model.model != "shapes" and config.model.weights != "random":
         print(f"whether it erases: run.py evaluate {run_dir} --rater openai/clip-vit-large-patch14", file=sys.stderr)
@@ -168,28 +187,20 @@ def _forecast(command: PlanCommand, origins: dict[str, str]) -> None:
         raise DoesNotFit(planning.verdict(found))
 
 
+def _card_to_fill(config: GenerateConfig | EvaluateConfig, by_flag: Collection[str]) -> Card | None:
+    """The card that gets as many resident blocks as it holds; None where a flag says how many."""
+    return None if "resident_blocks" in by_flag else chosen_card("auto", config.model.device)
+
+
 def _measure(config: EvaluateConfig, by_flag: Collection[str] = ()) -> None:
     from trainer.evaluate import evaluate, print_table
     from trainer.generate import as_trained
     from trainer.run_files import EVALUATION, PICTURES
 
-    if config.rater is None:  # by a rule, which is for the model's own size
-        config = as_trained(config, config.run, by_flag, sections=("memory.",))
-    else:
-        config = as_trained(config, config.run, by_flag)
-    print_table(evaluate(config, None if "resident_blocks" in by_flag else chosen_card("auto", config.model.device)))
+    config = as_trained(config, config.run, by_flag, of_its_size=config.rater is not None)  # a rule is for the model's own size
+    print_table(evaluate(config, _card_to_fill(config, by_flag)))
     directory = config.run if config.run.is_dir() else config.run.parent
     print(f"evaluation: {directory / EVALUATION}\npictures: {directory / PICTURES}")
-
-
-def _measured(run_dir: Path) -> bool:
-    """Whether an evaluation of the run is there, which is then said."""
-    from trainer.run_files import EVALUATION
-
-    if not (run_dir / EVALUATION).exists():
-        return False
-    print(f"nothing was left to measure: {run_dir / EVALUATION} is there; run.py evaluate {run_dir} measures anew", file=sys.stderr)
-    return True
 
 
 def _evaluate(argv: Sequence[str]) -> None:
@@ -201,7 +212,7 @@ def _generate(argv: Sequence[str]) -> None:
     from trainer.generate import as_trained, generate
 
     config = as_trained(config, config.eraser, given(argv))
-    for path in generate(config, None if "resident_blocks" in given(argv) else chosen_card("auto", config.model.device)):
+    for path in generate(config, _card_to_fill(config, given(argv))):
         print(path)
 
 

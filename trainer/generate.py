@@ -56,12 +56,13 @@ def generate_latents(predict: Predict, scheduler: Any, embeddings: Embeddings, p
 
 
 def as_trained(config: GenerateConfig | EvaluateConfig, eraser: Path | None, given: Collection[str], *,
-               sections: tuple[str, ...] = ("model.", "memory.")) -> GenerateConfig | EvaluateConfig:
-    """With the model, the size and the memory plan of the run that `eraser` comes from, which fit there, or those `sections` of them; what
-    was `given` by flag stays. An eraser that does not say, or a run of another version, has none."""
+               of_its_size: bool = True) -> GenerateConfig | EvaluateConfig:
+    """`config` with the memory plan of the run that `eraser` comes from, and with its model and size unless not `of_its_size`. What was
+    `given` by flag stays, and all does where the eraser names no run, or one of another version."""
     run = None if eraser is None else trained_config(eraser)
     if run is None:
         return config
+    sections = ("model.", "memory.") if of_its_size else ("memory.",)
     own = {"device", "guidance", "num_shards", *given} | ({"weights", "force_dtype"} if "model" in given else set())
     return replaced(config, {path: value for path, value in leaves(run).items()
                              if path.startswith(sections) and path.split(".")[1] not in own})
