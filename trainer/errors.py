@@ -30,7 +30,7 @@ class OutOfMemory(DoesNotFit):
     """Memory ran out in the middle of a run; `failure` (trainer.recovery) says where, and what is saved."""
 
     def __init__(self, failure: Any):
-        super().__init__(f"out of memory on the {failure.whose} in {failure.phase}, after {failure.step} steps: {failure.said}")
+        super().__init__(str(failure))
         self.failure = failure
 
 

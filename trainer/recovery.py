@@ -97,6 +97,9 @@ class Failure:
         return cls(phase=phase_of(error.__traceback__), whose=exhausted(error), said=first_line(error),
                    requested_bytes=requested_bytes(error), **{"peaks": {}, **more})
 
+    def __str__(self) -> str:
+        return f"out of memory on the {self.whose} in {self.phase}, after {self.step} steps: {self.said}"
+
     @property
     def planned_phase(self) -> str:
         """Its name in forecasts."""
@@ -222,7 +225,7 @@ def command_of(advice: Advice, command: Sequence[str], *, begun: bool) -> str:
 
 def described(failure: Failure, advice: Advice | None, command: str | None, *, on_cpu: bool = False) -> str:
     """The failure for people: phase, state of the run, peaks, and what would do. `on_cpu`: there is no card to keep anything on."""
-    lines = [f"out of memory on the {failure.whose} in {failure.phase}, after {failure.step} steps: {failure.said}"]
+    lines = [str(failure)]
     if failure.run_dir is not None:
         newest = "nothing is saved yet" if failure.saved_step is None else f"step {failure.saved_step} is saved"
         lines.append(f"{newest} in {failure.run_dir}")
