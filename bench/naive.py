@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
-from trainer.assemble import open_backbone, resolve_dtype, video_size
+from trainer.assemble import latent_shape, open_backbone, resolve_dtype
 from trainer.backbones import lean
 from trainer.config import TrainConfig
 from trainer.erasers import Erasers, Localisation
@@ -46,7 +46,7 @@ class Naive:
         `fake`: for use under FakeTensorMode(allow_non_fake_inputs=True)."""
         self.config, self.note, backbone = config, note, open_backbone(config.model)
         dtype = resolve_dtype(backbone, config.memory, insist=True)
-        shape = (config.data.batch_size, *backbone.latent_shape(*video_size(backbone, config.model)))
+        shape = (config.data.batch_size, *latent_shape(backbone, config.model))
 
         def load() -> nn.Module:
             with patch.object(lean, "make_lean"):

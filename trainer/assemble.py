@@ -35,6 +35,11 @@ def video_size(backbone: CogVideoX, model: ModelConfig) -> tuple[int, int, int]:
     return tuple(own if value is None else value for value, own in zip(asked, backbone.default_size()))
 
 
+def latent_shape(backbone: CogVideoX, model: ModelConfig) -> tuple[int, int, int, int]:
+    """(F, C, H, W) of the latents of such a video. Raises UsageError for a size that the model does not make."""
+    return backbone.latent_shape(*video_size(backbone, model))
+
+
 def require_guidance(config: TrainConfig) -> None:
     """Raises UsageError where a step would lack the anchor."""
     if config.memory.guidance == "none":
@@ -78,7 +83,7 @@ def open_training(config: TrainConfig) -> tuple[CogVideoX, PromptSet, dict[str, 
     prompts = trainable_prompts(config)
     warn_of_contradiction(prompts)
     backbone = open_backbone(config.model)
-    backbone.latent_shape(*video_size(backbone, config.model))
+    latent_shape(backbone, config.model)
     masking_blocks(backbone, config.loss)
     columns = prompt_columns(backbone, prompts, localised=config.loss.alpha > 0)
     backbone.fetch()
@@ -174,7 +179,7 @@ def assemble(backbone: CogVideoX, model: ModelConfig, plan: MemoryPlan, *, rank:
     """
     device = resolve_device(model.device)
     dtype = resolve_dtype(backbone, plan, insist=model.force_dtype)
-    latent_shape = backbone.latent_shape(*video_size(backbone, model))
+    shape = latent_shape(backbone, model)
     whole = plan.resident_blocks is None and plan.num_shards == 1
     transformer = backbone.load_transformer(dtype=dtype, device=device if whole else "cpu")
     blocks = backbone.blocks(transformer)
@@ -184,5 +189,4 @@ def assemble(backbone: CogVideoX, model: ModelConfig, plan: MemoryPlan, *, rank:
         erasers = None if rank is None else Erasers(blocks, rank, seed=seed)
     applied = apply_plan(transformer, blocks, plan, device=device, feed_forwards=[block.ff for block in blocks],
                          boundary_names=BOUNDARY_NAMES)
-    return Assembly(transformer, blocks, backbone.predictor(transformer, latent_shape), applied, erasers, device, dtype,
-                    latent_shape)
+    return Assembly(transformer, blocks, backbone.predictor(transformer, shape), applied, erasers, device, dtype, shape)

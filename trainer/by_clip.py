@@ -23,7 +23,7 @@ from torch.nn.functional import normalize
 
 from memory.cards import Card
 from memory.plan import MemoryPlan
-from trainer.assemble import assemble, embed_prompts, is_bundled, resolve_device, resolve_dtype, video_size
+from trainer.assemble import assemble, embed_prompts, is_bundled, latent_shape, resolve_device, resolve_dtype, video_size
 from trainer.backbones.cogvideox import CogVideoX
 from trainer.backbones.location import fingerprint
 from trainer.by_rule import require_own
@@ -160,7 +160,7 @@ def _cache_files(config: EvaluateConfig, backbone: CogVideoX, model: ModelConfig
     if backbone.directory is None:
         return {}
     weights = fingerprint(file for part in ("transformer", "scheduler") for file in sorted((backbone.directory / part).iterdir()) if file.is_file())
-    common = (_LATENTS, weights, backbone.latent_shape(*video_size(backbone, model)), plan.compile, config.num_steps, config.guidance_scale)
+    common = (_LATENTS, weights, latent_shape(backbone, model), plan.compile, config.num_steps, config.guidance_scale)
     trained, files = _digest(eraser.state.values()), {}
     for i, case in enumerate(chosen):
         texts = _digest(map(embeddings.row, (case.prompt, "")))

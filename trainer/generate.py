@@ -13,8 +13,8 @@ from torch import Tensor
 
 from memory.cards import Card
 from memory.plan import MemoryPlan, PlanError
-from trainer.assemble import (assemble, embed_prompts, named_scheduler, open_backbone, require_real, resolve_device, resolve_dtype,
-                              video_size)
+from trainer.assemble import (assemble, embed_prompts, latent_shape, named_scheduler, open_backbone, require_real, resolve_device,
+                              resolve_dtype, video_size)
 from trainer.backbones import Decode, Predict
 from trainer.backbones.cogvideox import CogVideoX
 from trainer.config import ModelConfig, OptimConfig, OutputConfig, TrainConfig, leaves, replaced
@@ -86,7 +86,7 @@ def opened(model: ModelConfig, plan: MemoryPlan, card: Card | None, *, eraser: E
     if model.model != "shapes":
         require_sense(TrainConfig(model=model), what=does)
     backbone = open_backbone(model)
-    backbone.latent_shape(*video_size(backbone, model))
+    latent_shape(backbone, model)
     if eraser:
         eraser.require_fit(backbone.num_blocks, backbone.width, backbone.identity())
     if card:

@@ -18,7 +18,7 @@ from memory.pools import round_request
 from memory.ranking import CHUNKS
 from memory.simulate import recording
 from memory.timeline import pinned_bytes
-from trainer.assemble import resolve_dtype, video_size
+from trainer.assemble import latent_shape, resolve_dtype, video_size
 from trainer.backbones.cogvideox import CogVideoX, enable_tiles
 from trainer.backbones.text_encoder import PROMPT_BATCH
 from trainer.config import TrainConfig
@@ -28,8 +28,7 @@ from trainer.rehearse import peak_beyond
 
 def phases_around(backbone: CogVideoX, config: TrainConfig, plan: MemoryPlan) -> tuple[PhaseNeed, ...]:
     """Prompt encoding, sampling, decoding and saving, each from the very modules on fake tensors."""
-    frames, height, width = video_size(backbone, config.model)
-    shape = backbone.latent_shape(frames, height, width)
+    frames, shape = video_size(backbone, config.model)[0], latent_shape(backbone, config.model)
     dtype = resolve_dtype(backbone, plan, insist=True)
     guided = config.output.guidance_scale != 1.0 and plan.guidance == "batched"
     return (
@@ -54,7 +53,7 @@ def fit_to_generate(backbone: CogVideoX, config: TrainConfig, card: Card) -> Mem
         return replace(plan, resident_blocks=None)
     with FakeMode():
         transformer = backbone.fake_transformer(dtype=resolve_dtype(backbone, plan, insist=True))
-        backbone.predictor(transformer, backbone.latent_shape(*video_size(backbone, config.model)))  # has positions of that size
+        backbone.predictor(transformer, latent_shape(backbone, config.model))  # has positions of that size
         sizes = [_num_bytes(block) for block in backbone.blocks(transformer)]
         outside = _num_bytes(transformer) - sum(sizes) + _adapter_bytes(backbone, config.optim.rank)
     workspace, limits, misses = card.cublas_workspace_bytes, Limits(card), []

@@ -12,7 +12,7 @@ from memory.plan import MemoryPlan, is_checkpointed, resolve_keeps
 from memory.ranking import SEARCHED, SearchResult
 from memory.search import search
 from memory.timeline import pinned_bytes
-from trainer.assemble import collect_prompts, masking_blocks, open_backbone, require_guidance, resolve_device, resolve_dtype, video_size
+from trainer.assemble import collect_prompts, latent_shape, masking_blocks, open_backbone, require_guidance, resolve_device, resolve_dtype
 from trainer.backbones import published
 from trainer.backbones.cogvideox import CogVideoX
 from trainer.beside import Beside
@@ -78,20 +78,18 @@ def without_weights(config: TrainConfig) -> TrainConfig:
 def workload(config: TrainConfig, *, num_cards: int | None = None) -> Workload:
     """A run as `memory.search` sees it, on one of `num_cards`; None: of as many as train together now.
 
-    Traces and needs are remembered: they are the same for every card.
-
-    Raises UsageError for settings that cannot be.
+    Traces and needs are remembered: they are the same for every card. Raises UsageError for settings that cannot be.
     """
-    prompts = collect_prompts(config)
+    num_cards, prompts = num_cards or num_ranks(), collect_prompts(config)
     backbone = _opened(config.model)
-    backbone.latent_shape(*video_size(backbone, config.model))
+    latent_shape(backbone, config.model)
     masking_blocks(backbone, config.loss)
     resolve_dtype(backbone, config.memory, insist=config.model.force_dtype)
     require_guidance(config)
     run = replace(config, memory=MemoryPlan(), output=replace(config.output, out=None))
 
     def trace(plan: MemoryPlan, num_blocks: int) -> tuple:
-        return rehearse, backbone, run, plan, num_blocks, num_cards or num_ranks()
+        return rehearse, backbone, run, plan, num_blocks, num_cards
 
     def phases(plan: MemoryPlan) -> tuple:  # of the plan's fields, these matter
         return phases_around, backbone, run, MemoryPlan(dtype=plan.dtype, guidance=plan.guidance, num_shards=plan.num_shards,
@@ -100,7 +98,7 @@ def workload(config: TrainConfig, *, num_cards: int | None = None) -> Workload:
     return Workload(
         num_blocks=backbone.num_blocks, repeats=config.optim.accumulation / num_rehearsed(config),
         teacher_share=teacher_share(config),
-        host_bytes=Workload.host_bytes + _embedded_bytes(backbone, prompts, config) + _pooled_bytes(backbone, config, num_cards or num_ranks()),
+        host_bytes=Workload.host_bytes + _embedded_bytes(backbone, prompts, config) + _pooled_bytes(backbone, config, num_cards),
         trace=lambda plan, num_blocks: _calls(trace(plan, num_blocks)), phases=lambda plan: _calls(phases(plan)),
         prepare=lambda traces, plans: _calls.announce([*(trace(*wanted) for wanted in traces[:2]), *map(phases, plans),
                                                        *(trace(*wanted) for wanted in traces[2:])]))
@@ -115,7 +113,7 @@ def _embedded_bytes(backbone: CogVideoX, prompts: PromptSet, config: TrainConfig
 
 def _pooled_bytes(backbone: CogVideoX, config: TrainConfig, num_cards: int) -> int:
     """Of the host, what a pool's samples take, as `trainer.losses.Sample` has them: the rows of one of `num_cards`."""
-    shape, data = backbone.latent_shape(*video_size(backbone, config.model)), config.data
+    shape, data = latent_shape(backbone, config.model), config.data
     latents, itemsize = 4 * math.prod(shape), resolve_dtype(backbone, config.memory, insist=True).itemsize
     row = [latents, latents, 8, backbone.text_length * backbone.text_width * itemsize]  # x_t, its target, t and text
     rows = row * (2 if config.loss.beta > 0 else 1) + [4 * (backbone.num_tokens(shape) - backbone.text_length)] * (config.loss.alpha > 0)
@@ -142,7 +140,7 @@ def check_card(config: TrainConfig, card: Card) -> None:
 def check_attention(config: TrainConfig, card: Card, num_cards: int) -> None:
     """Raises DoesNotFit where one attention is larger than the card, whatever the plan: a step of so many tokens takes long to trace."""
     backbone = _opened(config.model)
-    num_tokens = backbone.num_tokens(backbone.latent_shape(*video_size(backbone, config.model)))
+    num_tokens = backbone.num_tokens(latent_shape(backbone, config.model))
     itemsize = resolve_dtype(backbone, config.memory, insist=True).itemsize
     # queries, keys, values and what comes of them
     num_bytes = 4 * config.data.batch_size // num_cards * num_tokens * backbone.width * itemsize

@@ -18,7 +18,7 @@ from memory.optimizers import make_optimizer, moment_bytes_8bit, update_norms
 from memory.plan import SHARDING_BUFFERS, MemoryPlan, apply_plan
 from memory.simulate import recording
 from memory.timeline import BACKWARD, FORWARD, OPTIMIZER, TEACHER, Storage, Trace
-from trainer.assemble import resolve_dtype, video_size
+from trainer.assemble import latent_shape, resolve_dtype
 from trainer.backbones import Predict
 from trainer.backbones.cogvideox import BOUNDARY_NAMES, CogVideoX
 from trainer.config import TrainConfig
@@ -44,7 +44,7 @@ def rehearse(backbone: CogVideoX, config: TrainConfig, plan: MemoryPlan, num_blo
     """
     device = torch.device("cpu")
     dtype = resolve_dtype(backbone, plan, insist=True)
-    shape = (config.data.batch_size, *backbone.latent_shape(*video_size(backbone, config.model)))
+    shape = (config.data.batch_size, *latent_shape(backbone, config.model))
     latents = make_latents(config, backbone.scheduler(), shape, "target", device)
     preserved = make_latents(config, backbone.scheduler(), shape, "preserved", device) if config.loss.beta > 0 else None
     for stream in filter(None, (latents, preserved)):
