@@ -29,7 +29,7 @@ from trainer.projection_encoders import encoder_fingerprint
 from trainer.projection_evaluate import evaluate_forgetting
 from trainer.projection_health import conclude, examine, unsound
 from trainer.projection_memory import keep_prediction, predict_step
-from trainer.projection_problem import Problem, make_problem, prepare
+from trainer.projection_problem import Case, Problem, make_problem, prepare
 from trainer.run_directory import make_run_directory, read_content, require_none_due, require_place, write_config
 from trainer.signals import StopFlag
 
@@ -164,48 +164,12 @@ def forget(config: ForgetConfig, origins: Mapping[str, str], *,
     if not resume:
         require_place(config.out)
     meter = Meter(device)
-    clock = PhaseClock(device, on_phase=meter.turn_to)
     case = meter.phase("encode")(prepare)(config, device)
     problems = {name: make_problem(case, name, config, device) for name in case.layers}
-    run, identity, examples = Run(problems, config), encoder_fingerprint(case.tower.directory), case.digest()
     frozen = {name: problem.layer.weight.clone() for name, problem in problems.items()}
-    run_dir = resume or make_run_directory(config.out, case.forget)
-    trace = max((predict_step(problem, config) for problem in problems.values()), key=lambda t: t.prediction().peak_bytes)
-    monitor = Monitor(run.num_steps, mode=config.monitor, title=case.forget,
-                      facts={"predicted_peak_bytes": trace.prediction().peak_bytes})
+    run, run_dir = Run(problems, config), resume or make_run_directory(config.out, case.forget)
     with RunLock(run_dir):
-        with ExitStack() as files, StopFlag() as stop, monitor:
-            facts = {"base_model": identity, "examples": examples, "config": as_json(config)}
-            checkpoint = _restore(run, run_dir, identity, examples, config, device) if resume else None  # before anything is written
-            bill = examine(problems)
-            keep_findings(run_dir, bill)
-            bill.raise_if_fatal("before training (nothing was changed)")
-            write_config(run_dir, config, origins, command="forget", first_step=run.step, base_model=identity, examples=examples)
-            keep_prediction(run_dir, trace)
-            log, saver = MetricsLog(run_dir, first_step=run.step), Saver(run_dir, last_step=checkpoint and checkpoint.step)
-            files.callback(log.close)
-            monitor.done, monitor.num_steps, monitor.findings = run.step, run.num_steps, lambda: [f.as_json() for f in bill.findings]
-            while not run.finished and not stop:
-                try:
-                    record = run.advance(clock.phase)
-                except Unhealthy as e:
-                    keep_findings(run_dir, bill.with_findings(e.findings))
-                    raise
-                clock.end_step()
-                record |= clock.read()
-                if record["step"] % 100 == 0 or run.finished:
-                    record |= {"memory": read_memory(meter), "peak_bytes_by_phase": meter.highest()}
-                log.write(record)
-                monitor.num_steps = run.num_steps
-                monitor.step(record)
-                if run.step % config.save_every == 0:
-                    tensors, state = run.export()
-                    saver.save(run.step, tensors=tensors, state=state | facts)
-            monitor.close()
-            tensors, state = run.export()
-            saver.save(run.step, tensors=tensors, state=state | facts, final=True)
-            if stop:
-                raise Interrupted(f"stopped at step {run.step} and saved; go on with forget --resume {run_dir}", stop.signal_number)
+        bill = _train(run, problems, case, run_dir, origins, meter, resume=resume is not None)
         # From here on a signal ends the process as it always does: what was trained is saved.
         save_lora(run_dir, run.done, alpha=config.alpha, base_model=str(config.model))
         if config.merge:
@@ -216,25 +180,73 @@ def forget(config: ForgetConfig, origins: Mapping[str, str], *,
     return run_dir, result
 
 
+def _train(run: Run, problems: Mapping[str, Problem], case: Case, run_dir: Path, origins: Mapping[str, str], meter: Meter, *,
+           resume: bool) -> Bill:
+    """Train `run` to its end, and save it; returns what was found before training. Raises Unhealthy, and Interrupted after saving."""
+    config, clock = run.config, PhaseClock(meter.device, on_phase=meter.turn_to)
+    facts = {"base_model": encoder_fingerprint(case.tower.directory), "examples": case.digest()}
+    trace = max((predict_step(problem, config) for problem in problems.values()), key=lambda t: t.prediction().peak_bytes)
+    monitor = Monitor(run.num_steps, mode=config.monitor, title=case.forget,
+                      facts={"predicted_peak_bytes": trace.prediction().peak_bytes})
+    with ExitStack() as files, StopFlag() as stop, monitor:
+        checkpoint = _restore(run, run_dir, facts, meter.device) if resume else None  # before anything is written
+        bill = examine(problems)
+        keep_findings(run_dir, bill)
+        bill.raise_if_fatal("before training (nothing was changed)")
+        write_config(run_dir, config, origins, command="forget", first_step=run.step, **facts)
+        keep_prediction(run_dir, trace)
+        log, saver = MetricsLog(run_dir, first_step=run.step), Saver(run_dir, last_step=checkpoint and checkpoint.step)
+        files.callback(log.close)
+
+        def save(*, final: bool = False) -> None:
+            tensors, state = run.export()
+            saver.save(run.step, tensors=tensors, state=state | facts | {"config": as_json(config)}, final=final)
+
+        monitor.done, monitor.num_steps, monitor.findings = run.step, run.num_steps, lambda: [f.as_json() for f in bill.findings]
+        while not run.finished and not stop:
+            try:
+                record = run.advance(clock.phase)
+            except Unhealthy as e:
+                keep_findings(run_dir, bill.with_findings(e.findings))
+                raise
+            clock.end_step()
+            record |= clock.read()
+            if record["step"] % 100 == 0 or run.finished:
+                record |= {"memory": read_memory(meter), "peak_bytes_by_phase": meter.highest()}
+            log.write(record)
+            monitor.num_steps = run.num_steps
+            monitor.step(record)
+            if run.step % config.save_every == 0:
+                save()
+        monitor.close()
+        save(final=True)
+        if stop:
+            raise Interrupted(f"stopped at step {run.step} and saved; go on with forget --resume {run_dir}", stop.signal_number)
+    return bill
+
+
 # What may differ between two halves of a run: where it runs, how it is watched and saved, how much is measured, where its files are.
 _FREE = ("out", "device", "monitor", "save_every", "merge", "batch_size", "memory", "question", "num_answers", "images", "model",
          "forget_images", "preserve_images", "preserve_file")
 _KEPT = ("dtype", "optimizer")  # of the memory plan, what may not
 
 
-def _restore(run: Run, run_dir: Path, identity: str, examples: str, config: ForgetConfig, device: torch.device) -> Checkpoint | None:
-    """Make `run` what the newest checkpoint holds, which is returned; None where the run ended before its first one."""
+def _restore(run: Run, run_dir: Path, facts: Mapping[str, str], device: torch.device) -> Checkpoint | None:
+    """Make `run` what the newest checkpoint holds, which is returned; None where the run ended before its first one.
+
+    Raises CheckpointError where the run began with other settings or other `facts`: what identifies its model and its examples.
+    """
     checkpoint = latest_checkpoint(run_dir)
     if checkpoint:
         earlier = checkpoint.state
     else:
         earlier = read_content(run_dir)
         require_none_due(run_dir, save_every=earlier["config"]["save_every"])
-    if earlier.get("base_model") != identity:
+    if earlier.get("base_model") != facts["base_model"]:
         raise CheckpointError(f"--resume {run_dir}: the model is not the one that the run began with; give that one back")
-    if earlier.get("examples", examples) != examples:
+    if earlier.get("examples", facts["examples"]) != facts["examples"]:
         raise CheckpointError(f"--resume {run_dir}: the texts or pictures are not those that the run began with; give those back")
-    ours, saved = as_json(config), earlier["config"]
+    ours, saved = as_json(run.config), earlier["config"]
     pairs = {name: (saved.get(name), value) for name, value in ours.items() if name not in _FREE}
     pairs |= {f"memory.{name}": (saved["memory"].get(name), ours["memory"][name]) for name in _KEPT}
     for name, (then, now) in pairs.items():
