@@ -1,6 +1,7 @@
 """`run.py diagnose`: findings from a run directory, from a weights file, or from a pre-flight of given settings."""
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -50,8 +51,9 @@ def diagnose_run(run_dir: Path) -> Bill:
             checked.append(f"{METRICS}: {len(records)} steps, loss terms, gradients, updates and erasers by block")
         else:  # a run of `forget`, which has no blocks
             checked.append(f"{METRICS}: {len(written)} steps, loss terms and gradients")
-            bill = bill.with_findings(unsound(f"non-finite-{what}", step=record["step"] + 1) for record in written
-                                      for what in ("loss", "gradient") if not _finite(record.get(_WHERE[what], 0.0)))
+            bill = bill.with_findings(unsound(code, step=record["step"] + 1) for record in written
+                                      for name, code in (("loss", "non-finite-loss"), ("gradient_norm", "non-finite-gradient"))
+                                      if not math.isfinite(record.get(name, 0.0)))
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as e:
         raise CheckpointError(f"{run_dir / METRICS} is not what a run writes ({e!r})") from e
     if (run_dir / WEIGHTS).is_file():
@@ -77,23 +79,16 @@ def _whole(run_dir: Path) -> list[str]:
     return checked
 
 
-_WHERE = {"loss": "loss", "gradient": "gradient_norm"}
-
-
 def _judged(records: Sequence[dict], *, named: bool) -> list[Finding]:
     """`named`: the run itself said what stopped it, of which a record that is not finite only shows what followed."""
     judge, found = Judge(), []
     for record in records:
         gradients = () if record.get("skipped") else record["blocks"]["gradient"]
-        if not all(map(_finite, [record["loss"], *gradients])):
+        if not all(map(math.isfinite, [record["loss"], *gradients])):
             found += [] if named else [non_finite(record)]
         else:
             found += judge.see(record)
     return found
-
-
-def _finite(value: float) -> bool:
-    return value - value == 0
 
 
 def diagnose_eraser(path: Path) -> Bill:

@@ -15,6 +15,7 @@ from memory.assess import Assessment
 from memory.cards import Card
 from memory.timeline import BACKWARD, CATEGORIES, FORWARD, Trace
 from trainer.config import TrainConfig
+from trainer.planning import forecast_as_given
 from trainer.run_files import MEMORY, lookup, read_object, write_json
 
 NUM_POINTS = 400
@@ -32,8 +33,6 @@ class Forecast:
     def __call__(self, config: TrainConfig) -> dict[str, Any]:
         found = self.known
         if found is None or found.plan != config.memory:
-            from trainer.planning import forecast_as_given
-
             found = forecast_as_given(config, self.card)
         peaks = {_NAMES.get(name, name): value for name, value in found.by_phase.items()}
         peaks.pop("load")  # of the steps, whose optimizer has its state; reading the model is below them, and not predicted

@@ -6,6 +6,8 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
+import torch
+
 from memory.assess import MARGIN, Assessment, Workload, assess
 from memory.cards import GIB, Card, card_names, lookup
 from memory.plan import MemoryPlan, is_checkpointed, resolve_keeps
@@ -107,15 +109,14 @@ def workload(config: TrainConfig, *, num_cards: int | None = None) -> Workload:
 def _embedded_bytes(backbone: CogVideoX, prompts: PromptSet, config: TrainConfig) -> int:
     """Of the host, what the embeddings of all prompts take."""
     distinct = {*prompts.texts, *config.output.sample_prompts}
-    itemsize = resolve_dtype(backbone, config.memory, insist=True).itemsize
-    return pinned_bytes(len(distinct) * backbone.text_length * backbone.text_width * itemsize)
+    return pinned_bytes(len(distinct) * backbone.text_length * backbone.text_width * _dtype(config).itemsize)
 
 
 def _pooled_bytes(backbone: CogVideoX, config: TrainConfig, num_cards: int) -> int:
     """Of the host, what a pool's samples take, as `trainer.losses.Sample` has them: the rows of one of `num_cards`."""
     shape, data = latent_shape(backbone, config.model), config.data
-    latents, itemsize = 4 * math.prod(shape), resolve_dtype(backbone, config.memory, insist=True).itemsize
-    row = [latents, latents, 8, backbone.text_length * backbone.text_width * itemsize]  # x_t, its target, t and text
+    latents = 4 * math.prod(shape)
+    row = [latents, latents, 8, backbone.text_length * backbone.text_width * _dtype(config).itemsize]  # x_t, its target, t and text
     rows = row * (2 if config.loss.beta > 0 else 1) + [4 * (backbone.num_tokens(shape) - backbone.text_length)] * (config.loss.alpha > 0)
     count = min(data.pool, config.optim.steps * config.optim.accumulation)
     return count * sum(pinned_bytes(data.batch_size // num_cards * num_bytes) for num_bytes in rows)
@@ -125,8 +126,12 @@ _opened: Callable[[ModelConfig], CogVideoX] = lru_cache(maxsize=8)(open_backbone
 _calls = Beside(lambda call: call[0](*call[1:]))
 
 
+def _dtype(config: TrainConfig) -> torch.dtype:
+    return resolve_dtype(_opened(config.model), config.memory, insist=True)
+
+
 def _dtype_name(config: TrainConfig) -> str:
-    return str(resolve_dtype(_opened(config.model), config.memory, insist=True)).removeprefix("torch.")
+    return str(_dtype(config)).removeprefix("torch.")
 
 
 def check_card(config: TrainConfig, card: Card) -> None:
@@ -141,9 +146,8 @@ def check_attention(config: TrainConfig, card: Card, num_cards: int) -> None:
     """Raises DoesNotFit where one attention is larger than the card, whatever the plan: a step of so many tokens takes long to trace."""
     backbone = _opened(config.model)
     num_tokens = backbone.num_tokens(latent_shape(backbone, config.model))
-    itemsize = resolve_dtype(backbone, config.memory, insist=True).itemsize
     # queries, keys, values and what comes of them
-    num_bytes = 4 * config.data.batch_size // num_cards * num_tokens * backbone.width * itemsize
+    num_bytes = 4 * config.data.batch_size // num_cards * num_tokens * backbone.width * _dtype(config).itemsize
     if num_bytes > max(GIB, card.usable_bytes):
         raise DoesNotFit(f"{config.model.model} does not fit {card.label}: what one attention reads and writes is {num_bytes / GIB:.0f} GiB; "
                          "fewer --frames, a smaller --height and --width or a smaller --batch-size need less")
