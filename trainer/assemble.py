@@ -48,12 +48,12 @@ def require_guidance(config: TrainConfig) -> None:
 
 
 def only_planned(plan: MemoryPlan) -> bool:
-    """Whether the plan is one that nothing runs: for planning and benchmarks."""
+    """Whether nothing can run the plan: it is for planning and benchmarks."""
     return plan.backbone_copies != 1 or plan.text_encoder_resident
 
 
 def require_real(plan: MemoryPlan) -> None:
-    """Raises UsageError for what can be planned only."""
+    """Raises UsageError for a plan that nothing can run."""
     if only_planned(plan):
         raise UsageError("--backbone-copies 2 and --text-encoder-resident exist for planning and benchmarks only")
 
@@ -67,7 +67,7 @@ def collect_prompts(config: TrainConfig) -> PromptSet:
 
 
 def trainable_prompts(config: TrainConfig) -> PromptSet:
-    """What a run trains on. Raises UsageError; also for what can be planned at most, and for a model that is not there."""
+    """What a run trains on. Raises UsageError; also for a plan that nothing can run, and for a model that is not there."""
     require_guidance(config)
     require_real(config.memory)
     if config.model.weights == "stored":

@@ -43,7 +43,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def _card_here(command: TrainCommand) -> Card:
-    """The card that is meant, in this machine: whatever its name, the run's host is this one."""
+    """The card that is meant, with this machine's host memory: whatever card is planned for, the run is here."""
     card = chosen_card(command.profile, command.settings.model.device)
     return card if card.host_bytes is not None else replace(card, host_bytes=available_host_bytes())
 

@@ -181,7 +181,7 @@ def expanded(path: Path | str) -> Path:
 
 
 def expand(config: Any, *names: str) -> None:
-    """Have some settings `expanded`, which are paths or None."""
+    """Replace settings that are paths by what they are `expanded`; None stays."""
     for name in names:
         if (path := getattr(config, name)) is not None:
             object.__setattr__(config, name, expanded(path))

@@ -90,8 +90,8 @@ def rank() -> int:
 
 
 def divided(batch_size: int, count: int, whom: str, *, kept: bool = False) -> int:
-    """How many samples of a batch each of `count` takes. Raises UsageError if it cannot be divided evenly among `whom`. `kept`: of a run that
-    goes on, which does so with no other batch."""
+    """How many samples of a batch each of `count` takes. Raises UsageError if it cannot be divided evenly among `whom`. `kept`: the run
+    goes on, and can take no other batch."""
     share, left = divmod(batch_size, count)
     if left:
         fitting = max(number for number in range(1, count) if batch_size % number == 0)

@@ -45,7 +45,7 @@ class EraserFile:
     path: Path
 
     def model(self, asked: ModelConfig) -> ModelConfig:
-        """`asked`, or the model that it was trained on where none but the default is asked for."""
+        """`asked`, or, where that names the default, the model that the eraser was trained on."""
         return replace(asked, model=self.base_model["name"]) if self.base_model and asked.model == ModelConfig().model else asked
 
     def require_fit(self, num_blocks: int, width: int, base_model: Mapping[str, str] | None) -> None:

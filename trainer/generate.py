@@ -81,8 +81,8 @@ def trained_config(eraser: Path) -> TrainConfig | None:
 
 def opened(model: ModelConfig, plan: MemoryPlan, card: Card | None, *, eraser: EraserFile | None, guidance_scale: float,
            does: str = "generates") -> tuple[CogVideoX, MemoryPlan]:
-    """The model to generate with, and the plan with as many resident blocks as `card` holds; None: as configured. What can be refused is,
-    before a download. `does`: what the command does, in words."""
+    """The model to generate with, and the plan with as many resident blocks as `card` holds; None: as configured. Refuses what it can
+    before a download. `does`: what the command does, as a verb."""
     if model.model != "shapes":
         require_sense(TrainConfig(model=model), what=does)
     backbone = open_backbone(model)

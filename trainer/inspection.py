@@ -55,7 +55,7 @@ class Subject:
                    scaler=make_scaler(assembly.dtype, assembly.device))
 
     def teacher_copy(self, *, of_rank: int | None = None) -> Teacher:
-        """A teacher that may make samples without moving the run's own trajectories; on the rows of another process."""
+        """A teacher that makes samples without moving the run's own trajectories: on the rows of process `of_rank`, by default of this one."""
         teacher = copy.copy(self.teacher)
         teacher.latents = copy.deepcopy(teacher.latents)
         teacher.preserved_latents = copy.deepcopy(teacher.preserved_latents)

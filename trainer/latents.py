@@ -37,7 +37,7 @@ class NoiseLatents:
     device: torch.device
     rows: slice = field(default_factory=lambda: slice(None))
     advances: ClassVar[bool] = False
-    """Whether a step's latents come of the step before."""
+    """Whether a step's latents follow from those of the step before."""
 
     def prompt_index(self, step: int) -> int:
         """Which batch of prompts a step uses."""

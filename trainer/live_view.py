@@ -123,8 +123,8 @@ def sparkline(values: Sequence[float], width: int) -> str:
 
 
 def trend(values: Sequence[float], period: int = 1) -> tuple[str, str]:
-    """(text, style): the mean of the last steps against that of as many before. `period`: in steps, of a trajectory, whose losses differ by
-    timestep: only whole ones are compared."""
+    """(text, style): the mean of the last steps against that of as many before. `period`: the steps of a trajectory, along which losses
+    differ by timestep; only whole trajectories are compared."""
     span = min(max(_TREND, period), len(values) // 2) // period * period
     if span < 3:
         return "", ""

@@ -152,7 +152,7 @@ class Teacher:
                       draw.preserved_text, v)
 
     @contextmanager
-    def _switched_off(self, maps: ConceptMaps | None = None) -> Iterator[None]:
+    def _switched_off(self, maps: ConceptMaps | None) -> Iterator[None]:
         with torch.no_grad(), self.erasers.switched(False), maps.captured() if maps else nullcontext():
             yield
 
@@ -161,7 +161,7 @@ class Teacher:
 
     @property
     def _guided(self) -> bool:
-        """Whether latents move on by guidance. Where they do not move on nothing is asked for that."""
+        """Whether trajectories advance with guidance, for which the teacher is asked about the empty prompt too."""
         return self.trajectory_guidance != 1.0 and self.latents.advances
 
     def _advance(self, latents: Latents, step: int, v: Tensor, empty: Tensor | None) -> None:
@@ -224,10 +224,10 @@ def student_backward(predict: Predict, erasers: Erasers, sample: Sample, loss: L
 
 def lockstep_backward(together: Callable[[Sequence[Pass]], list[Any]], predict: Predict, erasers: Erasers, teacher: Teacher,
                       drawn: Draw | Sample, loss: LossConfig, *, scale: float | Tensor = 1.0) -> dict[str, Tensor]:
-    """A step's teacher and student in one, block by block: `together` runs passes so (memory.lockstep). Else as `student_backward`.
+    """As `student_backward`, with all passes of a step together, block by block, as `together` runs them (memory.lockstep).
 
-    `drawn`: of a draw the teacher is asked as well, of a sample it has been. Both student passes' gradients are added up before they meet what
-    was there: the same to the last bit, if nothing was.
+    `drawn`: a draw, for which the teacher's passes are among them, or a sample, for which they were made before. The gradients of both student
+    passes are added up before they are added to what is there: the same to the last bit, if nothing is.
     """
     asked = teacher.passes(drawn) if isinstance(drawn, Draw) else {}
     # The mask is made of what this very pass shows, and wanted in backward only.

@@ -46,7 +46,7 @@ def phases_around(backbone: CogVideoX, config: TrainConfig, plan: MemoryPlan) ->
 
 def fit_to_generate(backbone: CogVideoX, config: TrainConfig, card: Card) -> MemoryPlan:
     """The configured plan with as many resident blocks as `card` holds while a video is made, and feed-forwards in chunks if no other
-    fits. On the CPU, which has one memory, all are. Raises DoesNotFit.
+    fits. On the CPU, which has one memory, all blocks are resident. Raises DoesNotFit.
     """
     plan, num_blocks = config.memory, backbone.num_blocks
     if card.is_cpu:

@@ -24,11 +24,11 @@ class Watch:
         self.calls: Counter[tuple[str, int]] = Counter()
         self.attention_calls: Counter[tuple[str, int]] = Counter()  # begun
         self.returned: Counter[tuple[str, int]] = Counter()  # of those, without an error
-        self.switch: dict[tuple[str, int], bool] = {}
-        self.used: dict[int, list[int]] = {}
-        self.detached: list[int] = []
-        self.no_grad_blocks: list[int] = []
-        self.phase, self.grad_outside = "", True
+        self.switch: dict[tuple[str, int], bool] = {}  # whether the erasers were on when attention began
+        self.used: dict[int, list[int]] = {}  # identities of the parameters that the eraser computed with
+        self.detached: list[int] = []  # student: erasers whose output no gradient can reach
+        self.no_grad_blocks: list[int] = []  # student: blocks that ran under no_grad
+        self.phase, self.grad_outside = "", True  # whether the student's forward pass began with gradients
         self.half = subject.assembly.dtype == torch.float16  # the student computes in float16: the model's own dtype, or an autocast's
 
     def _phase(self) -> str:

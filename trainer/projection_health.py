@@ -38,7 +38,7 @@ def unsound(code: str, **evidence: Any) -> Finding:
 
 def conclude(bill: Bill, problems: Mapping[str, Problem], updates: Mapping[str, Tensor], before: Mapping[str, Tensor],
              num_steps: int) -> Bill:
-    """After training: updates that are something, and layers that are what they were (`before`: copies of their weights)."""
+    """After training: updates that are not zero, and layers that are what they were (`before`: copies of their weights)."""
     found = [replace(finding("no-op-adapter", "adapters", module=name, norm=0.0),
                      cause="no step lowered the loss, and what was kept is the start: steps overshoot, or an update costs more than forgetting gains",
                      fix="--lr 0.01, the default, if it is another; else a higher --lambda-forget, or a lower --lambda-weight")

@@ -231,7 +231,7 @@ class Embeddings:
         return Embeddings(table, list(self._row), device)
 
 
-_EMBEDDING = 2  # what a cached row is: in float16, T5's `wo` was float16 too in the first
+_EMBEDDING = 2  # what is cached: another number for another way to encode
 
 
 def embed(encoder: TextEncoder, prompts: Sequence[str], *, dtype: torch.dtype, device: torch.device | str,

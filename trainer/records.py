@@ -47,7 +47,7 @@ class Pending:
 
 
 def non_finite(record: Mapping[str, Any], **evidence: Any) -> Finding:
-    """What a record that is not finite says by itself: the first on the way to an update that is not."""
+    """The finding that a record by itself gives: of predictions, loss and gradients the first that is not finite."""
     predictions, gradients = record.get("prediction_norms", {}), record["blocks"]["gradient"]
     block = None
     if not all(map(math.isfinite, predictions.values())):
