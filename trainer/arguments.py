@@ -119,7 +119,11 @@ def early(argv: Sequence[str], flag: str) -> str | None:
 
 def resolve(argv: Sequence[str], kind: type = TrainCommand) -> tuple[Any, dict[str, str]]:
     """A command (TrainCommand, PlanCommand) with its settings, and where each setting came from."""
+    def parsed(base: TrainConfig) -> Any:
+        return parse(kind, argv, "plan" if kind is PlanCommand else "", kind(settings=base))
+
     resume, toml, profile = early(argv, "--resume"), early(argv, "--config"), early(argv, "--profile")
+    flags = given(argv)
     if profile:
         chosen_card(profile)
     if resume and toml:
@@ -144,13 +148,13 @@ def resolve(argv: Sequence[str], kind: type = TrainCommand) -> tuple[Any, dict[s
             base = settings.replaced(base, file)
         except (UsageError, PlanError) as e:
             try:  # what the file lacks, or has too much, flags may say
-                flags = settings.leaves(parse(kind, argv, "plan" if kind is PlanCommand else "", kind(settings=base)).settings)
-                base = settings.replaced(base, file | {path: value for path, value in flags.items() if path.split(".")[1] in given(argv)})
+                said = settings.leaves(parsed(base).settings)
+                base = settings.replaced(base, file | {path: value for path, value in said.items() if path.split(".")[1] in flags})
             except (UsageError, PlanError):
                 raise UsageError(f"--config {toml}: {in_flags(e)}") from e
         origins |= dict.fromkeys(file, f"file {toml}")
-    command = parse(kind, argv, "plan" if kind is PlanCommand else "", kind(settings=base))
-    origins |= {path: "flag" for path in origins if path.split(".")[1] in given(argv)}
+    command = parsed(base)
+    origins |= {path: "flag" for path in origins if path.split(".")[1] in flags}
     then, now = base.model.model, command.settings.model.model
     if resume and then != now and "shapes" in (then, now):
         raise CheckpointError(f"cannot resume: --model was {then!r} and is {now!r} now, and prompts are made in another way for shapes than for "
