@@ -3,7 +3,7 @@
 import importlib.util
 import json
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -89,15 +89,6 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
         else:
             logger.warning("%s: left out a damaged line: %.40s…", path, line)
     return records
-
-
-def peaks_by_phase(records: Iterable[Mapping[str, Any]]) -> dict[str, float]:
-    """Bytes by phase, the highest of all records."""
-    peaks: dict[str, float] = {}
-    for record in records:
-        for phase, value in (record.get("peak_bytes_by_phase") or {}).items():
-            peaks[phase] = max(value, peaks.get(phase, 0.0))
-    return peaks
 
 
 def scalars(record: Mapping[str, Any], prefix: str = "") -> dict[str, float]:

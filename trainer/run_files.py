@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trainer.errors import CheckpointError, InputOutputError
-from trainer.metrics import METRICS, peaks_by_phase, read_metrics
+from trainer.metrics import METRICS, read_metrics
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -76,7 +76,11 @@ class RunFiles:
 
     def measured_peaks(self) -> dict[str, float]:
         """Bytes by phase, the highest of all steps."""
-        return peaks_by_phase(self.records)
+        peaks: dict[str, float] = {}
+        for record in self.records:
+            for phase, value in (record.get("peak_bytes_by_phase") or {}).items():
+                peaks[phase] = max(value, peaks.get(phase, 0.0))
+        return peaks
 
 
 def lookup(value: Any, *keys: str) -> Any:
