@@ -244,13 +244,13 @@ def embed(encoder: TextEncoder, prompts: Sequence[str], *, dtype: torch.dtype, d
     prompts = sorted(set(prompts))
     cache = cache or cache_directory("embeddings")
     fingerprint = encoder.fingerprint()
-    files = {p: cache / f"{_key(fingerprint, encoder.length, dtype, p)}.safetensors" for p in prompts}
+    files = {} if fingerprint is None else {p: cache / f"{_key(fingerprint, encoder.length, dtype, p)}.safetensors" for p in prompts}
     with pinning():
         table = torch.empty(len(prompts), encoder.length, encoder.width, dtype=dtype,
                             pin_memory=torch.device(device).type == "cuda")  # (n, L, D)
     missing, known = [], []
     for prompt in prompts:
-        found = None if fingerprint is None else recall(files[prompt], "embedding")
+        found = recall(files[prompt], "embedding") if files else None
         if found is None:
             missing.append(prompt)
         else:
@@ -259,7 +259,7 @@ def embed(encoder: TextEncoder, prompts: Sequence[str], *, dtype: torch.dtype, d
     if missing:
         rows = encoder.encode(missing, dtype=dtype, device=device, out=table[:len(missing)])
         _require_sense(missing, table)
-        if fingerprint is not None:
+        if files:
             store({files[prompt]: {"embedding": row} for prompt, row in zip(missing, rows)}, "text embeddings")
     return Embeddings(table, [*missing, *reversed(known)])
 
@@ -273,5 +273,5 @@ def _require_sense(prompts: Sequence[str], table: Tensor) -> None:
         raise CheckpointError("the text encoder gives the same for every prompt: its weights were wiped, or never loaded; copy the model again")
 
 
-def _key(fingerprint: str | None, length: int, dtype: torch.dtype, prompt: str) -> str:
+def _key(fingerprint: str, length: int, dtype: torch.dtype, prompt: str) -> str:
     return hashlib.sha256(f"{_EMBEDDING}\0{fingerprint}\0{length}\0{dtype}\0{prompt}".encode()).hexdigest()[:32]
