@@ -1,6 +1,7 @@
 """A forecast as a command line, as plain data and as tables."""
 
 import shlex
+from collections.abc import Iterator
 from dataclasses import asdict, fields
 from typing import Any
 
@@ -82,12 +83,12 @@ def print_forecast(found: Forecast, origins: dict[str, str], *, explain: bool) -
                   f"predictions by {TYPICAL_ERROR:.0%} (root mean square), {LARGEST_ERROR:.0%} at most; short steps take longer where the host is the limit)",
                   highlight=False)
     searched = (*SEARCHED, "num_shards") if found.num_cards > 1 else SEARCHED
-    settings = Table("setting", "value", "origin", title="settings", title_justify="left")
+    table = Table("setting", "value", "origin", title="settings", title_justify="left")
     for f in fields(MemoryPlan):
-        value, path = getattr(a.plan, f.name), f"memory.{f.name}"
-        planned = f.name in searched and origins.get(path) in ("default", None)
-        settings.add_row(f.name, str(value), "planned" if planned else Text(origins.get(path, "default")))
-    console.print(settings)
+        origin = origins.get(f"memory.{f.name}", "default")
+        planned = f.name in searched and origin == "default"
+        table.add_row(f.name, str(getattr(a.plan, f.name)), "planned" if planned else Text(origin))
+    console.print(table)
     for title, rows in (("GiB at the step's peak", a.prediction.by_category), ("GiB by phase", a.by_phase)):
         table = Table("", "GiB", title=title, title_justify="left")
         for name, num_bytes in rows.items():
@@ -109,14 +110,21 @@ def print_forecast(found: Forecast, origins: dict[str, str], *, explain: bool) -
             table.add_row(_difference(miss.plan, a.plan), f"{miss.time.seconds:.2f}", miss.reason)
         console.print(table)
     if explain:
-        console.print("seconds of a step by what limits them: " + ", ".join(f"{bound} {seconds:.2f}" for bound, seconds in a.time.by_bound.items()), highlight=False)
-        if not found.card.is_cpu:
-            console.print(f"host: about {a.time.num_operators:,.0f} operators a step, most of them one kernel; it is the limit where it takes more "
-                          f"than {1e6 * a.time.seconds / a.time.num_operators:,.0f} µs for each", highlight=False)
-        console.print(f"assumed of {found.card.label}, not measured: {', '.join(found.card.assumed).replace('_', ' ')}\n"
-                      f"rates: {found.card.source}", highlight=False)
+        for line in _explained(found):
+            console.print(line, highlight=False)
     if found.result.best and not only_planned(a.plan):
         print(command(found.config, a.plan, origins, found.num_cards))
+
+
+def _explained(found: Forecast) -> Iterator[str]:
+    """What limits the step, how fast the host has to be, and which figures of the card are assumed."""
+    time = found.chosen.time
+    yield "seconds of a step by what limits them: " + ", ".join(f"{bound} {seconds:.2f}" for bound, seconds in time.by_bound.items())
+    if not found.card.is_cpu:
+        yield (f"host: about {time.num_operators:,.0f} operators a step, most of them one kernel; it is the limit where it takes more "
+               f"than {1e6 * time.seconds / time.num_operators:,.0f} µs for each")
+    yield f"assumed of {found.card.label}, not measured: {', '.join(found.card.assumed).replace('_', ' ')}"
+    yield f"rates: {found.card.source}"
 
 
 def _difference(plan: MemoryPlan, other: MemoryPlan) -> str:
