@@ -107,10 +107,10 @@ class ForgetConfig:
         self._check_side()
 
     def _check_side(self) -> None:
-        theirs = {"clip": ("forget_images", "preserve_images", "question", "num_answers", "mergers"),
-                  "qwen3-vl": ("preserve", "preserve_file", "images")}
+        foreign = {"clip": ("forget_images", "preserve_images", "question", "num_answers", "mergers"),
+                   "qwen3-vl": ("preserve", "preserve_file", "images")}
         for f in fields(self):
-            if f.name in theirs[self.encoder] and getattr(self, f.name) != f.default:
+            if f.name in foreign[self.encoder] and getattr(self, f.name) != f.default:
                 raise UsageError(f"{flag_of(f.name)} is not for --encoder {self.encoder}")
         if self.encoder == "qwen3-vl" and self.target == "empty":
             raise UsageError("--target empty: an image has no empty string; random and mean would work")

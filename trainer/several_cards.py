@@ -40,8 +40,8 @@ def assess_sharded(run: Workload, card: Card, base: MemoryPlan, num_cards: int, 
         misses.append(found)
     tried = len(misses) + found.fits
     smallest = min([found, *misses], key=lambda a: a.needed_bytes)
-    faster = [miss for miss in misses if miss.time.seconds < (best or smallest).time.seconds]
-    return SearchResult(best=best, near_misses=tuple(sorted(faster, key=lambda a: a.needed_bytes)), smallest=smallest, num_candidates=tried,
+    near = [miss for miss in misses if miss.time.seconds < (best or smallest).time.seconds]
+    return SearchResult(best=best, near_misses=tuple(sorted(near, key=lambda a: a.needed_bytes)), smallest=smallest, num_candidates=tried,
                         num_unknown=0, num_replays=tried, num_traces=tried)
 
 
