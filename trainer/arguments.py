@@ -8,7 +8,7 @@ import difflib
 import io
 import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -123,37 +123,16 @@ def resolve(argv: Sequence[str], kind: type = TrainCommand) -> tuple[Any, dict[s
         return parse(kind, argv, "plan" if kind is PlanCommand else "", kind(settings=base))
 
     resume, toml, profile = early(argv, "--resume"), early(argv, "--config"), early(argv, "--profile")
-    flags = given(argv)
     if profile:
         chosen_card(profile)
     if resume and toml:
         raise UsageError("--config beside --resume: a resumed run keeps its settings; give what may change as flags")
-    base, origins = TrainConfig(), dict.fromkeys(settings.leaves(TrainConfig()), "default")
     if resume:
-        values, before = _of_run(settings.expanded(resume))
+        base, origins = _of_run(settings.expanded(resume), planned_anew=profile is not None)
         refuse_out(argv)
-        for path, origin in before.items():
-            if profile and origin.startswith(("profile ", "step-down ")):  # what was planned is planned anew
-                del values[path]
-            else:
-                origins[path] = origin
-        base = settings.replaced(base, values)
     else:
-        file = read_toml(settings.expanded(toml)) if toml else {}
-        model = early(argv, "--model") or file.get("model.model", "shapes")
-        if model == "shapes":
-            base = settings.replaced(base, settings.SHAPES)
-            origins |= dict.fromkeys(settings.SHAPES, "bundled model")
-        try:
-            base = settings.replaced(base, file)
-        except (UsageError, PlanError) as e:
-            try:  # what the file lacks, or has too much, flags may say
-                said = settings.leaves(parsed(base).settings)
-                base = settings.replaced(base, file | {path: value for path, value in said.items() if path.split(".")[1] in flags})
-            except (UsageError, PlanError):
-                raise UsageError(f"--config {toml}: {in_flags(e)}") from e
-        origins |= dict.fromkeys(file, f"file {toml}")
-    command = parsed(base)
+        base, origins = _of_file(argv, toml, parsed)
+    command, flags = parsed(base), given(argv)
     origins |= {path: "flag" for path in origins if path.split(".")[1] in flags}
     then, now = base.model.model, command.settings.model.model
     if resume and then != now and "shapes" in (then, now):
@@ -167,8 +146,8 @@ def resolve(argv: Sequence[str], kind: type = TrainCommand) -> tuple[Any, dict[s
     return command, origins
 
 
-def _of_run(run_dir: Path) -> tuple[dict[str, Any], dict[str, str]]:
-    """The settings of a run that goes on, and where each came from, as far as the run knows."""
+def _of_run(run_dir: Path, *, planned_anew: bool) -> tuple[TrainConfig, dict[str, str]]:
+    """The settings of a run that goes on, and where each came from, as far as the run knows. `planned_anew`: what was planned is at its default."""
     from trainer.run_directory import read_config
     from trainer.run_files import CONFIG, lookup
 
@@ -176,7 +155,30 @@ def _of_run(run_dir: Path) -> tuple[dict[str, Any], dict[str, str]]:
         raise CheckpointError(f"--resume {run_dir}: not a run directory (there is no {CONFIG}); name the directory of a run, such as runs/red-1")
     config, content = read_config(run_dir)
     values = settings.leaves(config)
-    return values, {path: str(lookup(content, "origins", path) or f"run {run_dir}") for path in values}
+    origins = {path: str(lookup(content, "origins", path) or f"run {run_dir}") for path in values}
+    if planned_anew:
+        planned = [path for path, origin in origins.items() if origin.startswith(("profile ", "step-down "))]
+        origins |= dict.fromkeys(planned, "default")
+        values = {path: value for path, value in values.items() if path not in planned}
+    return settings.replaced(TrainConfig(), values), origins
+
+
+def _of_file(argv: Sequence[str], toml: str | None, parsed: Callable[[TrainConfig], Any]) -> tuple[TrainConfig, dict[str, str]]:
+    """The settings of a new run without its flags, and where each came from: the model's defaults, and a TOML file if there is one."""
+    base, origins = TrainConfig(), dict.fromkeys(settings.leaves(TrainConfig()), "default")
+    file = read_toml(settings.expanded(toml)) if toml else {}
+    if (early(argv, "--model") or file.get("model.model", "shapes")) == "shapes":
+        base = settings.replaced(base, settings.SHAPES)
+        origins |= dict.fromkeys(settings.SHAPES, "bundled model")
+    try:
+        base = settings.replaced(base, file)
+    except (UsageError, PlanError) as e:
+        try:  # flags may supply what the file lacks, or replace what does not go together
+            flags, said = given(argv), settings.leaves(parsed(base).settings)
+            base = settings.replaced(base, file | {path: value for path, value in said.items() if path.split(".")[1] in flags})
+        except (UsageError, PlanError):
+            raise UsageError(f"--config {toml}: {in_flags(e)}") from e
+    return base, origins | dict.fromkeys(file, f"file {toml}")
 
 
 def refuse_out(argv: Sequence[str]) -> None:
