@@ -211,10 +211,10 @@ def from_json(values: Mapping[str, Any]) -> Finding:
     return found
 
 
-def gone_by(content: Mapping[str, Any]) -> list[Finding]:
+def earlier_findings(content: Mapping[str, Any]) -> list[Finding]:
     """The findings in findings.json of a run that goes on: it did go on, so what was fatal then is a warning now."""
-    found, earlier = [], content.get("findings", [])
-    for values in earlier if isinstance(earlier, list) else [earlier]:
+    found, listed = [], content.get("findings", [])
+    for values in listed if isinstance(listed, list) else [listed]:
         try:
             f = from_json(values)
         except TypeError as e:

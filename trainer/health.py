@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from memory.optimizers import update_norms
 from trainer.distributed import average, everyones, num_ranks, rank
 from trainer.erasers import in_backward
-from trainer.findings import Bill, Finding, finding, gone_by, keep_findings
+from trainer.findings import Bill, Finding, finding, earlier_findings, keep_findings
 from trainer.inspection import Fingerprint, Subject, adapter_findings
 from trainer.preflight import Preflight
 from trainer.records import Judge, Pending, non_finite
@@ -35,7 +35,7 @@ class Health:
 
     def __init__(self, subject: Subject, *, run_dir: Path | None = None, resumed: bool = False):
         """`resumed`: what an earlier half of the run found stays in its findings.json."""
-        self.earlier = gone_by(read_object(run_dir / FINDINGS)) if resumed else []
+        self.earlier = earlier_findings(read_object(run_dir / FINDINGS)) if resumed else []
         self.subject, self.run_dir = subject, run_dir if rank() == 0 else None
         self.sinks: Sequence[Callable[[dict[str, Any]], None]] = ()
         """Called with the record of every step, one step late."""
@@ -262,16 +262,20 @@ class Health:
             else:
                 self._teacher = self._teacher + norm
 
+    def _is_due(self, norm: Tensor) -> bool:
+        """Whether a block's norm is to be measured now: in the step's first student pass, and not where that is recomputed."""
+        return norm is self._zero and torch.is_grad_enabled() and not in_backward()
+
     def _measure_residual(self, index: int):
         def measure(block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-            if self._residual[index] is self._zero and torch.is_grad_enabled() and not in_backward():
+            if self._is_due(self._residual[index]):
                 self._residual[index] = _norm(kwargs["hidden_states"] if "hidden_states" in kwargs else args[0])
 
         return measure
 
     def _measure_eraser(self, index: int):
         def measure(adapter: nn.Module, args: tuple, output: Tensor) -> None:
-            if self._eraser[index] is self._zero and torch.is_grad_enabled() and not in_backward():
+            if self._is_due(self._eraser[index]):
                 self._eraser[index] = _norm(output)
 
         return measure

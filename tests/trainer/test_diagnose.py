@@ -23,7 +23,7 @@ from trainer.config import TrainConfig
 from trainer.diagnose import diagnose_eraser, diagnose_path, diagnose_run, diagnose_settings, prepare
 from trainer.eraser_files import WEIGHTS, save_released
 from trainer.errors import CheckpointError
-from trainer.findings import CODES, Bill, Unhealthy, finding, from_json, gone_by, print_bill
+from trainer.findings import CODES, Bill, Unhealthy, finding, from_json, earlier_findings, print_bill
 from trainer.inspection import Fingerprint, adapter_findings
 from trainer.loop import train
 from trainer.manifest import MANIFEST, write_manifest
@@ -67,12 +67,12 @@ def test_a_finding_goes_through_json_and_back() -> None:
 @pytest.mark.parametrize("damage", [{"evidence": 3}, {"evidence": None}, {"module": 1}, {"block": "1"}, {"code": ["x"]}, {"new": 1}])
 def test_a_finding_of_other_types_is_left_out_of_a_run_that_goes_on(damage: dict, caplog: pytest.LogCaptureFixture) -> None:
     sound = finding("dead-gelu", "student").as_json()
-    assert [f.severity for f in gone_by({"findings": [sound | damage, sound]})] == ["warning"] and len(caplog.records) == 1
+    assert [f.severity for f in earlier_findings({"findings": [sound | damage, sound]})] == ["warning"] and len(caplog.records) == 1
 
 
 @pytest.mark.parametrize("content", [{"findings": None}, {"findings": 3}, {"findings": {"a": 1}}, {"findings": [None]}, {}])
 def test_findings_that_are_none_are_none(content: dict) -> None:
-    assert gone_by(content) == []
+    assert earlier_findings(content) == []
 
 
 def test_what_is_fatal_takes_the_place_of_a_warning_alone() -> None:
