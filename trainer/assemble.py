@@ -36,7 +36,7 @@ def video_size(backbone: CogVideoX, model: ModelConfig) -> tuple[int, int, int]:
 
 
 def latent_shape(backbone: CogVideoX, model: ModelConfig) -> tuple[int, int, int, int]:
-    """(F, C, H, W) of the latents of such a video. Raises UsageError for a size that the model does not make."""
+    """(F, C, H, W) of the latents of a video of the size that is asked for. Raises UsageError for a size that the model does not make."""
     return backbone.latent_shape(*video_size(backbone, model))
 
 

@@ -25,6 +25,7 @@ from memory.exhaustion import exhausted, first_line
 from trainer.nullspace import null_space_update
 from trainer.projection_config import ForgetConfig
 from trainer.projection_encoders import load_part, load_tokenizer
+from trainer.projection_examples import Split, of_class
 from trainer.projection_problem import Case, Problem
 from trainer.projection_qwen import MAIN_MERGER, answers, deepstack_cut, edited
 from trainer.prompts import word
@@ -103,11 +104,10 @@ class _ZeroShot:
     def _classes(self, updates: Mapping[str, Tensor]) -> Tensor:
         return torch.stack([self._class(name, updates, ("train",)) for name in (self.case.forget, *self.case.kept)])
 
-    def _class(self, name: str, updates: Mapping[str, Tensor], splits: Sequence[str]) -> Tensor:
+    def _class(self, name: str, updates: Mapping[str, Tensor], splits: Sequence[Split]) -> Tensor:
         """The mean of a class' normalised text embeddings (E,), normalised."""
         (layer,) = self.case.layers.values()
-        rows = [i for i, e in enumerate(self.case.examples) if e.name == name and e.split in splits]
-        texts = layer(self.case.inputs[layer.name][rows], updates.get(layer.name))
+        texts = layer(self.case.inputs[layer.name][of_class(self.case.examples, name, *splits)], updates.get(layer.name))
         return F.normalize(F.normalize(texts, dim=1).mean(0), dim=0)
 
     def _assign(self, vectors: Tensor, members: Sequence[int]) -> Assigned:
@@ -122,8 +122,7 @@ class _Nearest:
         self.case, self.names = case, (case.forget, *case.kept)
         self.layer = next(iter(case.layers.values()))
         inputs = case.inputs[self.layer.name]
-        self.means = torch.stack([self.layer(inputs[[i for i, e in enumerate(case.examples) if (e.name, e.split) == (n, "train")]]).mean(0)
-                                  for n in self.names])  # (classes, E)
+        self.means = torch.stack([self.layer(inputs[of_class(case.examples, name, "train")]).mean(0) for name in self.names])  # (classes, E)
         self.members = [i for i, e in enumerate(case.examples) if e.split == "test"]
 
     def __call__(self, updates: Mapping[str, Tensor]) -> Assigned:
@@ -141,8 +140,7 @@ def leak(config: ForgetConfig, case: Case, updates: Mapping[str, Tensor], closed
     """What the language model still says of the forgotten class: with mergers edited, and with DeepStack cut."""
     from transformers import Qwen3VLForConditionalGeneration
 
-    asked = [e for name in (case.forget, *case.kept)
-             for e in [e for e in case.examples if (e.name, e.split) == (name, "test")][:config.num_answers]]
+    asked = [case.examples[i] for name in (case.forget, *case.kept) for i in of_class(case.examples, name, "test")[:config.num_answers]]
     inputs = [case.tower.preprocess([e.content]) for e in asked]
     model = load_part(Qwen3VLForConditionalGeneration, case.tower.directory).to(device)
     tokenizer = load_tokenizer(case.tower.directory)

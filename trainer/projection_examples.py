@@ -42,6 +42,11 @@ class Example:
         return hashlib.sha256(repr(self.content.size).encode() + self.content.tobytes()).digest()
 
 
+def of_class(examples: Sequence[Example], name: str, *splits: Split) -> list[int]:
+    """The positions of a class' examples in these splits."""
+    return [i for i, e in enumerate(examples) if e.name == name and e.split in splits]
+
+
 def open_picture(content: Image.Image | Path) -> Image.Image:
     """The picture, in RGB. Raises UsageError for a file that is none."""
     if isinstance(content, Image.Image):

@@ -20,7 +20,7 @@ from trainer.errors import UsageError
 from trainer.lora import Layer
 from trainer.projection_config import ForgetConfig
 from trainer.projection_encoders import ClipText, ClipVision, QwenVision, Tower, embedded, load_tokenizer, locate, read_layer
-from trainer.projection_examples import Example, classes, images, texts
+from trainer.projection_examples import Example, classes, images, of_class, texts
 from trainer.projection_features import features
 from trainer.seeding import noise
 
@@ -98,7 +98,8 @@ def prepare(config: ForgetConfig, device: torch.device) -> Case:
     inputs = features(tower, examples, plan=config.memory, device=device, batch_size=config.batch_size)
     _require_told_apart(inputs[tower.layer_names[0]], examples, forget, kept)
     pictures, embeddings = _measured_pictures(config, directory, forget, kept, device)
-    return Case(tower, forget, kept, examples, inputs, layers, next(iter(read.values()))[1], pictures, embeddings)
+    _, dtype = read[tower.layer_names[0]]
+    return Case(tower, forget, kept, examples, inputs, layers, dtype, pictures, embeddings)
 
 
 def _measured_pictures(config: ForgetConfig, directory: Path, forget: str, kept: tuple[str, ...],
@@ -113,7 +114,7 @@ def _measured_pictures(config: ForgetConfig, directory: Path, forget: str, kept:
 
 
 def _require_told_apart(inputs: Tensor, examples: list[Example], forget: str, kept: tuple[str, ...]) -> None:
-    rows = {name: inputs[[i for i, e in enumerate(examples) if (e.name, e.split) == (name, "train")]] for name in (forget, *kept)}
+    rows = {name: inputs[of_class(examples, name, "train")] for name in (forget, *kept)}
     for name in kept:
         if torch.equal(rows[name], rows[forget]):
             raise UsageError(f"the encoder sees no difference between {forget!r}, which is to be forgotten, and {name!r}; are texts or "
@@ -126,7 +127,7 @@ def make_problem(case: Case, name: str, config: ForgetConfig, device: torch.devi
     forget, preserve = (case.rows(name, forgotten=f) for f in (True, False))
     kind = {"clip": "empty", "qwen3-vl": "random"}[config.encoder] if config.target == "auto" else config.target
     if kind == "empty":
-        empty = layer(case.inputs[name][[i for i, e in enumerate(case.examples) if e.split == "empty"]])[0]
+        (empty,) = layer(case.inputs[name][of_class(case.examples, "", "empty")])
         target = empty / torch.linalg.vector_norm(empty)
     elif kind == "random":
         # A unit vector would have nothing to do with the outputs: the scale is theirs.
