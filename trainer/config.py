@@ -6,6 +6,7 @@ Imports no torch, so that `--help` answers at once.
 import dataclasses
 import math
 import unicodedata
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -195,24 +196,23 @@ def require_seed(config: Any) -> None:
 def at_least(config: Any, least: float, *names: str, num_bits: int = 64) -> None:
     """Raises UsageError for a setting that is less, or not finite. `num_bits`: what a whole number must fit; 32 where it is a tensor's
     size, whose bytes must be countable too."""
-    for name in names:
-        for value in _numbers(config, name):
-            if not least <= value < math.inf:
-                raise UsageError(f"{flag_of(name)} {value}: must be {least} or more" + ", and finite" * (not math.isfinite(value)))
+    for name, value in _numbers(config, names):
+        if not least <= value < math.inf:
+            raise UsageError(f"{flag_of(name)} {value}: must be {least} or more" + ", and finite" * (not math.isfinite(value)))
     _require_fit(config, num_bits, *names)
 
 
 def _require_fit(config: Any, num_bits: int, *names: str) -> None:
+    for name, value in _numbers(config, names):
+        if isinstance(value, int) and not -2**(num_bits - 1) <= value < 2**(num_bits - 1):
+            raise UsageError(f"{flag_of(name)} {value}: must fit {num_bits} bits")
+
+
+def _numbers(config: Any, names: Iterable[str]) -> Iterator[tuple[str, float]]:
+    """(name, number) of settings that hold one number, several, or None."""
     for name in names:
-        for value in _numbers(config, name):
-            if isinstance(value, int) and not -2**(num_bits - 1) <= value < 2**(num_bits - 1):
-                raise UsageError(f"{flag_of(name)} {value}: must fit {num_bits} bits")
-
-
-def _numbers(config: Any, name: str) -> tuple[float, ...]:
-    """What a setting holds: one number, several, or none where it is None."""
-    value = getattr(config, name)
-    return value if isinstance(value, tuple) else () if value is None else (value,)
+        value = getattr(config, name)
+        yield from ((name, number) for number in (value if isinstance(value, tuple) else (value,)) if number is not None)
 
 
 # What suits the bundled model better than the published defaults, which are those of the 2b and the 5b.
