@@ -18,7 +18,7 @@ from trainer.checkpoint import Checkpoint, Saver, latest_checkpoint
 from trainer.clock import PhaseClock
 from trainer.config_file import as_json
 from trainer.errors import CheckpointError, Interrupted
-from trainer.findings import Bill, Unhealthy, keep_findings
+from trainer.findings import Bill, Unhealthy, earlier_findings, keep_findings
 from trainer.lock import RunLock
 from trainer.lora import Lora, save_lora, save_merged
 from trainer.metrics import MetricsLog
@@ -31,6 +31,7 @@ from trainer.projection_health import conclude, examine, unsound
 from trainer.projection_memory import keep_prediction, predict_step
 from trainer.projection_problem import Case, Problem, make_problem, prepare
 from trainer.run_directory import make_run_directory, read_content, require_none_due, require_place, write_config
+from trainer.run_files import FINDINGS, read_object
 from trainer.signals import StopFlag
 
 logger = logging.getLogger(__name__)
@@ -158,7 +159,8 @@ def forget(config: ForgetConfig, origins: Mapping[str, str], *,
            resume: Path | None = None) -> tuple[Path, dict[str, Any]]:
     """Forget as configured, measure, and return the run directory and the evaluation.
 
-    Raises UsageError for input that cannot work, NonFinite before any weight is touched, Interrupted after saving.
+    Raises UsageError for input that cannot work, NonFinite before any weight is touched, Interrupted after saving, Unhealthy where the
+    frozen layers have changed.
     """
     device, started = resolve_device(config.device), time.monotonic()
     if not resume:
@@ -174,7 +176,9 @@ def forget(config: ForgetConfig, origins: Mapping[str, str], *,
         save_lora(run_dir, run.done, alpha=config.alpha, base_model=str(config.model))
         if config.merge:
             save_merged(run_dir, case.layers, run.updates(), case.dtype)
-        keep_findings(run_dir, conclude(bill, problems, run.updates(), frozen, run.step))
+        bill = conclude(bill, problems, run.updates(), frozen, run.step)
+        keep_findings(run_dir, bill)
+        bill.raise_if_fatal("after training")
         result = evaluate_forgetting(run_dir, config, case, problems, run.updates(), attempts=run.attempts, device=device,
                                      started=started)
     return run_dir, result
@@ -190,7 +194,7 @@ def _train(run: Run, problems: Mapping[str, Problem], case: Case, run_dir: Path,
                       facts={"predicted_peak_bytes": trace.prediction().peak_bytes})
     with ExitStack() as files, StopFlag() as stop, monitor:
         checkpoint = _restore(run, run_dir, facts, meter.device) if resume else None  # before anything is written
-        bill = examine(problems)
+        bill = examine(problems).with_findings(earlier_findings(read_object(run_dir / FINDINGS)) if resume else ())
         keep_findings(run_dir, bill)
         bill.raise_if_fatal("before training (nothing was changed)")
         write_config(run_dir, config, origins, command="forget", first_step=run.step, **facts)

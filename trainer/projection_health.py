@@ -43,9 +43,11 @@ def conclude(bill: Bill, problems: Mapping[str, Problem], updates: Mapping[str, 
                      cause="no step lowered the loss, and what was kept is the start: steps overshoot, or an update costs more than forgetting gains",
                      fix="--lr 0.01, the default, if it is another; else a higher --lambda-forget, or a lower --lambda-weight")
              for name, update in updates.items() if not update.any()]
-    found += [finding("frozen-weights-changed", "weights", module=f"{name}.weight") for name, problem in problems.items()
-              if not torch.equal(problem.layer.weight, before[name])]
-    return Bill(findings=(*bill.findings, *found), checked=(
+    changed = {name: (problem.layer.weight - before[name]).abs().max().item() for name, problem in problems.items()
+               if not torch.equal(problem.layer.weight, before[name])}
+    found += [finding("frozen-weights-changed", "weights", module=f"{name}.weight", largest_change=change) for name, change in changed.items()]
+    return Bill(findings=(*bill.findings, *(f for f in found if f not in bill.findings)), checked=(
         *bill.checked, f"loss and gradient: finite in each of {num_steps} steps",
         "updates: " + ", ".join(f"‖s B A‖ {update.norm().item():.3g} beside ‖W‖ {before[name].norm().item():.3g} in {name}"
-                                for name, update in updates.items()), "frozen weights: what they were, to the bit"))
+                                for name, update in updates.items()),
+        "frozen weights: compared bit by bit"))

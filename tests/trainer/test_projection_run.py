@@ -157,6 +157,20 @@ def test_a_lora_that_no_step_made_better_is_said_with_what_helps(encoders, tmp_p
     assert found["code"] == "no-op-adapter" and found["fix"].startswith("--lr 0.01") and "injected" not in found["cause"]
 
 
+def test_a_frozen_layer_that_changes_ends_it_and_is_still_told_after_resuming(encoders, tmp_path, monkeypatch):
+    def change(self, updates=projection.Run.updates):
+        self.problems[0].layer.weight[0, 0] += 1
+        return updates(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(projection.Run, "updates", change)
+        with pytest.raises(Unhealthy, match="after training: frozen-weights-changed .weights, text_projection.weight.: .*largest change 1"):
+            main(clip(encoders, tmp_path / "run"))
+    main(["forget", "--resume", str(tmp_path / "run")])
+    (found,) = json.loads((tmp_path / "run" / "findings.json").read_text())["findings"]
+    assert (found["code"], found["severity"]) == ("frozen-weights-changed", "warning") and found["evidence"]["stopped_an_earlier_start"]
+
+
 def test_clip_is_measured_on_pictures_where_there_are_some(encoders, tmp_path):
     for name in ("cat", "dog", "car"):
         (tmp_path / "shown" / name).mkdir(parents=True)
