@@ -185,6 +185,8 @@ def _forecast(command: PlanCommand, origins: dict[str, str]) -> None:
         forecast_text.print_forecast(found, origins, explain=command.explain)
     if found.result.best is None:
         raise DoesNotFit(planning.verdict(found))
+    if card.is_cpu and (command.profile, device) == ("auto", "auto") and found.chosen.time.seconds > planning.LONG_STEP:
+        print("there is no CUDA card here, so this is planned for the CPU; --profile 4090, say, plans for a card", file=sys.stderr)
 
 
 def _card_to_fill(config: GenerateConfig | EvaluateConfig, by_flag: Collection[str]) -> Card | None:

@@ -26,7 +26,7 @@ from trainer.prompts import PromptSet
 from trainer.rehearse import num_rehearsed, rehearse, teacher_share
 from trainer.several_cards import assess_sharded, faster, host_share
 
-_LONG_STEP = 600.0
+LONG_STEP = 600.0
 """Seconds that no step of a run that somebody waits for takes."""
 
 
@@ -214,7 +214,7 @@ def require_sense(config: TrainConfig, on_cpu: Assessment | None = None, *, what
         seconds = (on_cpu or forecast_as_given(config, lookup("cpu"))).time.seconds
     except UsageError:  # what cannot be trained, as for its scheduler, may generate; and says itself what it cannot
         return
-    if seconds > _LONG_STEP:
+    if seconds > LONG_STEP:
         long = f"{seconds / 60:.0f} minutes" if seconds < 7200 else f"{seconds / 3600:.0f} hours"
         raise UsageError(f"there is no CUDA card here, and on the CPU a step of training {config.model.model} takes about {long} (predicted); "
                          f"run.py doctor says what is missing, --device cpu {what} nevertheless")

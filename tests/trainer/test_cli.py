@@ -506,6 +506,15 @@ def test_a_machine_whose_card_is_not_seen_does_not_train_for_weeks(call, monkeyp
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a card")
+def test_a_plan_of_weeks_says_how_to_plan_for_a_card(settings, call, monkeypatch):
+    words = ["plan", *settings[:settings.index("--device")]]
+    assert call(*words)[2] == []
+    monkeypatch.setattr(planning, "LONG_STEP", 0.0)
+    assert call(*words)[2] == ["there is no CUDA card here, so this is planned for the CPU; --profile 4090, say, plans for a card"]
+    assert call(*words, "--device", "cpu")[2] == []
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a card")
 def test_a_machine_whose_card_is_not_seen_does_not_generate_for_days(call, monkeypatch, tmp_path):
     monkeypatch.setattr("memory.cards.host_bytes", lambda: (2**36, 2**36))
     download = Mock(side_effect=FileNotFoundError("asked"))
