@@ -14,7 +14,8 @@ ONE_STROKE = 0.2
 
 class StopFlag:
     """Context manager under which SIGINT, SIGTERM and SIGHUP (the terminal or connection is gone) set a flag that the loop tests once a
-    step. Under `nohup`, SIGHUP stays ignored.
+    step. What was ignored before stays ignored: SIGHUP under `nohup`, SIGINT in a job that a script started in the background (`&`), whose
+    Ctrl-C is meant for the script.
 
     Truthy once a signal came; `signal_number` says which. A second signal of any kind, no sooner than ONE_STROKE after the first, ends
     the process within a second with status 128 + its number and without clean-up: the checkpoint protocol leaves nothing half-written at
@@ -34,7 +35,7 @@ class StopFlag:
         os.set_blocking(self._write, False)
         self._former_wakeup = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
         self._former_handlers = {number: signal.signal(number, self._handle) for number in SIGNALS
-                                 if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN}
+                                 if signal.getsignal(number) != signal.SIG_IGN}
         self._watcher = threading.Thread(target=self._leave_on_second, name="signals", daemon=True)
         self._watcher.start()
         return self

@@ -207,7 +207,8 @@ def signalled(directory: Path, phase: str, numbers: tuple[int, ...]) -> dict[str
 
 def signals(directory: Path) -> dict[str, Any]:
     build(directory)
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may run under nohup
+    for number in SIGNALS:  # the tests may run under nohup, or in the background of a script
+        signal.signal(number, signal.SIG_DFL)
     return {"once": {f"{number.name} in {phase}": signalled(directory, phase, (number,)) for phase in PHASES for number in SIGNALS},
             "twice": {f"{number.name} twice in {phase}": signalled(directory, phase, (number, number)) for phase in PHASES
                       for number in SIGNALS}}

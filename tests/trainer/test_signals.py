@@ -15,11 +15,12 @@ REPOSITORY = Path(__file__).parents[2]
 
 
 @pytest.fixture(autouse=True)
-def _no_nohup():
-    """Whoever runs the tests under nohup had SIGHUP ignored, and would have it in every child."""
-    former = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+def _none_ignored():
+    """Whoever runs the tests under nohup, or in a script's background, had signals ignored, and would have them in every child."""
+    former = {number: signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL) for number in SIGNALS}
     yield
-    signal.signal(signal.SIGHUP, former)
+    for number, handler in former.items():
+        signal.signal(number, handler)
 
 
 @pytest.mark.parametrize("number", SIGNALS)
@@ -78,6 +79,15 @@ def test_a_terminal_that_closes_is_a_signal_unless_it_is_ignored_as_under_nohup(
         heard += os.read(terminal, 100)
     os.close(terminal)
     assert os.waitpid(pid, 0)[1] == 0 and (tmp_path / "said").read_text() == expected
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_what_was_ignored_stays_ignored_as_ctrl_c_in_the_background_of_a_script(number):
+    signal.signal(number, signal.SIG_IGN)
+    with StopFlag() as stop:
+        os.kill(os.getpid(), number)
+        assert not stop
+    assert signal.getsignal(number) == signal.SIG_IGN
 
 
 IMPORTS = "import hashlib, os, sys\nfrom trainer.signals import StopFlag"
