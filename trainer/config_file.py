@@ -22,11 +22,14 @@ _WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: 
 def read_text(path: Path, flag: str) -> str:
     """The text of the file that a flag names. Raises UsageError."""
     try:
-        return path.read_text(encoding="utf-8-sig")
+        text = path.read_text(encoding="utf-8-sig")
     except OSError as e:
         raise UsageError(f"{flag} {path}: cannot be read ({e.strerror})") from e
     except UnicodeDecodeError as e:
         raise UsageError(f"{flag} {path}: is not UTF-8 (byte {e.start}: {e.reason}); save it as UTF-8") from e
+    if "\0" in text:  # Latin letters in UTF-16 without a mark at its beginning
+        raise UsageError(f"{flag} {path}: is not UTF-8 (it holds null bytes); save it as UTF-8")
+    return text
 
 
 def read_toml(path: Path) -> dict[str, Any]:
@@ -44,6 +47,8 @@ def read_toml(path: Path) -> dict[str, Any]:
             dotted = section if name is None else f"{section}.{name}"
             if dotted not in known:
                 raise UsageError(f"--config {path}: there is no setting {dotted}; {_instead_of(dotted, known)}")
+            if any(isinstance(text, str) and "\0" in text for text in (value if isinstance(value, list) else [value])):
+                raise UsageError(f"--config {path}: {dotted} = {value!r} holds a null byte, which no name of a file may")
             try:
                 found[dotted] = _setting(value, dotted)
             except TypeError as e:

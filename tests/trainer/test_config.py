@@ -130,6 +130,9 @@ def test_unknown_toml_key_suggests_the_nearest(toml, text, near):
     ("[model]\nframes = '9'\n", "model.frames = '9' is not a whole number"),
     ("[model.model]\nname = 'x'\n", "model.model"),
     ("[optim\n", "not valid TOML"),
+    ('[data]\nprompts = "a\\u0000b"\n', r"data.prompts = 'a\\x00b' holds a null byte"),
+    ('[data]\npreserve = ["a\\u0000b"]\n', "data.preserve = .* holds a null byte"),
+    ("[optim]\0\n", "is not UTF-8 .it holds null bytes.; save it as UTF-8"),
 ])
 def test_wrong_toml_values_are_refused(toml, text, message):
     with pytest.raises(UsageError, match=f"--config .*{message}"):

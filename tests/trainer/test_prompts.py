@@ -67,6 +67,7 @@ def test_csv_with_prompts_alone(tmp_path):
     ("p.csv", "text\nred\n", "needs a column named prompt, has text"),
     ("p.csv", "prompt,safe,Safe\nred,,\n", "has 2 columns named safe; leave one"),
     ("p.txt", b"\xff\xfe\x00r", "is not UTF-8 .*; save it as UTF-8"),
+    ("p.txt", "a red circle".encode("utf-16-le"), "is not UTF-8 .it holds null bytes.; save it as UTF-8"),
     ("p.csv", "prompt;safe\nred;\n", r"needs a column named prompt, has prompt;safe \(commas separate columns\)"),
     ("p.tsv", "prompt,safe\nred,\n", r"needs a column named prompt, has prompt,safe \(tabs separate columns\)"),
     ("p.tsv", "text\tsafe\nred\t\n", "needs a column named prompt, has text, safe"),
