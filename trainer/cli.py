@@ -230,6 +230,7 @@ def _export(argv: Sequence[str]) -> None:
     from trainer.eraser_files import load_eraser, save_released
 
     eraser = load_eraser(command.eraser)
+    eraser.require_finite()  # nobody could apply it
     save_released(command.out, eraser.state, eraser.rank)
     print(command.out)
 

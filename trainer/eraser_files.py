@@ -49,13 +49,17 @@ class EraserFile:
         return replace(asked, model=self.base_model["name"]) if self.base_model and asked.model == ModelConfig().model else asked
 
     def require_fit(self, num_blocks: int, width: int, base_model: Mapping[str, str] | None) -> None:
-        """Raises CheckpointError for a transformer that it was not made for, and for weights that would make its videos black.
+        """Raises CheckpointError for a transformer that it was not made for, and for weights that are not finite.
         `base_model`: the identity of the transformer, where it is known."""
         if (self.num_blocks, self.width) != (num_blocks, width):
             raise CheckpointError(f"{self.path}: made for {self.num_blocks} blocks of width {self.width}, "
                                   f"this transformer has {num_blocks} of width {width}")
         if base_model and self.base_model and self.base_model["config_hash"] != base_model["config_hash"]:
             raise CheckpointError(f"{self.path}: made for {self.base_model['name']}, not for {base_model['name']}")
+        self.require_finite()
+
+    def require_finite(self) -> None:
+        """Raises CheckpointError for weights that would make every video black."""
         if spoiled := next((name for name, tensor in self.state.items() if not tensor.isfinite().all()), None):
             raise CheckpointError(f"{self.path}: {spoiled} holds NaN or infinity, and so would every video; copy it again, or let "
                                   f"`run.py diagnose {self.path}` look at it")

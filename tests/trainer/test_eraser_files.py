@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from test_erasers import RANK, Model, shake
 
+from trainer.cli import main
 from trainer.eraser_files import (DESCRIPTION, RELEASED_CONFIG, RELEASED_WEIGHTS, WEIGHTS, apply_eraser, load_eraser,
                                   save_eraser, save_released)
 from trainer.erasers import Erasers
@@ -181,6 +182,9 @@ def test_an_eraser_that_holds_nan_is_refused(saved, sincos, layout):
         save_released(directory := directory / "released", erasers.state_dict(), RANK)
     with pytest.raises(CheckpointError, match="1.up.bias holds NaN or infinity, and so would every video; copy it again, or let `run.py diagnose .*` look at it"):
         apply_eraser(Model(sincos).transformer, directory)
+    with pytest.raises(CheckpointError, match="1.up.bias holds NaN or infinity"):  # nor is it handed to anybody
+        main(["export", str(directory), "--out", str(directory / "out")])
+    assert not (directory / "out").exists()
 
 
 def test_an_eraser_that_was_never_trained_is_a_warning(saved, sincos, caplog):
