@@ -227,6 +227,13 @@ def read_layer(directory: Path, name: str) -> tuple[Layer, torch.dtype]:
     return Layer(name, tensors["weight"].float(), None if bias is None else bias.float()), tensors["weight"].dtype
 
 
+def require_language_model(directory: Path) -> None:
+    """Raises CheckpointError where there are weights of Qwen3-VL's vision tower alone."""
+    if not any(name.startswith("model.language_model.") for name in shards(directory)):
+        raise CheckpointError(f"{directory}: has no weights of the language model, which is asked about pictures after training; "
+                              "copy the whole model, or --num-answers 0 does not ask it")
+
+
 def embedded(tower: Tower, inputs: Tensor) -> Tensor:
     """CLIP's embeddings (N, E), normalised, from what a tower's one layer is given (N, D). Raises NonFinite."""
     (name,) = tower.layer_names

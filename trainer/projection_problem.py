@@ -19,7 +19,7 @@ from torch import Tensor
 from trainer.errors import UsageError
 from trainer.lora import Layer
 from trainer.projection_config import ForgetConfig
-from trainer.projection_encoders import ClipText, ClipVision, QwenVision, Tower, embedded, load_tokenizer, locate, read_layer
+from trainer.projection_encoders import ClipText, ClipVision, QwenVision, Tower, embedded, load_tokenizer, locate, read_layer, require_language_model
 from trainer.projection_examples import Example, classes, images, of_class, texts
 from trainer.projection_features import features
 from trainer.seeding import noise
@@ -93,8 +93,9 @@ def prepare(config: ForgetConfig, device: torch.device) -> Case:
         if config.rank > min(layer.weight.shape):
             raise UsageError(f"--rank {config.rank}: {layer.name} is {' x '.join(map(str, layer.weight.shape))}; "
                              f"at most {min(layer.weight.shape)}")
-    if config.encoder == "qwen3-vl" and config.num_answers:
-        load_tokenizer(directory)  # or it would be missed after training
+    if config.encoder == "qwen3-vl" and config.num_answers:  # what it takes to ask would be missed only after training
+        load_tokenizer(directory)
+        require_language_model(directory)
     inputs = features(tower, examples, plan=config.memory, device=device, batch_size=config.batch_size)
     _require_told_apart(inputs[tower.layer_names[0]], examples, forget, kept)
     pictures, embeddings = _measured_pictures(config, directory, forget, kept, device)

@@ -216,6 +216,11 @@ def _made_of_nan(directory, name="visual_projection.weight"):
     save_file(weights, directory / "model.safetensors", {"format": "pt"})
 
 
+def _tower_alone(directory):
+    weights = {name: tensor for name, tensor in load_file(directory / "model.safetensors").items() if ".visual." in name}
+    save_file(weights, directory / "model.safetensors", {"format": "pt"})
+
+
 @pytest.mark.parametrize(("encoder", "damage", "error", "message"), [
     ("clip", lambda d: _without(d, "tokenizer.json", "tokenizer_config.json"), CheckpointError, "no tokenizer there"),
     ("clip", lambda d: (d / "tokenizer.json").write_text("{}"), CheckpointError, "tokenizer cannot be loaded"),
@@ -223,7 +228,8 @@ def _made_of_nan(directory, name="visual_projection.weight"):
     ("clip", _made_of_nan, NonFinite, "visual_projection .* makes NaN"),
     ("clip", lambda d: _made_of_nan(d, "text_model.encoder.layers.0.mlp.fc2.weight"), NonFinite, "weights are damaged, or .*copy the model again"),
     ("qwen3-vl", lambda d: _without(d, "preprocessor_config.json"), CheckpointError, "preprocessor_config.json cannot be loaded"),
-    ("qwen3-vl", lambda d: _without(d, "tokenizer.json", "tokenizer_config.json"), CheckpointError, "no tokenizer there")])
+    ("qwen3-vl", lambda d: _without(d, "tokenizer.json", "tokenizer_config.json"), CheckpointError, "no tokenizer there"),
+    ("qwen3-vl", _tower_alone, CheckpointError, "has no weights of the language model.*or --num-answers 0 does not ask it")])
 def test_a_damaged_encoder_is_said_before_training(encoders, folders, tmp_path, encoder, damage, error, message):
     model = shutil.copytree(encoders[encoder], tmp_path / "model")
     damage(model)
