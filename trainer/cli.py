@@ -245,6 +245,8 @@ def _forget(argv: Sequence[str]) -> None:
     command = parse(ForgetCommand, argv, "forget", ForgetCommand(settings=base))
     origins = {path: "flag" if path.split(".")[-1] in given(argv) else f"run {resume}" if resume else "default"
                for path in settings.leaves(command.settings)}
+    if "num_images" in given(argv) and not command.settings.draws_pictures:
+        raise UsageError(f"--num-images {command.settings.num_images}: counts pictures of the bundled world, and none are drawn here; leave it out")
     from trainer.projection import forget
     from trainer.projection_evaluate import print_forgetting
     from trainer.run_files import EVALUATION

@@ -106,6 +106,11 @@ class ForgetConfig:
         require_seed(self)
         self._check_side()
 
+    @property
+    def draws_pictures(self) -> bool:
+        """Whether pictures are of the bundled world, and not from folders, or none at all."""
+        return self.model == "shapes" and not (self.images or self.forget_images or self.preserve_images)
+
     def _check_side(self) -> None:
         foreign = {"clip": ("forget_images", "preserve_images", "question", "num_answers", "mergers"),
                    "qwen3-vl": ("preserve", "preserve_file", "images")}

@@ -512,6 +512,12 @@ def test_what_is_hidden_is_no_picture_and_no_class(folders):
     assert images(config, *classes(config)) == expected
 
 
+@pytest.mark.parametrize("words", [["--images", "x"], ["--encoder", "qwen3-vl", "--forget-images", "x"], ["--model", "x"]])
+def test_a_number_of_pictures_beside_ones_own_is_refused(words):
+    with pytest.raises(UsageError, match="--num-images 7: counts pictures of the bundled world, and none are drawn here; leave it out"):
+        main(["forget", *words, "--num-images", "7"])
+
+
 def test_a_class_without_a_folder_of_pictures_is_said(encoders, tmp_path):
     for name in ("dog", "car"):
         (tmp_path / "shown" / name).mkdir(parents=True)
