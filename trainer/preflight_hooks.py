@@ -37,7 +37,8 @@ class Watch:
     @contextmanager
     def hooked(self) -> Iterator[None]:
         handles = [self.subject.assembly.transformer.register_forward_pre_hook(self._enter)]
-        for index, (attention, adapter) in enumerate(zip(self.erasers.attentions, self.erasers.adapters)):
+        for index, (block, adapter) in enumerate(zip(self.subject.assembly.blocks, self.erasers.adapters)):
+            attention = block.attn1  # of the model that runs: erasers that were taken out know none
             handles += [attention.register_forward_pre_hook(self._before_attention(index)),
                         attention.register_forward_hook(self._after_attention(index)),
                         adapter.register_forward_pre_hook(self._before_adapter(index)),

@@ -1,5 +1,6 @@
 """Findings as data: codes, the pre-flight's bill, and `diagnose` from a run, a file and settings."""
 
+import copy
 import io
 import json
 import re
@@ -22,6 +23,7 @@ from trainer.cli import main
 from trainer.config import TrainConfig
 from trainer.diagnose import diagnose_eraser, diagnose_path, diagnose_run, diagnose_settings, prepare
 from trainer.eraser_files import WEIGHTS, save_released
+from trainer.erasers import Erasers
 from trainer.errors import CheckpointError
 from trainer.findings import CODES, Bill, Unhealthy, finding, from_json, earlier_findings, print_bill
 from trainer.inspection import Fingerprint, adapter_findings
@@ -138,6 +140,15 @@ def test_the_preflight_leaves_no_trace(optimizer: str, tiny_config: Make) -> Non
     assert subject.teacher.latents.state_dict() == {} and torch.equal(torch.get_rng_state(), random)
 
 
+@pytest.mark.parametrize("kind", [torch.optim.ASGD, torch.optim.NAdam, torch.optim.SGD])
+def test_the_preflight_leaves_no_trace_in_another_optimizer(kind: type, tiny_config: Make) -> None:
+    """Zeros are not what their state begins with."""
+    subject = prepare(tiny_config())
+    subject = replace(subject, optimizer=kind(subject.assembly.erasers.parameters(), lr=1e-3))
+    before = copy.deepcopy(subject.optimizer.state_dict())
+    assert Preflight(subject).run().healthy and subject.optimizer.state_dict() == before
+
+
 def test_a_failure_that_no_check_explains_is_not_hidden(tiny_config: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*args, **kwargs):
         raise RuntimeError("something else")
@@ -174,11 +185,13 @@ def test_an_optimizer_that_would_train_the_model_itself_is_named_before_it_takes
         assert torch.equal(layer.weight, before)
 
 
-@pytest.mark.parametrize("where", ["taken out", "in another model"])
+@pytest.mark.parametrize("where", ["taken out", "others put in", "in another model"])
 def test_erasers_that_are_not_in_the_model_that_runs_are_said_to_be_missing(tiny_config: Make, where: str) -> None:
     subject = prepare(config := tiny_config())
-    if where == "taken out":
+    if where != "in another model":
         subject.assembly.erasers.undo()
+        if where == "others put in":  # as by a notebook's cell that runs a second time
+            Erasers(subject.assembly.blocks, 4)
     else:
         backbone = open_backbone(config.model)
         predict = backbone.predictor(backbone.load_transformer(dtype=torch.float32), subject.assembly.latent_shape)
