@@ -231,7 +231,7 @@ class Preflight:
         if config.optim.lr > LARGEST_LR_SHARE * size:
             yield finding("learning-rate-too-high", "optimizer", lr=config.optim.lr, weights_root_mean_square=size)
         before = [p.detach().clone() for p in self.erasers.parameters()]
-        rates = [group["lr"] for group in optimizer.param_groups]
+        rates, stateless = [group["lr"] for group in optimizer.param_groups], not optimizer.state
         try:
             for parameter, gradient in zip(self.erasers.parameters(), self.gradients.values()):
                 parameter.grad = gradient
@@ -241,7 +241,10 @@ class Preflight:
             moved = any(not torch.equal(p, b) for p, b in zip(self.erasers.parameters(), before))
             changed = (self._prediction(True) - self.off).abs().max().item()
         finally:
-            reset_state(optimizer)
+            if stateless:  # other optimizers than ours, whose state may begin with other values than zero, make it in their first step
+                optimizer.state.clear()
+            else:
+                reset_state(optimizer)
             for group, rate in zip(optimizer.param_groups, rates):
                 group["lr"] = rate
         gradient = max(values([g.abs().max() for g in self.gradients.values()]))
