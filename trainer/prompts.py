@@ -63,7 +63,7 @@ def collect(data: DataConfig, *, bundled: bool, templates: Sequence[str] = TEMPL
 
     On the bundled model these are the world's own captions. Raises UsageError for unreadable or empty files.
     """
-    concepts = list(data.preserve) + (read_lines(data.preserve_file, "--preserve-file", "prompt") if data.preserve_file else [])
+    concepts = list(data.preserve) + (_lines(data.preserve_file, "--preserve-file") if data.preserve_file else [])
     if not all(map(str.strip, concepts)):
         raise UsageError("--preserve: an empty word names nothing; leave it out")
     pairs = _pairs(data.prompts) if data.prompts else None
@@ -173,9 +173,15 @@ def _world(data: DataConfig, pairs: list[tuple[str, str]] | None, concepts: list
     return concept if data.prompts else erased, pairs, kept
 
 
+def _lines(path: Path, flag: str) -> list[str]:
+    if path.exists() and not (path.is_file() or path.is_dir()):  # of a directory, why it cannot be read is said there
+        raise UsageError(f"{flag} {path}: is a pipe or a device, and prompts are read more than once; write them to a file")
+    return read_lines(path, flag, "prompt")
+
+
 def _pairs(path: Path) -> list[tuple[str, str]]:
     """(prompt, safe prompt) from a text file, a CSV or a TSV."""
-    lines = read_lines(path, "--prompts", "prompt")
+    lines = _lines(path, "--prompts")
     if path.suffix.lower() in (".json", ".jsonl"):
         raise UsageError(f"--prompts {path}: is JSON; write one prompt a line, or a CSV with a column prompt and, if you can, a column safe")
     separator, between = {".csv": (",", "commas"), ".tsv": ("\t", "tabs")}.get(path.suffix.lower(), (None, None))

@@ -81,6 +81,14 @@ def test_unusable_prompt_files(tmp_path, name, content, message):
         collect(DataConfig(prompts=_file(tmp_path, name, content)), bundled=False)
 
 
+@pytest.mark.parametrize("flag", ["prompts", "preserve_file"])
+def test_a_pipe_is_refused(tmp_path, flag):
+    """A shell's <(…) would be empty the second time, and a FIFO be waited for without end."""
+    os.mkfifo(tmp_path / "p.txt")
+    with pytest.raises(UsageError, match=f"--{flag.replace('_', '-')} .*p.txt: is a pipe or a device, and prompts are read more than once"):
+        collect(DataConfig(**{flag: tmp_path / "p.txt"}), bundled=True)
+
+
 def test_missing_files_name_their_flag(tmp_path):
     with pytest.raises(UsageError, match="--prompts .*cannot be read"):
         collect(DataConfig(prompts=tmp_path / "absent.txt"), bundled=False)
