@@ -3,8 +3,8 @@
 Legend: B videos, F latent frames, C latent channels, H W latent size, L text tokens, D text width, T video frames.
 """
 
-from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from memory.cards import Card
 from memory.plan import MemoryPlan, PlanError
 from trainer.assemble import (assemble, embed_prompts, latent_shape, named_scheduler, open_backbone, require_real, resolve_device,
                               resolve_dtype, video_size)
-from trainer.backbones import Decode, Predict
+from trainer.backbones import Predict
 from trainer.backbones.cogvideox import CogVideoX
 from trainer.config import ModelConfig, OptimConfig, OutputConfig, TrainConfig, leaves, replaced
 from trainer.config_file import from_json
@@ -80,9 +80,9 @@ def trained_config(eraser: Path) -> TrainConfig | None:
 
 
 def opened(model: ModelConfig, plan: MemoryPlan, card: Card | None, *, eraser: EraserFile | None, guidance_scale: float,
-           does: str = "generates") -> tuple[CogVideoX, MemoryPlan]:
+           does: str = "generates", beside: bool = False) -> tuple[CogVideoX, MemoryPlan]:
     """The model to generate with, and the plan with as many resident blocks as `card` holds; None: as configured. Refuses what it can
-    before a download. `does`: what the command does, as a verb."""
+    before a download. `does`: what the command does, as a verb. `beside`: the transformer is still there when a video is decoded."""
     if model.model != "shapes":
         require_sense(TrainConfig(model=model), what=does)
     backbone = open_backbone(model)
@@ -91,45 +91,47 @@ def opened(model: ModelConfig, plan: MemoryPlan, card: Card | None, *, eraser: E
         eraser.require_fit(backbone.num_blocks, backbone.width, backbone.identity())
     if card:
         plan = fit_to_generate(backbone, TrainConfig(model=model, memory=plan, optim=OptimConfig(rank=eraser.rank if eraser else 1),
-                                                     output=OutputConfig(guidance_scale=guidance_scale)), card)
+                                                     output=OutputConfig(guidance_scale=guidance_scale)), card, beside=beside)
     return backbone, plan
 
 
 def generate(config: GenerateConfig, card: Card | None = None) -> list[Path]:
-    """Write one video a prompt, and with `compare` a before/after sheet; returns the paths. With as many resident blocks as `card` holds;
-    None: as configured."""
+    """Write one video a prompt, each as soon as it is made, and with `compare` a before/after sheet; returns the paths. With as many resident
+    blocks as `card` holds; None: as configured."""
     require_real(config.memory)
     if config.out.is_dir():
         raise InputOutputError(f"--out {config.out}: is a directory; name a file in it, as {config.out / 'x.mp4'}")
     eraser = None if config.no_eraser else load_eraser(config.eraser)
     model = eraser.model(config.model) if eraser else config.model
-    backbone, plan = opened(model, config.memory, card, eraser=eraser, guidance_scale=config.guidance_scale)
+    several = len(config.prompt) > 1
+    backbone, plan = opened(model, config.memory, card, eraser=eraser, guidance_scale=config.guidance_scale, beside=several)
     try:
         probe(config.out.parent)  # makes it: after what can be refused, before minutes of sampling
     except OSError as e:
         raise InputOutputError(f"--out {config.out}: cannot be written ({e.strerror}); choose another --out") from e
     embeddings = embed_prompts(backbone, model, plan, [*config.prompt, ""])
-    after, before = _latents(config, backbone, model, plan, embeddings)
-    decode = backbone.decoder(video_size(backbone, model)[0], dtype=resolve_dtype(backbone, plan, insist=True), device=resolve_device(model.device))
-    return _write(config, decode, after, before)
+    made = _latents(config, backbone, model, plan, embeddings)
+    with closing(made):
+        return _write(config, backbone, model, plan, made if several else list(made))
 
 
 def _latents(config: GenerateConfig, backbone: CogVideoX, model: ModelConfig, plan: MemoryPlan, embeddings: Embeddings
-             ) -> tuple[Tensor, Tensor | None]:
-    """Latents (B,F,C,H,W) of all prompts with the eraser, if there is one, and with `compare` without."""
+             ) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """Latents (1,F,C,H,W) of each prompt with the eraser, if there is one, and with `compare` without. After the last the transformer goes."""
     assembly = assemble(backbone, model, plan, eraser=None if config.no_eraser else config.eraser)
     scheduler = named_scheduler(backbone, config.scheduler)
-    seeds = [config.seed + i for i in range(len(config.prompt))]
+    embeddings = embeddings.to(assembly.device)
 
-    def run(on: bool, step: Callable[[int], None]) -> Tensor:
+    def run(index: int, on: bool, step: Callable[[int], None]) -> Tensor:
         switch = assembly.erasers.switched(on) if assembly.erasers else nullcontext()
         with switch:
-            return generate_latents(assembly.predict, scheduler, embeddings.to(assembly.device), config.prompt, seeds,
+            return generate_latents(assembly.predict, scheduler, embeddings, [config.prompt[index]], [config.seed + index],
                                     assembly.latent_shape, num_steps=config.num_steps, batch_size=1,
                                     guidance_scale=config.guidance_scale, guidance=plan.guidance, check=step)
 
-    with assembly, _progress(len(seeds) * config.num_steps * (1 + config.compare)) as step:
-        return run(True, step), run(False, step) if config.compare else None
+    with assembly, _progress(len(config.prompt) * config.num_steps * (1 + config.compare)) as step:
+        for index in range(len(config.prompt)):
+            yield run(index, True, step), run(index, False, step) if config.compare else None
 
 
 @contextmanager
@@ -144,20 +146,23 @@ def _progress(total: int) -> Iterator[Callable[[int], None]]:
         yield lambda index: progress.advance(task)
 
 
-def _write(config: GenerateConfig, decode: Decode, after: Tensor, before: Tensor | None) -> list[Path]:
-    """Write the videos of latents (B,F,C,H,W), decoded one by one: dozens of large ones would fill the host's memory."""
-    paths, rows = [], []
-    for i, prompt in enumerate(config.prompt):
-        path = config.out if len(after) == 1 else config.out.with_stem(f"{config.out.stem}-{i}")
-        video = decode(after[i:i + 1])[0]
+def _write(config: GenerateConfig, backbone: CogVideoX, model: ModelConfig, plan: MemoryPlan,
+           made: Iterable[tuple[Tensor, Tensor | None]]) -> list[Path]:
+    """Write the videos of latents (1,F,C,H,W) as they are made. The decoder comes and goes: what a video takes is not what sampling does."""
+    paths, rows, sheet = [], [], config.out.with_name(f"{config.out.stem}-compare.png")
+    for i, (prompt, (after, before)) in enumerate(zip(config.prompt, made)):
+        path = config.out if len(config.prompt) == 1 else config.out.with_stem(f"{config.out.stem}-{i}")
+        torch.cuda.empty_cache()
+        decode = backbone.decoder(video_size(backbone, model)[0], dtype=resolve_dtype(backbone, plan, insist=True), device=resolve_device(model.device))
+        video = decode(after)[0]
         if path.suffix == ".mp4":
             write_mp4(path, video, fps=config.fps)
         else:
             contact_sheet(path, [(prompt, video)])
         paths.append(path)
         if before is not None:
-            rows += [(f"before: {prompt}", spread(decode(before[i:i + 1])[0])), (f"after: {prompt}", spread(video))]
-    if rows:
-        paths.append(config.out.with_name(f"{config.out.stem}-compare.png"))
-        contact_sheet(paths[-1], rows)
-    return paths
+            rows += [(f"before: {prompt}", spread(decode(before)[0])), (f"after: {prompt}", spread(video))]
+            contact_sheet(sheet, rows)
+        del decode, video
+        torch.cuda.empty_cache()
+    return [*paths, sheet] if rows else paths

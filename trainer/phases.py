@@ -44,9 +44,10 @@ def phases_around(backbone: CogVideoX, config: TrainConfig, plan: MemoryPlan) ->
     )
 
 
-def fit_to_generate(backbone: CogVideoX, config: TrainConfig, card: Card) -> MemoryPlan:
+def fit_to_generate(backbone: CogVideoX, config: TrainConfig, card: Card, *, beside: bool = False) -> MemoryPlan:
     """The configured plan with as many resident blocks as `card` holds while a video is made, and feed-forwards in chunks if no other
-    fits. On the CPU, which has one memory, all blocks are resident. Raises DoesNotFit.
+    fits. On the CPU, which has one memory, all blocks are resident. `beside`: whether the transformer is still there when a video is
+    decoded. Raises DoesNotFit.
     """
     plan, num_blocks = config.memory, backbone.num_blocks
     if card.is_cpu:
@@ -58,8 +59,7 @@ def fit_to_generate(backbone: CogVideoX, config: TrainConfig, card: Card) -> Mem
         outside = _num_bytes(transformer) - sum(sizes) + _adapter_bytes(backbone, config.optim.rank)
     workspace, limits, misses = card.cublas_workspace_bytes, Limits(card), []
     for plan in (plan, replace(plan, feed_forward_chunks=max(plan.feed_forward_chunks, CHUNKS))):
-        # The transformer is gone when videos are decoded.
-        needs = [replace(need, with_backbone=need.name == "sample") for need in phases_around(backbone, config, plan)]
+        needs = [replace(need, with_backbone=need.name == "sample" or beside and need.name == "decode") for need in phases_around(backbone, config, plan)]
         for streamed in range(num_blocks + 1):
             on_card = num_blocks - streamed + min(plan.offload_buffers, streamed)
             found = other_phases(needs, streams=streamed > 0, standing_bytes=outside + on_card * max(sizes) + workspace, workspace_bytes=workspace,

@@ -259,6 +259,43 @@ def test_png_is_a_contact_sheet(sincos, tmp_path):
         assert sheet.size[0] > 400
 
 
+@pytest.mark.parametrize("compare", [False, True])
+def test_what_is_made_is_written_before_the_next_is_begun(sincos, eraser, tmp_path, monkeypatch, compare):
+    """Hours of videos are not lost with the last of them."""
+    make, begun = module.generate_latents, []
+
+    def interrupted(predict, scheduler, embeddings, prompts, *args, **more):
+        begun.append(prompts[0])
+        if len(set(begun)) == 3:
+            raise KeyboardInterrupt
+        return make(predict, scheduler, embeddings, prompts, *args, **more)
+
+    monkeypatch.setattr(module, "generate_latents", interrupted)
+    prompts = (PROMPT, "a blue circle", "a red square")
+    with pytest.raises(KeyboardInterrupt):
+        module.generate(_config(sincos.directory, tmp_path / "x.png", prompt=prompts, no_eraser=False, eraser=eraser, compare=compare))
+    assert sorted(p.name for p in tmp_path.glob("*.png")) == ["x-0.png", "x-1.png", *["x-compare.png"] * compare]
+
+
+def test_videos_of_several_prompts_are_those_of_each(sincos, written, tmp_path):
+    prompts = (PROMPT, "a blue circle")
+    paths = module.generate(_config(sincos.directory, tmp_path / "x.mp4", prompt=prompts))
+    assert [p.name for p in paths] == ["x-0.mp4", "x-1.mp4"]
+    for i, prompt in enumerate(prompts):
+        module.generate(_config(sincos.directory, tmp_path / "one.mp4", prompt=(prompt,), seed=SEED + i))
+        assert torch.equal(written["one.mp4"], written[f"x-{i}.mp4"])
+
+
+def test_fewer_blocks_are_resident_where_one_video_is_decoded_before_the_next_is_made(monkeypatch):
+    monkeypatch.setattr("trainer.phases._decoding_bytes", lambda *_: GIB // 2)
+    config, backbone = TrainConfig(optim=OptimConfig(rank=1)), open_backbone(ModelConfig())
+    block = sum(p.nbytes for p in backbone.blocks(backbone.load_transformer(dtype=torch.float32))[0].parameters())
+    card = replace(_card(0.5), cublas_workspace_bytes=0)
+    card = replace(card, usable_bytes=int((GIB // 2 + 4.5 * block) * 1.06 / 0.97))
+    alone, beside = (fit_to_generate(backbone, config, card, beside=beside).resident_blocks for beside in (False, True))
+    assert alone is None and beside is not None
+
+
 def _card(gib: float):
     return replace(lookup("4090"), usable_bytes=int(gib * GIB), context_bytes=0)
 
