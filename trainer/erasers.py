@@ -159,6 +159,7 @@ class Erasers:
         self.width = width_of(self.attentions[0])
         self.adapters: list[AdapterEraser] = []
         self._seen: dict[int, tuple[bool, bool]] = {}
+        self._owner = object()  # which a deep copy of an adapter has another of
         device = self.attentions[0].to_v.weight.device
         if device.type == "meta":  # accelerate's offloading keeps the weights elsewhere between passes
             device = torch.device("cpu")
@@ -174,7 +175,7 @@ class Erasers:
         self._classes = [type(attention) for attention in self.attentions]
         marked = {kind: type(kind.__name__, (kind,), {}) for kind in self._classes}
         for index, (attention, adapter) in enumerate(zip(self.attentions, self.adapters)):
-            attention.adapter, attention.__class__ = adapter, marked[type(attention)]
+            attention.adapter, attention.__class__, adapter.owner = adapter, marked[type(attention)], self._owner
             self._handles.append(attention.register_forward_hook(self._hook(index)))
 
     @property
@@ -184,8 +185,9 @@ class Erasers:
 
     def _hook(self, index: int):
         def add_eraser(attention: nn.Module, args: tuple, output: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-            # In a deep copy of the model, which has its own, they are always on; DataParallel's copies for one pass are no such copies.
-            if attention.adapter is not self.adapters[index] and not getattr(attention, "_is_replica", False):
+            # In a deep copy of the model, which has its own, they are always on. Nothing is asked here that differs from block to block, unless
+            # there are gradients: torch.compile makes one graph for all blocks then.
+            if getattr(attention.adapter, "owner", None) is not self._owner:
                 mode = _Mode()
             else:
                 mode = self._mode_of(index) if torch.is_grad_enabled() else self._mode

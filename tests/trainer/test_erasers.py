@@ -130,6 +130,29 @@ def test_a_model_that_was_compiled_before_is_erased_too(sincos):
         torch.compiler.reset()
 
 
+def test_stock_blocks_that_are_compiled_one_by_one_share_a_graph():
+    """Of more blocks than torch.compile makes graphs for one function the others would run as they are, or with fullgraph not at all."""
+    from diffusers.models.transformers.cogvideox_transformer_3d import CogVideoXBlock
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    graphs, dice = [], torch.Generator().manual_seed(3)
+    blocks = [CogVideoXBlock(dim=32, num_attention_heads=2, attention_head_dim=16, time_embed_dim=16).eval() for _ in range(10)]
+    shake(Erasers(blocks, RANK))
+    inputs = [torch.randn(1, *shape, generator=dice) for shape in ((6, 32), (4, 32), (16,))]
+    try:
+        with torch.no_grad():
+            for block in blocks:
+                expected = block(*inputs)[0]
+                block.compile(backend=backend, fullgraph=True)
+                assert torch.equal(block(*inputs)[0], expected)
+    finally:
+        torch.compiler.reset()
+    assert len(graphs) == 1
+
+
 def test_a_model_whose_erasers_find_no_room_is_as_it_was(sincos, monkeypatch):
     model, placed = Model(sincos), []
 
