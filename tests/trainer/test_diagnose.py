@@ -170,7 +170,7 @@ def test_a_failure_inside_of_attention_is_its_own(tiny_config: Make, where: str)
         subject.assembly.blocks[1].attn1.to_q.register_forward_pre_hook(fail)
     else:
         subject.assembly.transformer.requires_grad_(True)
-    with subject.assembly, pytest.raises(RuntimeError, match="no kernel for this" if where == "attention" else "norms of queries and keys are frozen"):
+    with subject.assembly, pytest.raises(RuntimeError, match="no kernel for this" if where == "attention" else "norms of queries and keys require a gradient"):
         Preflight(subject).run()
 
 

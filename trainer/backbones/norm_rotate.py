@@ -44,7 +44,7 @@ class RotatingNorm(nn.LayerNorm):
         """
         weight, bias, cos, sin = self.weight, self.bias, None, None
         if torch.is_grad_enabled() and (weight.requires_grad or bias.requires_grad):
-            raise RuntimeError("the norms of queries and keys are frozen; freeze them with requires_grad_(False)")
+            raise RuntimeError("the norms of queries and keys require a gradient, and have no backward here: freeze the model, transformer.requires_grad_(False)")
         if positions:
             cos, sin = (p.to(x.device) for p in positions)
             wanted = (x.shape[1] - length, x.shape[-1])
