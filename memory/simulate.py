@@ -62,6 +62,10 @@ class Recorder(TorchDispatchMode):
         self._hooks: list = []
         self._mark(None)
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # nothing here is compiled, and torch's guard against that takes as long as what it guards
+
     # ---- what the caller declares --------------------------------------------------------------------------------
 
     def adopt(

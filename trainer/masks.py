@@ -77,7 +77,7 @@ def concept_map(q: Tensor, k: Tensor, lse: Tensor, columns: Sequence[Tensor]) ->
 # To a memory trace one operator, which takes what it takes on a card: there the product of 16-bit operands is in float32 at once, without
 # copies of them.
 _library = torch.library.Library("eraser", "FRAGMENT")
-_library.define("product32(Tensor left, Tensor right) -> Tensor")
+_library.define("product32(Tensor left, Tensor right) -> Tensor", tags=torch.Tag.pt2_compliant_tag)
 _library.impl("product32", lambda left, right: torch.bmm(left.float(), right.float()), "CPU")
 _library.impl("product32", lambda left, right: torch.bmm(left, right, out_dtype=torch.float32), "CUDA")
 _product32 = torch.ops.eraser.product32.default

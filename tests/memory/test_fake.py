@@ -40,7 +40,15 @@ CASES = {
     "complex": lambda x, w: torch.view_as_real(torch.view_as_complex(x.unflatten(-1, (-1, 2)).float()).conj() * 1j),
     "a number": lambda x, w: x.size(0) * 1.5,
     "an empty one": lambda x, w: x[:0] * 2,
+    "operator of another library": lambda x, w: torch.ops.test_fake.outer(x[0], w[0]),
+    "operator of another library without a tag": lambda x, w: torch.ops.test_fake.untagged(x[0]),
 }
+_untagged_calls = []
+_library = torch.library.Library("test_fake", "DEF")
+_library.define("outer(Tensor x, Tensor y) -> Tensor", tags=torch.Tag.pt2_compliant_tag)
+_library.impl("outer", lambda x, y: x.new_empty(x.shape[0], y.shape[0]), "Meta")
+_library.define("untagged(Tensor x) -> Tensor")
+_library.impl("untagged", lambda x: _untagged_calls.append(1) or x.new_empty(x.shape), "Meta")
 
 
 def _outputs(mode, case, dtype=torch.float32):
@@ -55,8 +63,13 @@ def _outputs(mode, case, dtype=torch.float32):
             storage = value.untyped_storage()
             shared = [storage._cdata == other.untyped_storage()._cdata for other in (x, w)]
             found.append((type(value), value.shape, value.stride(), value.storage_offset(), value.dtype, value.device,
-                          storage.nbytes(), shared, value.is_contiguous(), value.is_conj(), value is x))
+                          storage.nbytes(), shared, value.is_contiguous(), value.is_conj(), value is x, _hidden(value)))
         return found
+
+
+def _hidden(value):
+    """All else that torch keeps of a fake tensor."""
+    return {name: attribute for name, attribute in vars(value).items() if name != "fake_mode"}
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -65,6 +78,14 @@ def test_every_answer_is_torchs_the_first_time_and_the_second(name):
         wanted = _outputs(FakeTensorMode(), CASES[name], dtype)
         for _ in range(3):
             assert _outputs(FakeMode(), CASES[name], dtype) == wanted
+
+
+def test_operators_that_do_not_promise_it_are_asked_every_time():
+    with FakeMode():
+        for _ in range(3):
+            before = len(_untagged_calls)
+            torch.ops.test_fake.untagged(torch.empty(7))
+            assert len(_untagged_calls) == before + 1
 
 
 def test_what_decides_an_answer_is_told_apart():

@@ -27,9 +27,10 @@ CHUNK_BYTES = 32 * 2**20
 """Of the float32 copy of some heads, by torch's operators: what is written is read from the cache of most cards, not from their memory."""
 
 _library = torch.library.Library("eraser", "DEF")
-_library.define("norm_rotate(Tensor x, Tensor weight, Tensor bias, Tensor? cos, Tensor? sin, int length, float eps) -> Tensor")
+_library.define("norm_rotate(Tensor x, Tensor weight, Tensor bias, Tensor? cos, Tensor? sin, int length, float eps) -> Tensor",
+                tags=torch.Tag.pt2_compliant_tag)
 _library.define("norm_rotate_backward(Tensor grad, Tensor x, Tensor weight, Tensor bias, Tensor? cos, Tensor? sin, int length, float eps)"
-                " -> Tensor")
+                " -> Tensor", tags=torch.Tag.pt2_compliant_tag)
 _ops = torch.ops.eraser
 
 
