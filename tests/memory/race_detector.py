@@ -75,6 +75,10 @@ class RaceDetector(TorchDispatchMode):
         self._memory: dict[int, _Memory] = {}
         self._freed: list[_Memory] = []
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # as in memory.simulate
+
     @contextlib.contextmanager
     def on(self, stream: Stream):
         outer, self.current = self.current, stream
@@ -116,9 +120,13 @@ class RaceDetector(TorchDispatchMode):
         if not tensor.numel():
             return
         known, stream = self._known(tensor), self.current
-        start = tensor.storage_offset() * tensor.element_size()
-        span = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride()))
-        access = _Access(start, start + span * tensor.element_size(), stream, time, writes)
+        itemsize = tensor.element_size()
+        start = tensor.storage_offset() * itemsize
+        if tensor.is_contiguous():
+            span = tensor.numel()
+        else:
+            span = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride()))
+        access = _Access(start, start + span * itemsize, stream, time, writes)
         remaining = []
         for other in known.accesses:
             is_before = other.time <= stream.clock.get(other.stream, 0)
