@@ -34,14 +34,18 @@ from trainer.backbones import published
 PARTS = ("short", "health", "peaks", "cap", "feasibility", "minimum", "speed", "choice", "offload")
 
 
-def _suite(*args: str) -> str:
-    done = subprocess.run([sys.executable, "run.py", "bench", "card", "--dry", *args], cwd=ROOT, capture_output=True, text=True)
+@pytest.fixture
+def toys_may_come(monkeypatch):
+    """Toy models that a test registers are gone after it."""
+    for name in ("TRANSFORMERS", "SIZES", "NATIVE_DTYPES", "VAES", "SCHEDULERS"):
+        monkeypatch.setattr(published, name, dict(getattr(published, name)))
+    monkeypatch.setattr(rig, "_backbones", {})
+
+
+def test_every_part_walks_through_and_is_not_measured_twice(tmp_path, toys_may_come, capsys):
+    done = subprocess.run([sys.executable, "run.py", "bench", "card", "--dry", "--out", str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
-def test_every_part_walks_through_and_is_not_measured_twice(tmp_path):
-    shown = _suite("--out", str(tmp_path))
+    shown = done.stdout
     results = {name: json.loads((tmp_path / "dry" / f"{name}.json").read_text()) for name in PARTS}
     for name, result in results.items():
         assert result["dry"] and not result["skipped"] and result["provenance"]["versions"]["torch"]
@@ -72,7 +76,8 @@ def test_every_part_walks_through_and_is_not_measured_twice(tmp_path):
     assert results["health"]["cells"]["2b 17f"]["num_drawn"] == 2  # beside the watched rig in both rounds, and never beside the plain one
 
     before = (tmp_path / "dry" / "health.json").stat().st_mtime_ns
-    assert "health: cost of the checks" in _suite("--out", str(tmp_path), "--only", "health")
+    assert suite.run(["--dry", "--only", "health", "--out", str(tmp_path)]) == 0
+    assert "health: cost of the checks" in capsys.readouterr().out
     assert (tmp_path / "dry" / "health.json").stat().st_mtime_ns == before
 
 
@@ -262,14 +267,6 @@ def test_where_bits_are_compared_no_kernel_adds_in_an_order_of_its_own():
         assert state() == (True, False, False)
         raise ArithmeticError
     assert state() == before == (False, False, True)
-
-
-@pytest.fixture
-def toys_may_come(monkeypatch):
-    """Toy models that a test registers are gone after it."""
-    for name in ("TRANSFORMERS", "SIZES", "NATIVE_DTYPES", "VAES", "SCHEDULERS"):
-        monkeypatch.setattr(published, name, dict(getattr(published, name)))
-    monkeypatch.setattr(rig, "_backbones", {})
 
 
 @pytest.mark.skipif(test_peaks.ON_CARD, reason="measures at toy size, without a card")
