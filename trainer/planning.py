@@ -80,7 +80,9 @@ def without_weights(config: TrainConfig) -> TrainConfig:
 def workload(config: TrainConfig, *, num_cards: int | None = None) -> Workload:
     """A run as `memory.search` sees it, on one of `num_cards`; None: of as many as train together now.
 
-    Traces and needs are remembered: they are the same for every card. Raises UsageError for settings that cannot be.
+    Traces and needs are remembered: they are the same for every card, and for runs that differ in what neither depends on.
+
+    Raises UsageError for settings that cannot be.
     """
     num_cards, prompts = num_cards or num_ranks(), collect_prompts(config)
     backbone = _opened(config.model)
@@ -88,7 +90,7 @@ def workload(config: TrainConfig, *, num_cards: int | None = None) -> Workload:
     masking_blocks(backbone, config.loss)
     resolve_dtype(backbone, config.memory, insist=config.model.force_dtype)
     require_guidance(config)
-    run = replace(config, memory=MemoryPlan(), output=replace(config.output, out=None))
+    run = _looked_at(config)
 
     def trace(plan: MemoryPlan, num_blocks: int) -> tuple:
         return rehearse, backbone, run, plan, num_blocks, num_cards
@@ -104,6 +106,15 @@ def workload(config: TrainConfig, *, num_cards: int | None = None) -> Workload:
         trace=lambda plan, num_blocks: _calls(trace(plan, num_blocks)), phases=lambda plan: _calls(phases(plan)),
         prepare=lambda traces, plans: _calls.announce([*(trace(*wanted) for wanted in traces[:2]), *map(phases, plans),
                                                        *(trace(*wanted) for wanted in traces[2:])]))
+
+
+def _looked_at(config: TrainConfig) -> TrainConfig:
+    """A run as its traces and phases see it: of prompts, the optimizer's schedule and what is written they see nothing."""
+    plain, pool = TrainConfig(), config.data.trajectory_steps if config.data.pool else 0
+    data = replace(config.data, prompts=None, concept=plain.data.concept, preserve=(), preserve_file=None, pool=pool)
+    return replace(config, memory=MemoryPlan(), data=data,
+                   optim=replace(plain.optim, rank=config.optim.rank, accumulation=num_rehearsed(config)),
+                   output=replace(plain.output, guidance_scale=config.output.guidance_scale))
 
 
 def _embedded_bytes(backbone: CogVideoX, prompts: PromptSet, config: TrainConfig) -> int:

@@ -5,15 +5,15 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from memory.cards import GIB, lookup
+from memory.fake import FakeMode
 from memory.plan import MemoryPlan
 from memory.ranking import SEARCHED
 from memory.timeline import pinned_bytes
 from trainer import forecast_text, phases, planning
 from trainer.backbones.cogvideox import CogVideoX, enable_tiles
-from trainer.config import DataConfig, LossConfig, ModelConfig, OptimConfig, TrainConfig
+from trainer.config import DataConfig, LossConfig, ModelConfig, OptimConfig, TrainConfig, replaced
 from trainer.diagnose import prepare
 from trainer.errors import DoesNotFit, UsageError
 from trainer.rehearse import peak_beyond
@@ -240,7 +240,7 @@ def test_some_blocks_that_make_the_mask_are_planned_as_if_all_did(blocks):
 def test_one_tile_stands_for_all(pipelines, frames, height, width):
     backbone, num_frames = CogVideoX(str(pipelines["2b"])), (frames - 1) // 4 + 1
     predicted = phases._decoding_bytes(backbone, torch.float32, frames, (num_frames, 4, height, width))
-    with FakeTensorMode(), torch.no_grad():
+    with FakeMode(), torch.no_grad():
         vae = backbone.fake_vae(dtype=torch.float32)
         enable_tiles(vae)
         video = torch.empty(1, 4, num_frames, height, width)
@@ -260,11 +260,26 @@ def test_a_pools_samples_are_counted_on_the_host(tiny_config, settings):
     assert (some - none, all_ - none) == (8 * one, 12 * one)  # there are no more than passes
 
 
+def test_runs_that_differ_in_what_no_trace_sees_share_one(tiny_config, monkeypatch):
+    run = {"data__pool": 4, "memory__passes": "lockstep", "optim__accumulation": 2}
+    config = tiny_config(**run)
+    other = tiny_config(**run | {
+        "data__pool": 8, "optim__accumulation": 3, "optim__steps": 9, "optim__lr": 1e-3, "optim__warmup": 1, "optim__schedule": "cosine",
+        "optim__weight_decay": 0.1, "optim__clip": 0.5, "optim__seed": 7, "data__concept": "blue", "data__prompts": None, "data__preserve": ("green",),
+        "output__save_every": 1, "output__sample_every": 2, "output__sample_steps": 3, "output__sample_prompts": ()})
+    first, second = traces = [planning.rehearse(planning._opened(c.model), c, config.memory) for c in (config, other)]
+    assert first == second
+    monkeypatch.setattr(planning, "rehearse", lambda *_: traces.append(first) or first)
+    for c in (config, other, *(replaced(config, change) for change in (
+            {"optim.rank": 5}, {"data.batch_size": 1}, {"data.latents": "noise"}, {"loss.beta": 0.0}, {"data.pool": 0}, {"optim.accumulation": 1}))):
+        planning.forecast_as_given(c, lookup("4090"))
+    assert len(traces) == 2 + 1 + 6
+
+
 def test_a_pool_spares_the_teachers_time(tiny_config):
-    fixed = ["resident_blocks", "boundaries", "checkpoint", "passes", "kept"]
     seconds = {}
     for pool, steps in ((0, 50), (5, 50), (50, 50), (100, 50)):
         config = tiny_config(data__pool=pool, data__latents="noise", optim__steps=steps)
-        seconds[pool] = planning.forecast(config, lookup("4090"), fixed).chosen.time.seconds
+        seconds[pool] = planning.forecast(config, lookup("4090"), SEARCHED).chosen.time.seconds
     teacher = seconds[0] - seconds[5]
     assert seconds[0] == seconds[50] == seconds[100] > seconds[5] > 0 and 0.1 < teacher / seconds[0] < 0.6
