@@ -10,6 +10,7 @@ import re
 import shutil
 import struct
 import subprocess
+import sys
 import zlib
 from html.parser import HTMLParser
 from pathlib import Path
@@ -73,6 +74,13 @@ def run(tmp_path):
     for name in ("before-after.png", "samples/step-000000.png", "samples/step-000060.png"):
         (run / name).write_bytes(png())
     return run
+
+
+def test_the_picture_of_the_live_view_is_drawn_from_a_run(run, tmp_path):
+    script = Path(__file__).parents[2] / "assets" / "monitor_picture.py"
+    subprocess.run([sys.executable, script, run, tmp_path / "view.svg"], check=True)
+    drawn = (tmp_path / "view.svg").read_text()
+    assert "60/60" in drawn and "url(http" not in drawn
 
 
 class _Page(HTMLParser):
