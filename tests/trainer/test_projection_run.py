@@ -100,7 +100,7 @@ def test_report_and_diagnosis_know_a_run_of_forget(encoders, tmp_path, capsys):
     assert {"encode", "forward", "backward", "optimizer"} == set(read_metrics(run)[-1]["peak_bytes_by_phase"])
     main(["diagnose", str(run)])
     out = capsys.readouterr().out
-    assert "Healthy." in out and "6 steps, loss terms and gradients" in out and "frozen weights: what they were" in out
+    assert "Healthy." in out and "6 steps, loss terms and gradients" in out and "frozen weights: compared bit by bit" in out
     main(["report", str(run)])
     html = (run / "report.html").read_text()
     assert "nearest class in text space" in html and "L_preserve" in html and "Nothing was measured" not in html
