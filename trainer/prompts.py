@@ -3,6 +3,7 @@
 import csv
 import hashlib
 import logging
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -174,7 +175,8 @@ def _world(data: DataConfig, pairs: list[tuple[str, str]] | None, concepts: list
 
 
 def _lines(path: Path, flag: str) -> list[str]:
-    if path.exists() and not (path.is_file() or path.is_dir()):  # of a directory, why it cannot be read is said there
+    # Why a directory cannot be read, or what os.path finds absent for its name or its place, is said where it is read.
+    if os.path.exists(path) and not (os.path.isfile(path) or os.path.isdir(path)):
         raise UsageError(f"{flag} {path}: is a pipe or a device, and prompts are read more than once; write them to a file")
     return read_lines(path, flag, "prompt")
 

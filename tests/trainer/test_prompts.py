@@ -92,6 +92,8 @@ def test_a_pipe_is_refused(tmp_path, flag):
 def test_missing_files_name_their_flag(tmp_path):
     with pytest.raises(UsageError, match="--prompts .*cannot be read"):
         collect(DataConfig(prompts=tmp_path / "absent.txt"), bundled=False)
+    with pytest.raises(UsageError, match="--prompts .*cannot be read"):  # too long to be asked for
+        collect(DataConfig(prompts=tmp_path / f"{'a' * 300}.txt"), bundled=False)
     with pytest.raises(UsageError, match="--preserve-file .*cannot be read"):
         collect(DataConfig(preserve_file=tmp_path), bundled=False)
 
