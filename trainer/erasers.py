@@ -9,7 +9,7 @@ Source: T2VUnlearning (section 3), Receler. Legend: B batch, N video tokens, D w
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -46,6 +46,8 @@ class AdapterEraser(nn.Module):
     Both are called as modules: accelerate and diffusers bring the weights of what they offload by hooks around each layer.
     """
 
+    switchable = False  # whether `Erasers` say when it is on; a deep copy, which none know, is always on
+
     def __init__(self, dim: int, rank: int):
         super().__init__()
         if rank < 1:
@@ -54,6 +56,9 @@ class AdapterEraser(nn.Module):
         self.up = _CastingLinear(rank, dim)
         nn.init.zeros_(self.up.weight)
         nn.init.zeros_(self.up.bias)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"switchable": False}
 
     def inner(self, h: Tensor) -> Tensor:
         """h (B, N, D) to what GELU lets through (B, N, R), in h's dtype."""
@@ -159,7 +164,6 @@ class Erasers:
         self.width = width_of(self.attentions[0])
         self.adapters: list[AdapterEraser] = []
         self._seen: dict[int, tuple[bool, bool]] = {}
-        self._owner = object()  # which a deep copy of an adapter has another of
         device = self.attentions[0].to_v.weight.device
         if device.type == "meta":  # accelerate's offloading keeps the weights elsewhere between passes
             device = torch.device("cpu")
@@ -175,7 +179,7 @@ class Erasers:
         self._classes = [type(attention) for attention in self.attentions]
         marked = {kind: type(kind.__name__, (kind,), {}) for kind in self._classes}
         for index, (attention, adapter) in enumerate(zip(self.attentions, self.adapters)):
-            attention.adapter, attention.__class__, adapter.owner = adapter, marked[type(attention)], self._owner
+            attention.adapter, attention.__class__, adapter.switchable = adapter, marked[type(attention)], True
             self._handles.append(attention.register_forward_hook(self._hook(index)))
 
     @property
@@ -186,8 +190,8 @@ class Erasers:
     def _hook(self, index: int):
         def add_eraser(attention: nn.Module, args: tuple, output: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
             # In a deep copy of the model, which has its own, they are always on. Nothing is asked here that differs from block to block, unless
-            # there are gradients: torch.compile makes one graph for all blocks then.
-            if getattr(attention.adapter, "owner", None) is not self._owner:
+            # there are gradients: torch.compile makes one graph for all blocks then. It would not notice which of two objects one is.
+            if not getattr(attention.adapter, "switchable", False):
                 mode = _Mode()
             else:
                 mode = self._mode_of(index) if torch.is_grad_enabled() else self._mode

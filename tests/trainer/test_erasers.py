@@ -202,6 +202,25 @@ def test_a_deep_copy_of_the_model_has_erasers_of_its_own(sincos):
     assert torch.equal(model.run(), erased)
 
 
+@pytest.mark.filterwarnings("ignore:Dynamo does not know how to trace the builtin")  # once blocks were compiled in this process
+def test_a_deep_copy_and_its_model_share_no_graph_where_one_is_switched_off(sincos):
+    """torch.compile looks at what modules hold, and not at which of two objects it is."""
+    model = Model(sincos)
+    erasers = model.inject()
+    erased, blocks = model.run(), model.transformer.transformer_blocks
+    copied = copy.deepcopy(model.transformer)
+    predict = sincos.predictor(copied, model.shape)
+    try:
+        for block in (*blocks, *copied.transformer_blocks):
+            block.compile(backend="eager")
+        with erasers.switched(False), torch.no_grad():
+            for _ in range(2):  # of either the graph is there when the other runs
+                assert torch.equal(model.run(), model.before)
+                assert torch.equal(predict(*model.inputs), erased)
+    finally:
+        torch.compiler.reset()
+
+
 def _replica(module: torch.nn.Module) -> torch.nn.Module:
     """What DataParallel makes of a model for each card."""
     made = module._replicate_for_data_parallel()
