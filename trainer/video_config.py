@@ -80,8 +80,8 @@ class EvaluateConfig:
     preserve: tuple[str, ...] = ()
     """With a rater: other things that must still be there than those that the run preserved."""
     num_videos: int | None = None
-    """Videos of the concept, at least. By a rule as many of its synonyms and of each thing of its kind, with a rater as many of all
-    that is preserved together. 64 on the bundled model and 8 on others by default: a video of a published model takes minutes."""
+    """Videos of the concept, at least. 64 on the bundled model and 8 on others by default: a video of a published model takes minutes.
+    As many show its synonyms and each thing of its kind (by a rule), or all that is preserved together (with a rater)."""
     num_steps: int | None = None
     """Denoising steps; 16 on the bundled model and 50 on others by default."""
     guidance_scale: float | None = None

@@ -16,7 +16,7 @@ from unittest import mock
 import pytest
 
 from memory import plan
-from trainer import commands, config, projection_config
+from trainer import commands, config, projection_config, video_config
 
 FROZEN = Path(__file__).parent / "options.txt"
 COMMANDS = ("train", "plan", "generate", "evaluate", "report", "diagnose", "doctor", "export", "forget")
@@ -54,7 +54,7 @@ def test_options_are_those_promised():
         f"meant, run `python tests/trainer/{Path(__file__).name}` and commit {FROZEN.name}")
 
 
-@pytest.mark.parametrize("module", [config, projection_config, commands, plan])
+@pytest.mark.parametrize("module", [config, projection_config, video_config, commands, plan])
 def test_help_breaks_where_a_sentence_ends(module):
     """What shows them begins a new line where a field's docstring does."""
     found = [statement.value.value for node in ast.walk(ast.parse(inspect.getsource(module))) if isinstance(node, ast.ClassDef)
