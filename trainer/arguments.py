@@ -101,7 +101,9 @@ _PLAIN = {r"invalid literal for int\(\) with base 10: (.*)": r"\1 is not a whole
           r"no type matching \{None\}\|INT could be instantiated from \[(.*)\]": r"\1 is not a whole number",
           r"no type matching \{None\}\|FLOAT could be instantiated from \[(.*)\]": r"\1 is not a number",
           r"Could not find valid parse for arguments: \[(.*)\]": r"whole numbers only, not \1",
-          r"Missing from .*?: (--\S+) .*": r"\1 is missing"}
+          r"Missing from .*?: (--\S+) .*": r"\1 is missing",
+          r"Missing value for argument '(--\S+)'\..*": r"\1: its value is missing",
+          r"invalid choice '(.*)' for argument '(--\S+)'\. Expected one of \((.*)\)": r"\2 \1: one of \3"}
 
 
 def early(argv: Sequence[str], flag: str) -> str | None:
