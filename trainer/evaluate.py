@@ -59,9 +59,9 @@ def print_table(result: dict[str, Any]) -> None:
 
     rater = result.get("rater")
     by = f" ({rater}, zero-shot, chance {result['chance']:.1%})" if rater else ""
-    table = Table(title=Text(f"erased: {result['concept']}{by}"), title_justify="left")
+    table = Table(title=Text(f"erased: {result['concept']}{by}; videos that show what is named, before and after"), title_justify="left")
     for column, justify in (("", "left"), ("kind", "left"), ("videos", "right"), ("before", "right"), ("after", "right"),
-                            ("95 %", "right"), *[("cosine", "right")] * bool(rater)):
+                            ("after, 95 %", "right"), *[("cosine", "right")] * bool(rater)):
         table.add_column(column, justify=justify)
 
     def add(label: str, kind: str, row: dict[str, Any], style: str | None = None) -> None:

@@ -79,7 +79,7 @@ def print_forecast(found: Forecast, origins: dict[str, str], *, explain: bool) -
     num_steps = found.config.optim.steps
     total = f"; {num_steps} steps take {duration(num_steps * a.time.seconds)}" if found.result.best else ""
     console.print(Text(verdict(found) + total, style="bold"))
-    console.print(f"(all figures predicted{uncompiled}; {found.result.num_candidates} candidates; times that others measured differ from such "
+    console.print(f"(all figures predicted{uncompiled}; {found.result.num_candidates} plans compared; times that others measured differ from such "
                   f"predictions by {TYPICAL_ERROR:.0%} (root mean square), {LARGEST_ERROR:.0%} at most; short steps take longer where the host is the limit)",
                   highlight=False)
     searched = (*SEARCHED, "num_shards") if found.num_cards > 1 else SEARCHED
@@ -94,8 +94,8 @@ def print_forecast(found: Forecast, origins: dict[str, str], *, explain: bool) -
         for name, num_bytes in rows.items():
             table.add_row(name, f"{num_bytes / GIB:.3f}")
         console.print(table)
-    console.print(f"reserved {a.prediction.reserved_bytes / GIB:.2f} GiB, context {found.card.context_bytes / GIB:.2f} GiB, "
-                  f"host {a.host_bytes / GIB:.2f} GiB"
+    rest = "all else" if found.card.is_cpu else f"CUDA's own context {found.card.context_bytes / GIB:.2f} GiB, host memory"
+    console.print(f"reserved by torch {a.prediction.reserved_bytes / GIB:.2f} GiB, {rest} {a.host_bytes / GIB:.2f} GiB"
                   + (" (--host 64gb: faster plans may use what it has)" if found.host_may_help else ""),
                   highlight=False)
     if found.num_cards > 1:

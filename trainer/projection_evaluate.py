@@ -202,7 +202,7 @@ def print_forgetting(result: Mapping[str, Any]) -> None:
     from rich.text import Text
 
     console = Console(width=None if Console().is_terminal else 100)
-    table = Table("", "examples", "before", "after", "95 %", "null space", title_justify="left",
+    table = Table("", "examples", "before", "after", "after, 95 %", "null space", title_justify="left",
                   title=Text(f"forgotten: {result['concept']} ({result['measure']}, chance {result['chance']:.1%})"))
     baseline = {r["name"]: r["after"] for r in result["baseline"]["preserved"]}
     rows = [(result["target"]["name"], result["target"], result["baseline"]["target"])]

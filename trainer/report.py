@@ -162,7 +162,7 @@ def _evaluation(files: RunFiles) -> str:
         rows.append((f"<b>{escape(', '.join(synonyms.get('names', [])) or 'other wordings')}</b>", "synonyms", synonyms))
     rows += [(escape(str(r.get("name"))), escape(str(r.get("kind"))), r) for r in result.get("preserved", [])]
     counted = "examples" if measured else "videos"
-    table = _table(("", "kind", counted, "before", "after", "95 %", "before ○   after ●   0 to 100 %"), [
+    table = _table(("", "kind", counted, "before", "after", "after, 95 %", "before ○   after ●   0 to 100 %"), [
         (name, kind, escape(str(row["num_images" if measured else "num_videos"])), f"{row['before']:.1%}", f"{row['after']:.1%}",
          "{:.1%} to {:.1%}".format(*row["after_interval"]),
          interval(row["before"], row["after"], *row["after_interval"]))

@@ -99,7 +99,7 @@ def test_what_the_rater_does_not_see_is_said(rendered, caplog):
 def test_a_run_is_generated_measured_and_reported(published, capsys):
     cli.main(["evaluate", str(published), "--rater", "shapes", "--num-videos", "3", "--num-steps", "2", "--device", "cpu"])
     said, result = capsys.readouterr(), json.loads((published / "evaluation.json").read_text())
-    assert "erased: red (shapes, zero-shot, chance 20.0%)" in said.out and "12 of 12 videos made, 0:00 left" in said.err
+    assert "erased: red (shapes, zero-shot, chance 20.0%); videos that show what is named" in said.out and "12 of 12 videos made, 0:00 left" in said.err
     assert (result["num_videos"], result["num_steps"], result["guidance_scale"], result["seeds"]) == (3, 2, 6.0, [1000, 1005])
     assert result["distance"]["preserved_rms"] > 0  # the eraser was really on
     assert [row["num_videos"] for row in (result["target"], *result["preserved"])] == [3, 1, 1, 1]

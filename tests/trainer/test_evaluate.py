@@ -78,8 +78,8 @@ def test_evaluation_is_written_with_the_agreed_fields(eraser, capsys):
     assert (eraser / "before-after.png").stat().st_size > 1000
     print_table(result)
     table = capsys.readouterr().out
-    assert "erased: red" in table and "crimson, scarlet" in table
-    assert all(column in table for column in ("kind", "videos", "before", "after", "95 %"))
+    assert "erased: red; videos that show what is named" in table and "crimson, scarlet" in table
+    assert all(column in table for column in ("kind", "videos", "before", "after", "after, 95 %"))
     for row in result["preserved"]:
         assert row["name"] in table
     motion, distance = ([word for word in line.split() if word[0].isdigit()] for line in table.splitlines()
