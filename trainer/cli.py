@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from memory.advice import flag_of
 from memory.cards import Card, size_bytes
 from memory.host import available_host_bytes
 from memory.plan import PlanError
@@ -259,6 +260,8 @@ def _forget(argv: Sequence[str]) -> None:
 def _diagnose(argv: Sequence[str]) -> None:
     as_json = "--json" in argv
     argv = positional([word for word in argv if word != "--json"], "--target", last=False)
+    if "target" in given(argv) and (beside := given(argv) & {path.split(".")[-1] for path in settings.leaves(TrainCommand())}):
+        raise UsageError(f"{flag_of(min(beside))}: `diagnose RUN` looks at what is there, and takes no settings; leave one of the two out")
     if {"--target", "--help", "-h"} & {word.split("=", 1)[0] for word in argv}:
         target, config = parse(DiagnoseCommand, argv, "diagnose").target, None
     else:

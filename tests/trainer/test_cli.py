@@ -247,6 +247,7 @@ def test_damaged_eraser_files(sincos, call, pipelines, tmp_path, damage, message
     (["diagnose", "--preserve", "red"], "--preserve red: that is what is to be erased"),
     (["plan", "--profile", "24gb", "--cards", "2", "--num-shards", "3"], "--num-shards 3: blocks are divided among the cards of a run, here 2"),
     (["plan", "--batch-size", "99999999999999999999"], "--batch-size 99999999999999999999: must fit 32 bits"),
+    (["diagnose", "runs/a", "--rank", "4"], "--rank: `diagnose RUN` looks at what is there, and takes no settings"),
     (["diagnose", "--on-oom", "stop"], "--on-oom: diagnose looks at one step"),
     (["diagnose", "--resume", "runs/a"], "--resume: diagnose goes on with no run; `diagnose RUN` looks at one"),
     (["plan", "--resume", "runs/a"], "--resume: plan looks at new runs; `report RUN` shows what a run was predicted to need, and --resume RUN"),
