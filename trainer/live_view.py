@@ -63,6 +63,11 @@ def _flow(label: str, parts: Sequence[Text], room: int) -> list[Row]:
     return [(label if i == 0 else "", line) for i, line in enumerate(lines)]
 
 
+def pace(seconds: float) -> str:
+    """2.5 as 2.50 s/step, 0.0015 as 1.5 ms/step."""
+    return f"{seconds:.2f} s/step" if seconds >= 0.1 else f"{1e3 * seconds:.1f} ms/step"
+
+
 def duration(seconds: float) -> str:
     """42 as 0:42, 4000 as 1:06:40, 400000 as 4 d 15:06:40."""
     minutes, seconds = divmod(int(seconds), 60)
@@ -80,7 +85,7 @@ def gib(num_bytes: float) -> str:
 
 def _progress(state: Mapping[str, Any], room: int) -> list[Row]:
     done, total = state["done"], max(1, state["num_steps"])
-    speed = [f"{state['seconds_per_step']:.2f} s/step"] if state["seconds_per_step"] else []
+    speed = [pace(state["seconds_per_step"])] if state["seconds_per_step"] else []
     eta = f"ETA {duration(state['eta'])}" if state["eta"] is not None else "ETA after warm-up"
     if state["stopping"]:
         eta = "stopping: this step, then saving"

@@ -146,12 +146,12 @@ def watch(config: TrainConfig, stop: StopFlag, meter: Meter) -> Monitor:
 
 def plain_line(state: Mapping[str, Any]) -> str:
     """The state in one line."""
-    from trainer.live_view import TERMS, duration, gib
+    from trainer.live_view import TERMS, duration, gib, pace
 
     record, memory = state["records"][-1], state["memory"]
     parts = [f"step {state['done']}/{state['num_steps']}", *(f"{k} {record[k]:.4g}" for k in TERMS if k in record)]
     if state["seconds_per_step"] is not None:
-        parts.append(f"{state['seconds_per_step']:.2f} s/step")
+        parts.append(pace(state["seconds_per_step"]))
     if state["eta"] is not None:
         parts.append(f"ETA {duration(state['eta'])}")
     for key, label in (("reserved_bytes", "reserved"), ("process_bytes", "process")):

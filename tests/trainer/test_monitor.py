@@ -187,6 +187,14 @@ def test_findings_reach_plain_lines():
     assert "[warning: no-op-adapter]" in stream.getvalue()
 
 
+def test_a_step_that_takes_less_than_a_tenth_of_a_second_is_not_said_to_take_none():
+    stream = io.StringIO()
+    with Monitor(2, stream=stream) as monitor:
+        monitor.step(record(0) | {"seconds": 0.0015})
+    assert "  1.5 ms/step" in stream.getvalue()
+    assert "  1.5 ms/step" in drawn(state([record(0)], seconds_per_step=0.0015), 120).splitlines()[0]
+
+
 def test_off_is_silent():
     stream = io.StringIO()
     with Monitor(1, mode="off", stream=stream) as monitor:
