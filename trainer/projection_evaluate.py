@@ -202,8 +202,9 @@ def print_forgetting(result: Mapping[str, Any]) -> None:
     from rich.text import Text
 
     console = Console(width=None if Console().is_terminal else 100)
-    table = Table("", "examples", "before", "after", "after, 95 %", "null space", title_justify="left",
-                  title=Text(f"forgotten: {result['concept']} ({result['measure']}, chance {result['chance']:.1%})"))
+    table = Table("", title_justify="left", title=Text(f"forgotten: {result['concept']} ({result['measure']}, chance {result['chance']:.1%})"))
+    for column in ("examples", "before", "after", "after, 95 %", "null space"):
+        table.add_column(column, justify="right")
     baseline = {r["name"]: r["after"] for r in result["baseline"]["preserved"]}
     rows = [(result["target"]["name"], result["target"], result["baseline"]["target"])]
     if result["synonyms"]:
