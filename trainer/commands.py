@@ -13,7 +13,7 @@ from trainer.errors import UsageError
 class TrainCommand:
     """Train concept erasers on a frozen text-to-video transformer.
 
-    Settings: defaults < profile < TOML file < flags. Other commands: plan, generate, evaluate, report,
+    Settings: defaults < plan < TOML file < flags. Other commands: plan, generate, evaluate, report,
     diagnose, doctor, export, forget, each with a --help; and bench, which lists what it can measure.
     """
 

@@ -1,4 +1,4 @@
-"""The training run's settings: defaults < profile < TOML file < flags, with the origin of each value.
+"""The training run's settings: defaults < plan < TOML file < flags, with the origin of each value.
 
 Imports no torch, so that `--help` answers at once.
 """
