@@ -46,12 +46,12 @@ def test_a_plan_says_that_it_is_predicted_and_how_far_times_may_be_off(forecast,
     assert "(all figures predicted" in output and "times that others measured differ" in output
 
 
-def test_a_plan_says_what_its_sizes_are_of_and_what_a_step_mostly_waits_for(forecast, capsys):
+def test_a_plan_says_what_its_sizes_are_of_and_what_the_largest_part_of_a_step_is(forecast, capsys):
     time = forecast.chosen.time
     for card, rest in ((forecast.card, f"CUDA's own context {forecast.card.context_bytes / GIB:.2f} GiB, host memory"), (lookup("cpu"), "all else")):
         forecast_text.print_forecast(replace(forecast, card=card), {}, explain=False)
         output = " ".join(capsys.readouterr().out.split())
-        assert f"s a step (mostly {time.bottleneck})" in output and f"GiB, {rest} {forecast.chosen.host_bytes / GIB:.2f} GiB" in output
+        assert f"s a step (largest part: {time.bottleneck})" in output and f"GiB, {rest} {forecast.chosen.host_bytes / GIB:.2f} GiB" in output
 
 
 def test_what_others_hold_of_a_card_is_said(tiny_config):
