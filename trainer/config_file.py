@@ -48,7 +48,7 @@ def read_toml(path: Path) -> dict[str, Any]:
             if dotted not in known:
                 raise UsageError(f"--config {path}: there is no setting {dotted}; {_instead_of(dotted, known)}")
             if any(isinstance(text, str) and "\0" in text for text in (value if isinstance(value, list) else [value])):
-                raise UsageError(f"--config {path}: {dotted} = {value!r} holds a null byte, which no name of a file may")
+                raise UsageError(f"--config {path}: {dotted} = {value!r} holds a null byte; take it out")
             try:
                 found[dotted] = _setting(value, dotted)
             except TypeError as e:

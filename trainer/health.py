@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from memory.optimizers import update_norms
 from trainer.distributed import average, everyones, num_ranks, rank
 from trainer.erasers import in_backward
-from trainer.findings import Bill, Finding, finding, earlier_findings, keep_findings
+from trainer.findings import Bill, Finding, earlier_findings, finding, keep_findings
 from trainer.inspection import Fingerprint, Subject, adapter_findings
 from trainer.preflight import Preflight
 from trainer.records import Judge, Pending, non_finite
