@@ -215,8 +215,7 @@ def _generate(argv: Sequence[str]) -> None:
     from trainer.generate import as_trained, generate
 
     config = as_trained(config, config.eraser, given(argv))
-    for path in generate(config, _card_to_fill(config, given(argv))):
-        print(path)
+    generate(config, _card_to_fill(config, given(argv)), written=partial(print, flush=True))  # what an interruption leaves is named, too
 
 
 def _report(argv: Sequence[str]) -> None:

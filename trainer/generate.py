@@ -3,6 +3,7 @@
 Legend: B videos, F latent frames, C latent channels, H W latent size, L text tokens, D text width, T video frames.
 """
 
+import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
@@ -95,9 +96,9 @@ def opened(model: ModelConfig, plan: MemoryPlan, card: Card | None, *, eraser: E
     return backbone, plan
 
 
-def generate(config: GenerateConfig, card: Card | None = None) -> list[Path]:
-    """Write one video a prompt, each as soon as it is made, and with `compare` a before/after sheet; returns the paths. With as many resident
-    blocks as `card` holds; None: as configured."""
+def generate(config: GenerateConfig, card: Card | None = None, *, written: Callable[[Path], None] = lambda path: None) -> list[Path]:
+    """Write one video a prompt, each as soon as it is made, and with `compare` a before/after sheet; returns the paths. `written` hears of
+    each as soon as it is there. With as many resident blocks as `card` holds; None: as configured."""
     require_real(config.memory)
     if config.out.is_dir():
         raise InputOutputError(f"--out {config.out}: is a directory; name a file in it, as {config.out / 'x.mp4'}")
@@ -112,7 +113,7 @@ def generate(config: GenerateConfig, card: Card | None = None) -> list[Path]:
     embeddings = embed_prompts(backbone, model, plan, [*config.prompt, ""])
     made = _latents(config, backbone, model, plan, embeddings)
     with closing(made):
-        return _write(config, backbone, model, plan, made if several else list(made))
+        return _write(config, backbone, model, plan, made if several else list(made), written)
 
 
 def _latents(config: GenerateConfig, backbone: CogVideoX, model: ModelConfig, plan: MemoryPlan, embeddings: Embeddings
@@ -141,15 +142,23 @@ def _progress(total: int) -> Iterator[Callable[[int], None]]:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns, console = (TextColumn("denoising steps"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()), Console(stderr=True)
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal,
+                  redirect_stdout=sys.stdout.isatty()) as progress:  # paths go to stdout, above the bar only where it is the same terminal
         task = progress.add_task("", total=total)
         yield lambda index: progress.advance(task)
 
 
 def _write(config: GenerateConfig, backbone: CogVideoX, model: ModelConfig, plan: MemoryPlan,
-           made: Iterable[tuple[Tensor, Tensor | None]]) -> list[Path]:
+           made: Iterable[tuple[Tensor, Tensor | None]], written: Callable[[Path], None]) -> list[Path]:
     """Write the videos of latents (1,F,C,H,W) as they are made. The decoder comes and goes: what a video takes is not what sampling does."""
-    paths, rows, sheet = [], [], config.out.with_name(f"{config.out.stem}-compare.png")
+    paths: list[Path] = []
+    rows, sheet = [], config.out.with_name(f"{config.out.stem}-compare.png")
+
+    def there(path: Path) -> None:
+        if path not in paths:  # the sheet is written anew with every prompt
+            paths.append(path)
+            written(path)
+
     for i, (prompt, (after, before)) in enumerate(zip(config.prompt, made)):
         path = config.out if len(config.prompt) == 1 else config.out.with_stem(f"{config.out.stem}-{i}")
         torch.cuda.empty_cache()
@@ -159,10 +168,11 @@ def _write(config: GenerateConfig, backbone: CogVideoX, model: ModelConfig, plan
             write_mp4(path, video, fps=config.fps)
         else:
             contact_sheet(path, [(prompt, video)])
-        paths.append(path)
+        there(path)
         if before is not None:
             rows += [(f"before: {prompt}", spread(decode(before)[0])), (f"after: {prompt}", spread(video))]
             contact_sheet(sheet, rows)
+            there(sheet)
         del decode, video
         torch.cuda.empty_cache()
-    return [*paths, sheet] if rows else paths
+    return paths

@@ -262,7 +262,7 @@ def test_png_is_a_contact_sheet(sincos, tmp_path):
 @pytest.mark.parametrize("compare", [False, True])
 def test_what_is_made_is_written_before_the_next_is_begun(sincos, eraser, tmp_path, monkeypatch, compare):
     """Hours of videos are not lost with the last of them."""
-    make, begun = module.generate_latents, []
+    make, begun, said = module.generate_latents, [], []
 
     def interrupted(predict, scheduler, embeddings, prompts, *args, **more):
         begun.append(prompts[0])
@@ -273,8 +273,9 @@ def test_what_is_made_is_written_before_the_next_is_begun(sincos, eraser, tmp_pa
     monkeypatch.setattr(module, "generate_latents", interrupted)
     prompts = (PROMPT, "a blue circle", "a red square")
     with pytest.raises(KeyboardInterrupt):
-        module.generate(_config(sincos.directory, tmp_path / "x.png", prompt=prompts, no_eraser=False, eraser=eraser, compare=compare))
-    assert sorted(p.name for p in tmp_path.glob("*.png")) == ["x-0.png", "x-1.png", *["x-compare.png"] * compare]
+        module.generate(_config(sincos.directory, tmp_path / "x.png", prompt=prompts, no_eraser=False, eraser=eraser, compare=compare),
+                        written=lambda path: said.append(path.name))
+    assert sorted(p.name for p in tmp_path.glob("*.png")) == sorted(said) == ["x-0.png", "x-1.png", *["x-compare.png"] * compare]
 
 
 def test_videos_of_several_prompts_are_those_of_each(sincos, written, tmp_path):
