@@ -75,7 +75,7 @@ def train(config: TrainConfig, origins: Mapping[str, str], *, resume: Path | Non
     assembly.applied.count_waits(clock.waiting)
     health = Health(subject, run_dir=run_dir, resumed=bool(resume))
     rescue = Rescue(run_dir, state, health, meter)
-    with ExitStack() as files, StopFlag() as stop, watch(config, stop, meter) as monitor, assembly, health, rescue:
+    with ExitStack() as files, StopFlag() as stop, watch(config, run_dir, stop, meter) as monitor, assembly, health, rescue:
         on_main(files.enter_context, RunLock(run_dir))
         checkpoint = shared(latest_checkpoint, run_dir) if resume else None
         if resume:

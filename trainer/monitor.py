@@ -14,6 +14,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
+from pathlib import Path
 from statistics import mean
 from typing import Any, Literal, TextIO
 
@@ -32,15 +33,16 @@ logger = logging.getLogger(__name__)
 class Monitor:
     """Context manager around the loop; `step(record)` after every step. Trouble in here is a warning."""
 
-    def __init__(self, num_steps: int, *, mode: Mode = "auto", title: str = "train",
+    def __init__(self, num_steps: int, *, mode: Mode = "auto", title: str = "train", run_dir: Path | None = None,
                  facts: Mapping[str, float | None] | None = None, stopping: Callable[[], bool] = bool,
                  read_memory: Callable[[], Mapping[str, Any]] | None = None, stream: TextIO | None = None,
                  interval: float = 10.0, refresh: float = 1.0):
-        """`facts`: `budget_bytes`, `predicted_peak_bytes` and `trajectory_steps`, where known. `stopping`: whether a signal came.
+        """`run_dir`: said first, so that it is known however the run ends. `facts`: `budget_bytes`, `predicted_peak_bytes` and
+        `trajectory_steps`, where known. `stopping`: whether a signal came.
         `read_memory`: measured values of now, see `read_process`. `interval`: seconds between plain lines, at least;
         `refresh`: between pictures of the live view."""
         self.num_steps, self.title, self.facts, self.stopping = num_steps, title, dict(facts or {}), stopping
-        self.stream, self.interval, self.refresh = stream or sys.stderr, interval, refresh
+        self.run_dir, self.stream, self.interval, self.refresh = run_dir, stream or sys.stderr, interval, refresh
         self._read_memory = read_memory or read_process
         self._records: deque[Mapping[str, Any]] = deque(maxlen=_NUM_KEPT)
         self.done = 0  # finished steps, those before a resumption included
@@ -92,6 +94,8 @@ class Monitor:
     def _run(self) -> None:
         for way in self._ways:
             try:
+                if self.run_dir and way is self._ways[0]:
+                    print(f"run: {self.run_dir}", file=self.stream, flush=True)
                 way()
                 return
             except Exception as e:  # whatever it is, it is not worth a training run
@@ -136,12 +140,12 @@ class Monitor:
                 print(plain_line(state), file=self.stream, flush=True)
 
 
-def watch(config: TrainConfig, stop: StopFlag, meter: Meter) -> Monitor:
+def watch(config: TrainConfig, run_dir: Path, stop: StopFlag, meter: Meter) -> Monitor:
     """The monitor of a training run. Sensors are asked by the monitor's own thread."""
     data, passes = config.data, config.optim.accumulation
     facts = {"trajectory_steps": data.trajectory_steps // math.gcd(data.trajectory_steps, passes)} if data.latents == "trajectory" else {}
-    return Monitor(config.optim.steps, mode="off" if rank() else config.output.monitor, title=data.concept, facts=facts,
-                   stopping=stop.__bool__, read_memory=lambda: read_memory(meter) | sensors(meter.device))
+    return Monitor(config.optim.steps, mode="off" if rank() else config.output.monitor, title=data.concept, run_dir=run_dir,
+                   facts=facts, stopping=stop.__bool__, read_memory=lambda: read_memory(meter) | sensors(meter.device))
 
 
 def plain_line(state: Mapping[str, Any]) -> str:

@@ -190,7 +190,7 @@ def _train(run: Run, problems: Mapping[str, Problem], case: Case, run_dir: Path,
     config, clock = run.config, PhaseClock(meter.device, on_phase=meter.turn_to)
     facts = {"base_model": encoder_fingerprint(case.tower.directory), "examples": case.digest()}
     trace = max((predict_step(problem, config) for problem in problems.values()), key=lambda t: t.prediction().peak_bytes)
-    monitor = Monitor(run.num_steps, mode=config.monitor, title=case.forget,
+    monitor = Monitor(run.num_steps, mode=config.monitor, title=case.forget, run_dir=run_dir,
                       facts={"predicted_peak_bytes": trace.prediction().peak_bytes})
     with ExitStack() as files, StopFlag() as stop, monitor:
         checkpoint = _restore(run, run_dir, facts, meter.device) if resume else None  # before anything is written

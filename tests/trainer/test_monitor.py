@@ -9,6 +9,7 @@ import pty
 import re
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -179,6 +180,17 @@ def test_a_step_is_said_once():
     assert stream.getvalue().count("step 1/2") == 1 == len(stream.getvalue().splitlines())
 
 
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_run_is_named_once_before_anything_else(terminal, monkeypatch, fails):
+    """Known however the run ends, and where the live view fails too."""
+    if fails:
+        monkeypatch.setattr(live_view, "view", lambda state, width: 1 / 0)
+    with Monitor(1, stream=terminal.stream, run_dir=Path("runs/red-1"), refresh=0.02, interval=0.02) as monitor:
+        monitor.step(record(0))
+    text = terminal.text()
+    assert text.startswith("run: runs/red-1\r\n") and text.count("runs/red-1") == 1
+
+
 def test_findings_reach_plain_lines():
     stream = io.StringIO()
     with Monitor(1, stream=stream) as monitor:
@@ -281,7 +293,7 @@ def test_a_card_that_vanishes_leaves_the_monitor_running(tiny_config, monkeypatc
     monkeypatch.setattr(torch.cuda, "memory_stats_as_nested_dict",
                         lambda device: {"allocated_bytes": counters, "reserved_bytes": counters})
     monkeypatch.setattr("sys.stderr", io.StringIO())
-    with watch(tiny_config(), StopFlag(), Meter("cuda")) as monitor:
+    with watch(tiny_config(), Path(), StopFlag(), Meter("cuda")) as monitor:
         monitor.interval = 0.01
         for i in range(3):
             monitor.step(record(i))
