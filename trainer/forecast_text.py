@@ -7,13 +7,17 @@ from typing import Any
 
 from memory.advice import words_of
 from memory.assess import Assessment, compiled_fragmentation
-from memory.cards import GIB
+from memory.cards import GIB, Card
 from memory.plan import MemoryPlan
 from memory.ranking import SEARCHED
 from memory.timing import LARGEST_ERROR, TYPICAL_ERROR
 from trainer.assemble import only_planned
 from trainer.config import TrainConfig
 from trainer.planning import Forecast, verdict
+
+_WORDS = {"usable_bytes": "usable memory", "context_bytes": "CUDA's context", "matmul_fraction": "matrix products", "attention_fraction": "attention",
+          "attention_backward_fraction": "its backward", "flash_fraction": "FlashAttention-2", "flash_backward_fraction": "its backward",
+          "memory_fraction": "element-wise work", "host_link_bandwidth": "host link"}  # fields of Card; others by their name
 
 
 def program(num_processes: int) -> tuple[str, ...]:
@@ -123,8 +127,16 @@ def _explained(found: Forecast) -> Iterator[str]:
     if not found.card.is_cpu:
         yield (f"host: about {time.num_operators:,.0f} operators a step, most of them one kernel; it is the limit where it takes more "
                f"than {1e6 * time.seconds / time.num_operators:,.0f} µs for each")
-    yield f"assumed of {found.card.label}, not measured: {', '.join(found.card.assumed).replace('_', ' ')}"
+    yield f"assumed of {found.card.label}, not measured: {', '.join(_assumption(found.card, name) for name in found.card.assumed)}"
     yield f"rates: {found.card.source}"
+
+
+def _assumption(card: Card, name: str) -> str:
+    """A field of the card and its value in words."""
+    value, kind = getattr(card, name), name.rpartition("_")[2]
+    text = {"bytes": f"{value / GIB:.2f} GiB", "bandwidth": f"{value / 1e9:.3g} GB/s", "rate": f"{value / 1e12:.3g} TFLOP/s",
+            "fraction": f"{value:.0%} of the {'bandwidth' if name == 'memory_fraction' else 'tensor rate'}"}[kind]
+    return f"{_WORDS.get(name, name.replace('_', ' '))} {text}"
 
 
 def _difference(plan: MemoryPlan, other: MemoryPlan) -> str:

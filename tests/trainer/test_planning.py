@@ -1,6 +1,7 @@
 """Forecasts of runs on the tiny pipelines: phases, verdicts, JSON, and what is refused."""
 
 import json
+import re
 from dataclasses import replace
 
 import pytest
@@ -83,6 +84,18 @@ def test_an_explanation_says_from_which_time_an_operator_on_the_host_is_the_limi
         output, time = " ".join(capsys.readouterr().out.split()), forecast.chosen.time
         said = f"host: about {time.num_operators:,.0f} operators a step, most of them one kernel; it is the limit where it takes more than"
         assert (f"{said} {1e6 * time.seconds / time.num_operators:,.0f} µs for each" in output) == (explain and not card.is_cpu)
+
+
+@pytest.mark.parametrize("name", ["4090", "h200", "8gb", "cpu"])
+def test_an_explanation_says_what_is_assumed_and_of_which_size(forecast, capsys, name):
+    card = lookup(name)
+    forecast_text.print_forecast(replace(forecast, card=card), {}, explain=True)
+    [said] = re.findall("not measured: (.*) rates: ", " ".join(capsys.readouterr().out.split()))
+    assert f"usable memory {card.usable_bytes / GIB:.2f} GiB" in said and said.count(", ") == len(card.assumed) - 1
+    for field, words in (("memory_fraction", f"element-wise work {card.memory_fraction:.0%} of the bandwidth"),
+                         ("tensor_rate", f"tensor rate {card.tensor_rate / 1e12:.3g} TFLOP/s"),
+                         ("host_link_bandwidth", f"host link {card.host_link_bandwidth / 1e9:.3g} GB/s")):
+        assert (words in said) == (field in card.assumed)
 
 
 def test_a_plan_prints_the_command_and_origins_as_they_are(tiny_config, capsys):
