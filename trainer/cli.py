@@ -110,7 +110,7 @@ def _train(argv: Sequence[str]) -> None:
     from trainer.distributed import joined, num_ranks
     from trainer.forecast_text import program
     from trainer.loop import train
-    from trainer.memory_file import Forecast
+    from trainer.memory_file import MemoryForecast
     from trainer.planning import forecast_as_given, require_room, require_sense
     from trainer.recovery import train_in_memory
     from trainer.run_directory import restarted_run
@@ -127,7 +127,7 @@ def _train(argv: Sequence[str]) -> None:
         if config.optim.warmup > config.optim.steps and origins["optim.warmup"] != "default" and not command.resume:
             logger.warning("--warmup %d: the run ends after %d --steps, at %.2g of --lr", config.optim.warmup, config.optim.steps,
                            config.optim.steps / config.optim.warmup)
-        run_dir = train_in_memory(partial(train, forecast=Forecast(card, assessment)), config, origins, card=card,
+        run_dir = train_in_memory(partial(train, forecast=MemoryForecast(card, assessment)), config, origins, card=card,
                                   resume=resume, step_down=command.on_oom == "step-down", command=(*program(num_ranks()), *argv))
     if not rank:  # the first process speaks for all
         _after_training(run_dir, resumed=command.resume is not None, measures=measures)

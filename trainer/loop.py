@@ -26,7 +26,7 @@ from trainer.inspection import Subject
 from trainer.lock import RunLock
 from trainer.losses import Samples, lockstep_backward, student_backward
 from trainer.metrics import MetricsLog
-from trainer.memory_file import Forecast, keep_forecast
+from trainer.memory_file import MemoryForecast, keep_forecast
 from trainer.monitor import Readings, watch
 from trainer.recovery import Rescue
 from trainer.run_directory import make_run_directory, require_place, write_config
@@ -39,7 +39,7 @@ logger = logging.getLogger(__name__)
 
 
 def train(config: TrainConfig, origins: Mapping[str, str], *, resume: Path | None = None,
-          events: Sequence[Mapping[str, Any]] = (), forecast: Forecast | None = None) -> Path:
+          events: Sequence[Mapping[str, Any]] = (), forecast: MemoryForecast | None = None) -> Path:
     """Train erasers as configured and return the run directory. `events`, what happened so far, goes into the metrics;
     `forecast`, what the run is predicted to need (trainer.memory_file), into memory.json and the live view.
 

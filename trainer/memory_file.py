@@ -23,7 +23,7 @@ _NAMES = {FORWARD: "student", BACKWARD: "backward"}  # as the run's clock has th
 
 
 @dataclass(frozen=True)
-class Forecast:
+class MemoryForecast:
     """What makes the content of memory.json for a run on `card`."""
 
     card: Card
@@ -57,7 +57,7 @@ def thinned(trace: Trace) -> list[list[Any]]:
             for i, (phase, _, live) in enumerate(trace.timeline()) if i in chosen]
 
 
-def keep_forecast(run_dir: Path, config: TrainConfig, forecast: Forecast | None) -> dict[str, float]:
+def keep_forecast(run_dir: Path, config: TrainConfig, forecast: MemoryForecast | None) -> dict[str, float]:
     """Write memory.json, unless it is there for this very plan, these samples and this card; returns the facts that the live view shows.
 
     Without `forecast` a file that is about others is removed, and there are no facts.

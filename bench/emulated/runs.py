@@ -32,7 +32,7 @@ from trainer.backbones import published
 from trainer.backbones.location import BUNDLED
 from trainer.config import TrainConfig, replaced
 from trainer.findings import Bill
-from trainer.memory_file import Forecast
+from trainer.memory_file import MemoryForecast
 from trainer.planning import planned
 from trainer.preflight import Preflight
 from trainer.video_config import GenerateConfig
@@ -76,7 +76,7 @@ def _run(session: Session, gib: float, model: str, frames: int, scratch: Path) -
     def run() -> dict[str, Any]:
         before = session.gauge.counters()
         with patch.object(loop, "Meter", metered), _sized(session, card.available_bytes):
-            loop.train(config, {}, forecast=Forecast(card, known))
+            loop.train(config, {}, forecast=MemoryForecast(card, known))
         if len(list((out / "samples").iterdir())) != 3:  # one that fails is a warning
             raise RuntimeError("not all samples were written")
         predicted = json.loads((out / "memory.json").read_text())["predicted"]["peak_bytes_by_phase"]

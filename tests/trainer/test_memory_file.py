@@ -14,7 +14,7 @@ from trainer.errors import InputOutputError
 from trainer.findings import finding
 from trainer.health import Health
 from trainer.loop import train
-from trainer.memory_file import NUM_POINTS, Forecast, keep_forecast, thinned
+from trainer.memory_file import NUM_POINTS, MemoryForecast, keep_forecast, thinned
 from trainer.metrics import read_metrics
 from trainer.monitor import watch
 from trainer.planning import forecast_as_given
@@ -43,9 +43,9 @@ def test_the_timeline_is_thin_and_keeps_every_peak(tiny_config):
 def test_the_planners_word_is_used_for_its_own_plan_only(tiny_config):
     config = tiny_config()
     known = dataclasses.replace(forecast_as_given(config, CARD), needed_bytes=12345)
-    assert Forecast(CARD, known)(config)["predicted"]["needed_bytes"] == 12345
+    assert MemoryForecast(CARD, known)(config)["predicted"]["needed_bytes"] == 12345
     other = dataclasses.replace(config, memory=MemoryPlan(resident_blocks=0))
-    content = Forecast(CARD, known)(other)
+    content = MemoryForecast(CARD, known)(other)
     assert content["predicted"]["needed_bytes"] != 12345 and content["plan"]["resident_blocks"] == 0
 
 
@@ -57,15 +57,15 @@ def test_a_forecast_is_made_once_a_plan_and_card(tiny_config, tmp_path, monkeypa
         return {"card": self.card.name, "budget_bytes": 10, "plan": dataclasses.asdict(config.memory),
                 "guidance_scale": config.output.guidance_scale, "predicted": {"needed_bytes": 7}}
 
-    monkeypatch.setattr(Forecast, "__call__", counted)
-    forecast, facts = Forecast(CARD), {"budget_bytes": 10, "predicted_peak_bytes": 7}
+    monkeypatch.setattr(MemoryForecast, "__call__", counted)
+    forecast, facts = MemoryForecast(CARD), {"budget_bytes": 10, "predicted_peak_bytes": 7}
     assert keep_forecast(tmp_path, config, forecast) == keep_forecast(tmp_path, config, forecast) == facts
     assert keep_forecast(tmp_path, config, None) == facts and asked == [("rtx-4090", config.memory)]
     other = dataclasses.replace(config, memory=MemoryPlan(resident_blocks=0))
     assert keep_forecast(tmp_path, other, forecast) == facts and len(asked) == 2
-    assert keep_forecast(tmp_path, other, Forecast(lookup("h100"))) == facts and asked[2:] == [("h100", other.memory)]
+    assert keep_forecast(tmp_path, other, MemoryForecast(lookup("h100"))) == facts and asked[2:] == [("h100", other.memory)]
     guided = dataclasses.replace(other, output=dataclasses.replace(other.output, guidance_scale=3.0))  # a run may go on with it
-    assert keep_forecast(tmp_path, guided, Forecast(lookup("h100"))) == facts and len(asked) == 4
+    assert keep_forecast(tmp_path, guided, MemoryForecast(lookup("h100"))) == facts and len(asked) == 4
     assert keep_forecast(tmp_path, config, None) == {} and not (tmp_path / "memory.json").exists()
     (tmp_path / "memory.json").write_text("{")
     assert keep_forecast(tmp_path, config, forecast) == facts
@@ -81,7 +81,7 @@ def test_a_run_keeps_prediction_peaks_and_waiting_time(streamed, monkeypatch):
         return monitors[0]
 
     monkeypatch.setattr("trainer.loop.watch", watched)
-    run_dir = train(streamed, {}, forecast=Forecast(CARD))
+    run_dir = train(streamed, {}, forecast=MemoryForecast(CARD))
     files, records = RunFiles.read(run_dir), read_metrics(run_dir)
     predicted = files.memory["predicted"]
     assert files.memory["card"] == "rtx-4090" and files.memory["budget_bytes"] == CARD.usable_bytes
