@@ -57,7 +57,8 @@ class MemoryPlan:
     num_keep_attention: int = 0
     """Checkpointed blocks that keep their attention output too, which is then not recomputed."""
     num_keep_everything: int = 0
-    """Of the blocks that `checkpoint` names, how many keep everything after all and are not recomputed: the last ones."""
+    """Of the blocks that `checkpoint` names, how many keep everything after all and are not recomputed: the last ones, or, where
+    kept is host, some that are spread evenly, so that the host link is asked for no more at one time than at another."""
     boundaries: Where = "device"
     """Where the inputs of blocks wait between forward and backward."""
     kept: Where = "device"
@@ -140,8 +141,9 @@ def parse_checkpoint(text: str) -> tuple[str, int]:
 def resolve_keeps(plan: MemoryPlan, num_blocks: int) -> tuple[Keep, ...]:
     """What each of `num_blocks` blocks keeps for backward, in forward order.
 
-    Blocks that keep more come last: backward reaches them first, and what they kept is gone before
-    the first recomputation needs its working set. Raises PlanError if the counts exceed the model.
+    Blocks that keep more on the device come last: backward reaches them first, and what they kept is gone before
+    the first recomputation needs its working set. What is kept on the host has to cross the link while others compute, so
+    blocks that keep everything there are spread evenly. Raises PlanError if the counts exceed the model.
     """
     pattern, count = parse_checkpoint(plan.checkpoint)
     if pattern == "first" and count > num_blocks:
@@ -152,7 +154,11 @@ def resolve_keeps(plan: MemoryPlan, num_blocks: int) -> tuple[Keep, ...]:
             f"num_keep_everything {plan.num_keep_everything} + num_keep_attention {plan.num_keep_attention} "
             f"exceed the {len(named)} blocks that checkpoint = {plan.checkpoint} names"
         )
-    checkpointed = list(named)[: len(named) - plan.num_keep_everything]
+    if plan.kept == "host":
+        spread = _spread(len(named), plan.num_keep_everything)
+        checkpointed = [index for position, index in enumerate(named) if position not in spread]
+    else:
+        checkpointed = list(named)[: len(named) - plan.num_keep_everything]
     keeps: list[Keep] = ["everything"] * num_blocks
     for index in checkpointed:
         keeps[index] = "inputs"
@@ -190,7 +196,12 @@ def resident_indices(num_blocks: int, num_resident: int | None) -> frozenset[int
         return frozenset(range(num_blocks))
     if not 0 <= num_resident <= num_blocks:
         raise PlanError(f"resident_blocks is {num_resident}, but the model has {num_blocks} blocks (0 to {num_blocks})")
-    return frozenset(num_blocks - 1 - position * num_blocks // num_resident for position in range(num_resident))
+    return _spread(num_blocks, num_resident)
+
+
+def _spread(num_blocks: int, count: int) -> frozenset[int]:
+    """`count` of so many blocks at distances that differ by one at most, the last block among them."""
+    return frozenset(num_blocks - 1 - position * num_blocks // count for position in range(count))
 
 
 def is_checkpointed(keeps: Sequence[Keep]) -> bool:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from memory.assess import Assessment, Limits, Workload, assess_in_full
 from memory.cards import Card
 from memory.growth import grow
-from memory.plan import MemoryPlan, PlanError, is_checkpointed, resident_indices, resolve_keeps
+from memory.plan import MemoryPlan, PlanError, Where, is_checkpointed, resident_indices, resolve_keeps
 from memory.splice import Recipe, SpliceError
 from memory.timeline import Trace
 from memory.variants import Candidate, Variant
@@ -31,6 +31,8 @@ SEARCHED = (
 COUNTS = ("num_keep_attention", "num_keep_everything")
 CHUNKS = 8
 MAX_REPLAYS = 30
+SPREAD = ((7, 3), (7, 4), (7, 5), (7, 6), (8, 2), (8, 6), (9, 3))
+"""(blocks, how many keep everything on the host) of short traces: more blocks, however many keep everything, have no other neighbourhoods."""
 _SHORT = 5  # blocks of a short trace: the outer two at either end and one that stands for all between
 
 
@@ -98,27 +100,39 @@ class Ranking:
                     return found
         return smallest
 
-    def parked(self, limits: Limits) -> SearchResult:
-        """As `run`, of plans whose blocks keep everything in host memory: all blocks, or else as many as there is room for."""
+    def parked(self, limits: Limits, below: float) -> SearchResult:
+        """As `run`, of plans whose blocks keep everything in host memory: all blocks, or else as many as host and link have room for, where
+        that may take less than `below` seconds."""
         plan = dataclasses.replace(self.base, checkpoint="none", kept="host")
         self.workload.prepare(self._traces_of_recipe(self._resident(plan)), [self.base])
-        candidates = list(self._resident_variant(plan).candidates([plan], self._residents()))
+        every = self._resident_variant(plan)
+        candidates = list(every.candidates([plan], self._residents()))
         best = self._first_that_fits(sorted(candidates), limits)
-        if best is None:
-            candidates += self._partly_parked()
+        if best is None or best.time.waits_for_link:  # else none that keep less are faster
+            candidates += self._partly_parked("device", every, below)
             best = self._first_that_fits(sorted(candidates), limits)
+            if best is None or best.plan.resident_blocks is not None:  # then smaller ones may be
+                candidates += self._partly_parked("host", every, below)
+                best = self._first_that_fits(sorted(candidates), limits)
         self.num_candidates = len(candidates)
         smallest = self._assess(min(candidates, key=lambda c: c.device_bytes), limits)
         return self._result(candidates, best, smallest, limits)
 
-    def _partly_parked(self) -> Iterator[Candidate]:
-        """Some blocks keep everything and the others their attention's output, all of it and the inputs on the host."""
-        num_blocks, longer = self.workload.num_blocks, min(8, self.workload.num_blocks)
-        plan = dataclasses.replace(self.base, kept="host", boundaries="host", num_keep_attention=num_blocks)
-        mixed = dataclasses.replace(self._resident(plan), num_keep_attention=longer - longer // 2, num_keep_everything=longer // 2)
-        self.workload.prepare([*self._traces_of_recipe(self._resident(plan)), (mixed, longer)], [self.base])
+    def _partly_parked(self, boundaries: Where, every: Variant, below: float) -> Iterator[Candidate]:
+        """Some blocks keep everything on the host, and the others their attention's output. `every`: of the plan by which all keep everything."""
+        num_blocks = self.workload.num_blocks
+        plan = dataclasses.replace(self.base, kept="host", boundaries=boundaries, num_keep_attention=num_blocks)
+        resident = self._resident(plan)
+        self.workload.prepare(self._traces_of_recipe(resident), [self.base])
         variant = self._resident_variant(plan)
-        variant.recipe.learn(*self._trace(mixed, longer))
+        attention, everything = (v.load(resolve_keeps(v.base, num_blocks)) for v in (variant, every))
+        if min(variant.time(attention.towards(everything, number / num_blocks), None).seconds for number in range(num_blocks)) >= below:
+            return  # not worth the other traces
+        mixed = [(dataclasses.replace(resident, num_keep_attention=n - number, num_keep_everything=number), n)
+                 for n, number in SPREAD if n <= num_blocks]
+        self.workload.prepare(mixed, [self.base])
+        for wanted in mixed:
+            variant.recipe.learn(*self._trace(*wanted))
         yield from variant.candidates([dataclasses.replace(plan, num_keep_attention=num_blocks - number, num_keep_everything=number)
                                        for number in range(num_blocks)], self._residents())  # fmt: skip
 

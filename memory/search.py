@@ -46,13 +46,14 @@ def search(
     ranking = functools.partial(Ranking, workload, card)
     try:
         found = ranking(base, fixed).run(limits)
-        if found.best is not None and "passes" not in fixed and _waits_for_link(found.best):
+        if found.best is not None and "passes" not in fixed and found.best.time.waits_for_link:
             # In lockstep the link is asked for less, and more memory is.
             found = _merged(found, ranking(dataclasses.replace(base, passes="lockstep"), fixed | {"passes"}).run(limits))
         if found.best is not None and limits.host_bytes is not None and _could_park(found.best, workload, fixed):
             some = Limits(card, margin=margin, host_bytes=int(HOST_SHARE * limits.host_bytes))
-            parked = ranking(base, fixed).parked(some)
-            if parked.best and parked.best.time.seconds > (1 - HOST_GAIN) * found.best.time.seconds:
+            worth = (1 - HOST_GAIN) * found.best.time.seconds
+            parked = ranking(base, fixed).parked(some, worth)
+            if parked.best and parked.best.time.seconds > worth:
                 parked = dataclasses.replace(parked, best=None)
             found = _merged(found, parked)
         return found
@@ -64,10 +65,6 @@ def _could_park(best: Assessment, workload: Workload, fixed: frozenset[str]) -> 
     """Whether the plan computes something twice that it need not, if the host has room for what blocks keep."""
     free = not fixed & {"kept", "checkpoint", "boundaries", *COUNTS}
     return free and is_checkpointed(resolve_keeps(best.plan, workload.num_blocks))
-
-
-def _waits_for_link(assessment: Assessment) -> bool:
-    return assessment.time.by_bound["host link"] > 0.01 * assessment.time.seconds
 
 
 def _merged(one: SearchResult, two: SearchResult) -> SearchResult:

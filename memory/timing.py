@@ -45,6 +45,11 @@ class StepTime:
     def bottleneck(self) -> str:
         return max(self.by_bound, key=self.by_bound.get)
 
+    @property
+    def waits_for_link(self) -> bool:
+        """Whether the host link takes more than a hundredth of it."""
+        return self.by_bound["host link"] > 0.01 * self.seconds
+
 
 @dataclass(frozen=True)
 class Load:
@@ -88,6 +93,11 @@ class StepLoad:
             else:
                 between.append(load if share == 1.0 else load.times(share))
         return cls(add_loads(optimizer), add_loads(between), [add_loads(loads) for loads in walks.values()], list(shares.values()))
+
+    def towards(self, other: "StepLoad", share: float) -> "StepLoad":
+        """A step in which `share` of the blocks do what they do in `other`, whose walks are the same, and the rest what they do here."""
+        walks = [add_loads((here.times(1 - share), there.times(share))) for here, there in zip(self.walks, other.walks, strict=True)]
+        return StepLoad(self.optimizer, self.between, walks, self.shares)
 
 
 def load_of(work: Iterable[Work], card: Card) -> Load:

@@ -69,6 +69,11 @@ def test_nonsense_is_refused_by_name(settings, message):
         ({"num_keep_attention": 2, "num_keep_everything": 1}, "iiiaae"),
         ({"checkpoint": "every:2", "num_keep_attention": 1, "num_keep_everything": 1}, "ieaeee"),
         ({"num_keep_everything": 6}, "eeeeee"),
+        ({"kept": "host", "num_keep_everything": 2}, "iieiie"),
+        ({"kept": "host", "num_keep_everything": 4, "num_keep_attention": 1}, "ieeaee"),
+        ({"kept": "host", "num_keep_everything": 1, "num_keep_attention": 5}, "aaaaae"),
+        ({"kept": "host", "checkpoint": "every:2", "num_keep_everything": 2}, "ieeeee"),
+        ({"kept": "host", "num_keep_everything": 6}, "eeeeee"),
     ],
 )
 def test_what_each_block_keeps(settings, keeps):

@@ -166,6 +166,22 @@ def test_where_the_host_has_some_room_as_many_blocks_as_it_holds_are_not_compute
     assert numbers[0] > numbers[1] > 0
 
 
+def test_where_the_link_is_slow_as_many_blocks_as_it_keeps_up_with_are_not_computed_twice(workload):
+    """Neither as many as the host has room for, which would be waited for, nor none."""
+    numbers = []
+    for bandwidth in (4e10, 3e10):
+        card = fixed_card(300 * MIB, host_link_bandwidth=bandwidth)
+        found, alone = (search(workload, card, margin=0.0, host_bytes=num_bytes).best for num_bytes in (4 * GIB, None))
+        keeps = resolve_keeps(found.plan, NUM_BLOCKS)
+        assert found.plan.kept == "host" and set(keeps) == {"attention", "everything"} and not found.time.waits_for_link
+        assert found.time.seconds < min(alone.time.seconds, assess(
+            workload, dataclasses.replace(found.plan, checkpoint="none", num_keep_attention=0, num_keep_everything=0, boundaries="device"), card).time.seconds)
+        full = assess(workload, found.plan, card, margin=0.0, host_bytes=4 * GIB)
+        assert full.fits and full.prediction == found.prediction and full.time == found.time
+        numbers.append(keeps.count("everything"))
+    assert NUM_BLOCKS > numbers[0] > numbers[1] > 0
+
+
 def test_fixed_settings_are_kept(workload):
     base = MemoryPlan(resident_blocks=4, num_keep_attention=3)
     result = plan_for(workload, 4096, base=base, fixed={"resident_blocks", "num_keep_attention"})

@@ -16,7 +16,8 @@ from memory.growth import grow
 from memory.lockstep import Pass
 from memory.plan import MemoryPlan, apply_plan, resolve_keeps
 from memory.simulate import recording
-from memory.splice import Recipe, SpliceError
+from memory.ranking import SPREAD
+from memory.splice import Recipe, SpliceError, _keys
 from memory.timeline import BACKWARD, CATEGORIES, FORWARD, OPTIMIZER, Visit, pinned_bytes
 from memory.work import column_sum_scratch_bytes, flash_backward_scratch_bytes
 
@@ -485,6 +486,25 @@ def test_spliced_and_full_traces_are_the_same_with_boundaries_on_the_host(passes
     learn(recipe, [(5, 5, 0), (8, 4, 0)], "stack", **fields)
     for num_attention, num_resident in [(0, 0), (8, None), (1, 3), (4, 0), (7, 7)]:
         assert_splice_is_exact(recipe, keeping(num_attention, 0, resident_blocks=num_resident, **fields), 8, "stack")
+
+
+@pytest.mark.parametrize("boundaries", ["device", "host"])
+def test_spliced_and_full_traces_are_the_same_where_some_blocks_keep_everything_on_the_host(boundaries):
+    fields = {"kept": "host", "boundaries": boundaries}
+    recipe = Recipe.of(tiny_trace(keeping(12, 0, **fields), 12), ["attention"] * 12)
+    learn(recipe, [(n, n - number, number) for n, number in SPREAD], "stack", **fields)
+    for number, num_resident in [(1, None), (4, 0), (5, 3), (7, 0), (9, None), (11, 2)]:
+        assert_splice_is_exact(recipe, keeping(12 - number, number, resident_blocks=num_resident, **fields), 12, "stack")
+
+
+def test_short_traces_have_all_neighbourhoods_of_blocks_that_are_spread_evenly():
+    """Of longer models than theirs: otherwise each plan in which some blocks keep everything on the host would be traced in full."""
+    def neighbourhoods(num_blocks, number):
+        keeps = resolve_keeps(keeping(num_blocks - number, number, kept="host"), num_blocks)
+        return {_keys(Visit(0, block, 0), keeps, True)[0] for block in range(num_blocks)}
+
+    known = neighbourhoods(6, 0).union(*(neighbourhoods(*layout) for layout in SPREAD))
+    assert all(neighbourhoods(num_blocks, number) <= known for num_blocks in range(10, 50) for number in range(1, num_blocks))
 
 
 @pytest.mark.parametrize("kind", ["stack", "sincos"])
