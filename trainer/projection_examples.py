@@ -53,7 +53,10 @@ def open_picture(content: Image.Image | Path) -> Image.Image:
         return content.convert("RGB")
     try:
         with Image.open(content) as image:
-            return ImageOps.exif_transpose(image).convert("RGB")  # cameras say which side is up
+            upright = ImageOps.exif_transpose(image)  # cameras say which side is up
+            if upright.mode.startswith("I"):  # 16 bits of grey, which convert() would cut off at 255: all white
+                upright = upright.point(lambda value: value / 257).convert("L")
+            return upright.convert("RGB")
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
         raise UsageError(f"{content}: not a picture that can be read ({e}); remove it or copy it again") from e
 

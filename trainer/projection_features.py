@@ -20,6 +20,9 @@ from trainer.projection_encoders import Tower, encoder_fingerprint, layer_of
 from trainer.projection_examples import Example
 
 
+_ROWS = 1  # what is cached: another number for another way to read pictures
+
+
 @contextmanager
 def inputs_of(layers: Mapping[str, nn.Module]) -> Iterator[dict[str, list[Tensor]]]:
     """Within: what each layer is given, call by call. One hook a layer, removed again; other hooks are not touched."""
@@ -72,7 +75,7 @@ def compute(tower: Tower, examples: Sequence[Example], *, plan: MemoryPlan, devi
 
 
 def _key(tower: Tower, examples: Sequence[Example], plan: MemoryPlan) -> str:
-    digest = hashlib.sha256(f"{encoder_fingerprint(tower.directory)}\0{plan.dtype}\0{tower.layer_names}".encode())
+    digest = hashlib.sha256(f"{_ROWS}\0{encoder_fingerprint(tower.directory)}\0{plan.dtype}\0{tower.layer_names}".encode())
     for example in examples:
         digest.update(example.digest())
     return digest.hexdigest()[:32]

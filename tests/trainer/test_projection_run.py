@@ -255,6 +255,14 @@ def test_pictures_are_seen_as_the_camera_was_held(tmp_path):
     assert list(open_picture(tmp_path / "turned.png").getdata()) == list(upright.getdata())
 
 
+def test_grey_of_16_bits_is_seen_as_that_of_8(tmp_path):
+    grey = picture("red circle", 0, "scanner", 0).convert("L")
+    Image.frombytes("I;16", grey.size, bytes(value for value in grey.tobytes() for _ in range(2))).save(tmp_path / "deep.png")
+    with Image.open(tmp_path / "deep.png") as deep:
+        assert deep.mode.startswith("I") and deep.getextrema()[1] == 257 * grey.getextrema()[1]
+    assert list(open_picture(tmp_path / "deep.png").getdata()) == list(grey.convert("RGB").getdata())
+
+
 def test_pictures_at_another_place_are_the_same_run(encoders, folders):
     main(qwen(encoders, folders, "--mergers", "main", "--num-answers", "0"))
     words = ["forget", "--resume", str(folders / "run")]
