@@ -63,7 +63,8 @@ def locate(encoder: str, model: str, *, flag: str = "--model", whole: bool = Fal
                          "directory, a hub id, or shapes") from e
     if found not in types:
         fitting = next((e for e, its in _TYPES.items() if found in its), None)
-        advice = f"; use --encoder {fitting}" if fitting and not whole else ""
+        part = "; a text tower alone sees no pictures" if found in _TYPES[encoder] else ""
+        advice = f"; use --encoder {fitting}" if fitting and not whole else part
         raise UsageError(f"{named}: a model of type {found!r}; {' or '.join(types)} is needed{advice}")
     if from_hub:
         fetch_weights(model, directory, named=named)

@@ -81,7 +81,7 @@ class Problem:
 
 def prepare(config: ForgetConfig, device: torch.device) -> Case:
     """Read or compute the inputs; the encoder has come and gone when this returns."""
-    directory = locate(config.encoder, config.model)
+    directory = locate(config.encoder, config.model, whole=config.images is not None)
     forget, kept = classes(config)
     if config.encoder == "clip":
         tower, examples = ClipText(directory), texts(config, forget, kept)
