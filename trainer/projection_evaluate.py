@@ -51,6 +51,10 @@ def evaluate_forgetting(run_dir: Path, config: ForgetConfig, case: Case, problem
     measure = "zero-shot" if case.embeddings is not None else f"nearest class in {_SPACES[config.encoder]} space"
     result = {"concept": case.forget, "encoder": config.encoder, "measure": measure, "chance": 1 / (1 + len(case.kept)),
               **_rows(case, found), "synonyms": None, "distance": {}, "motion": None, "num_videos": None}  # there are none
+    if result["target"]["before"] <= result["chance"]:
+        logger.warning("%.0f%% of the examples of %r are taken for it before it is forgotten, no more than by chance (%.0f%%): the rates say "
+                       "little; do they show it, and is that what the encoder calls it?", 100 * result["target"]["before"], case.forget,
+                       100 * result["chance"])
     if case.embeddings is None:
         # A perfect edit ends at the target: whether that counts as gone is a matter of where the class means lie.
         result["target_nearest"] = assign.classes(problems[assign.layer.name].target.cpu()[None])[0]

@@ -171,7 +171,7 @@ def test_a_frozen_layer_that_changes_ends_it_and_is_still_told_after_resuming(en
     assert (found["code"], found["severity"]) == ("frozen-weights-changed", "warning") and found["evidence"]["stopped_an_earlier_start"]
 
 
-def test_clip_is_measured_on_pictures_where_there_are_some(encoders, tmp_path):
+def test_clip_is_measured_on_pictures_where_there_are_some(encoders, tmp_path, caplog):
     for name in ("cat", "dog", "car"):
         (tmp_path / "shown" / name).mkdir(parents=True)
         for i in range(3):
@@ -179,6 +179,7 @@ def test_clip_is_measured_on_pictures_where_there_are_some(encoders, tmp_path):
     main(clip(encoders, tmp_path / "run", "--images", str(tmp_path / "shown")))
     result = json.loads((tmp_path / "run" / "evaluation.json").read_text())
     assert result["target"]["num_images"] == 3 and result["synonyms"]["num_images"] == 3
+    assert result["target"]["before"] == 0 and "0% of the examples of 'cat' are taken for it before it is forgotten, no more than by chance (33%)" in caplog.text
 
 
 def test_qwen_run_edits_every_merger_and_measures_the_leak(encoders, folders):
