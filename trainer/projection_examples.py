@@ -122,7 +122,8 @@ def _measured_images(config: ForgetConfig, forget: str, kept: Sequence[str]) -> 
     folders = _class_folders(config.images, "--images")
     absent = [name for name in (forget, *kept) if name not in folders]
     if absent:
-        raise UsageError(f"--images {config.images}: has no folder {absent[0]!r}; it has {', '.join(folders)}")
+        keeps = "" if forget in absent else "; --preserve NAMES keeps those alone"
+        raise UsageError(f"--images {config.images}: has no folder {absent[0]!r}; it has {', '.join(folders)}{keeps}")
     return [Example(name, "test", file) for name in (forget, *kept) for file in folders[name]]
 
 

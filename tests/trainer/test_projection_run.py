@@ -531,6 +531,9 @@ def test_a_class_without_a_folder_of_pictures_is_said(encoders, tmp_path):
     for name in ("dog", "car"):
         (tmp_path / "shown" / name).mkdir(parents=True)
         Image.new("RGB", (8, 8)).save(tmp_path / "shown" / name / "0.png")
-    with pytest.raises(UsageError, match="has no folder 'cat'; it has car, dog"):
+    with pytest.raises(UsageError, match="has no folder 'cat'; it has car, dog$"):
+        main(clip(encoders, tmp_path / "run", "--images", str(tmp_path / "shown")))
+    (tmp_path / "shown" / "dog").rename(tmp_path / "shown" / "cat")
+    with pytest.raises(UsageError, match="has no folder 'dog'; it has car, cat; --preserve NAMES keeps those alone"):
         main(clip(encoders, tmp_path / "run", "--images", str(tmp_path / "shown")))
     assert not (tmp_path / "run").exists()
