@@ -37,7 +37,7 @@ def shards(directory: Path) -> dict[str, Path]:
     if len(files) != 1:
         found = ", ".join(file.name for file in files) or "none"
         raise CheckpointError(f"{directory}: expected one .safetensors file or an index, found {found}; copy the model again, or let "
-                              "diffusers write it: pipe.save_pretrained(DIR)")
+                              "the library that loads it write it, diffusers or transformers: save_pretrained(DIR)")
     with open_shard(files[0]) as f:
         return dict.fromkeys(f.keys(), files[0])
 
