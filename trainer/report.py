@@ -7,6 +7,7 @@ import logging
 import math
 import string
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from html import escape
 from pathlib import Path
 from statistics import median
@@ -15,9 +16,10 @@ from typing import Any
 from memory.cards import GIB, size_text
 from trainer.charts import bars, heat_map, interval, line_chart, number, share_bar, stacked_area
 from trainer.config import TrainConfig, leaves
-from trainer.errors import InputOutputError, UsageError
+from trainer.errors import CheckpointError, InputOutputError, UsageError
 from trainer.findings import evidence_text
 from trainer.projection_config import WOULD_HELP, ForgetConfig
+from trainer.run_directory import resuming
 from trainer.run_files import PICTURES, RunFiles, lookup, write_whole
 
 REPORT = "report.html"
@@ -39,7 +41,7 @@ def write_report(run: Path, out: Path | None = None) -> Path:
     files, out = RunFiles.read(run), out or run / REPORT
     if not out.name:
         raise UsageError(f"--out {out}: name a file, such as {REPORT}")
-    builders = (_tiles, _findings, _evaluation, _attempts, _pictures, _losses, _norms, _time, _memory, _settings)
+    builders = (_tiles, _unfinished, _findings, _evaluation, _attempts, _pictures, _losses, _norms, _time, _memory, _settings)
     page = string.Template(_TEMPLATE.read_text(encoding="utf-8")).substitute(
         title=_title(files), subtitle=_subtitle(files), body="\n".join(_built(builder, files) for builder in builders))
     try:
@@ -123,6 +125,20 @@ def _tiles(files: RunFiles) -> str:
         shown.append((f"Peak memory, {which}", size_text(predicted)))
     return '<div class="tiles">' + "".join(
         f"<div><span>{escape(label)}</span><b>{escape(value)}</b></div>" for label, value in shown) + "</div>"
+
+
+def _unfinished(files: RunFiles) -> str:
+    """How a run with steps left goes on; nothing for one that a fatal finding stopped, which has a fix of its own."""
+    left = "target" not in files.evaluation if files.forgets else files.num_steps() < (files.setting("optim.steps") or 0)
+    if not left or any(f.get("severity") == "fatal" for f in files.findings.get("findings", [])):
+        return ""
+    from trainer.checkpoint import latest_checkpoint  # which imports torch
+
+    with suppress(CheckpointError, InputOutputError):  # none is good, or can be read; diagnose says why
+        if checkpoint := latest_checkpoint(files.path, rename_bad=False):
+            return _note(f"This run is not at its end. Unless it is still running, python run.py {resuming(files.path)} goes on from step "
+                         f"{checkpoint.step}.")
+    return ""
 
 
 def _findings(files: RunFiles) -> str:

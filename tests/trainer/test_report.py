@@ -20,6 +20,7 @@ from PIL import Image
 from test_cli import call  # noqa: F401  fixture
 
 from trainer import cli
+from trainer.checkpoint import save_checkpoint
 from trainer.config import TrainConfig, leaves, replaced
 from trainer.config_file import as_json
 from trainer.errors import CheckpointError, InputOutputError, UsageError
@@ -155,6 +156,20 @@ def test_without_predictions_and_plans_it_says_what_is_there(run):
 def test_a_run_that_is_not_measured_says_how(run):
     (run / "evaluation.json").unlink()
     assert f"run.py evaluate {run} does it; of other models than the bundled one it wants a --rater" in write_report(run).read_text()
+
+
+def test_a_run_with_steps_left_says_how_it_goes_on(run):
+    def says(num_steps: int, *findings) -> bool:
+        (run / "metrics.jsonl").write_text("".join(json.dumps(record(i)) + "\n" for i in range(num_steps)))
+        (run / "findings.json").write_text(json.dumps(Bill(findings=findings).as_json()))
+        return f"Unless it is still running, python run.py --resume {run} goes on from step 20." in read(write_report(run))[1]
+
+    assert not says(25)  # without a checkpoint
+    save_checkpoint(run, 20, tensors={}, state={})
+    assert says(25) and not says(60)
+    assert says(25, finding("dead-gelu", "training", severity="warning")) and not says(25, finding("non-finite-loss", "training"))
+    (run / "ckpt" / "step-000020" / "state.json").unlink()
+    assert not says(25)
 
 
 def test_sheets_of_large_videos_are_shown_as_wide_as_a_page(run):
