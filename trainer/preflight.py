@@ -72,6 +72,11 @@ class Preflight:
         if damaged:
             yield damaged
         yield from self.fingerprint.findings()
+        bounds = values([bound for a in self.erasers.adapters for bound in torch.aminmax(a.down.weight.detach())])
+        wiped = [i for i, (low, high) in enumerate(zip(bounds[::2], bounds[1::2])) if low == high]  # `up` begins at zero, `down` does not
+        if wiped:
+            yield finding("wiped-weights", "adapters", block=wiped[0], module=self.subject.adapter_name(f"{wiped[0]}.down.weight"),
+                          num_blocks=len(wiped), value=bounds[2 * wiped[0]])
         yield from adapter_findings(self.subject)
         owned = held(self.subject)  # the trial's step would move what is frozen, too, and nothing takes that back
         if unfrozen := [n for n, p in own_parameters(self.subject.assembly.transformer).items() if p.requires_grad and id(p) in owned]:

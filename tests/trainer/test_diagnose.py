@@ -149,6 +149,19 @@ def test_the_preflight_leaves_no_trace_in_another_optimizer(kind: type, tiny_con
     assert Preflight(subject).run().healthy and subject.optimizer.state_dict() == before
 
 
+@pytest.mark.parametrize("blocks", [(0, 1), (1,)])
+def test_erasers_that_were_wiped_are_said_to_be(tiny_config: Make, blocks: tuple[int, ...]) -> None:
+    """As by to_empty() after they were put in. Their units are at zero, and not below GELU's range."""
+    subject = prepare(tiny_config())
+    for block in blocks:
+        for parameter in subject.assembly.erasers.adapters[block].parameters():
+            parameter.data.zero_()
+    with subject.assembly:
+        (found,) = Preflight(subject).run().findings
+    assert (found.code, found.phase, found.block, found.severity) == ("wiped-weights", "adapters", blocks[0], "fatal")
+    assert found.module == f"transformer_blocks.{blocks[0]}.attn1.adapter.down.weight" and found.evidence == {"num_blocks": len(blocks), "value": 0.0}
+
+
 def test_a_failure_that_no_check_explains_is_not_hidden(tiny_config: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*args, **kwargs):
         raise RuntimeError("something else")
