@@ -162,6 +162,14 @@ def test_erasers_that_were_wiped_are_said_to_be(tiny_config: Make, blocks: tuple
     assert found.module == f"transformer_blocks.{blocks[0]}.attn1.adapter.down.weight" and found.evidence == {"num_blocks": len(blocks), "value": 0.0}
 
 
+def test_too_high_a_learning_rate_is_told_the_models_own(tiny_config: Make) -> None:
+    def fix(**overrides: str) -> str:
+        bill = diagnose_settings(tiny_config(optim__lr=1.0, **overrides))
+        return next(f.fix for f in bill.findings if f.code == "learning-rate-too-high")
+
+    assert fix() == "--lr 1e-4" and fix(model__model="shapes", data__concept="red", data__prompts=None, data__preserve=()) == "--lr 0.003"
+
+
 def test_a_failure_that_no_check_explains_is_not_hidden(tiny_config: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*args, **kwargs):
         raise RuntimeError("something else")
