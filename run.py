@@ -9,6 +9,7 @@ import logging
 import os
 import runpy
 import sys
+import time
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,6 +20,9 @@ from memory import environment
 _INPUT_OUTPUT = (dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOSPC, errno.EDQUOT, errno.EIO),
                                "choose a place that can be written and has room")
                  | dict.fromkeys((errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP), "name another path"))
+
+
+PATIENCE = 10  # seconds in which torchrun ends the other processes when one has failed
 
 
 def main() -> int:
@@ -72,7 +76,7 @@ def _guarded(command: Callable[[], int]) -> int:
     try:
         from memory.exhaustion import card_lost, exhausted, first_line
         from memory.plan import PlanError
-        from trainer.errors import TrainerError
+        from trainer.errors import InputOutputError, TrainerError
     except KeyboardInterrupt:
         return _say(130, "interrupted")
     try:
@@ -82,6 +86,8 @@ def _guarded(command: Callable[[], int]) -> int:
     except SystemExit as e:  # the parser's: --help, or a value that it refuses and has said why
         return e.code if isinstance(e.code, int) else int(e.code is not None)
     except TrainerError as e:
+        if not isinstance(e, InputOutputError) and _another_speaks(wait=e.exit_code < 128):  # that another is lost, each says
+            return e.exit_code
         return _say(e.exit_code, f"{'interrupted' if e.exit_code > 128 else 'error'}: {e}")
     except PlanError as e:
         return _say(2, f"error: {e}")
@@ -100,6 +106,17 @@ def _guarded(command: Callable[[], int]) -> int:
         less = ("a smaller --batch-size, --resident-blocks 0 or --device cpu needs less" if sys.argv[1:2] == ["forget"] else
                 "fewer --frames, a smaller --height and --width or --resident-blocks 0 need less; run.py plan says how much")
         return _say(3, f"error: out of memory on the {whose} ({first_line(e)}); {less}")
+
+
+def _another_speaks(*, wait: bool) -> bool:
+    """Whether the first of the processes that torchrun started on this machine has said what all of them would. With `wait` this one holds
+    back until torchrun ends it, and speaks up where that one did not fail. An interruption all have agreed upon."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ or os.environ.get("LOCAL_RANK") == "0":
+        return False
+    if wait:
+        with contextlib.suppress(KeyboardInterrupt):
+            time.sleep(PATIENCE)
+    return not wait
 
 
 def _say(exit_code: int, message: str) -> int:

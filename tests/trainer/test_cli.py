@@ -19,7 +19,7 @@ from trainer import arguments, cli, planning
 from trainer.arguments import chosen_card, positional, resolve
 from trainer.assemble import resolve_device
 from trainer.config import replaced
-from trainer.errors import DoesNotFit, UsageError
+from trainer.errors import DoesNotFit, InputOutputError, Interrupted, TrainerError, UsageError
 from trainer.findings import Bill
 
 ROOT = Path(__file__).parents[2]
@@ -311,6 +311,22 @@ def test_exit_codes_of_what_happens_on_the_way(call, monkeypatch, error, code, w
     monkeypatch.setattr(cli, "main", fail)
     found, out, lines = call()
     assert found == code and out == "" and len(lines) == 1 and word in lines[0]
+
+
+@pytest.mark.parametrize("error, waits, speaks", [
+    (UsageError("no"), True, True), (TrainerError("no"), True, True), (Interrupted("no", 2), False, False), (InputOutputError("no"), False, True)])
+def test_of_several_processes_the_first_says_what_is_wrong(call, monkeypatch, error, waits, speaks):
+    """torchrun ends the others while they wait; where it does not, the first one is well, and they say it."""
+    waited = []
+    monkeypatch.setattr(run.time, "sleep", waited.append)
+    monkeypatch.setattr(cli, "main", Mock(side_effect=error))
+    for number, run_id in (("0", "x"), ("1", None)):  # the latter was not started by torchrun
+        monkeypatch.setenv("LOCAL_RANK", number)
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", run_id) if run_id else monkeypatch.delenv("TORCHELASTIC_RUN_ID")
+        assert call()[2][0].endswith(": no") and not waited
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    code, _, lines = call()
+    assert (code, bool(waited), bool(lines)) == (error.exit_code, waits, speaks)
 
 
 def test_an_interruption_before_anything_is_imported(call, monkeypatch):
