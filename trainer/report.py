@@ -167,10 +167,13 @@ def _where(finding: Mapping[str, Any]) -> str:
 def _evaluation(files: RunFiles) -> str:
     result = files.evaluation
     if "target" not in result:
-        return _section("Is it gone, and is the rest still there?",
-                        _note(f"Not measured. python run.py forget --resume {files.path} does it at its end." if files.forgets
-                              else f"Not measured. python run.py evaluate {files.path} does it; of other models than the bundled one it wants "
-                              "a --rater, a CLIP model that looks at the videos."))
+        how = (f"python run.py evaluate {files.path} does it; of other models than the bundled one it wants a --rater, a CLIP model that looks at "
+               "the videos.")
+        if files.forgets:
+            how = f"python run.py forget --resume {files.path} does it at its end."
+        elif not (files.path / "eraser.safetensors").exists():  # as of a run that was killed, or that a fatal finding stopped
+            how = "There is no eraser.safetensors yet."
+        return _section("Is it gone, and is the rest still there?", _note(f"Not measured. {how}"))
     synonyms, rater = result.get("synonyms", {}), result.get("rater")
     measured = result.get("measure")  # of a run of `forget`, whose examples are no videos
     rows = [(f"<b>{escape(str(result['target'].get('name')))}</b>", "target", result["target"])]

@@ -155,6 +155,8 @@ def test_without_predictions_and_plans_it_says_what_is_there(run):
 
 def test_a_run_that_is_not_measured_says_how(run):
     (run / "evaluation.json").unlink()
+    assert "Not measured. There is no eraser.safetensors yet." in write_report(run).read_text()
+    (run / "eraser.safetensors").touch()
     assert f"run.py evaluate {run} does it; of other models than the bundled one it wants a --rater" in write_report(run).read_text()
 
 
