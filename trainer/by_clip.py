@@ -11,7 +11,8 @@ import logging
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -139,7 +140,7 @@ def _latents(config: EvaluateConfig, backbone: CogVideoX, model: ModelConfig, pl
     if found:
         print(f"{len(found)} of them are there from an earlier call", file=sys.stderr, flush=True)
     if missing:
-        with assemble(backbone, model, plan, eraser=config.run) as assembly:
+        with assemble(backbone, model, plan, eraser=config.run) as assembly, _said_to_be_kept(files.values()):
             started = time.monotonic()
             for count, (i, on) in enumerate(missing, 1):
                 with assembly.erasers.switched(on):
@@ -152,6 +153,17 @@ def _latents(config: EvaluateConfig, backbone: CogVideoX, model: ModelConfig, pl
                 left = (time.monotonic() - started) / count * (len(missing) - count)
                 print(f"{count} of {len(missing)} videos made, {duration(left)} left", file=sys.stderr, flush=True)
     return [(found[i, False], found[i, True]) for i in range(len(chosen))]
+
+
+@contextmanager
+def _said_to_be_kept(files: Iterable[Path]) -> Iterator[None]:
+    """Within: who interrupts hours of making videos is told that those in `files` are not lost."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if kept := sum(file.exists() for file in files):
+            print(f"{kept} videos are kept, and the same command goes on with the rest", file=sys.stderr, flush=True)
+        raise
 
 
 def _cache_files(config: EvaluateConfig, backbone: CogVideoX, model: ModelConfig, plan: MemoryPlan, embeddings: Embeddings,

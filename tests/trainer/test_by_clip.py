@@ -132,7 +132,7 @@ def test_an_evaluation_that_was_interrupted_goes_on_and_serves_that_of_another_e
     monkeypatch.setattr(module, "generate_latents", interrupted)
     with pytest.raises(KeyboardInterrupt):
         evaluate(_config(published, num_videos=2))
-    capsys.readouterr()
+    assert capsys.readouterr().err.endswith("3 videos are kept, and the same command goes on with the rest\n")
     assert evaluate(_config(published, num_videos=2)) == expected and len(calls) == 4 + 5
     assert "measuring 8 videos, half of them without the eraser\n3 of them are there from an earlier call\n" in capsys.readouterr().err
     other = _run(tmp_path / "another", str(pipelines["2b"]), concept="red", instead="yellow", preserve=("green", "blue", "a purple square"), seed=1)
