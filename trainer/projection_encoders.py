@@ -59,8 +59,8 @@ def locate(encoder: str, model: str, *, flag: str = "--model", whole: bool = Fal
     try:
         found = json.loads((directory / "config.json").read_text())["model_type"]
     except (OSError, ValueError, KeyError, TypeError) as e:
-        raise UsageError(f"{named}: no model in transformers' layout there (config.json: {e}); name its "
-                         "directory, a hub id, or shapes") from e
+        why = f"it names no {e.args[0]}" if isinstance(e, KeyError) else e
+        raise UsageError(f"{named}: no model in transformers' layout there (config.json: {why}); name its directory, a hub id, or shapes") from e
     if found not in types:
         fitting = next((e for e, its in _TYPES.items() if found in its), None)
         part = "; a text tower alone sees no pictures" if found in _TYPES[encoder] else ""

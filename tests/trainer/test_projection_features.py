@@ -174,6 +174,9 @@ def test_wrong_models_are_refused_with_advice(encoders, tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     with pytest.raises(UsageError, match="type 'llama'.*clip or clip_text_model is needed"):
         locate("clip", str(tmp_path))
+    (tmp_path / "config.json").write_text('{"_class_name": "CogVideoXTransformer3DModel"}')
+    with pytest.raises(UsageError, match="no model in transformers' layout there .config.json: it names no model_type."):
+        locate("clip", str(tmp_path))
     (tmp_path / "config.json").write_text('{"model_type": "clip_text_model"}')
     assert locate("clip", str(tmp_path)) == tmp_path
     with pytest.raises(UsageError, match="type 'clip_text_model'; clip is needed; a text tower alone sees no pictures"):
