@@ -196,8 +196,10 @@ def _streamed_by_diffusers(block: nn.Module) -> bool:
 def apply_eraser(transformer: nn.Module, path: Path | str, *, base_model: Mapping[str, str] | None = None) -> Erasers:
     """Put a saved eraser into a CogVideoX transformer, e.g. a stock pipeline's; `.undo()` takes it out again.
 
-    `base_model`: the identity of the transformer, where it is known; an eraser of another model is then refused. Otherwise one of
-    another configuration is a warning: it may be a relative of the model, such as one for image to video.
+    `path`: what `load_eraser` reads. `base_model`: the identity of the transformer, where it is known; an eraser of another model is then
+    refused. Otherwise one of another configuration is a warning: it may be a relative of the model, such as one for image to video.
+    Raises CheckpointError for what is no eraser of a transformer of that size, UsageError for a transformer that is none of CogVideoX, has
+    an eraser already, or whose blocks are offloaded with a stream.
     """
     file = load_eraser(path)
     blocks = getattr(transformer, "transformer_blocks", ())
