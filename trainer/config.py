@@ -65,6 +65,7 @@ class DataConfig:
     A step has --accumulation passes."""
 
     def __post_init__(self):
+        require_several(self, "preserve")
         for name, words in (("concept", composed(self.concept)), ("instead", composed(self.instead)), ("preserve", tuple(map(composed, self.preserve)))):
             object.__setattr__(self, name, words)  # prompts are looked through for them
         expand(self, "prompts", "preserve_file")
@@ -152,6 +153,7 @@ class OutputConfig:
 
     def __post_init__(self):
         expand(self, "out")
+        require_several(self, "sample_prompts")
         at_least(self, 1, "save_every", "sample_steps")
         at_least(self, 0, "sample_every", "guidance_scale")
 
@@ -186,6 +188,13 @@ def expand(config: Any, *names: str) -> None:
     for name in names:
         if (path := getattr(config, name)) is not None:
             object.__setattr__(config, name, expanded(path))
+
+
+def require_several(config: Any, *names: str) -> None:
+    """Raises UsageError for a text where a tuple of texts is meant, as a script may give it: its letters would be taken one by one."""
+    for name in names:
+        if isinstance(value := getattr(config, name), str):
+            raise UsageError(f"{flag_of(name)}: several texts, such as {(value,)!r}, and not the text {value!r}")
 
 
 def require_seed(config: Any) -> None:

@@ -8,7 +8,7 @@ from typing import Literal
 
 from memory.advice import flag_of
 from memory.plan import MemoryPlan, PlanError
-from trainer.config import at_least, expand, require_seed
+from trainer.config import at_least, expand, require_seed, require_several
 from trainer.config_file import from_json, typed
 from trainer.errors import CheckpointError, UsageError
 from trainer.run_directory import read_content
@@ -90,6 +90,7 @@ class ForgetConfig:
 
     def __post_init__(self):
         expand(self, "out", "images", "forget_images", "preserve_images", "preserve_file")
+        require_several(self, "preserve")
         at_least(self, 1, "rank", "steps", "max_attempts", "num_images", "batch_size", "save_every")
         at_least(self, 0, "num_answers", "lambda_forget", "lambda_preserve", "lambda_weight")
         for name in ("lr", "alpha"):

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 import tyro
 
 from memory.plan import MemoryPlan
-from trainer.config import ModelConfig, at_least, expand, require_seed
+from trainer.config import ModelConfig, at_least, expand, require_seed, require_several
 from trainer.errors import UsageError
 
 
@@ -44,6 +44,7 @@ class GenerateConfig:
 
     def __post_init__(self):
         expand(self, "out", "eraser")
+        require_several(self, "prompt")
         if not self.prompt:
             raise UsageError("--prompt is missing; say what to generate, e.g. --prompt 'a red circle moving left'")
         if self.out.suffix not in (".mp4", ".png"):
@@ -95,6 +96,7 @@ class EvaluateConfig:
 
     def __post_init__(self):
         expand(self, "run", "prompts")
+        require_several(self, "preserve")
         if self.rater is None and (self.prompts or self.preserve):
             raise UsageError(f"--{'prompts' if self.prompts else 'preserve'}: the rule that measures has prompts of its own; a --rater takes others")
         if self.rater == "":

@@ -18,7 +18,7 @@ from trainer.commands import DiagnoseCommand, ExportCommand, ReportCommand, Trai
 from trainer.config import SHAPES, TrainConfig, leaves, replaced
 from trainer.config_file import as_json, from_json, read_toml
 from trainer.errors import CheckpointError, InputOutputError, UsageError
-from trainer.projection_config import ForgetCommand, read_forget_config
+from trainer.projection_config import ForgetCommand, ForgetConfig, read_forget_config
 from trainer.run_directory import make_run_directory, probe, read_config, write_config
 from trainer.video_config import EvaluateConfig, GenerateConfig
 
@@ -273,6 +273,15 @@ def test_impossible_videos_name_their_flag(values, message):
     GenerateConfig(**given)
     with pytest.raises(UsageError, match=f"^{message}"):
         GenerateConfig(**given | values)
+
+
+def test_a_text_is_not_taken_for_its_letters():
+    for make, flag in ((lambda: replaced(TrainConfig(), {"data.preserve": "blue"}), "--preserve"),
+                       (lambda: replaced(TrainConfig(), {"output.sample_prompts": "blue"}), "--sample-prompts"),
+                       (lambda: GenerateConfig(prompt="blue", no_eraser=True), "--prompt"), (lambda: ForgetConfig(preserve="blue"), "--preserve"),
+                       (lambda: EvaluateConfig(run=Path("run"), rater="shapes", preserve="blue"), "--preserve")):
+        with pytest.raises(UsageError, match=rf"^{flag}: several texts, such as \('blue',\), and not the text 'blue'$"):
+            make()
 
 
 def test_an_evaluation_needs_a_video():
