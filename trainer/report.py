@@ -6,7 +6,7 @@ import json
 import logging
 import math
 import string
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from html import escape
 from pathlib import Path
@@ -18,6 +18,7 @@ from trainer.charts import bars, heat_map, interval, line_chart, number, share_b
 from trainer.config import TrainConfig, leaves
 from trainer.errors import CheckpointError, InputOutputError, UsageError
 from trainer.findings import evidence_text
+from trainer.page import note, section, side_by_side, table
 from trainer.projection_config import WOULD_HELP, ForgetConfig
 from trainer.run_directory import resuming
 from trainer.run_files import PICTURES, RunFiles, lookup, write_whole
@@ -60,30 +61,7 @@ def _built(builder: Callable[[RunFiles], str], files: RunFiles) -> str:
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as e:
         logger.warning("%s: a part of the report cannot be shown (%s: %s)", files.path, type(e).__name__, e)
         title = builder.__name__.strip("_").capitalize()
-        return _section(title, _note(f"Cannot be shown: {type(e).__name__}: {e}"))
-
-
-def _section(title: str, *parts: str) -> str:
-    return f"<section><h2>{escape(title)}</h2>{''.join(parts)}</section>"
-
-
-def _note(text: str) -> str:
-    return f'<p class="note">{escape(text)}</p>'
-
-
-def _charts(charts: Sequence[str], otherwise: str) -> str:
-    """Charts beside each other, or a note if there are none."""
-    return f'<div class="grid2">{"".join(f"<div>{c}</div>" for c in charts)}</div>' if charts else _note(otherwise)
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]], *, numbers: Sequence[int] = ()) -> str:
-    """Cells are HTML already."""
-    def cell(tag: str, i: int, content: str) -> str:
-        return f'<{tag}{" class=num" if i in numbers else ""}>{content}</{tag}>'
-
-    lines = ["".join(cell("td", i, c) for i, c in enumerate(row)) for row in rows]
-    return ("<table><tr>" + "".join(cell("th", i, escape(h)) for i, h in enumerate(head)) + "</tr>"
-            + "".join(f"<tr>{line}</tr>" for line in lines) + "</table>")
+        return section(title, note(f"Cannot be shown: {type(e).__name__}: {e}"))
 
 
 def _title(files: RunFiles) -> str:
@@ -136,26 +114,26 @@ def _unfinished(files: RunFiles) -> str:
 
     with suppress(CheckpointError, InputOutputError):  # none is good, or can be read; diagnose says why
         if checkpoint := latest_checkpoint(files.path, rename_bad=False):
-            return _note(f"This run is not at its end. Unless it is still running, python run.py {resuming(files.path)} goes on from step "
-                         f"{checkpoint.step}.")
+            return note(f"This run is not at its end. Unless it is still running, python run.py {resuming(files.path)} goes on from step "
+                        f"{checkpoint.step}.")
     return ""
 
 
 def _findings(files: RunFiles) -> str:
     found, checked = files.findings.get("findings", []), files.findings.get("checked", [])
     if not files.findings:
-        return _section("Findings", _note("This run has no findings.json: nothing was checked."))
+        return section("Findings", note("This run has no findings.json: nothing was checked."))
     severe = [f for f in found if f.get("severity") != "expected"]
     parts = [] if severe else ['<p class="good">● Healthy.</p>']
     if found:
-        parts.append(_table(("Finding", "Where", "Evidence", "Cause", "Fix"), [
+        parts.append(table(("Finding", "Where", "Evidence", "Cause", "Fix"), [
             (f'<b class="{escape(str(f.get("severity")))}">{escape(str(f.get("code")))}</b><br>'
              f'{escape(str(f.get("severity")))}', escape(_where(f)), escape(evidence_text(f.get("evidence") or {})),
              escape(str(f.get("cause", ""))), f"<code>{escape(str(f.get('fix', '')))}</code>") for f in found]))
     if checked:
         items = "".join(f"<li>{escape(str(c))}</li>" for c in checked)
         parts.append(f"<details><summary>What was checked ({len(checked)})</summary><ul>{items}</ul></details>")
-    return _section("Findings", *parts)
+    return section("Findings", *parts)
 
 
 def _where(finding: Mapping[str, Any]) -> str:
@@ -173,7 +151,7 @@ def _evaluation(files: RunFiles) -> str:
             how = f"python run.py forget --resume {files.path} does it at its end."
         elif not (files.path / "eraser.safetensors").exists():  # as of a run that was killed, or that a fatal finding stopped
             how = "There is no eraser.safetensors yet."
-        return _section("Is it gone, and is the rest still there?", _note(f"Not measured. {how}"))
+        return section("Is it gone, and is the rest still there?", note(f"Not measured. {how}"))
     synonyms, rater = result.get("synonyms", {}), result.get("rater")
     measured = result.get("measure")  # of a run of `forget`, whose examples are no videos
     rows = [(f"<b>{escape(str(result['target'].get('name')))}</b>", "target", result["target"])]
@@ -181,7 +159,7 @@ def _evaluation(files: RunFiles) -> str:
         rows.append((f"<b>{escape(', '.join(synonyms.get('names', [])) or 'other wordings')}</b>", "synonyms", synonyms))
     rows += [(escape(str(r.get("name"))), escape(str(r.get("kind"))), r) for r in result.get("preserved", [])]
     counted = "examples" if measured else "videos"
-    table = _table(("", "kind", counted, "before", "after", "after, 95 %", "before ○   after ●   0 to 100 %"), [
+    rates = table(("", "kind", counted, "before", "after", "after, 95 %", "before ○   after ●   0 to 100 %"), [
         (name, kind, escape(str(row["num_images" if measured else "num_videos"])), f"{row['before']:.1%}", f"{row['after']:.1%}",
          "{:.1%} to {:.1%}".format(*row["after_interval"]),
          interval(row["before"], row["after"], *row["after_interval"]))
@@ -197,7 +175,7 @@ def _evaluation(files: RunFiles) -> str:
     else:
         how = "Share of videos that show what their prompt says, from the same noise without and with the eraser"
         how += f", as {rater} sees them: zero-shot, chance {result['chance']:.1%}." if rater else "."
-    return _section("Is it gone, and is the rest still there?", _note(how), table, _note(" ".join(rest)))
+    return section("Is it gone, and is the rest still there?", note(how), rates, note(" ".join(rest)))
 
 
 def _attempts(files: RunFiles) -> str:
@@ -207,11 +185,11 @@ def _attempts(files: RunFiles) -> str:
         return ""
     rows = [(f"<code>{escape(str(a['layer']))}</code>", f"{a['lambda_forget']:.2f}", number(a["loss"]), number(a["distance_before"]),
              number(a["distance_after"]), f"{a['fall']:.1%}", "yes" if a["accepted"] else "no") for a in attempts]
-    return _section("Attempts", _note(
+    return section("Attempts", note(
         "Accepted is an attempt that brings the class near enough to its target; " + (
             "the last one of every layer was." if files.evaluation.get("accepted") else
             f"where none was, the last one is kept. {WOULD_HELP}")),
-        _table(("layer", "λ_f", "lowest loss", "distance before", "after", "fall", "accepted"), rows, numbers=(1, 2, 3, 4, 5)))
+        table(("layer", "λ_f", "lowest loss", "distance before", "after", "fall", "accepted"), rows, numbers=(1, 2, 3, 4, 5)))
 
 
 def _pictures(files: RunFiles) -> str:
@@ -223,7 +201,7 @@ def _pictures(files: RunFiles) -> str:
     if (sheet := files.path / PICTURES).exists():
         chosen.insert(0, ("Before and after, from the same noise", sheet))
     figures = [figure for caption, path in chosen if (figure := _figure(caption, path))]
-    return _section("Samples", _charts(figures, "No sample can be read." if chosen else "No samples in this run directory."))
+    return section("Samples", side_by_side(figures, "No sample can be read." if chosen else "No samples in this run directory."))
 
 
 def _figure(caption: str, path: Path) -> str:
@@ -246,7 +224,7 @@ def _figure(caption: str, path: Path) -> str:
 def _losses(files: RunFiles) -> str:
     charts = [line_chart(label, points, smooth=1 if key == "lr" else 20) for key, label in _CURVES.items()
               if (points := files.series(key))]
-    return _section("Losses", _charts(charts, "No records."))
+    return section("Losses", side_by_side(charts, "No records."))
 
 
 def _norms(files: RunFiles) -> str:
@@ -258,8 +236,8 @@ def _norms(files: RunFiles) -> str:
         measured = [(r["step"] + 1, r["blocks"][key]) for r in files.records if r.get("blocks", {}).get(key)]
         if measured:
             maps.append(heat_map(label, [step for step, _ in measured], [norms for _, norms in measured]))
-    return _section("Norms by block over time", *maps or [_note("No norms by block in the records.")],
-                    _note("First block at the bottom, last at the top. Red is zero, magenta is not finite.") if maps else "")
+    return section("Norms by block over time", *maps or [note("No norms by block in the records.")],
+                    note("First block at the bottom, last at the top. Red is zero, magenta is not finite.") if maps else "")
 
 
 def _time(files: RunFiles) -> str:
@@ -271,7 +249,7 @@ def _time(files: RunFiles) -> str:
                                 {name: sum(s.get(name, 0.0) for s in splits) for name in names}))
     if points := files.series("seconds"):
         charts.append(line_chart("Seconds a step", points, unit="s"))
-    return _section("Step time", _charts(charts, "No records."))
+    return section("Step time", side_by_side(charts, "No records."))
 
 
 def _measured_peak(files: RunFiles) -> tuple[str, float] | None:
@@ -307,23 +285,23 @@ def _memory(files: RunFiles) -> str:
                        ("device_used_bytes", "Whole device"), ("process_bytes", "Host memory of the process")):
         if points := files.series("memory", key):
             charts.append(line_chart(f"{label}, measured", [(x, y / GIB) for x, y in points], unit="GiB", zero=True))
-    parts.append(_charts(charts, "Nothing was measured."))
+    parts.append(side_by_side(charts, "Nothing was measured."))
     if needed := predicted.get("needed_bytes"):
         card, budget = str(files.memory.get("card")), files.memory.get("budget_bytes", 0)
-        parts.append(_note(f"Predicted for {card}: {needed / GIB:.2f} GiB of {budget / GIB:.2f} GiB usable, what the allocator "
-                           "reserves and the card's context included."))
+        parts.append(note(f"Predicted for {card}: {needed / GIB:.2f} GiB of {budget / GIB:.2f} GiB usable, what the allocator "
+                          "reserves and the card's context included."))
     if rows and _measured_kind(files) == "process":
-        parts.append(_note("Without a card the whole process is measured, interpreter and libraries included; what is predicted "
-                           "are the run's own tensors."))
+        parts.append(note("Without a card the whole process is measured, interpreter and libraries included; what is predicted "
+                          "are the run's own tensors."))
     if not predicted:
-        parts.append(_note("No prediction is stored with this run."))
-    return _section("Memory", *parts)
+        parts.append(note("No prediction is stored with this run."))
+    return section("Memory", *parts)
 
 
 def _settings(files: RunFiles) -> str:
     config, origins = files.config.get("config", {}), files.config.get("origins", {})
     if not config:
-        return _section("Settings", _note("config.json is missing or damaged."))
+        return section("Settings", note("config.json is missing or damaged."))
     defaults, found, rows = leaves(ForgetConfig() if files.forgets else TrainConfig()), {}, []
     for name, value in config.items():
         found |= {f"{name}.{inner}": v for inner, v in value.items()} if isinstance(value, dict) else {name: value}
@@ -333,7 +311,7 @@ def _settings(files: RunFiles) -> str:
                     f"<td><code>{escape(json.dumps(value, ensure_ascii=False))}</code></td>"
                     f"<td>{escape(str(origins.get(path, 'default')))}</td></tr>")
     facts = {k: v for k, v in files.config.items() if k not in ("config", "origins")}
-    return _section("Settings", "<table><tr><th>setting</th><th>value</th><th>from</th></tr>", *rows, "</table>",
-                    _note("Bold: not the default."),
+    return section("Settings", "<table><tr><th>setting</th><th>value</th><th>from</th></tr>", *rows, "</table>",
+                    note("Bold: not the default."),
                     f"<details><summary>Facts about the run</summary><pre><code>"
                     f"{escape(json.dumps(facts, indent=2, ensure_ascii=False))}</code></pre></details>")
