@@ -42,7 +42,7 @@ def write_report(run: Path, out: Path | None = None) -> Path:
     files, out = RunFiles.read(run), out or run / REPORT
     if not out.name:
         raise UsageError(f"--out {out}: name a file, such as {REPORT}")
-    builders = (_tiles, _unfinished, _findings, _evaluation, _attempts, _pictures, _losses, _norms, _time, _memory, _settings)
+    builders = (_tiles, _unfinished, _findings, _evaluation, _answers, _attempts, _pictures, _losses, _norms, _time, _memory, _settings)
     page = string.Template(_TEMPLATE.read_text(encoding="utf-8")).substitute(
         title=_title(files), subtitle=_subtitle(files), body="\n".join(_built(builder, files) for builder in builders))
     try:
@@ -176,6 +176,20 @@ def _evaluation(files: RunFiles) -> str:
         how = "Share of videos that show what their prompt says, from the same noise without and with the eraser"
         how += f", as {rater} sees them: zero-shot, chance {result['chance']:.1%}." if rater else "."
     return section("Is it gone, and is the rest still there?", note(how), rates, note(" ".join(rest)))
+
+
+def _answers(files: RunFiles) -> str:
+    """What the language model still says, of a run of `forget` that has asked it; nothing for other runs."""
+    asked = files.evaluation.get("leak", [])
+    if not asked:
+        return ""
+    rows = [(escape(str(r["edited"])), escape(str(r["deepstack"])), f"{r['target']:.1%}", "{:.1%} to {:.1%}".format(*r["target_interval"]),
+             f"{r['preserved']:.1%}", escape(", ".join(f"{text} ({count})" for text, count in r["said"].items()))) for r in asked]
+    return section("What the language model says", note(
+        f"Of {asked[0]['num_target']} pictures of the forgotten class and {asked[0]['num_preserved']} of what is preserved, those whose class it "
+        f"names, asked “{files.setting('question')}”. Through DeepStack pictures reach it past the main merger."),
+        table(("mergers edited", "DeepStack", "forgotten class named", "95 %", "preserved named", "of the forgotten class it says most"), rows,
+              numbers=(2, 3, 4)))
 
 
 def _attempts(files: RunFiles) -> str:

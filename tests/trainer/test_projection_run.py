@@ -105,7 +105,7 @@ def test_report_and_diagnosis_know_a_run_of_forget(encoders, tmp_path, capsys):
     html = (run / "report.html").read_text()
     assert "nearest class in text space" in html and "L_preserve" in html and "Nothing was measured" not in html
     assert "Forgetting cat" in html and f"clip, {encoders['clip']} · rank 5 · run run" in html
-    assert not any(word in html for word in ("Videos", "Samples", "Norms"))
+    assert not any(word in html for word in ("Videos", "Samples", "Norms", "What the language model says"))
     assert "Examples of “cat” taken for it (nearest class in text space)" in html and "Attempts" in html and "<td>no</td>" in html
     bold, all_names = (set(re.findall(rf"<tr{kind}><td><code>(.*?)</code>", html)) for kind in (" class=set", "(?: class=set)?"))
     assert {"lr", "lambda_weight", "memory.dtype"} <= all_names - bold and {"model", "forget", "steps", "preserve"} <= bold
@@ -193,6 +193,10 @@ def test_qwen_run_edits_every_merger_and_measures_the_leak(encoders, folders):
         ("none", "whole"), ("none", "cut"), ("main merger", "whole"), ("main merger", "cut"), ("all mergers", "whole"),
         ("main merger, null space", "whole"), ("main merger, null space", "cut"), ("all mergers, null space", "whole")]
     assert all(row["num_target"] == 1 and row["num_preserved"] == 2 for row in result["leak"])
+    main(["report", str(folders / "run")])
+    html = (folders / "run" / "report.html").read_text()
+    assert html.index("What the language model says") < html.index("Of 1 pictures of the forgotten class and 2 of what is preserved")
+    assert html.count("<td>main merger, null space</td>") == 2 and "Cannot be shown" not in html
 
 
 def test_where_the_language_model_does_not_fit_the_rest_is_measured(encoders, folders, monkeypatch, caplog):
