@@ -1,6 +1,7 @@
 """What is forgotten, what is kept and what both are measured on: texts, or pictures in memory or in files."""
 
 import hashlib
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,12 +53,14 @@ def open_picture(content: Image.Image | Path) -> Image.Image:
     if isinstance(content, Image.Image):
         return content.convert("RGB")
     try:
-        with Image.open(content) as image:
+        with warnings.catch_warnings(action="ignore", category=Image.DecompressionBombWarning), Image.open(content) as image:  # it is one's own
             upright = ImageOps.exif_transpose(image)  # cameras say which side is up
             if upright.mode.startswith("I"):  # 16 bits of grey, which convert() would cut off at 255: all white
                 upright = upright.point(lambda value: value / 257).convert("L")
             return upright.convert("RGB")
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
+    except Image.DecompressionBombError as e:
+        raise UsageError(f"{content}: more than {2 * Image.MAX_IMAGE_PIXELS:,} pixels; make it smaller, or leave it out") from e
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as e:
         raise UsageError(f"{content}: not a picture that can be read ({e}); remove it or copy it again") from e
 
 

@@ -260,6 +260,16 @@ def test_pictures_are_seen_as_the_camera_was_held(tmp_path):
     assert list(open_picture(tmp_path / "turned.png").getdata()) == list(upright.getdata())
 
 
+def test_large_pictures_are_seen_and_too_large_ones_are_to_be_made_smaller(tmp_path, monkeypatch):
+    picture("red circle", 0, "poster", 0).save(tmp_path / "poster.png")  # 32 pixels square
+    for limit in (32 * 32, 600):  # from the limit on Pillow warns, from twice that it refuses
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
+        assert open_picture(tmp_path / "poster.png").size == (32, 32)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 500)
+    with pytest.raises(UsageError, match=r"poster.png: more than 1,000 pixels; make it smaller, or leave it out$"):
+        open_picture(tmp_path / "poster.png")
+
+
 def test_grey_of_16_bits_is_seen_as_that_of_8(tmp_path):
     grey = picture("red circle", 0, "scanner", 0).convert("L")
     Image.frombytes("I;16", grey.size, bytes(value for value in grey.tobytes() for _ in range(2))).save(tmp_path / "deep.png")
