@@ -7,6 +7,7 @@ import pytest
 
 from memory import environment
 
+gc.disable()  # imports leave nothing to collect
 environment.prepare()
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may reach for the network
 if "PYTEST_XDIST_WORKER" in os.environ:  # tests run side by side: threads that wait for each other's cores take several times as long
@@ -21,9 +22,11 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """What is imported by now stays: collections during the tests, up to a fifth of their time, need not look at it."""
+    """Collections during the tests, up to a fifth of their time, are rarer, and need not look at what is imported by now and stays."""
     gc.collect()
     gc.freeze()
+    gc.set_threshold(50_000)
+    gc.enable()
 
 
 def pytest_unconfigure() -> None:
