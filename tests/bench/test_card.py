@@ -5,7 +5,6 @@ import json
 import multiprocessing
 import os
 import signal
-import subprocess
 import sys
 import time
 from unittest.mock import patch
@@ -13,6 +12,7 @@ from unittest.mock import patch
 import pytest
 import torch
 
+import run
 from bench import test_peaks
 from bench.card import __main__ as suite
 from bench.card import minimum, offload, peaks, rig, speed
@@ -27,6 +27,7 @@ from bench.overlap import block_seconds, count_loads
 from bench.provenance import RESULTS, ROOT, of_cards
 from bench.times import cell_of
 from memory.cards import lookup
+from memory.compiling import compile_blocks
 from memory.plan import MemoryPlan
 from memory.snapshots import replay_snapshot
 from trainer.backbones import published
@@ -42,10 +43,13 @@ def toys_may_come(monkeypatch):
     monkeypatch.setattr(rig, "_backbones", {})
 
 
-def test_every_part_walks_through_and_is_not_measured_twice(tmp_path, toys_may_come, capsys):
-    done = subprocess.run([sys.executable, "run.py", "bench", "card", "--dry", "--out", str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    shown = done.stdout
+def test_every_part_walks_through_and_is_not_measured_twice(tmp_path, toys_may_come, monkeypatch, capsys):
+    monkeypatch.setitem(compile_blocks.__kwdefaults__, "backend", "eager")  # in a fraction of the time; test_compiling.py goes all the way
+    monkeypatch.delitem(sys.modules, "bench.card.__main__")  # as in a process of its own
+    monkeypatch.setattr(sys, "argv", ["run.py", "bench", "card", "--dry", "--out", str(tmp_path)])
+    code = run.main()
+    shown, said = capsys.readouterr()
+    assert code == 0, said
     results = {name: json.loads((tmp_path / "dry" / f"{name}.json").read_text()) for name in PARTS}
     for name, result in results.items():
         assert result["dry"] and not result["skipped"] and result["provenance"]["versions"]["torch"]
