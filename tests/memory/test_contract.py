@@ -47,6 +47,7 @@ PLANS = {
         "boundaries": "host", "kept": "host", "feed_forward_chunks": 2,
     },
 }  # fmt: skip
+PARTS_COMPILED = ["keep-attention-compiled", "kept-offload-compiled"]  # what they do is part of everything at once, compiled
 PLANS |= {f"{name}-compiled": PLANS[name] | {"compile": True} for name in ("keep-attention", "kept-offload", "everything-at-once")}
 if dist.is_torchelastic_launched():
     PLANS = {
@@ -61,7 +62,12 @@ if dist.is_torchelastic_launched():
 NAMES_16_BIT = ["shard", "shard-mixed"] if "shard" in PLANS else ["checkpoint-all", "offload", "everything-at-once"]
 
 
-@pytest.fixture(params=PLANS)
+# Compiling takes longer than all the rest: one kind of model, and mostly one plan, stand for all.
+OF_BOTH_KINDS = [pytest.param(name, kind, marks=pytest.mark.slow if kind == "sincos" and name.endswith("compiled") else [])
+                 for name in PLANS for kind in ("sincos", "rope")]
+
+
+@pytest.fixture(params=[pytest.param(name, marks=pytest.mark.slow if name in PARTS_COMPILED else []) for name in PLANS])
 def plan(request):
     return MemoryPlan(**PLANS[request.param])
 
@@ -123,6 +129,7 @@ def assert_two_steps_are_the_plain_ones(step, plan, kind, device):
     assert applied.num_recomputes == 2 * 2 * num_checkpointed
 
 
+@pytest.mark.parametrize("plan, kind", OF_BOTH_KINDS, indirect=True)
 def test_same_losses_and_gradients(plan, kind, device):
     assert_two_steps_are_the_plain_ones(Tiny.step, plan, kind, device)
 
@@ -158,6 +165,7 @@ def test_joint_backward_of_two_passes(plan, device, poison, plain_joint):
 
 
 @pytest.mark.skipif("shard" in PLANS, reason="sharded blocks are gathered pass by pass")
+@pytest.mark.parametrize("plan, kind", OF_BOTH_KINDS, indirect=True)
 def test_lockstep_is_the_same_step(plan, kind, device, poison):
     assert_two_steps_are_the_plain_ones(Tiny.step_in_lockstep, plan, kind, device)
 
