@@ -195,7 +195,10 @@ def forecast_as_given(config: TrainConfig, card: Card) -> Assessment:
     run = workload(config)
     check_card(config, card)
     check_attention(config, card, num_ranks())
-    return assess(run, config.memory, card)
+    if config.memory.num_shards > 1:  # which no short trace tells
+        return assess(run, config.memory, card)
+    found = search(run, card, base=config.memory, fixed=SEARCHED)  # of one plan: short traces do, where its blocks are alike
+    return found.best or found.smallest
 
 
 def planned(config: TrainConfig, card: Card, fixed: Collection[str]) -> tuple[TrainConfig, list[str], Assessment]:

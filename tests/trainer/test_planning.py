@@ -3,10 +3,12 @@
 import json
 import re
 from dataclasses import replace
+from unittest.mock import Mock
 
 import pytest
 import torch
 
+from memory.assess import assess
 from memory.cards import GIB, lookup
 from memory.fake import FakeMode
 from memory.plan import MemoryPlan
@@ -118,8 +120,15 @@ def test_blocks_that_keep_what_was_given_are_planned_though_they_are_not_all_ali
     config = TrainConfig(data=DataConfig(batch_size=2), loss=LossConfig(beta=0.0), optim=OptimConfig(rank=512), memory=MemoryPlan(**settings))
     found = planning.forecast(config, replace(lookup("h200"), usable_bytes=int(1.07 * GIB)), settings)
     assert found.result.num_unknown == 0
-    full = planning.forecast_as_given(replace(config, memory=found.chosen.plan), found.card)
+    full = assess(planning.workload(config), found.chosen.plan, found.card)
     assert found.chosen.prediction == full.prediction and found.chosen.time == full.time
+
+
+def test_a_long_model_is_predicted_as_given_from_short_traces(monkeypatch):
+    monkeypatch.setattr(planning, "rehearse", traced := Mock(side_effect=InterruptedError))
+    with pytest.raises(InterruptedError):
+        planning.forecast_as_given(TrainConfig(model=ModelConfig(model="cogvideox-2b"), data=DataConfig(preserve=("blue",))), lookup("cpu"))
+    assert traced.call_args.args[3] == 5  # blocks, of 30: each takes a quarter of a second
 
 
 @pytest.mark.parametrize("share, passes", [(0.01, "lockstep"), (1.0, "sequential")])
