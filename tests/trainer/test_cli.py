@@ -443,19 +443,22 @@ def test_the_hosts_memory_is_a_size_and_reaches_the_planner(monkeypatch):
             cli.main(["plan", "--profile", "4090", "--host", wrong])
 
 
+NARROW = ["--checkpoint", "none"]  # a search of a trace or two
+
+
 def test_a_plan_that_does_not_fit_is_no_command(capsys):
     said = {}
     for size in ("0.1gb", "24gb"):
         with nullcontext() if size == "24gb" else pytest.raises(DoesNotFit):
-            cli.main(["plan", "--profile", size])
+            cli.main(["plan", "--profile", size, *NARROW])
         said[size] = capsys.readouterr().out
     assert "python run.py" in said["24gb"] and "python run.py" not in said["0.1gb"]
 
 
 def test_what_nothing_runs_is_planned_without_a_command(capsys):
-    cli.main(["plan", "--profile", "24gb", "--backbone-copies", "2"])
+    cli.main(["plan", "--profile", "24gb", "--backbone-copies", "2", *NARROW])
     assert "fits 24 GB" in (said := capsys.readouterr().out) and "python run.py" not in said
-    cli.main(["plan", "--profile", "24gb", "--text-encoder-resident", "--json"])
+    cli.main(["plan", "--profile", "24gb", "--text-encoder-resident", "--json", *NARROW])
     assert json.loads(capsys.readouterr().out)["command"] is None
 
 
@@ -463,7 +466,7 @@ def test_no_command_is_planned_that_training_would_refuse(call, tmp_path):
     (tmp_path / "p.txt").write_text("a green circle\n")
     code, out, said = call("plan", "--profile", "4090", "--prompts", tmp_path / "p.txt")
     assert code == 2 and not out and "'red' is not a word of the prompt 'a green circle' (number 1 of" in said[-1]
-    assert "python run.py" in call("plan", "--profile", "4090", "--prompts", tmp_path / "p.txt", "--alpha", "0")[1]
+    assert "python run.py" in call("plan", "--profile", "4090", "--prompts", tmp_path / "p.txt", "--alpha", "0", *NARROW)[1]
 
 
 def test_the_benchmarks_are_listed():
@@ -489,7 +492,8 @@ def test_prompts_are_read_before_a_plan_is_looked_for(call, monkeypatch, tmp_pat
     (2, ["--prompts", "{tmp}/tennis.txt", "--preserve", "tennis"], "'golf' is not a word of the prompt 'people play tennis'"),
     (3, ["--profile", "8gb", "--batch-size", "64", "--preserve", "tennis"], "does not fit"),
     (2, ["--profile", "4090", "--frames", "9", "--height", "481", "--preserve", "tennis"], "--height 481"),
-    (2, ["--profile", "4090", "--frames", "9", "--preserve", "tennis"], "the hub did not give THUDM/CogVideoX-2b (it is not in the cache, and HF_HUB_OFFLINE is set)"),
+    (2, ["--profile", "4090", "--frames", "9", "--preserve", "tennis", "--checkpoint", "all", "--boundaries", "device", "--feed-forward-chunks", "1"],
+     "the hub did not give THUDM/CogVideoX-2b (it is not in the cache, and HF_HUB_OFFLINE is set)"),
 ], ids=["prompts", "words", "memory", "size", "all well"])
 def test_what_cannot_be_is_refused_before_a_model_is_downloaded(call, monkeypatch, tmp_path, code, argv, why):
     from huggingface_hub.errors import OfflineModeIsEnabled
