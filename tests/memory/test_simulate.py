@@ -1,7 +1,7 @@
 """Recorded traces against the allocator's own account of a real run, and spliced traces against full ones."""
 
 from contextlib import nullcontext
-from functools import partial
+from functools import cache, partial
 
 import pytest
 import torch
@@ -67,6 +67,7 @@ class Small:
         self.predict = self.model
 
 
+@cache
 def tiny_trace(plan, num_blocks=8, kind="stack"):
     """A step under `plan` on the planner's fake tensors: of a stack of small blocks, or of the tiny transformer ("sincos", "rope")."""
     with FakeMode():
