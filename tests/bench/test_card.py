@@ -24,7 +24,7 @@ from bench.card.peaks import thick, thin
 from bench.card.rig import Cell
 from bench.card.session import Session, failures, goal
 from bench.overlap import block_seconds, count_loads
-from bench.provenance import RESULTS, ROOT, of_cards
+from bench.provenance import RESULTS, of_cards
 from bench.times import cell_of
 from memory.cards import lookup
 from memory.compiling import compile_blocks
