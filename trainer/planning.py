@@ -197,7 +197,8 @@ def forecast_as_given(config: TrainConfig, card: Card) -> Assessment:
     check_attention(config, card, num_ranks())
     if config.memory.num_shards > 1:  # which no short trace tells
         return assess(run, config.memory, card)
-    found = search(run, card, base=config.memory, fixed=SEARCHED)  # of one plan: short traces do, where its blocks are alike
+    alone = replace(run, prepare=lambda traces, phases: None)  # no fork: the run may have begun, and have threads
+    found = search(alone, card, base=config.memory, fixed=SEARCHED)  # of one plan: short traces do, where its blocks are alike
     return found.best or found.smallest
 
 
