@@ -57,8 +57,8 @@ class MemoryPlan:
     num_keep_attention: int = 0
     """Checkpointed blocks that keep their attention output too, which is then not recomputed."""
     num_keep_everything: int = 0
-    """Of the blocks that `checkpoint` names, how many keep everything after all and are not recomputed: the last ones, or, where
-    kept is host, some that are spread evenly, so that the host link is asked for no more at one time than at another."""
+    """Of the blocks that `checkpoint` names, how many keep everything after all and are not recomputed: the last ones.
+    Where kept is host they are spread evenly, so that the link is asked for no more at one time than at another."""
     boundaries: Where = "device"
     """Where the inputs of blocks wait between forward and backward."""
     kept: Where = "device"
