@@ -110,7 +110,7 @@ def _guarded(command: Callable[[], int]) -> int:
 
 def _another_speaks(*, wait: bool) -> bool:
     """Whether the first of the processes that torchrun started on this machine has said what all of them would. With `wait` this one holds
-    back until torchrun ends it, and speaks up where that one did not fail. An interruption all have agreed upon."""
+    back until torchrun ends it, and speaks up where that one did not fail. Without: an interruption, upon which all have agreed."""
     if "TORCHELASTIC_RUN_ID" not in os.environ or os.environ.get("LOCAL_RANK") == "0":
         return False
     if wait:
