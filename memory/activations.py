@@ -5,10 +5,11 @@ computed, all that a fully checkpointed block keeps) and, on request, whatever e
 embedding, rotary tables) and the parameters stay.
 
 Forward: a tensor is copied out while its block computes; its device memory is given up, once the compute stream has waited for the
-copy, as the next block's tensors come, as many bytes for as many. So what a block stored last has most of the next block's time to
-arrive, and no more is held than a block keeps. Backward: when the first tensor of a block is asked for, those of
-the block before it are sent for, so they arrive while this block recomputes. The last block's stay on the device: backward
-needs them at once. Host memory comes from an arena that is filled in the first step and used again in every later one.
+copy, in the second block after the one that computed it, as tensors of that block come, as many bytes for as many, and at the latest
+when that block ends. So what a block keeps has two blocks' time to arrive. Backward: when the first tensor of a block is asked for,
+those of the block before it are sent for, so they arrive while this block recomputes. Either way the device holds what two blocks
+keep. What the last two blocks computed stays there: backward needs it first. Host memory comes from an arena that is filled in the
+first step and used again in every later one.
 """
 
 import functools
@@ -16,7 +17,7 @@ import inspect
 import sys
 import weakref
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import nn
@@ -73,8 +74,8 @@ class _Arena:
 class _Parked:
     """One tensor in host memory: on its way there, waiting, or on its way back."""
 
-    def __init__(self, parking: "ActivationOffload", group: "_Group", tensor: torch.Tensor):
-        self.parking, self.group = parking, group
+    def __init__(self, parking: "ActivationOffload", group: "_Group", tensor: torch.Tensor, is_boundary: bool):
+        self.parking, self.group, self.is_boundary = parking, group, is_boundary
         self.shape, self.stride, self.dtype, self.num_bytes = tensor.shape, tensor.stride(), tensor.dtype, tensor.nbytes
         self.tensor: torch.Tensor | None = values_of(tensor)
         self._version = tensor._version
@@ -153,14 +154,14 @@ class _Group:
 
     def __init__(self, previous: "_Group | None"):
         # Weak, so that neither a group nor a tensor outlives the graph that saved it.
-        while previous is not None and not previous.alive():
+        while previous is not None and not _alive(previous):
             previous = previous._previous()  # a block that parked nothing is not in the way
         self._previous = weakref.ref(previous) if previous is not None else lambda: None
         self._has_sent = False
-        self._parked: list[weakref.ref[_Parked]] = []
+        self.parked: list[weakref.ref[_Parked]] = []
         self._by_tensor: dict[tuple, weakref.ref[_Parked]] = {}
 
-    def park(self, parking: "ActivationOffload", tensor: torch.Tensor) -> _Parked:
+    def park(self, parking: "ActivationOffload", tensor: torch.Tensor, is_boundary: bool) -> _Parked:
         """`tensor` on its way to the host; the same one if several operators save the same tensor."""
         source = tensor if is_dense(tensor) else tensor.contiguous()
         key = (*_identity(tensor), tensor.stride(), tensor._version)
@@ -169,22 +170,23 @@ class _Group:
         parked = known() if known is not None else None
         if parked is None:
             parking.make_room(source.nbytes)
-            parked = _Parked(parking, self, source)
-            self._parked.append(weakref.ref(parked))
+            parked = _Parked(parking, self, source, is_boundary)
+            self.parked.append(weakref.ref(parked))
             if source is tensor:
-                self._by_tensor[key] = self._parked[-1]
+                self._by_tensor[key] = self.parked[-1]
         parked.num_uses += 1
         return parked
-
-    def alive(self) -> Iterable[_Parked]:
-        return [parked for reference in self._parked if (parked := reference()) is not None]
 
     def send_for_previous(self) -> None:
         if not self._has_sent:
             self._has_sent = True
-            previous = self._previous()
-            for parked in previous.alive() if previous is not None else ():
+            for parked in _alive(self._previous()):
                 parked.load()
+
+
+def _alive(group: _Group | None) -> list[_Parked]:
+    """What is parked of a group, if there is one."""
+    return [parked for reference in group.parked if (parked := reference()) is not None] if group is not None else []
 
 
 def _require_unchanged(tensor: torch.Tensor, version: int) -> None:
@@ -212,6 +214,7 @@ class ActivationOffload(Handle):
         self.bytes_loaded = 0
         """Bytes copied back to the device so far."""
         self._group: _Group | None = None
+        self._group_before: _Group | None = None
         self._leaving: deque[weakref.ref[_Parked]] = deque()
         self._room = 0
 
@@ -224,14 +227,19 @@ class ActivationOffload(Handle):
         release_pinned()
 
     def start_block(self) -> _Group:
-        while self._leaving:  # of the block before the last
-            self._forget_oldest()
-        self._leaving.extend(map(weakref.ref, self._group.alive() if self._group is not None else ()))
-        self._group, self._room = _Group(self._group), 0
+        # Boundaries of the block before were computed by the one before that.
+        leaving = [parked for parked in _alive(self._group_before) if not parked.is_boundary]
+        leaving += [parked for parked in _alive(self._group) if parked.is_boundary]
+        self._leaving = deque(map(weakref.ref, leaving))
+        self._group_before, self._group, self._room = self._group, _Group(self._group), 0
         return self._group
 
+    def end_block(self) -> None:
+        while self._leaving:
+            self._forget_oldest()
+
     def make_room(self, num_bytes: int) -> None:
-        """So many bytes are about to be parked: the block before gives up as many on the device, the oldest first."""
+        """So many bytes are about to be parked: what was computed two blocks before gives up as many on the device, the oldest first."""
         self._room += num_bytes
         while self._leaving and self._room >= 0:
             self._room -= self._forget_oldest()
@@ -285,7 +293,7 @@ def _parking_forward(handle: ActivationOffload, is_last: bool, pick, inner):
         if not torch.is_grad_enabled():
             return inner(*args, **kwargs)
         group = handle.start_block()
-        wanted = pick(args, kwargs)
+        passed_on, wanted = pick(args, kwargs)
 
         def packer(tensor):
             # Some kernels keep their random state in CPU tensors.
@@ -294,21 +302,23 @@ def _parking_forward(handle: ActivationOffload, is_last: bool, pick, inner):
             if is_last:
                 handle.make_room(tensor.nbytes)
                 return _Staying(group, tensor)
-            return group.park(handle, tensor)
+            return group.park(handle, tensor, is_boundary=_identity(tensor) in passed_on)
 
         with packing(packer):
-            return inner(*args, **kwargs)
+            outputs = inner(*args, **kwargs)
+        handle.end_block()
+        return outputs
 
     return forward
 
 
 def _pick(held, signature, boundary_names, boundaries, kept, min_bytes, args, kwargs):
-    """Which of the tensors that one call of one block saves go to the host, as a predicate. `held`: where its modules hold parameters
-    and buffers, whose memory may be another at every call."""
+    """What the block before passed on, and which of the tensors that one call of one block saves go to the host, as a predicate.
+    `held`: where its modules hold parameters and buffers, whose memory may be another at every call."""
     arguments = signature.bind(*args, **kwargs).arguments
     passed_on = {_identity(arguments[name]) for name in boundary_names if arguments.get(name) is not None}
     if not kept:
-        return lambda tensor: _identity(tensor) in passed_on
+        return passed_on, lambda tensor: _identity(tensor) in passed_on
     stays = {tensor.untyped_storage()._cdata for tensors in held for tensor in tensors.values() if tensor is not None}
     for name, argument in arguments.items():
         if name not in boundary_names:
@@ -319,4 +329,4 @@ def _pick(held, signature, boundary_names, boundaries, kept, min_bytes, args, kw
             return boundaries
         return tensor.nbytes >= min_bytes and tensor.untyped_storage()._cdata not in stays
 
-    return wanted
+    return passed_on, wanted

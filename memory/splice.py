@@ -20,7 +20,7 @@ from memory.activations import slab_bytes
 from memory.masters import aligned
 from memory.plan import is_checkpointed, resident_indices
 from memory.pools import round_request
-from memory.timeline import Span, Storage, Trace, Visit
+from memory.timeline import BACKWARD, Span, Storage, Trace, Visit
 from memory.work import Work
 
 EDGE = 2  # blocks this near to either end may differ: inputs that need no gradient, nothing to prefetch
@@ -62,9 +62,9 @@ class Cell:
         return found
 
     @cached_property
-    def transfers(self) -> list[Work]:
-        """The work of copies to the host and from there."""
-        return [work for work in self.work if work.kind in ("to host", "to device")]
+    def stores(self) -> list[Work]:
+        """The work of copies to the host."""
+        return [work for work in self.work if work.kind == "to host"]
 
     def same_as(self, other: "Cell") -> bool:
         return (self.storages, self.deaths, self.phase) == (other.storages, other.deaths, other.phase)
@@ -233,14 +233,16 @@ class Recipe:
     def slabs(self, keeps: Sequence[str]) -> list[int]:
         """Sizes of the host slabs that activation offload will take: as `memory.activations` fills them."""
         slabs: list[int] = []
-        used, free = 0, Counter()
-        for work in (work for _, cell in self.visits(keeps) for work in cell.transfers):
-            num_bytes = aligned(work.num_bytes)
-            if work.kind == "to device":
-                free[num_bytes] += 1  # brought back, and not stored again by the same pass
-            elif free[num_bytes]:
-                free[num_bytes] -= 1
-            else:
+        used, free, taken = 0, Counter(), Counter()
+        for _, cell in self.visits(keeps):
+            if cell.phase == BACKWARD:  # when it is through, nothing waits on the host
+                free.update(taken)
+                taken.clear()
+            for num_bytes in (aligned(work.num_bytes) for work in cell.stores):
+                taken[num_bytes] += 1
+                if free[num_bytes]:
+                    free[num_bytes] -= 1
+                    continue
                 if not slabs or used + num_bytes > slabs[-1]:
                     slabs.append(slab_bytes(num_bytes, self.num_blocks))
                     used = 0
