@@ -24,51 +24,11 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from memory.handle import Handle
-from memory.masters import aligned, is_dense
+from memory.masters import is_dense
 from memory.patching import replace_forward, require_modules
 from memory.saving import packing, values_of
-from memory.streams import Lane, pinning, release_pinned, resolve_device
-from memory.timeline import pinned_bytes
-
-MAX_SLAB_BYTES = 2**30
-
-
-def slab_bytes(num_bytes: int, num_blocks: int) -> int:
-    """Size of a slab whose first tensor has `num_bytes`: room for one such tensor of every block, up to `MAX_SLAB_BYTES`."""
-    return pinned_bytes(max(num_bytes, min(num_bytes * num_blocks, MAX_SLAB_BYTES)))
-
-
-class _HostBuffer:
-    """A piece of host memory and the events of the last copy into and out of it."""
-
-    def __init__(self, flat: torch.Tensor, lane: Lane):
-        self.flat = flat
-        self.stored, self.loaded = lane.new_event(), lane.new_event()
-
-
-class _Arena:
-    """Host memory in slabs of a power of two bytes, because pinned allocations are rounded up to one anyway."""
-
-    def __init__(self, lane: Lane, num_blocks: int):
-        self.lane, self.num_blocks = lane, num_blocks
-        self.slabs: list[torch.Tensor] = []
-        self._used = 0
-        self._free: dict[int, list[_HostBuffer]] = {}
-
-    def take(self, num_bytes: int) -> _HostBuffer:
-        num_bytes = aligned(num_bytes)
-        if self._free.get(num_bytes):
-            return self._free[num_bytes].pop()
-        if not self.slabs or self._used + num_bytes > self.slabs[-1].numel():
-            pin, size = self.lane.device.type == "cuda", slab_bytes(num_bytes, self.num_blocks)
-            with pinning():
-                self.slabs.append(torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=pin))
-            self._used = 0
-        start, self._used = self._used, self._used + num_bytes
-        return _HostBuffer(self.slabs[-1][start : self._used], self.lane)
-
-    def give_back(self, buffer: _HostBuffer) -> None:
-        self._free.setdefault(buffer.flat.numel(), []).append(buffer)
+from memory.slabs import Arena
+from memory.streams import Lane, release_pinned, resolve_device
 
 
 class _Parked:
@@ -207,7 +167,7 @@ class ActivationOffload(Handle):
         super().__init__()
         self.device = device
         self.store_lane, self.load_lane = Lane(device), Lane(device)
-        self.arena = _Arena(self.store_lane, num_blocks)
+        self.arena = Arena(self.store_lane, num_blocks)
         self._undos.append(self._leave_arena)
         self.bytes_stored = 0
         """Bytes copied to the host so far."""
@@ -223,7 +183,7 @@ class ActivationOffload(Handle):
 
     def _leave_arena(self) -> None:
         """The host gets its memory back; what a graph still reads, torch keeps for the next pinned memory once that is gone."""
-        self.arena = _Arena(self.store_lane, self.arena.num_blocks)
+        self.arena = Arena(self.store_lane, self.arena.num_blocks)
         release_pinned()
 
     def start_block(self) -> _Group:

@@ -16,10 +16,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from memory.activations import slab_bytes
 from memory.masters import aligned
 from memory.plan import is_checkpointed, resident_indices
 from memory.pools import round_request
+from memory.slabs import Packing
 from memory.timeline import BACKWARD, Span, Storage, Trace, Visit
 from memory.work import Work
 
@@ -231,9 +231,8 @@ class Recipe:
         return storages
 
     def slabs(self, keeps: Sequence[str]) -> list[int]:
-        """Sizes of the host slabs that activation offload will take: as `memory.activations` fills them."""
-        slabs: list[int] = []
-        used, free, taken = 0, Counter(), Counter()
+        """Sizes of the host slabs that activation offload will take: as `memory.slabs` fills them."""
+        packing, free, taken = Packing(self.num_blocks), Counter(), Counter()
         for _, cell in self.visits(keeps):
             if cell.phase == BACKWARD:  # when it is through, nothing waits on the host
                 free.update(taken)
@@ -242,12 +241,9 @@ class Recipe:
                 taken[num_bytes] += 1
                 if free[num_bytes]:
                     free[num_bytes] -= 1
-                    continue
-                if not slabs or used + num_bytes > slabs[-1]:
-                    slabs.append(slab_bytes(num_bytes, self.num_blocks))
-                    used = 0
-                used += num_bytes
-        return slabs
+                else:
+                    packing.place(num_bytes)
+        return packing.sizes
 
     def splice(self, keeps: Sequence[str], *, num_resident: int | None = None, num_buffers: int = 2) -> Trace:
         """The trace of the step when the blocks keep `keeps` and `num_resident` of them stay on the device (None: all)."""

@@ -7,9 +7,10 @@ import torch.nn.functional as F
 from tiny_transformer import BOUNDARY_NAMES, assert_equal, make_tiny, plain_run
 from torch import nn
 
-from memory.activations import _alive, _Arena, _Parked, offload_activations
+from memory.activations import _alive, _Parked, offload_activations
 from memory.checkpointing import checkpoint_blocks
 from memory.masters import is_dense
+from memory.slabs import Arena
 from memory.streams import Lane
 
 CPU = torch.device("cpu")
@@ -155,11 +156,11 @@ def test_host_memory_is_allocated_in_the_first_step_only():
     handle = apply(tiny, keeps=["attention"] * 3 + ["everything"] * 2, kept=True)
     tiny.step()
     before = [slab.data_ptr() for slab in handle.host_buffers]
-    used = handle.arena._used
+    used = list(handle.arena._packing._used)
     for _ in range(3):
         tiny.step()
     assert [slab.data_ptr() for slab in handle.host_buffers] == before
-    assert handle.arena._used == used
+    assert handle.arena._packing._used == used
 
 
 def test_undo_gives_the_host_its_memory_back_once_no_graph_reads_it():
@@ -268,7 +269,7 @@ def test_dense(tensor, expected):
 
 
 def test_arena_slabs_are_powers_of_two_and_shared():
-    arena = _Arena(Lane(CPU), num_blocks=10)
+    arena = Arena(Lane(CPU), num_blocks=10)
     buffers = [arena.take(1000) for _ in range(10)]
     assert [slab.numel() for slab in arena.slabs] == [16384]  # ten times 1,024, rounded up
     assert len({buffer.flat.data_ptr() for buffer in buffers}) == 10
@@ -278,6 +279,9 @@ def test_arena_slabs_are_powers_of_two_and_shared():
     assert [slab.numel() for slab in arena.slabs] == [16384]
     arena.take(6000)
     assert [slab.numel() for slab in arena.slabs] == [16384, 65536]
+    beside, after = arena.take(5000), arena.take(6000)  # what is left of the first slab has room for the one only
+    assert beside.flat.data_ptr() == arena.slabs[0].data_ptr() + 10 * 1024 + 512
+    assert after.flat.data_ptr() == arena.slabs[1].data_ptr() + 6144
 
 
 def test_equal_to_the_plain_run_without_checkpointing(kind):

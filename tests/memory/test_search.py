@@ -7,7 +7,6 @@ import time
 import pytest
 from test_simulate import tiny_trace
 
-import memory.activations
 import memory.assess
 from memory.assess import Limits, PhaseNeed, Workload, assess
 from memory.cards import GIB, lookup
@@ -150,7 +149,7 @@ def test_the_host_is_left_alone_where_that_costs_little(workload, monkeypatch):
 
 
 def test_where_the_host_has_some_room_as_many_blocks_as_it_holds_are_not_computed_twice(workload, monkeypatch):
-    monkeypatch.setattr(memory.activations, "MAX_SLAB_BYTES", 4 * MIB)  # a slab should not hold what all blocks keep
+    monkeypatch.setattr("memory.slabs.MAX_SLAB_BYTES", 4 * MIB)  # a slab should not hold what all blocks keep
     card = fixed_card(260 * MIB, host_link_bandwidth=1e12, memory_fraction=0.35)
     whole = search(workload, card, margin=0.0, host_bytes=4 * GIB).best
     assert (whole.plan.kept, whole.plan.checkpoint) == ("host", "none")
