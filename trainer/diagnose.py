@@ -17,13 +17,12 @@ from trainer.errors import CheckpointError
 from trainer.findings import Bill, Finding, finding, from_json
 from trainer.inspection import Subject
 from trainer.lora import WEIGHTS as LORA, load_updates
-from trainer.metrics import METRICS, read_metrics
 from trainer.preflight import Preflight
 from trainer.projection_config import read_forget_config
 from trainer.projection_health import unsound
 from trainer.records import Judge, non_finite
 from trainer.run_directory import read_config, read_content, resuming
-from trainer.run_files import CONFIG, FINDINGS
+from trainer.run_files import CONFIG, FINDINGS, METRICS, read_metrics
 
 
 def diagnose_path(path: Path) -> Bill:

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from trainer.errors import InputOutputError, UsageError
+from trainer.run_files import METRICS, read_metrics, write_whole
 
-METRICS = "metrics.jsonl"
 EVENTS = "tensorboard"
 logger = logging.getLogger(__name__)
 
@@ -27,9 +27,7 @@ class MetricsLog:
         try:
             if self.path.exists():
                 kept = [r for r in read_metrics(run_dir) if r.get("step", -1) < first_step]
-                part = self.path.with_name(f".{METRICS}.part")
-                part.write_text("".join(json.dumps(r) + "\n" for r in kept))
-                part.replace(self.path)
+                write_whole(self.path, "".join(json.dumps(r) + "\n" for r in kept))
             self._file = self.path.open("ab", buffering=0)
         except OSError as e:
             raise InputOutputError(f"{self.path} cannot be written ({e}); the run directory must be writable") from e
@@ -74,21 +72,6 @@ class MetricsLog:
         if self._tensorboard:
             with self._bearing_a_full_disk():
                 self._tensorboard.close()
-
-
-def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
-    """All records of a run, in order. A line that a crash or a full disk cut short, or whose step is no whole number, is left out."""
-    path, records = run_dir / METRICS, []
-    for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError):
-            record = None
-        if isinstance(record, dict) and type(record.get("step", -1)) is int:
-            records.append(record)
-        else:
-            logger.warning("%s: left out a damaged line: %.40s…", path, line)
-    return records
 
 
 def scalars(record: Mapping[str, Any], prefix: str = "") -> dict[str, float]:

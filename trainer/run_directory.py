@@ -12,8 +12,7 @@ from memory.plan import PlanError
 from trainer.config import TrainConfig
 from trainer.config_file import as_json, from_json
 from trainer.errors import CheckpointError, InputOutputError, UsageError
-from trainer.metrics import read_metrics
-from trainer.run_files import CONFIG, lookup, read_object, write_json
+from trainer.run_files import CONFIG, lookup, read_metrics, read_object, write_json
 
 
 def require_place(out: Path | None) -> None:

@@ -19,12 +19,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trainer.errors import CheckpointError, InputOutputError
-from trainer.metrics import METRICS, read_metrics
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-CONFIG, FINDINGS, MEMORY = "config.json", "findings.json", "memory.json"
+CONFIG, METRICS, FINDINGS, MEMORY = "config.json", "metrics.jsonl", "findings.json", "memory.json"
 EVALUATION, PICTURES = "evaluation.json", "before-after.png"
 logger = logging.getLogger(__name__)
 
@@ -102,6 +101,21 @@ def read_object(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as e:
         logger.warning("%s: left out, it cannot be read (%s)", path, e)
         return {}
+
+
+def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
+    """All records of a run, in order. A line that a crash or a full disk cut short, or whose step is no whole number, is left out."""
+    path, records = run_dir / METRICS, []
+    for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError):
+            record = None
+        if isinstance(record, dict) and type(record.get("step", -1)) is int:
+            records.append(record)
+        else:
+            logger.warning("%s: left out a damaged line: %.40s…", path, line)
+    return records
 
 
 def write_json(path: Path, content: Any, *, indent: int | None = 2, advice: str = "") -> None:

@@ -39,8 +39,8 @@ from trainer.checkpoint import latest_checkpoint
 from trainer.config import TrainConfig, replaced
 from trainer.errors import InputOutputError, Interrupted
 from trainer.loop import train
-from trainer.metrics import MetricsLog, read_metrics
-from trainer.run_files import CONFIG
+from trainer.metrics import MetricsLog
+from trainer.run_files import CONFIG, read_metrics
 from trainer.signals import ONE_STROKE, SIGNALS
 
 SAVE_EVERY = 5

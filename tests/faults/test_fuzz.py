@@ -11,10 +11,9 @@ from memory.plan import PlanError
 from trainer.config import DataConfig, TrainConfig, leaves, replaced
 from trainer.config_file import read_toml
 from trainer.errors import CheckpointError, UsageError
-from trainer.metrics import METRICS, read_metrics
 from trainer.prompts import collect
 from trainer.run_directory import read_config
-from trainer.run_files import CONFIG
+from trainer.run_files import CONFIG, METRICS, read_metrics
 
 SETTINGS = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 JSON = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),

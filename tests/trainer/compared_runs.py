@@ -6,7 +6,7 @@ import torch
 
 from trainer.checkpoint import latest_checkpoint
 from trainer.eraser_files import load_eraser
-from trainer.metrics import read_metrics
+from trainer.run_files import read_metrics
 
 NO_SEED_DECIDES = ("seconds", "phase_seconds", "memory", "peak_bytes_by_phase")
 

@@ -29,10 +29,9 @@ from trainer.findings import CODES, Bill, Unhealthy, finding, from_json, earlier
 from trainer.inspection import Fingerprint, adapter_findings
 from trainer.loop import train
 from trainer.manifest import MANIFEST, write_manifest
-from trainer.metrics import METRICS, read_metrics
 from trainer.optimizer_state import export_optimizer
 from trainer.preflight import CHECKED, Preflight
-from trainer.run_files import FINDINGS
+from trainer.run_files import FINDINGS, METRICS, read_metrics
 
 Make = Callable[..., TrainConfig]
 KEYS = {"code", "severity", "phase", "block", "module", "evidence", "cause", "fix"}

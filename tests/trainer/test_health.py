@@ -22,10 +22,9 @@ from trainer.health import MAX_SKIPS, Health
 from trainer.inspection import Fingerprint
 from trainer.loop import train
 from trainer.losses import Teacher, student_backward
-from trainer.metrics import read_metrics
 from trainer.preflight import Preflight
 from trainer.records import BLOCK_NORMS, Judge, non_finite
-from trainer.run_files import FINDINGS
+from trainer.run_files import FINDINGS, read_metrics
 from trainer.state import learning_rate
 
 Make = Callable[..., TrainConfig]

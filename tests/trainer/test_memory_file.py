@@ -15,11 +15,10 @@ from trainer.findings import finding
 from trainer.health import Health
 from trainer.loop import train
 from trainer.memory_file import NUM_POINTS, MemoryForecast, keep_forecast, thinned
-from trainer.metrics import read_metrics
 from trainer.monitor import watch
 from trainer.planning import forecast_as_given
 from trainer.report import write_report
-from trainer.run_files import RunFiles
+from trainer.run_files import RunFiles, read_metrics
 
 CARD = lookup("4090")
 

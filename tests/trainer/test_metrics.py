@@ -9,8 +9,9 @@ import pytest
 from trainer import cli
 from trainer.config import TrainConfig, replaced
 from trainer.errors import InputOutputError, UsageError
-from trainer.metrics import METRICS, MetricsLog, read_metrics, scalars
+from trainer.metrics import MetricsLog, scalars
 from trainer.run_directory import read_config, write_config
+from trainer.run_files import METRICS, read_metrics
 
 
 def test_floats_come_back_exactly(tmp_path):

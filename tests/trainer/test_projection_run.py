@@ -17,11 +17,10 @@ from trainer.cli import main
 from trainer.config import TrainConfig
 from trainer.errors import CheckpointError, Interrupted, NonFinite, TrainerError, UsageError
 from trainer.findings import Bill, Unhealthy, finding
-from trainer.metrics import read_metrics
 from trainer.projection_config import ForgetConfig, read_forget_config
 from trainer.projection_examples import classes, images, open_picture
 from trainer.run_directory import write_config
-from trainer.run_files import CONFIG
+from trainer.run_files import CONFIG, read_metrics
 from trainer.shapes.pictures import picture
 
 FAST = ["--steps", "6", "--max-attempts", "1", "--save-every", "2", "--monitor", "off", "--device", "cpu"]

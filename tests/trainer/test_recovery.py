@@ -28,10 +28,10 @@ from trainer.forecast_text import program
 from trainer.health import Health
 from trainer.latents import TrajectoryLatents
 from trainer.loop import train
-from trainer.metrics import read_metrics
 from trainer.prompts import Embeddings
 from trainer.recovery import Failure, cheaper, described, train_in_memory
 from trainer.run_directory import read_config
+from trainer.run_files import read_metrics
 
 MESSAGE = "CUDA out of memory. Tried to allocate 4.00 KiB. GPU 0 has a total capacity of 8.00 GiB"
 

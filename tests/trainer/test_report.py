@@ -25,10 +25,9 @@ from trainer.config import TrainConfig, leaves, replaced
 from trainer.config_file import as_json
 from trainer.errors import CheckpointError, InputOutputError, UsageError
 from trainer.findings import Bill, finding
-from trainer.metrics import read_metrics
 from trainer.report import write_report
 from trainer.run_directory import require_place, write_config
-from trainer.run_files import RunFiles
+from trainer.run_files import RunFiles, read_metrics
 
 GIB = 2**30
 

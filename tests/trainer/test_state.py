@@ -20,8 +20,8 @@ from trainer.eraser_files import load_eraser
 from trainer.errors import CheckpointError, InputOutputError, Interrupted, NonFinite, UsageError
 from trainer.lock import RunLock
 from trainer.loop import train
-from trainer.metrics import read_metrics
 from trainer.run_directory import read_config
+from trainer.run_files import read_metrics
 from trainer.state import learning_rate
 
 
