@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from memory.applied import AppliedPlan
-from memory.plan import MemoryPlan, apply_plan
+from memory.plan import MemoryPlan
 from trainer.backbones import Predict
-from trainer.backbones.cogvideox import BOUNDARY_NAMES, CogVideoX
+from trainer.backbones.cogvideox import CogVideoX
 from trainer.backbones.location import require_there
 from trainer.config import LossConfig, ModelConfig, TrainConfig
 from trainer.eraser_files import apply_eraser
@@ -187,6 +187,5 @@ def assemble(backbone: CogVideoX, model: ModelConfig, plan: MemoryPlan, *, rank:
         erasers = apply_eraser(transformer, eraser, base_model=backbone.identity())
     else:
         erasers = None if rank is None else Erasers(blocks, rank, seed=seed)
-    applied = apply_plan(transformer, blocks, plan, device=device, feed_forwards=[block.ff for block in blocks],
-                         boundary_names=BOUNDARY_NAMES)
+    applied = backbone.apply(plan, transformer, device)
     return Assembly(transformer, blocks, backbone.predictor(transformer, shape), applied, erasers, device, dtype, shape)

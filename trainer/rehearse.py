@@ -15,12 +15,12 @@ import torch
 from memory.fake import FakeMode
 from memory.lockstep import Lockstep
 from memory.optimizers import make_optimizer, moment_bytes_8bit, update_norms
-from memory.plan import SHARDING_BUFFERS, MemoryPlan, apply_plan
+from memory.plan import SHARDING_BUFFERS, MemoryPlan
 from memory.simulate import recording
 from memory.timeline import BACKWARD, FORWARD, OPTIMIZER, TEACHER, Storage, Trace
 from trainer.assemble import latent_shape, resolve_dtype
 from trainer.backbones import Predict
-from trainer.backbones.cogvideox import BOUNDARY_NAMES, CogVideoX
+from trainer.backbones.cogvideox import CogVideoX
 from trainer.config import TrainConfig
 from trainer.distributed import average
 from trainer.erasers import Erasers
@@ -56,8 +56,7 @@ def rehearse(backbone: CogVideoX, config: TrainConfig, plan: MemoryPlan, num_blo
         transformer = backbone.fake_transformer(dtype=dtype, num_blocks=num_blocks)
         blocks = backbone.blocks(transformer)
         erasers = Erasers(blocks, config.optim.rank)
-        applied = apply_plan(transformer, blocks, applicable, device=device, feed_forwards=[b.ff for b in blocks],
-                             boundary_names=BOUNDARY_NAMES)
+        applied = backbone.apply(applicable, transformer, device)
         predict = backbone.predictor(transformer, shape[1:])
         table = torch.empty(len(PROMPTS.texts), backbone.text_length, backbone.text_width, dtype=dtype)
         embeddings = Embeddings(table, PROMPTS.texts)

@@ -16,7 +16,7 @@ from memory.cards import GIB, lookup
 from memory.plan import MemoryPlan, apply_plan
 from memory.timeline import pinned_bytes
 from trainer import generate as module
-from trainer.assemble import named_scheduler, open_backbone
+from trainer.assemble import assemble, named_scheduler, open_backbone
 from trainer.cli import main
 from trainer.config import ModelConfig, OptimConfig, TrainConfig
 from trainer.config_file import as_json
@@ -154,7 +154,7 @@ def test_erasers_are_where_blocks_compute(sincos, eraser, tmp_path, written, mon
         assert all(hasattr(block.attn1, "adapter") for block in blocks)
         return apply_plan(transformer, blocks, plan, **more)
 
-    monkeypatch.setattr("trainer.assemble.apply_plan", applied)
+    monkeypatch.setattr("trainer.backbones.cogvideox.apply_plan", applied)
     module.generate(_config(sincos.directory, tmp_path / "x.mp4", no_eraser=False, eraser=eraser, memory=MemoryPlan(resident_blocks=0)))
     assert "x.mp4" in written
 
@@ -337,8 +337,7 @@ def test_what_cannot_be_made_is_said_before_weights_are_read(sincos, eraser, tmp
 
 def test_a_card_decides_what_streams_unless_a_flag_does(sincos, eraser, tmp_path, written, monkeypatch):
     plans = []
-    monkeypatch.setattr("trainer.assemble.apply_plan", lambda transformer, blocks, plan, **more: [
-        plans.append(plan), apply_plan(transformer, blocks, plan, **more)][1])
+    monkeypatch.setattr(module, "assemble", lambda backbone, model, plan, **more: [plans.append(plan), assemble(backbone, model, plan, **more)][1])
     monkeypatch.setattr("trainer.cli.chosen_card", lambda profile, device: _card(1.0 if device == "auto" else 0.0))
     words = ["generate", "--model", str(sincos.directory), "--eraser", str(eraser), "--prompt", PROMPT, "--out", str(tmp_path / "x.mp4"),
              "--frames", str(FRAMES), "--height", str(SIDE), "--width", str(SIDE), "--num-steps", "1"]

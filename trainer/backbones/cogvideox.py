@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from memory.applied import AppliedPlan
+from memory.plan import MemoryPlan, apply_plan
 from trainer.backbones import Decode, Predict, published
 from trainer.backbones.location import complete, config_hash, locate, of_hub, read_config, reading, stored_dtype
 from trainer.backbones.text_encoder import TextEncoder
@@ -170,6 +172,11 @@ class CogVideoX:
     def blocks(self, transformer: nn.Module) -> nn.ModuleList:
         """Its transformer blocks in order of execution."""
         return transformer.transformer_blocks
+
+    def apply(self, plan: MemoryPlan, transformer: nn.Module, device: torch.device) -> AppliedPlan:
+        """`memory.plan.apply_plan` to a transformer of this kind."""
+        blocks = self.blocks(transformer)
+        return apply_plan(transformer, blocks, plan, device=device, feed_forwards=[block.ff for block in blocks], boundary_names=BOUNDARY_NAMES)
 
     def rotary(self, latent_shape: tuple[int, int, int, int], device: torch.device | str
                ) -> tuple[Tensor, Tensor] | None:
