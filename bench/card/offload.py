@@ -50,9 +50,9 @@ PEERS = ("diffusers group offload, block level, streams", "torch save_on_cpu", "
 
 def _peers(session: Session) -> dict[str, dict[str, Any]]:
     return dict(zip(PEERS, (
-        dict(apply=peers.group_offload, around_student=peers.whole_recomputation),
+        dict(peer=peers.group_offload, around_student=peers.whole_recomputation),
         dict(around_student=peers.save_on_host(session.gauge.device)),
-        dict(apply=peers.leaf_offload, around_student=peers.whole_recomputation))))
+        dict(peer=peers.leaf_offload, around_student=peers.whole_recomputation))))
 
 
 def _equality(session: Session, skipped: list[str]) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """Other ways to keep weights or activations off the card, under the trainer's own step: same adapters, losses, checkpointing.
 
-A peer takes the place of the memory plan (`Rig(apply=...)`). It sees the frozen weights only: erasers are taken out of the
+A peer takes the place of the memory plan (`Rig(peer=...)`). It sees the frozen weights only: erasers are taken out of the
 module tree, as offload hooks would move what trains and lose it. Checkpointing goes around the peer's hooks, so that a
 recomputation fetches weights again, and recomputes to the end of a block, or a peer's hook would never see it leave.
 """
@@ -14,7 +14,6 @@ from torch import nn
 from torch.utils._pytree import tree_map
 
 from memory.checkpointing import checkpoint_blocks
-from memory.plan import MemoryPlan
 from trainer.erasers import in_backward
 
 
@@ -30,7 +29,7 @@ def _hide_erasers(blocks: nn.ModuleList) -> None:
         object.__setattr__(block.attn1, "adapter", adapter)  # past the module's own, which would put it back into the tree
 
 
-def group_offload(transformer: nn.Module, blocks: nn.ModuleList, plan: MemoryPlan, device: torch.device) -> None:
+def group_offload(transformer: nn.Module, blocks: nn.ModuleList, device: torch.device) -> None:
     """diffusers' group offload, a block a group, with streams and `record_stream`: its fastest setting.
 
     Of accelerate it uses one function, which is put in its place where accelerate is not installed.
@@ -87,7 +86,7 @@ def _send_to_device(values: Any, device: torch.device, non_blocking: bool = Fals
     return tree_map(lambda v: v.to(device, non_blocking=non_blocking) if isinstance(v, torch.Tensor) else v, values)
 
 
-def leaf_offload(transformer: nn.Module, blocks: nn.ModuleList, plan: MemoryPlan, device: torch.device) -> None:
+def leaf_offload(transformer: nn.Module, blocks: nn.ModuleList, device: torch.device) -> None:
     """Layer by layer, when needed, from pageable host memory, nothing copied back: what accelerate's sequential offload does,
     which diffusers calls. It stands for it, so that accelerate is not needed."""
     _hide_erasers(blocks)

@@ -15,25 +15,21 @@ import torch
 from torch import nn
 
 from bench.card.gauge import Gauge
-from memory.applied import AppliedPlan
-from memory.optimizers import make_optimizer, update_norms
-from memory.plan import MemoryPlan, apply_plan
-from memory.precision import make_scaler
-from memory.standing import allocate_standing
+from memory.optimizers import update_norms
+from memory.plan import MemoryPlan
 from memory.timeline import BACKWARD, FORWARD, OPTIMIZER, TEACHER
-from trainer.assemble import Assembly, open_backbone, resolve_dtype, video_size
-from trainer.backbones.cogvideox import BOUNDARY_NAMES, CogVideoX
+from trainer.assemble import Assembly, latent_shape, open_backbone, resolve_dtype
+from trainer.backbones.cogvideox import CogVideoX
 from trainer.clock import PhaseClock
 from trainer.config import TrainConfig, replaced
 from trainer.erasers import Erasers
 from trainer.health import Health
 from trainer.inspection import Subject
-from trainer.latents import make_latents
-from trainer.losses import Samples, Teacher, lockstep_backward, student_backward
+from trainer.losses import Samples, lockstep_backward, student_backward
 from trainer.prompts import Embeddings
 from trainer.rehearse import PROMPTS
 
-Apply = Callable[[nn.Module, nn.ModuleList, MemoryPlan, torch.device], AppliedPlan | None]
+Peer = Callable[[nn.Module, nn.ModuleList, torch.device], None]
 _backbones: dict[str, CogVideoX] = {}
 
 
@@ -76,11 +72,6 @@ def backbone_of(cell: Cell) -> CogVideoX:
     return _backbones[cell.model]
 
 
-def _apply_plan(transformer: nn.Module, blocks: nn.ModuleList, plan: MemoryPlan, device: torch.device) -> AppliedPlan:
-    return apply_plan(transformer, blocks, plan, device=device, feed_forwards=[block.ff for block in blocks],
-                      boundary_names=BOUNDARY_NAMES)
-
-
 def _close_ranks(transformer: nn.Module, gauge: Gauge) -> None:
     """Lay what has stayed on the device side by side, as where weights are loaded on the host and only those that stay are sent."""
     stayed = [tensor for tensor in (*transformer.parameters(), *transformer.buffers()) if tensor.device == gauge.device]
@@ -95,36 +86,34 @@ class Rig:
     """A run that is ready to step. Weights are drawn on the device, where that takes no time; what the plan streams goes to
     the host from there. Set it up before capping the device."""
 
-    def __init__(self, cell: Cell, gauge: Gauge, *, apply: Apply = _apply_plan, watched: bool = False, bare: bool = False,
+    def __init__(self, cell: Cell, gauge: Gauge, *, peer: Peer | None = None, watched: bool = False, bare: bool = False,
                  around_student: Callable[[], AbstractContextManager] = nullcontext):
-        """`apply`: in place of the memory plan (peers). `watched`: the health checks of a run around every step; `bare`: not even
+        """`peer`: what takes the place of the memory plan. `watched`: the health checks of a run around every step; `bare`: not even
         the norms of updates, for which a run holds a copy of the erasers meanwhile.
         `around_student`: a context in which the student's forward pass runs (peers)."""
-        self.cell, self.gauge, self.bare, config = cell, gauge, bare, cell.config()
-        self.config, device, backbone = config, gauge.device, backbone_of(cell)
-        dtype = resolve_dtype(backbone, config.memory, insist=True)
-        size = video_size(backbone, config.model)
-        shape = (config.data.batch_size, *backbone.latent_shape(*size))
+        self.cell, self.gauge, self.bare, self.config = cell, gauge, bare, cell.config()
+        config, device, backbone = self.config, gauge.device, backbone_of(cell)
+        dtype, shape = resolve_dtype(backbone, config.memory, insist=True), latent_shape(backbone, config.model)
         transformer = backbone.load_transformer(dtype=dtype, device=device)
         blocks = backbone.blocks(transformer)
         self.erasers = Erasers(blocks, config.optim.rank)
         # The predictor places its position tables where the weights are: before a peer takes those away.
-        predict = self.predict = backbone.predictor(transformer, shape[1:])
-        self.applied = apply(transformer, blocks, config.memory, device)
-        if self.applied is not None and self.applied.offload is not None:
+        predict = self.predict = backbone.predictor(transformer, shape)
+        if peer:
+            peer(transformer, blocks, device)
+        self.applied = None if peer else backbone.apply(config.memory, transformer, device)
+        if self.applied and self.applied.offload:
             _close_ranks(transformer, gauge)
+        gauge.release()  # what setting up has left in the cache is no part of the cell
         names = sorted(PROMPTS.texts)
         table = torch.randn(len(names), backbone.text_length, backbone.text_width,
                             generator=torch.Generator().manual_seed(0)).to(dtype)
-        latents = make_latents(config, backbone.scheduler(), shape, "target", device)
-        preserved = make_latents(config, backbone.scheduler(), shape, "preserved", device) if config.loss.beta > 0 else None
-        teacher = Teacher(self.predict, self.erasers, list(blocks), loss=config.loss, prompts=PROMPTS,
-                          embeddings=Embeddings(table, names).to(device), columns={"concept": torch.zeros(1, dtype=torch.int64)},
-                          latents=latents, preserved_latents=preserved, seed=0, guidance=config.memory.guidance)
-        self.samples = Samples(teacher, config.data.pool, device)
-        self.optimizer = make_optimizer(self.erasers.parameters(), kind=config.memory.optimizer, lr=config.optim.lr)
-        self.scaler, self.clock = make_scaler(dtype, device), PhaseClock(device, on_phase=gauge.phase)
-        if self.applied is not None:
+        subject = Subject.of(config, backbone, Assembly(transformer, blocks, predict, self.applied, self.erasers, device, dtype, shape), PROMPTS,
+                             Embeddings(table, names).to(device), {"concept": torch.zeros(1, dtype=torch.int64)})
+        self.samples, self.optimizer, self.scaler = Samples(subject.teacher, config.data.pool, device), subject.optimizer, subject.scaler
+        self.health = Health(subject) if watched else None
+        self.clock = PhaseClock(device, on_phase=gauge.phase)
+        if self.applied:
             self.applied.count_waits(self.clock.waiting)
 
         def student(*args: Any) -> torch.Tensor:
@@ -133,11 +122,6 @@ class Rig:
 
         lockstep = self.applied and self.applied.lockstep
         self.student, self.together = (f and self.clock.around(f, during=FORWARD, after=BACKWARD) for f in (student, lockstep))
-        self.health: Health | None = None
-        if watched:
-            assembly = Assembly(transformer, blocks, self.predict, self.applied, self.erasers, device, dtype, shape[1:])
-            self.health = Health(Subject(config=config, native_dtype=backbone.native_dtype, assembly=assembly,
-                                         teacher=teacher, optimizer=self.optimizer, scaler=self.scaler))
         self.num_steps, self.loss = 0, torch.zeros((), device=device)
 
     def step(self) -> None:
@@ -206,8 +190,6 @@ class Rig:
 def rigged(cell: Cell, gauge: Gauge, **more: Any) -> Iterator[Rig]:
     """A rig, gone and given back at the end. The device is asked for what the cell itself holds only."""
     rig = Rig(cell, gauge, **more)
-    gauge.release()  # what setting up has left in the cache is no part of the cell
-    allocate_standing(rig.optimizer, gauge.device)
     try:
         yield rig
     finally:

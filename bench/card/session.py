@@ -115,7 +115,7 @@ class Session:
         """Set up, run and take down one cell: what it is, and what was measured or why nothing was."""
         dtype, beside = str(resolve_dtype(backbone_of(cell), cell.plan, insist=True)).removeprefix("torch."), self.forecaster.num_under_way()
         if self.card.supports(dtype):
-            if more.keys() & {"apply", "around_student"}:  # peers pin memory in sizes of their own, and must find what ours had
+            if more.keys() & {"peer", "around_student"}:  # peers pin memory in sizes of their own, and must find what ours had
                 release_pinned()
             attempt = self.gauge.attempt(lambda: measured(cell, self.gauge, num_steps=num_steps, **more))
         else:  # torch would emulate it, with an attention that holds its matrix
