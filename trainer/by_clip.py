@@ -50,14 +50,14 @@ _LATENTS = 1  # what is cached: another number for another way to sample
 
 
 @dataclass(frozen=True)
-class Case:
+class LabelledPrompt:
     """One prompt, and the description that its video should be taken for."""
 
     prompt: str
     label: str
 
 
-def cases(config: EvaluateConfig, model: ModelConfig, concept: str) -> tuple[list[Case], list[str]]:
+def labelled_prompts(config: EvaluateConfig, model: ModelConfig, concept: str) -> tuple[list[LabelledPrompt], list[str]]:
     """`num_videos` prompts of the concept, then as many of all that is preserved; and the descriptions, the concept first. Prompts are those
     of the run or the flags; made from words, they are in wordings that training did not have, or the bundled model's captions."""
     run = trained_config(config.run)
@@ -82,13 +82,13 @@ def cases(config: EvaluateConfig, model: ModelConfig, concept: str) -> tuple[lis
         labels.setdefault(label.casefold(), label)  # CLIP's tokenizer tells no capitals: of two alike one would never be taken
     if len(labels) < 2:
         raise UsageError(f"there is nothing that a video could show in place of {concept!r}; name related things by --preserve")
-    chosen = [Case(prompt, prompts.concept) for prompt in _spread(prompts.prompts, config.num_videos)]
-    for (label, own), count in Counter(_spread(prompts.kept, config.num_videos)).items():
-        chosen += [Case(prompt, labels[label.casefold()]) for prompt in _spread(own, count)]
+    chosen = [LabelledPrompt(prompt, prompts.concept) for prompt in _evenly(prompts.prompts, config.num_videos)]
+    for (label, own), count in Counter(_evenly(prompts.kept, config.num_videos)).items():
+        chosen += [LabelledPrompt(prompt, labels[label.casefold()]) for prompt in _evenly(own, count)]
     return chosen, list(labels.values())
 
 
-def _spread(among: Sequence[Any], count: int) -> list[Any]:
+def _evenly(among: Sequence[Any], count: int) -> list[Any]:
     """`count` of them, evenly, or all of them in turn."""
     if count < len(among):
         return [among[i * len(among) // count] for i in range(count)]
@@ -98,7 +98,7 @@ def _spread(among: Sequence[Any], count: int) -> list[Any]:
 def measured(config: EvaluateConfig, model: ModelConfig, concept: str, card: Card | None, *, eraser: EraserFile
              ) -> tuple[dict[str, Any], list[tuple[str, Tensor]]]:
     """The evaluation and a before/after sheet's rows. Raises UsageError, and what generating raises."""
-    chosen, labels = cases(config, model, concept)
+    chosen, labels = labelled_prompts(config, model, concept)
     backbone, plan = opened(model, config.memory, card, eraser=eraser, guidance_scale=config.guidance_scale, does="measures")
     rater = locate("clip", config.rater, flag="--rater", whole=True)  # which may be a download: after what can be refused
     device = resolve_device(model.device)
@@ -107,14 +107,14 @@ def measured(config: EvaluateConfig, model: ModelConfig, concept: str, card: Car
     texts = normalize(texts.mean(1), dim=1)  # (K, E)
     _embed(ClipVision(rater), [Image.new("RGB", (64, 64))], device)  # what is wrong with it is to be known before the hours that videos take
     print(f"measuring {2 * len(chosen)} videos, half of them without the eraser", file=sys.stderr, flush=True)
-    embeddings = embed_prompts(backbone, model, plan, [*(case.prompt for case in chosen), ""])
+    embeddings = embed_prompts(backbone, model, plan, [*(asked.prompt for asked in chosen), ""])
     latents = _latents(config, backbone, model, plan, embeddings.to(device), chosen, eraser)
     decode = backbone.decoder(video_size(backbone, model)[0], dtype=resolve_dtype(backbone, plan, insist=True), device=device)
     shown, distances = [], []  # stills (3, S, H, W) before and after
-    for case, pair in zip(chosen, latents):
+    for asked, pair in zip(chosen, latents):
         before, after = (decode(part)[0] for part in pair)  # (3, T, H, W)
         shown += [spread(before, _NUM_STILLS), spread(after, _NUM_STILLS)]
-        if case.label != labels[0]:
+        if asked.label != labels[0]:
             distances.append((before - after).square().mean().sqrt().item())
     del decode
     pictures = [still for video in shown for still in stills(video, _NUM_STILLS)]
@@ -130,9 +130,9 @@ def measured(config: EvaluateConfig, model: ModelConfig, concept: str, card: Car
     return result, [(f"{when}: {chosen[i].prompt}", shown[2 * i + j]) for i in ends for j, when in enumerate(("before", "after"))]
 
 
-def _latents(config: EvaluateConfig, backbone: CogVideoX, model: ModelConfig, plan: MemoryPlan, embeddings: Embeddings, chosen: Sequence[Case],
-             eraser: EraserFile) -> list[tuple[Tensor, Tensor]]:
-    """Of each case, latents (1, F, C, H, W) without and with the eraser, on the host. They are cached as they are made: an evaluation that
+def _latents(config: EvaluateConfig, backbone: CogVideoX, model: ModelConfig, plan: MemoryPlan, embeddings: Embeddings,
+             chosen: Sequence[LabelledPrompt], eraser: EraserFile) -> list[tuple[Tensor, Tensor]]:
+    """Of each prompt, latents (1, F, C, H, W) without and with the eraser, on the host. They are cached as they are made: an evaluation that
     was interrupted goes on, and what is without an eraser serves that of another one."""
     files = _cache_files(config, backbone, model, plan, embeddings, chosen, eraser)
     found = {which: known["latents"] for which, file in files.items() if (known := recall(file, "latents"))}
@@ -167,15 +167,15 @@ def _said_to_be_kept(files: Iterable[Path]) -> Iterator[None]:
 
 
 def _cache_files(config: EvaluateConfig, backbone: CogVideoX, model: ModelConfig, plan: MemoryPlan, embeddings: Embeddings,
-                 chosen: Sequence[Case], eraser: EraserFile) -> dict[tuple[int, bool], Path]:
-    """Where the latents of each case, without and with the eraser, are cached: by all that they depend on. Those of random weights are not."""
+                 chosen: Sequence[LabelledPrompt], eraser: EraserFile) -> dict[tuple[int, bool], Path]:
+    """Where the latents of each prompt, without and with the eraser, are cached: by all that they depend on. Those of random weights are not."""
     if backbone.directory is None:
         return {}
     weights = fingerprint(file for part in ("transformer", "scheduler") for file in sorted((backbone.directory / part).iterdir()) if file.is_file())
     common = (_LATENTS, weights, latent_shape(backbone, model), plan.compile, config.num_steps, config.guidance_scale)
     trained, files = _digest(eraser.state.values()), {}
-    for i, case in enumerate(chosen):
-        texts = _digest(map(embeddings.row, (case.prompt, "")))
+    for i, asked in enumerate(chosen):
+        texts = _digest(map(embeddings.row, (asked.prompt, "")))
         for on in (False, True):
             key = hashlib.sha256(repr((common, texts, config.seed + i, on and trained)).encode()).hexdigest()[:32]
             files[i, on] = cache_directory("latents") / f"{key}.safetensors"
@@ -196,15 +196,15 @@ def _embed(tower: Tower, contents: Sequence[Any], device: torch.device) -> Tenso
     return embedded(tower, compute(tower, examples, plan=MemoryPlan(), device=device, batch_size=_BATCH)[name])
 
 
-def _table(chosen: Sequence[Case], labels: Sequence[str], cosines: Tensor) -> dict[str, Any]:
+def _table(chosen: Sequence[LabelledPrompt], labels: Sequence[str], cosines: Tensor) -> dict[str, Any]:
     """Rates from cosines (B, before and after, K), and the mean cosine with what each video should show."""
     taken = cosines.argmax(2).tolist()
 
     def row(name: str) -> dict[str, Any]:
-        members, own = [i for i, case in enumerate(chosen) if case.label == name], labels.index(name)
+        members, own = [i for i, asked in enumerate(chosen) if asked.label == name], labels.index(name)
         before, after = ([taken[i][when] == own for i in members] for when in (0, 1))
         cosine = cosines[members, :, own].mean(0).tolist()
         return {"name": name, "num_videos": len(members), **rates(before=before, after=after), "cosine": dict(zip(("before", "after"), cosine))}
 
     return {"target": row(labels[0]),
-            "preserved": [{"kind": "preserved", **row(name)} for name in dict.fromkeys(case.label for case in chosen) if name != labels[0]]}
+            "preserved": [{"kind": "preserved", **row(name)} for name in dict.fromkeys(asked.label for asked in chosen) if name != labels[0]]}

@@ -26,7 +26,7 @@ from trainer.video_config import EvaluateConfig
 
 
 @dataclass(frozen=True)
-class Case:
+class ScenePrompt:
     """One prompt, what it names, and the group that it is measured in: target, synonyms or preserved."""
 
     group: str
@@ -34,7 +34,7 @@ class Case:
     scene: world.Scene
 
 
-def cases(concept: str, num_videos: int, seed: int) -> list[Case]:
+def scene_prompts(concept: str, num_videos: int, seed: int) -> list[ScenePrompt]:
     """`num_videos` prompts for the target, for its synonyms and for each sibling. Target: the eraser's training wordings. Synonyms: other
     words for the concept, in every wording. Preserved: the concept's siblings in wordings and words of all kinds. All are balanced over
     what else they show, and none was seen in pretraining where enough such captions exist."""
@@ -45,12 +45,12 @@ def cases(concept: str, num_videos: int, seed: int) -> list[Case]:
     plain = {p for p, _ in world.erasure_pairs(concept)}
     synonyms = world.ATTRIBUTES[attribute][name][1:]
 
-    def pick(group: str, among: Sequence[world.Scene], count: int, wanted) -> list[Case]:
+    def pick(group: str, among: Sequence[world.Scene], count: int, wanted) -> list[ScenePrompt]:
         chosen = []
         for i in range(count):
             scene = among[i % len(among)]
             options = [c for c in world.captions(scene) if wanted(c)]
-            chosen.append(Case(group, rng.choice([c for c in options if world.held_out(c)] or options), scene))
+            chosen.append(ScenePrompt(group, rng.choice([c for c in options if world.held_out(c)] or options), scene))
         return chosen
 
     found = pick("target", ours, num_videos, plain.__contains__)
@@ -88,7 +88,7 @@ def measured(config: EvaluateConfig, model: ModelConfig, concept: str, *, own: s
     """The evaluation and a before/after sheet's rows. `own`: the concept that the run erases, if it says so. Raises UsageError."""
     require_measurable(concept, model)
     require_own(concept, own, config.run)
-    chosen = cases(concept, config.num_videos, config.seed)
+    chosen = scene_prompts(concept, config.num_videos, config.seed)
     print(f"measuring {len(chosen)} videos, without the eraser and with it: a minute or more", file=sys.stderr, flush=True)
     backbone = open_backbone(model)
     embeddings = embed_prompts(backbone, model, config.memory, [*(c.prompt for c in chosen), ""])
@@ -96,7 +96,7 @@ def measured(config: EvaluateConfig, model: ModelConfig, concept: str, *, own: s
         return _measure(assembly, backbone, embeddings.to(resolve_device(model.device)), concept, chosen, config)
 
 
-def _measure(assembly: Assembly, backbone: CogVideoX, embeddings: Embeddings, concept: str, chosen: list[Case],
+def _measure(assembly: Assembly, backbone: CogVideoX, embeddings: Embeddings, concept: str, chosen: list[ScenePrompt],
              config: EvaluateConfig) -> tuple[dict[str, Any], list[tuple[str, Tensor]]]:
     decode = backbone.decoder(world.FRAMES, dtype=assembly.dtype, device=assembly.device, one_by_one=False)  # they are small
     videos = {}
@@ -116,7 +116,7 @@ def _measure(assembly: Assembly, backbone: CogVideoX, embeddings: Embeddings, co
     return result, sheet
 
 
-def _table(concept: str, chosen: list[Case], found: dict[str, list[world.Detection]],
+def _table(concept: str, chosen: list[ScenePrompt], found: dict[str, list[world.Detection]],
            videos: dict[str, Tensor]) -> dict[str, Any]:
     attribute, name = world.kind_of(concept)
     indices = {group: [i for i, c in enumerate(chosen) if c.group == group]
@@ -146,4 +146,3 @@ def _table(concept: str, chosen: list[Case], found: dict[str, list[world.Detecti
         "motion": {when: sum(found[when][i].travel for i in kept) / len(kept) for when in ("before", "after")},
         "distance": {"preserved_rms": distance.mean().item()},
     }
-

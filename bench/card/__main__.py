@@ -48,7 +48,7 @@ Part = Literal[*PARTS]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Card:
+class Suite:
     """Measure the trainer on the card of this machine."""
 
     only: tuple[Part, ...] = ()
@@ -114,7 +114,7 @@ def _conclude(out: Path, results: dict[str, Any], *, measured: Sequence[str], le
         print(f"not begun: {', '.join(left)}; {how} measures {'them' if len(left) > 1 else 'it'}")
 
 
-def _opened(config: Card) -> Session:
+def _opened(config: Suite) -> Session:
     """What all parts share, on a device of which nothing was asked yet."""
     logging.getLogger("bitsandbytes.backends").setLevel(logging.ERROR)
     workers = config.workers if config.workers is not None else min(8, (os.cpu_count() or 1) // 2)
@@ -162,7 +162,7 @@ def _measured(parts: Sequence[str], session: Session, out: Path) -> tuple[dict[s
     return results, failed
 
 
-def main(config: Card) -> int:
+def main(config: Suite) -> int:
     started = time.monotonic()
     if not config.dry and not torch.cuda.is_available():
         print("error: there is no CUDA card here; --dry walks through every part on the CPU", file=sys.stderr)
@@ -194,7 +194,7 @@ def main(config: Card) -> int:
 def run(arguments: Sequence[str]) -> int:
     """Run one command line; returns the exit status, or raises SystemExit where it cannot be parsed."""
     try:
-        config = tyro.cli(Card, args=list(arguments), prog="python -m bench.card")
+        config = tyro.cli(Suite, args=list(arguments), prog="python -m bench.card")
     except ValueError as e:
         print(f"error: {e}", file=sys.stderr)
         return 2

@@ -100,7 +100,7 @@ def test_wrong_input_ends_with_2_and_a_word(words, message, monkeypatch, capsys)
 def test_a_call_begins_what_it_can_end_and_the_next_goes_on():
     left, calls = list(suite.PARTS), 0
     while left:
-        now = suite.in_time(left, suite.Card().seconds)
+        now = suite.in_time(left, suite.Suite().seconds)
         assert now == left[:len(now)] and now
         left, calls = left[len(now):], calls + 1
     assert tuple(suite.PARTS) == PARTS and calls == 4
@@ -117,14 +117,14 @@ def test_a_signal_ends_it_with_what_was_measured(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(suite.peaks, "measure", measure)
     before = signal.getsignal(signal.SIGTERM)
-    assert suite.main(suite.Card(dry=True, out=tmp_path, only=("peaks", "cap"))) == 0
+    assert suite.main(suite.Suite(dry=True, out=tmp_path, only=("peaks", "cap"))) == 0
     said = capsys.readouterr().out
     assert json.loads((tmp_path / "dry" / "peaks.json").read_text())["skipped"] == ["second"]
     told = "peaks: 1 cells were not measured, as the time ended or a signal came; --again --only peaks measures all"
     assert told in said
     assert "not begun: cap; the same command again measures it" in said and signal.getsignal(signal.SIGTERM) is before
     monkeypatch.setattr(suite.cap, "measure", lambda session, out: {"goals": [], "table": [["a"]], "skipped": []})
-    assert suite.main(suite.Card(dry=True, out=tmp_path, only=("peaks", "cap"))) == 0
+    assert suite.main(suite.Suite(dry=True, out=tmp_path, only=("peaks", "cap"))) == 0
     assert told in capsys.readouterr().out  # of what an earlier call has left, too
 
 
@@ -134,7 +134,7 @@ def test_a_part_that_fails_is_told_and_the_others_are_measured(tmp_path, monkeyp
 
     monkeypatch.setattr(suite.peaks, "measure", fail)
     monkeypatch.setattr(suite.health, "measure", lambda session, out: {"goals": [goal("cost", 0.1, 1.0)], "table": [["a"]], "skipped": []})
-    assert suite.main(suite.Card(dry=True, out=tmp_path, only=("peaks", "health"))) == 1
+    assert suite.main(suite.Suite(dry=True, out=tmp_path, only=("peaks", "health"))) == 1
     said = capsys.readouterr()
     assert "a bug" in said.err and "--only peaks" in said.err and "health: cost" in said.out
     assert [p.name for p in (tmp_path / "dry").iterdir()] == ["health.json"]
@@ -201,7 +201,7 @@ def test_a_device_that_is_gone_ends_the_suite_with_what_was_measured(tmp_path, m
 
     monkeypatch.setattr(suite.peaks, "measure", measure)
     monkeypatch.setattr(suite.cap, "measure", lambda *_: pytest.fail("measured on a device that is gone"))
-    assert suite.main(suite.Card(dry=True, out=tmp_path, only=("peaks", "cap"))) == 1
+    assert suite.main(suite.Suite(dry=True, out=tmp_path, only=("peaks", "cap"))) == 1
     said, result = capsys.readouterr(), json.loads((tmp_path / "dry" / "peaks.json").read_text())
     assert result["cells"] == ["first", {"failed": "RuntimeError: CUDA error: an illegal memory access was encountered"}] and result["skipped"] == ["third"]
     assert "does not answer any more: CUDA error: an illegal" in said.err and "not begun: cap; the same command again" in said.out
@@ -227,7 +227,7 @@ def test_a_part_that_loses_the_device_is_told(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(suite.peaks, "measure", fail)
     monkeypatch.setattr(suite.cap, "measure", lambda *_: pytest.fail("measured on a device that is gone"))
-    assert suite.main(suite.Card(dry=True, out=tmp_path, only=("peaks", "cap"))) == 1
+    assert suite.main(suite.Suite(dry=True, out=tmp_path, only=("peaks", "cap"))) == 1
     assert "does not answer any more" in (said := capsys.readouterr().err) and "--only peaks\n" in said
 
 

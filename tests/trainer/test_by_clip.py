@@ -14,7 +14,7 @@ from trainer import by_clip as module
 from trainer import cli
 from trainer.backbones.cogvideox import CogVideoX
 from trainer.backbones.location import BUNDLED as SHAPES
-from trainer.by_clip import cases
+from trainer.by_clip import labelled_prompts
 from trainer.config import DataConfig, ModelConfig, TrainConfig
 from trainer.eraser_files import load_eraser, save_eraser, save_released
 from trainer.erasers import Erasers
@@ -152,7 +152,7 @@ def test_a_cache_that_cannot_be_written_is_told_once_and_measuring_goes_on(publi
 
 
 def test_prompts_are_in_wordings_that_training_did_not_have(published):
-    chosen, labels = cases(_config(published, num_videos=6), load_eraser(published).model(CPU), "red")
+    chosen, labels = labelled_prompts(_config(published, num_videos=6), load_eraser(published).model(CPU), "red")
     assert labels == ["red", "yellow", "green", "blue", "a purple square"]
     assert [case.label for case in chosen] == ["red"] * 6 + ["green"] * 2 + ["blue"] * 2 + ["a purple square"] * 2
     assert len({case.prompt for case in chosen[:6]}) == 4 and "a video of red" not in {case.prompt for case in chosen}
@@ -162,7 +162,7 @@ def test_prompts_are_in_wordings_that_training_did_not_have(published):
 def test_flags_name_other_prompts_and_other_things(published, tmp_path):
     file = tmp_path / "mine.txt"
     file.write_text("one\ntwo\nthree\nfour\n")
-    chosen, labels = cases(_config(published, prompts=file, preserve=("cyan",), num_videos=2), load_eraser(published).model(CPU), "crimson")
+    chosen, labels = labelled_prompts(_config(published, prompts=file, preserve=("cyan",), num_videos=2), load_eraser(published).model(CPU), "crimson")
     assert labels == ["crimson", "yellow", "cyan"]
     assert [case.prompt for case in chosen[:2]] == ["one", "three"] and {case.label for case in chosen[2:]} == {"cyan"}
 
@@ -173,12 +173,12 @@ def test_files_of_a_run_that_are_gone_are_told_with_the_flags_that_evaluate_has(
     write_config(run, TrainConfig(model=model, data=DataConfig(prompts=Path("gone.txt"), preserve_file=Path("kept.txt"))), {})
     mine.write_text("something red\n")
     with pytest.raises(UsageError, match="run was trained with gone.txt, which is not there; --prompts names others$"):
-        cases(_config(run), model, "red")
+        labelled_prompts(_config(run), model, "red")
     with pytest.raises(UsageError, match="run was trained with kept.txt, which is not there; --preserve names others$"):
-        cases(_config(run, prompts=mine), model, "red")
-    assert cases(_config(run, prompts=mine, preserve=("green",)), model, "red")[1] == ["red", "green"]
+        labelled_prompts(_config(run, prompts=mine), model, "red")
+    assert labelled_prompts(_config(run, prompts=mine, preserve=("green",)), model, "red")[1] == ["red", "green"]
     with pytest.raises(UsageError, match="^--prompts .*absent.txt: cannot be read"):
-        cases(_config(run, prompts=tmp_path / "absent.txt", preserve=("green",)), model, "red")
+        labelled_prompts(_config(run, prompts=tmp_path / "absent.txt", preserve=("green",)), model, "red")
 
 
 @pytest.mark.parametrize("model, concept, message", [
@@ -188,7 +188,7 @@ def test_another_concept_than_the_runs_own_is_not_measured_as_erased(pipelines, 
     model = str(pipelines.get(model, model))
     run = _run(tmp_path / "run", model, concept="red", preserve=("green", "blue"))
     with pytest.raises(UsageError, match=message) if message else nullcontext():
-        cases(_config(run, concept=concept), ModelConfig(model=model), concept)
+        labelled_prompts(_config(run, concept=concept), ModelConfig(model=model), concept)
 
 
 def test_prompts_that_were_edited_since_are_told(pipelines, tmp_path, caplog):
@@ -199,7 +199,7 @@ def test_prompts_that_were_edited_since_are_told(pipelines, tmp_path, caplog):
     write_config(run, config, {}, prompts=_digest(collect(config.data, bundled=False)))
     for text, told in (("a red circle moving left\n", False), ("a red circle\n", True)):
         file.write_text(text)
-        cases(_config(run), config.model, "red")
+        labelled_prompts(_config(run), config.model, "red")
         assert ("were edited since it was trained" in caplog.text) == told
 
 
@@ -209,14 +209,14 @@ def test_the_prompts_of_a_run_are_not_taken_for_those_of_another_concept(pipelin
     file.write_text("a red circle moving left\n")
     write_config(run, TrainConfig(model=model, data=DataConfig(concept="red", prompts=file, preserve=("green",))), {})
     with pytest.raises(UsageError, match="--concept square: .*/run erases red, of which its prompts are .*/p.txt.; leave --concept out"):
-        cases(_config(run, concept="square"), model, "square")
+        labelled_prompts(_config(run, concept="square"), model, "square")
     for concept, prompts in (("red circle", None), ("square", file)):  # what they do name, and those that a flag names
-        assert cases(_config(run, concept=concept, prompts=prompts), model, concept)[1][0] == concept
+        assert labelled_prompts(_config(run, concept=concept, prompts=prompts), model, concept)[1][0] == concept
 
 
 def test_many_preserved_prompts_are_spread_over(published):
     many = tuple(f"thing number {i}" for i in range(100))
-    chosen, labels = cases(_config(published, preserve=many, num_videos=4), load_eraser(published).model(CPU), "red")
+    chosen, labels = labelled_prompts(_config(published, preserve=many, num_videos=4), load_eraser(published).model(CPU), "red")
     assert [case.label for case in chosen[4:]] == [many[i] for i in (0, 25, 50, 75)] and len(labels) == 102
 
 

@@ -5,7 +5,7 @@ import torch
 
 from trainer import by_rule as module
 from trainer.backbones.location import BUNDLED
-from trainer.by_rule import cases, require_measurable
+from trainer.by_rule import require_measurable, scene_prompts
 from trainer.config import ModelConfig
 from trainer.errors import UsageError
 from trainer.shapes import world
@@ -18,7 +18,7 @@ def _words(prompt: str) -> set[str]:
 @pytest.mark.parametrize("concept", ["red", "circle", "left", "crimson", "Red"])
 def test_cases_are_balanced_and_say_what_their_group_promises(concept):
     attribute, name = world.kind_of(concept)
-    chosen = cases(concept, 64, 5)
+    chosen = scene_prompts(concept, 64, 5)
     groups = {g: [c for c in chosen if c.group == g] for g in ("target", "synonyms", "preserved")}
     assert len(groups["target"]) == len(groups["synonyms"]) == 64
     assert len(groups["preserved"]) == 64 * (len(world.ATTRIBUTES[attribute]) - 1)
@@ -41,18 +41,18 @@ def test_cases_are_balanced_and_say_what_their_group_promises(concept):
 
 
 def test_cases_prefer_captions_that_pretraining_did_not_see():
-    chosen = cases("red", 64, 0)
+    chosen = scene_prompts("red", 64, 0)
     plain = [c for c in chosen if c.group != "target"]
     assert sum(world.held_out(c.prompt) for c in plain) > 0.9 * len(plain)
 
 
 def test_cases_are_a_function_of_the_seed():
-    assert cases("red", 10, 1) == cases("red", 10, 1) != cases("red", 10, 2)
+    assert scene_prompts("red", 10, 1) == scene_prompts("red", 10, 1) != scene_prompts("red", 10, 2)
 
 
 def test_rows_of_the_table_have_enough_videos():
     """At least `num_videos` in every row, those of a single colour, shape and direction included."""
-    chosen = cases("red", 64, 0)
+    chosen = scene_prompts("red", 64, 0)
     kept = [c for c in chosen if c.group == "preserved"]
     for kind, names in world.ATTRIBUTES.items():
         for name in names:
@@ -76,7 +76,7 @@ def _table(videos, chosen):
 
 
 def test_rates_of_a_perfect_eraser():
-    chosen = cases("red", 12, 0)
+    chosen = scene_prompts("red", 12, 0)
     result = _table({when: _rendered(chosen, when, seed=3) for when in ("before", "after")}, chosen)
     for group in ("target", "synonyms"):
         assert (result[group]["before"], result[group]["after"]) == (1.0, 0.0)
@@ -91,7 +91,7 @@ def test_rates_of_a_perfect_eraser():
 
 
 def test_frozen_videos_lose_their_motion_and_their_directions():
-    chosen = cases("red", 12, 0)
+    chosen = scene_prompts("red", 12, 0)
     before = _rendered(chosen, "before", seed=3)
     result = _table({"before": before, "after": before[:, :, :1].expand_as(before)}, chosen)
     assert result["motion"]["after"] < 0.1 and result["distance"]["preserved_rms"] > 0.02
@@ -100,7 +100,7 @@ def test_frozen_videos_lose_their_motion_and_their_directions():
 
 
 def test_videos_destroyed_by_the_eraser_show_in_the_rows_of_the_target():
-    chosen = cases("red", 12, 0)
+    chosen = scene_prompts("red", 12, 0)
     before = _rendered(chosen, "before", seed=3)
     result = _table({"before": before, "after": torch.zeros_like(before)}, chosen)
     assert result["target"]["after"] == 0.0

@@ -15,7 +15,7 @@ from memory.plan import MemoryPlan
 from trainer import by_rule, cli
 from trainer import evaluate as module
 from trainer.backbones.cogvideox import CogVideoX
-from trainer.by_rule import cases
+from trainer.by_rule import scene_prompts
 from trainer.config import ModelConfig, TrainConfig
 from trainer.eraser_files import save_eraser, save_released
 from trainer.erasers import Erasers
@@ -101,7 +101,7 @@ def test_the_sheet_shows_each_group_before_and_after(eraser, monkeypatch):
     monkeypatch.setattr(module, "contact_sheet", lambda path, rows: sheets.append((path, rows)))
     evaluate(_config(eraser))
     (path, rows), = sheets
-    chosen = cases("red", 2, _config(eraser).seed)
+    chosen = scene_prompts("red", 2, _config(eraser).seed)
     shown = [next(c.prompt for c in chosen if c.group == group) for group in ("target", "synonyms", "preserved")] + [chosen[-1].prompt]
     assert path == eraser / "before-after.png"
     assert [label for label, _ in rows] == [f"{when}: {prompt}" for prompt in shown for when in ("before", "after")]
