@@ -105,36 +105,21 @@ class OtherPhases:
     host_bytes: int
 
 
-def other_phases(
-    needs: Sequence[PhaseNeed], *, streams: bool, standing_bytes: int, workspace_bytes: int, masters_bytes: int
-) -> OtherPhases:
+def other_phases(needs: Sequence[PhaseNeed], *, streams: bool, standing_bytes: int, workspace_bytes: int, masters_bytes: int) -> OtherPhases:
     """The needs of all phases but the step. `streams`: whether blocks do; `standing_bytes`: what the plan leaves on the device between
     steps; `workspace_bytes`: both workspaces of matrix products, of which the one of backward is not there before the transformer is."""
-    by_phase = {
-        need.name: need.device_bytes + (standing_bytes if need.with_backbone else workspace_bytes // 2) for need in needs
-    }
+    by_phase = {need.name: need.device_bytes + (standing_bytes if need.with_backbone else workspace_bytes // 2) for need in needs}
     hosts = [need.host_bytes + (masters_bytes if need.with_backbone else 0) for need in needs if streams or not need.of_streaming]
-    return OtherPhases(
-        by_phase=by_phase,
-        reserved_bytes=int(max(by_phase.values(), default=0) * _PHASE_FRAGMENTATION),
-        host_bytes=max(hosts, default=0),
-    )
+    return OtherPhases(by_phase=by_phase, reserved_bytes=int(max(by_phase.values(), default=0) * _PHASE_FRAGMENTATION),
+                       host_bytes=max(hosts, default=0))
 
 
-def assess_trace(
-    workload: Workload, plan: MemoryPlan, trace: Trace, time: StepTime, limits: Limits
-) -> Assessment:
+def assess_trace(workload: Workload, plan: MemoryPlan, trace: Trace, time: StepTime, limits: Limits) -> Assessment:
     """Whether the step of `trace` and the other phases fit."""
     workspace = limits.card.cublas_workspace_bytes
     prediction = trace.prediction(workspace_bytes=workspace, expandable_segments=environment.expandable_segments())
-    others = other_phases(
-        workload.phases(plan),
-        streams=plan.resident_blocks is not None,
-        standing_bytes=prediction.by_phase["load"],
-        workspace_bytes=workspace,
-        masters_bytes=prediction.host_bytes,
-    )
-    by_phase = prediction.by_phase | others.by_phase
+    others = other_phases(workload.phases(plan), streams=plan.resident_blocks is not None, standing_bytes=prediction.by_phase["load"],
+                          workspace_bytes=workspace, masters_bytes=prediction.host_bytes)
     step = int(prediction.reserved_bytes * compiled_fragmentation(plan))
     reserved = max(step, others.reserved_bytes)
     host = max(prediction.host_bytes, others.host_bytes) + workload.host_bytes
@@ -152,7 +137,7 @@ def assess_trace(
         reason=reason,
         fits_card=not device_short,
         prediction=prediction,
-        by_phase=by_phase,
+        by_phase=prediction.by_phase | others.by_phase,
         needed_bytes=reserved + (host if limits.card.is_cpu else limits.card.context_bytes),
         host_bytes=host,
         time=time,
@@ -160,22 +145,12 @@ def assess_trace(
     )
 
 
-def assess(
-    workload: Workload,
-    plan: MemoryPlan,
-    card: Card,
-    *,
-    margin: float = MARGIN,
-    host_bytes: int | None = None,
-) -> Assessment:
+def assess(workload: Workload, plan: MemoryPlan, card: Card, *, margin: float = MARGIN, host_bytes: int | None = None) -> Assessment:
     """Predict one plan as given, from a full trace of it. Raises PlanError if plan and model do not go together."""
-    limits = Limits(card, margin=margin, host_bytes=host_bytes)
-    return assess_in_full(workload, plan, limits)
+    return assess_in_full(workload, plan, Limits(card, margin=margin, host_bytes=host_bytes))
 
 
-def assess_in_full(
-    workload: Workload, plan: MemoryPlan, limits: Limits
-) -> Assessment:
+def assess_in_full(workload: Workload, plan: MemoryPlan, limits: Limits) -> Assessment:
     """`assess` against limits that are known already."""
     resolve_keeps(plan, workload.num_blocks)
     trace = workload.trace(plan, workload.num_blocks)
