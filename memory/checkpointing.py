@@ -23,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 
 from memory.handle import Handle
 from memory.patching import replace_forward, require_modules
-from memory.plan import Keep
+from memory.plan import Keep, is_checkpointed
 from memory.saving import checkpoint_region, pack, unpack
 
 # The fused kernels behind scaled_dot_product_attention. The unfused fallback is several operators and is not kept.
@@ -59,7 +59,7 @@ def checkpoint_blocks(blocks: Sequence[nn.Module], keeps: Sequence[Keep]) -> Che
     for keep in keeps:
         if keep not in get_args(Keep):
             raise ValueError(f"a block keeps one of {', '.join(get_args(Keep))}, not {keep!r}")
-    if all(keep == "everything" for keep in keeps):
+    if not is_checkpointed(keeps):
         raise ValueError("checkpointing matched nothing: every block keeps everything")
     handle = Checkpointing(len(blocks))
     for index, (block, keep) in enumerate(zip(blocks, keeps, strict=True)):

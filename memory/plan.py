@@ -97,9 +97,6 @@ class MemoryPlan:
         if self.num_shards > 1 and self.passes == "lockstep":
             raise PlanError(f"num_shards is {self.num_shards} and passes = lockstep: divided blocks are gathered for one pass at a time; "
                             "use passes = sequential")
-        self._check_checkpointing()
-
-    def _check_checkpointing(self) -> None:
         pattern = parse_checkpoint(self.checkpoint)
         if pattern == ("first", 0) or (pattern == ("every", 1) and not self.num_keep_attention + self.num_keep_everything):
             resolve_keeps(self, 1)  # all blocks are alike: what is wrong for one is wrong for any number

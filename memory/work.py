@@ -23,12 +23,9 @@ class Work(NamedTuple):
     """Read and written."""
 
 
-def _mm(left, right) -> float:
-    return 2.0 * left.shape[-2] * left.shape[-1] * right.shape[-1]
-
-
-def _bmm(left, right) -> float:
-    return left.shape[0] * _mm(left, right)
+def _product(left, right) -> float:
+    """Of two matrices, or two batches of them."""
+    return 2.0 * left.numel() * right.shape[-1]
 
 
 def _convolution(args, outputs) -> float:
@@ -53,10 +50,10 @@ def _attention_backward(args, outputs) -> float:
 
 
 _FLOPS = {
-    aten.mm.default: ("matmul", lambda args, outputs: _mm(args[0], args[1])),
-    aten.addmm.default: ("matmul", lambda args, outputs: _mm(args[1], args[2])),
-    aten.bmm.default: ("matmul", lambda args, outputs: _bmm(args[0], args[1])),
-    aten.baddbmm.default: ("matmul", lambda args, outputs: _bmm(args[1], args[2])),
+    aten.mm.default: ("matmul", lambda args, outputs: _product(args[0], args[1])),
+    aten.addmm.default: ("matmul", lambda args, outputs: _product(args[1], args[2])),
+    aten.bmm.default: ("matmul", lambda args, outputs: _product(args[0], args[1])),
+    aten.baddbmm.default: ("matmul", lambda args, outputs: _product(args[1], args[2])),
     aten.linear.default: ("matmul", lambda args, outputs: 2.0 * args[0].numel() * args[1].shape[0]),
     aten.convolution.default: ("convolution", _convolution),
     aten.convolution_backward.default: ("convolution", _convolution_backward),
@@ -103,7 +100,7 @@ def _moves_nothing(func) -> bool:
 
 def _bytes(values) -> int:
     if isinstance(values, torch.Tensor):
-        return values.numel() * values.element_size()
+        return values.nbytes
     if isinstance(values, (tuple, list)):
         return sum(_bytes(value) for value in values)
     return 0
