@@ -7,7 +7,7 @@ Source: T2VUnlearning (section 3), Receler. Legend: B batch, N video tokens, D w
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -220,20 +220,16 @@ class Erasers:
                                f"{states[then[of]]}: run backward() inside the same `with erasers.{how}(...)`")
         return self._mode
 
-    @contextmanager
-    def switched(self, on: bool) -> Iterator[None]:
+    def switched(self, on: bool) -> AbstractContextManager[None]:
         """Erasers on (student) or off (teacher) inside the block, as before after it."""
-        with self._in(self._mode._replace(enabled=on)):
-            yield
+        return self._in(self._mode._replace(enabled=on))
 
-    @contextmanager
-    def localised(self, localisation: Localisation) -> Iterator[None]:
+    def localised(self, localisation: Localisation) -> AbstractContextManager[None]:
         """Add `localisation` to the objective of what runs inside.
 
         Backward runs inside, too, unless the memory plan does the checkpointing.
         """
-        with self._in(self._mode._replace(localisation=localisation)):
-            yield
+        return self._in(self._mode._replace(localisation=localisation))
 
     @contextmanager
     def _in(self, mode: _Mode) -> Iterator[None]:
