@@ -26,6 +26,7 @@ from memory.exhaustion import card_lost, exhausted, first_line
 from memory.host import available_host_bytes, host_limit_bytes, machine_bytes
 from memory.nvml import CardUnreadable
 from trainer.cache import cache_directory
+from trainer.config import ModelConfig
 from trainer.errors import TrainerError, UsageError
 
 LEAST_HOST_BYTES = 4 * GIB  # interpreter and libraries take about 3
@@ -268,9 +269,7 @@ def bundled_model() -> Check:
     """One prompt through the bundled model: text encoder, two denoising steps, decoder."""
     started = time.perf_counter()
     try:
-        from trainer.config import ModelConfig
-
-        finite, shape = _generate_once(ModelConfig())
+        finite, shape = _generate_once()
     except Exception as e:  # whatever it is, it is what was asked for
         if exhausted(e) or card_lost(e):
             return _refused("bundled model", e)
@@ -285,7 +284,7 @@ def bundled_model() -> Check:
                  values={"seconds": seconds})
 
 
-def _generate_once(model: Any) -> tuple[bool, tuple[int, int, int]]:
+def _generate_once() -> tuple[bool, tuple[int, int, int]]:
     """(whether all values are finite, (frames, height, width)) of a video of two denoising steps."""
     import torch
 
@@ -293,6 +292,7 @@ def _generate_once(model: Any) -> tuple[bool, tuple[int, int, int]]:
     from trainer.assemble import assemble, embed_prompts, open_backbone
     from trainer.generate import generate_latents
 
+    model = ModelConfig()
     backbone = open_backbone(model)
     prompt = "a red circle moving left"
     embeddings = embed_prompts(backbone, model, MemoryPlan(), [prompt])

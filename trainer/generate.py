@@ -123,16 +123,15 @@ def _latents(config: GenerateConfig, backbone: CogVideoX, model: ModelConfig, pl
     scheduler = named_scheduler(backbone, config.scheduler)
     embeddings = embeddings.to(assembly.device)
 
-    def run(index: int, on: bool, step: Callable[[int], None]) -> Tensor:
-        switch = assembly.erasers.switched(on) if assembly.erasers else nullcontext()
-        with switch:
-            return generate_latents(assembly.predict, scheduler, embeddings, [config.prompt[index]], [config.seed + index],
-                                    assembly.latent_shape, num_steps=config.num_steps, batch_size=1,
-                                    guidance_scale=config.guidance_scale, guidance=plan.guidance, check=step)
-
     with assembly, _progress(len(config.prompt) * config.num_steps * (1 + config.compare)) as step:
+        def run(index: int, on: bool) -> Tensor:
+            with assembly.erasers.switched(on) if assembly.erasers else nullcontext():
+                return generate_latents(assembly.predict, scheduler, embeddings, [config.prompt[index]], [config.seed + index],
+                                        assembly.latent_shape, num_steps=config.num_steps, batch_size=1,
+                                        guidance_scale=config.guidance_scale, guidance=plan.guidance, check=step)
+
         for index in range(len(config.prompt)):
-            yield run(index, True, step), run(index, False, step) if config.compare else None
+            yield run(index, True), run(index, False) if config.compare else None
 
 
 @contextmanager

@@ -43,11 +43,6 @@ class Forecast:
     unsharded: SearchResult | None = None
     """With every card on its own, if there are several."""
 
-    @property
-    def dtype(self) -> str:
-        """The backbone's, by name."""
-        return _dtype_name(self.config)
-
     def by_placement(self) -> dict[str, Assessment]:
         """The best, or else the smallest, plan of every way in which several cards may hold the frozen blocks."""
         if self.num_cards == 1:
@@ -265,6 +260,6 @@ def smallest_card(found: Forecast) -> str:
     ours, cards = found.card.context_bytes + found.card.cublas_workspace_bytes, []
     for card in map(lookup, card_names()):
         needed = found.result.smallest.needed_bytes - ours + card.context_bytes + card.cublas_workspace_bytes
-        if card.usable_bytes * (1 - MARGIN) >= needed and card.supports(found.dtype):
+        if card.usable_bytes * (1 - MARGIN) >= needed and card.supports(_dtype_name(found.config)):
             cards.append(card)
     return min(cards, key=lambda card: card.capacity_bytes).name if cards else "none"

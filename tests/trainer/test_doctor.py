@@ -51,9 +51,9 @@ def test_the_bundled_model_runs():
 
 
 def test_a_model_that_does_not_load_is_a_problem_with_a_code(monkeypatch):
-    monkeypatch.setattr(doctor, "_generate_once", lambda model: (_ for _ in ()).throw(OSError(errno.ENOENT, "no such file")))
+    monkeypatch.setattr(doctor, "_generate_once", lambda: (_ for _ in ()).throw(OSError(errno.ENOENT, "no such file")))
     assert (doctor.bundled_model().status, doctor.bundled_model().exit_code) == ("problem", 5)
-    monkeypatch.setattr(doctor, "_generate_once", lambda model: (False, (9, 32, 32)))
+    monkeypatch.setattr(doctor, "_generate_once", lambda: (False, (9, 32, 32)))
     assert doctor.bundled_model().exit_code == 4
 
 
@@ -201,6 +201,6 @@ def test_a_card_that_others_fill_ends_no_examination(quick, monkeypatch):
 
 
 def test_a_model_for_which_there_is_no_memory_is_not_damaged(monkeypatch):
-    monkeypatch.setattr(doctor, "_generate_once", lambda model: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA out of memory.")))
+    monkeypatch.setattr(doctor, "_generate_once", lambda: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA out of memory.")))
     check = doctor.bundled_model()
     assert check.exit_code == 3 and "nvidia-smi" in check.fix and "pretrain" not in check.fix
