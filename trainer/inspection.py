@@ -1,4 +1,4 @@
-"""What can be seen without running anything: weights, embeddings, and who owns the erasers' parameters."""
+"""The parts of a training step (`Subject`), and what can be seen of them without running anything: weights, embeddings, ownership."""
 
 import copy
 import hashlib

@@ -35,11 +35,11 @@ class TextEncoder:
 
         if self.directory is None:
             return None
-        place = self.directory / "tokenizer"
-        if not any((place / name).is_file() for name in ("tokenizer.json", "spiece.model")):  # transformers would make one without words
-            raise CheckpointError(f"{place} has neither tokenizer.json nor spiece.model; copy the model again")
-        with reading(place):
-            return T5TokenizerFast.from_pretrained(place)
+        folder = self.directory / "tokenizer"
+        if not any((folder / name).is_file() for name in ("tokenizer.json", "spiece.model")):  # transformers would make one without words
+            raise CheckpointError(f"{folder} has neither tokenizer.json nor spiece.model; copy the model again")
+        with reading(folder):
+            return T5TokenizerFast.from_pretrained(folder)
 
     def token_ids(self, tokenizer: Any, prompts: list[str]) -> Tensor:
         """Padded token ids (B, L), as CogVideoXPipeline makes them."""
