@@ -28,11 +28,10 @@ def measure(model: str, frames: int, cards: Sequence[Card]) -> dict[str, Any]:
     and in the whole step, and seconds of computation by card."""
     config = settings(model, frames)
     trace = rehearse(open_backbone(config.model), config, MemoryPlan(resident_blocks=0, boundaries="host", feed_forward_chunks=8))
-    works = [work for span in trace.spans for work in span.work]
     found = trace.prediction()
-    return {"moved_bytes": sum(work.num_bytes for work in works if work.kind == "memory"), "peak_bytes": found.peak_bytes,
+    return {"moved_bytes": sum(work.num_bytes for work in trace.work if work.kind == "memory"), "peak_bytes": found.peak_bytes,
             "forward_peak_bytes": found.by_phase[FORWARD],
-            "seconds": {name: sum(load_of(works, card).compute.values()) for name, card in zip(CARDS, cards)}}
+            "seconds": {name: sum(load_of(trace.work, card).compute.values()) for name, card in zip(CARDS, cards)}}
 
 
 def main() -> None:

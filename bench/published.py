@@ -199,14 +199,10 @@ def training_step() -> list[dict[str, Any]]:
     rows = []
     for row in PUBLISHED["training_step"]:
         trace = lora_steps(row["model"], row["rank"], 1, checkpointing=True)
-        seconds = _seconds(_works(trace), row["card"]) / 2
+        seconds = _seconds(trace.work, row["card"]) / 2
         rows.append(row | {"predicted_seconds": seconds, "error": seconds / row["seconds"] - 1})
         print(rows[-1], flush=True)
     return rows
-
-
-def _works(trace: Trace) -> list[Work]:
-    return [work for span in trace.spans for work in span.work]
 
 
 def _seconds(works: list[Work], name: str) -> float:
@@ -226,13 +222,13 @@ def _denoising(model: str) -> list[Work]:
         text = torch.empty(_GUIDED, backbone.text_length, backbone.text_width, dtype=torch.bfloat16)
         with recording() as recorder:
             predict(torch.empty(_GUIDED, *shape), torch.zeros(_GUIDED), text)
-    return _works(recorder.trace())
+    return recorder.trace().work
 
 
 @cache
 def _decoding(model: str) -> list[Work]:
     with FakeMode(), torch.no_grad():
-        return _works(_decoded(CogVideoX(model, weights="random").fake_vae(dtype=torch.bfloat16), model))
+        return _decoded(CogVideoX(model, weights="random").fake_vae(dtype=torch.bfloat16), model).work
 
 
 if __name__ == "__main__":

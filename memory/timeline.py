@@ -80,6 +80,11 @@ class Trace:
     standing: tuple[int, ...]
     num_blocks: int
 
+    @property
+    def work(self) -> list[Work]:
+        """What all spans compute and move, in order."""
+        return [work for span in self.spans for work in span.work]
+
     def sharded(self, num_shards: int) -> "Trace":
         """The same step with every streamed block's master divided among `num_shards` devices, and no longer on the host."""
         def divided(storage: Storage) -> Storage:

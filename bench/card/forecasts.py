@@ -53,8 +53,7 @@ def shrunk(card: Card, gib: float, *, with_host: bool = False) -> Card:
 def peaks_of(cell: Cell, workspace_bytes: int) -> tuple[Prediction, float]:
     """The simulator's word on a step of `cell`, and the matrix and attention FLOPs of that step."""
     trace = _trace(cell, cell.plan, backbone_of(cell).num_blocks)
-    flops = sum(work.flops for span in trace.spans for work in span.work)
-    return trace.prediction(workspace_bytes=workspace_bytes, expandable_segments=True), flops
+    return trace.prediction(workspace_bytes=workspace_bytes, expandable_segments=True), sum(work.flops for work in trace.work)
 
 
 def seconds_of(cell: Cell, card: Card) -> float:

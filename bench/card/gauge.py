@@ -6,6 +6,7 @@ run's figures mean nothing.
 """
 
 import gc
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -230,20 +231,13 @@ class Gauge:
         return [e for e in record.events() if e.device_type == DeviceType.CUDA and not e.is_user_annotation]
 
 
-def merged(spans: list[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Sorted, disjoint intervals that cover the same time."""
-    result: list[tuple[float, float]] = []
-    for start, stop in sorted(spans):
-        if result and start <= result[-1][1]:
-            result[-1] = result[-1][0], max(result[-1][1], stop)
-        else:
-            result.append((start, stop))
-    return result
-
-
 def covered(spans: list[tuple[float, float]]) -> float:
     """Time that at least one interval covers."""
-    return sum(stop - start for start, stop in merged(spans))
+    total, end = 0.0, -math.inf
+    for start, stop in sorted(spans):
+        total += max(0.0, stop - max(start, end))
+        end = max(end, stop)
+    return total
 
 
 def overlap(left: list[tuple[float, float]], right: list[tuple[float, float]]) -> float:
