@@ -17,6 +17,11 @@ def markdown(header: list[str], rows: list[list[str]], *, words: bool = False) -
     return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, rule, *rows)) + "\n"
 
 
+def sized(cell: str) -> str:
+    """The name of a predicted cell in words: of "cogvideox-2b-17", "cogvideox-2b, 17 frames"."""
+    return "{}, {} frames".format(*cell.rsplit("-", 1))
+
+
 def without_figures(cell: dict[str, Any]) -> str:
     """Why a measured cell has none, in the words of the error."""
     return cell.get("out_of_memory") or cell.get("failed") or ""

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
-from bench.markdown import folded, load, markdown
+from bench.markdown import folded, load, markdown, sized
 from memory.cards import GIB
 
 
@@ -45,39 +45,34 @@ def feasibility() -> str:
     """Fits or not, peak and step time, by model, frames and card; naive / planned."""
     result, rows = load("feasibility"), []
     for name, cell in result["cells"].items():
-        model, frames = name.rsplit("-", 1)
-        naive, planned = cell["naive"], cell["planned"]
-        rows.append([f"{model}, {frames} frames, naive", *(_feasible(naive[c], naive[c]["needed_bytes"]) for c in result["cards"])])
-        rows.append([f"{model}, {frames} frames, planned", *(
-            _feasible(planned[c], planned[c]["predicted"]["needed_bytes"]) for c in result["cards"])])
-        for kind, hosted in cell.items():
-            if kind not in ("naive", "planned"):
-                rows.append([f"{model}, {frames} frames, {kind}", *(_hosted(hosted[c], planned[c]) for c in result["cards"])])
+        for kind, found in cell.items():
+            with_host = kind not in ("naive", "planned")
+            rows.append([f"{sized(name)}, {kind}", *(_hosted(found[c], cell["planned"][c]) if with_host else _feasible(found[c]) for c in result["cards"])])
     return markdown(["", *result["cards"]], rows) + _predicted(result)
 
 
 def cards() -> str:
     """Peak and step time of the planner's plans, a row a card."""
     result = load("feasibility")
-    names, plans = [name.rsplit("-", 1) for name in result["cells"]], [cell["planned"] for cell in result["cells"].values()]
+    plans = [cell["planned"] for cell in result["cells"].values()]
     # An h20 is the card that stands for 96gb.
-    rows = [[f"`{card}`", *(_feasible(plan[card], plan[card]["predicted"]["needed_bytes"]) for plan in plans)] for card in result["cards"] if card != "h20"]
-    header = ["`--profile`", *(f"{model.removeprefix('cogvideox').strip('-')}, {frames} frames" for model, frames in names)]
+    rows = [[f"`{card}`", *(_feasible(plan[card]) for plan in plans)] for card in result["cards"] if card != "h20"]
+    header = ["`--profile`", *(sized(name).removeprefix("cogvideox").removeprefix("-") for name in result["cells"])]
     least = max(load(name)["minimum"]["cells"]["5b 49f adamw8bit"]["allocated_bytes"] for name in ("emulated", "emulated-h100"))
     note = (f"\nAt the least, with all streamed and recomputed that can be, steps of the 5b at 49 frames allocate {least / GIB:.2f} GiB "
             "(`python -m bench.emulated`, the larger of two cards).\n")
     return markdown(header, rows) + note + _predicted(result)
 
 
-def _feasible(cell: dict[str, Any], needed: int) -> str:
-    seconds = cell["step_seconds"]
+def _feasible(cell: dict[str, Any]) -> str:
+    needed, seconds = cell.get("predicted", cell)["needed_bytes"], cell["step_seconds"]
     return f"{needed / GIB:.1f} GiB, {seconds:.{0 if seconds >= 100 else 1}f} s" if cell["fits"] else f"no: {needed / GIB:.1f} GiB"
 
 
 def _hosted(cell: dict[str, Any], without: dict[str, Any]) -> str:
     if cell["settings"] == without["settings"]:
         return "the same"
-    return f"{_feasible(cell, cell['predicted']['needed_bytes'])}, host {cell['predicted']['host_bytes'] / GIB:.0f} GiB"
+    return f"{_feasible(cell)}, host {cell['predicted']['host_bytes'] / GIB:.0f} GiB"
 
 
 def strategies() -> str:
@@ -104,12 +99,10 @@ def lean() -> str:
     """The trainer's blocks against diffusers', of the same step."""
     result, rows = load("lean"), []
     for name, cell in result["cells"].items():
-        model, frames = name.rsplit("-", 1)
-        theirs, ours = cell["diffusers"], cell["ours"]
         pairs = [(which["moved_bytes"] / 1e9, which["forward_peak_bytes"] / GIB, which["peak_bytes"] / GIB,
-                  *(which["seconds"][card] for card in result["cards"])) for which in (theirs, ours)]
+                  *(which["seconds"][card] for card in result["cards"])) for which in (cell["diffusers"], cell["ours"])]
         forms = ("{:.0f} GB", "{:.2f} GiB", "{:.2f} GiB", *("{:.2f} s" for _ in result["cards"]))
-        rows.append([f"{model}, {frames} frames", *(f"{form.format(a)} → {form.format(b)}" for form, a, b in zip(forms, *pairs))])
+        rows.append([sized(name), *(f"{form.format(a)} → {form.format(b)}" for form, a, b in zip(forms, *pairs))])
     header = ["diffusers' blocks → ours", "moved by element-wise kernels", "peak of the student's forward", "peak of the step",
               *(f"computing, {card}" for card in result["cards"])]
     return markdown(header, rows) + _predicted(result)

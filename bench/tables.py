@@ -17,7 +17,7 @@ from bench import others, predicted
 from bench.card import tables as card
 from bench.emulated import tables as emulated
 from bench.erasure import VARIANTS, summary
-from bench.markdown import folded, load, markdown
+from bench.markdown import folded, load, markdown, sized
 from bench.provenance import ROOT
 from trainer.findings import CODES, Code
 
@@ -35,17 +35,23 @@ def _percent(rate: float) -> str:
     return f"{rate:.1%}".replace(".0%", "%")
 
 
+def _change(rate: dict[str, Any]) -> str:
+    return f"{_percent(rate['before'])} → {_percent(rate['after'])}"
+
+
+def _worst(evaluation: dict[str, Any], *, of_target: bool = False) -> dict[str, Any]:
+    """Of what should stay as it was, the rate that fell most: of all but the target, or of the target's other attributes."""
+    return max((r for r in evaluation["preserved"] if r["kind"].startswith("target-") is of_target), key=lambda r: r["before"] - r["after"])
+
+
 def main_run() -> str:
     """Target, synonyms, and the rest, before and after, for one concept of each kind."""
     result, rows = load("main"), []
     for run in result["runs"].values():
         e = run["evaluation"]
-        worst = max((r for r in e["preserved"] if not r["kind"].startswith("target-")),
-                    key=lambda r: r["before"] - r["after"])
-        other = max((r for r in e["preserved"] if r["kind"].startswith("target-")), key=lambda r: r["before"] - r["after"])
-        pair = [f"{_percent(r['before'])} → {_percent(r['after'])}" for r in (e["target"], e["synonyms"], worst, other)]
-        motion = e["motion"]["after"] / e["motion"]["before"] - 1
-        rows.append([f"`{run['flags']}`", *pair[:2], f"{pair[2]} ({worst['name']})", pair[3], f"{motion:+.1%}", f"{run['seconds']:.0f} s"])
+        worst, motion = _worst(e), e["motion"]["after"] / e["motion"]["before"] - 1
+        rows.append([f"`{run['flags']}`", _change(e["target"]), _change(e["synonyms"]), f"{_change(worst)} ({worst['name']})",
+                     _change(_worst(e, of_target=True)), f"{motion:+.1%}", f"{run['seconds']:.0f} s"])
     header = ["erased", "detected", "its synonyms", "worst preserved", "its other attributes, worst", "motion", "whole run"]
     return markdown(header, rows) + _source(result)
 
@@ -62,12 +68,8 @@ def rater() -> str:
     """One row an eraser, measured by the rule and by CLIP."""
     result, rows = load("rater"), []
     for concept, run in result["runs"].items():
-        found = []
-        for by in ("rule", "clip"):
-            e = run[by]
-            kept = [r for r in e["preserved"] if not r["kind"].startswith("target-")]
-            found.append([f"{_percent(r['before'])} → {_percent(r['after'])}" for r in (e["target"], max(kept, key=lambda r: r["before"] - r["after"]))])
-        rows.append([concept, *(cell for pair in zip(*found) for cell in pair)])
+        raters = run["rule"], run["clip"]
+        rows.append([concept, *(_change(e["target"]) for e in raters), *(_change(_worst(e)) for e in raters)])
     return markdown(["erased", "detected: by the rule", "by CLIP", "worst preserved: by the rule", "by CLIP"], rows) + _source(result)
 
 
@@ -94,8 +96,8 @@ def projection() -> str:
         worst, theirs = (max(r["before"] - after(r) for r in e["preserved"]) for after in (
             lambda r: r["after"], lambda r: other[r["name"]]))
         words = f"{_percent(e['synonyms']['after'])} ({_percent(b['synonyms'])})" if e["synonyms"] else ""
-        rows.append([encoder, forgotten, target, f"{_percent(e['target']['before'])} → {_percent(e['target']['after'])} ({_percent(b['target'])})",
-                     words, f"{_percent(e['preserved_mean']['before'])} → {_percent(e['preserved_mean']['after'])} ({_percent(b['preserved_mean'])})",
+        rows.append([encoder, forgotten, target, f"{_change(e['target'])} ({_percent(b['target'])})",
+                     words, f"{_change(e['preserved_mean'])} ({_percent(b['preserved_mean'])})",
                      f"{100 * worst:.1f} ({100 * theirs:.1f})", f"{run['seconds']:.0f} s"])
     header = ["encoder", "forgotten", "target", "its accuracy (null space)", "in other words", "preserved, mean", "largest loss, points", "whole run"]
     return markdown(header, rows) + _unmoved(result) + _source(result)
@@ -153,9 +155,8 @@ def planning() -> str:
     """Seconds of a search and of the whole process, how many plans were ranked, and what the chosen one loses to the best."""
     result, rows = load("planning"), []
     for name, cell in result["cells"].items():
-        model, frames = name.rsplit("-", 1)
         found = map(cell.get, result["cards"])
-        rows.append([f"{model}, {frames} frames", *(f"{c['search_seconds']:.1f} s ({c['process_seconds']:.1f} s), {c['num_candidates']}, "
+        rows.append([sized(name), *(f"{c['search_seconds']:.1f} s ({c['process_seconds']:.1f} s), {c['num_candidates']}, "
                                                     + ("none fits" if c["regret"] is None else f"{c['regret']:.1%}") for c in found)])
     return markdown(["search (whole process), candidates, regret", *result["cards"]], rows) + _source(result)
 
