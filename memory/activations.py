@@ -8,7 +8,7 @@ Forward: a tensor is copied out while its block computes; its device memory is g
 copy, in the second block after the one that computed it, as tensors of that block come, as many bytes for as many, and at the latest
 when that block ends. So what a block keeps has two blocks' time to arrive. Backward: when the first tensor of a block is asked for,
 those of the block before it are sent for, so they arrive while this block recomputes. Either way the device holds what two blocks
-keep. What the last two blocks computed stays there: backward needs it first. Host memory comes from an arena that is filled in the
+keep. What the last two blocks compute stays there: backward needs it first. Host memory comes from an arena that is filled in the
 first step and used again in every later one.
 """
 
@@ -98,10 +98,11 @@ class _Parked:
 
 
 class _Staying:
-    """A tensor of the last block, which stays on the device; backward comes here first, so the block before is sent for."""
+    """A tensor that stays on the device, since backward comes to its block first; the block before is sent for then."""
 
     def __init__(self, group: "_Group", tensor: torch.Tensor):
         self.group, self.tensor, self._version = group, values_of(tensor), tensor._version
+        group.stays = True
 
     def unpack(self) -> torch.Tensor:
         _require_unchanged(self.tensor, self._version)
@@ -114,9 +115,11 @@ class _Group:
 
     def __init__(self, previous: "_Group | None"):
         # Weak, so that neither a group nor a tensor outlives the graph that saved it.
-        while previous is not None and not _alive(previous):
-            previous = previous._previous()  # a block that parked nothing is not in the way
+        while previous is not None and not previous.stays and not _alive(previous):
+            previous = previous._previous()  # a block that keeps nothing is not in the way
         self._previous = weakref.ref(previous) if previous is not None else lambda: None
+        self.stays = False
+        """Whether something of it stays on the device."""
         self._has_sent = False
         self.parked: list[weakref.ref[_Parked]] = []
         self._by_tensor: dict[tuple, weakref.ref[_Parked]] = {}
@@ -243,12 +246,14 @@ def offload_activations(
     for index, block in enumerate(blocks):
         held = [tensors for module in block.modules() for tensors in (module._parameters, module._buffers)]
         pick = functools.partial(_pick, held, signatures[index], tuple(boundary_names), boundaries, kept, min_bytes)
-        wrap = functools.partial(_parking_forward, handle, index == len(blocks) - 1, pick)
+        wrap = functools.partial(_parking_forward, handle, len(blocks) - 1 - index, pick)
         handle._undos.append(replace_forward(block, "activation offload", wrap))
     return handle
 
 
-def _parking_forward(handle: ActivationOffload, is_last: bool, pick, inner):
+def _parking_forward(handle: ActivationOffload, num_after: int, pick, inner):
+    """`num_after`: how many blocks come after this one."""
+
     def forward(*args, **kwargs):
         if not torch.is_grad_enabled():
             return inner(*args, **kwargs)
@@ -259,10 +264,11 @@ def _parking_forward(handle: ActivationOffload, is_last: bool, pick, inner):
             # Some kernels keep their random state in CPU tensors.
             if tensor.device != handle.device or not wanted(tensor):
                 return None
-            if is_last:
+            is_boundary = _identity(tensor) in passed_on
+            if num_after + is_boundary <= 1:  # one of the last two blocks computed it
                 handle.make_room(tensor.nbytes)
                 return _Staying(group, tensor)
-            return group.park(handle, tensor, is_boundary=_identity(tensor) in passed_on)
+            return group.park(handle, tensor, is_boundary)
 
         with packing(packer):
             outputs = inner(*args, **kwargs)

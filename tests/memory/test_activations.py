@@ -43,7 +43,7 @@ def test_attention_outputs_move_on_request():
     handle = apply(tiny, keeps=["attention"] * 5, boundaries=False, kept=True)
     tiny.step()
     attention_bytes = 18 * 32 * 4 + 2 * 18 * 4  # output, and one log-sum-exp a head and token
-    assert handle.bytes_stored == 2 * 4 * attention_bytes and handle.bytes_loaded == 2 * 3 * attention_bytes
+    assert handle.bytes_stored == handle.bytes_loaded == 2 * 3 * attention_bytes
 
 
 def test_small_tensors_stay():
@@ -53,7 +53,7 @@ def test_small_tensors_stay():
         tiny.blocks, device="cpu", boundary_names=BOUNDARY_NAMES, boundaries=False, kept=True, min_bytes=1000
     )
     tiny.step()
-    assert handle.bytes_stored == 2 * 4 * 18 * 32 * 4  # the outputs without the log-sum-exps
+    assert handle.bytes_stored == 2 * 3 * 18 * 32 * 4  # the outputs without the log-sum-exps
 
 
 def test_parameters_and_shared_inputs_stay_and_nothing_moves_twice():
@@ -83,7 +83,7 @@ def test_parameters_that_were_given_other_memory_later_stay():
         def forward(self, hidden):
             return (hidden * 1) * self.weight * self.scale
 
-    blocks = [Multiply(), nn.Identity()]
+    blocks = [Multiply(), nn.Identity(), nn.Identity()]
     handle = offload_activations(blocks, device="cpu", boundaries=False, kept=True, min_bytes=0)
     blocks[0].weight.data, blocks[0].scale = torch.full((4,), 2.0), nn.Parameter(torch.ones(4))
     blocks[0](torch.ones(4))
@@ -216,7 +216,7 @@ def test_a_tensor_changed_in_place_between_two_saves_is_two_tensors():
                 hidden.detach().add_(0)
             return first + hidden * weight
 
-    blocks = [Twice(), nn.Identity()]
+    blocks = [Twice(), nn.Identity(), nn.Identity()]
     handle = offload_activations(blocks, device="cpu", boundaries=False, kept=True, min_bytes=0)
     weight = torch.ones(4, requires_grad=True)
     loss = blocks[0](torch.ones(4), weight).sum()
@@ -230,7 +230,7 @@ def test_tensors_of_another_device_stay():
         def forward(self, hidden, weight):
             return (hidden * 1) * weight
 
-    blocks = [Multiply(), nn.Identity()]
+    blocks = [Multiply(), nn.Identity(), nn.Identity()]
     handle = offload_activations(blocks, device="cpu", boundaries=False, kept=True, min_bytes=0)
     blocks[0](torch.ones(4, device="meta"), torch.ones(4, device="meta", requires_grad=True))
     assert handle.bytes_stored == 0
@@ -340,7 +340,7 @@ def test_what_two_operators_saved_is_loaded_once():
     blocks = nn.Sequential(_Sharing(), _Sharing(), _Sharing())
     handle = offload_activations(blocks, device="cpu", boundaries=False, kept=True, min_bytes=0)
     blocks(torch.randn(8, requires_grad=True)).sum().backward()
-    assert handle.bytes_stored == 2 * handle.bytes_loaded == 2 * 3 * 32  # the input, the sine and the cosine; the last block's stay
+    assert handle.bytes_loaded == handle.bytes_stored == 3 * 32  # its input, the sine and the cosine; the last two blocks' stay
 
 
 @pytest.mark.parametrize("keeps, block", [(["attention"] * 5, 1), (["attention"] * 5, 4),
