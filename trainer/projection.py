@@ -197,7 +197,7 @@ def _train(run: Run, problems: Mapping[str, Problem], case: Case, run_dir: Path,
         bill = examine(problems).with_findings(earlier_findings(read_object(run_dir / FINDINGS)) if resume else ())
         keep_findings(run_dir, bill)
         bill.raise_if_fatal("before training (nothing was changed)")
-        write_config(run_dir, config, origins, command="forget", first_step=run.step, **facts)
+        write_config(run_dir, config, origins, command="forget", concept=case.forget, first_step=run.step, **facts)
         keep_prediction(run_dir, trace)
         log, saver = MetricsLog(run_dir, first_step=run.step), Saver(run_dir, last_step=checkpoint and checkpoint.step)
         files.callback(log.close)

@@ -6,7 +6,7 @@ import json
 import logging
 import math
 import string
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from html import escape
 from pathlib import Path
@@ -14,12 +14,13 @@ from statistics import median
 from typing import Any
 
 from memory.cards import GIB, size_text
-from trainer.charts import bars, heat_map, interval, line_chart, number, share_bar, stacked_area
+from trainer.charts import bars, heat_map, line_chart, number, share_bar, stacked_area
 from trainer.config import TrainConfig, leaves
 from trainer.errors import CheckpointError, InputOutputError, UsageError
 from trainer.findings import evidence_text
 from trainer.page import note, section, side_by_side, table
-from trainer.projection_config import WOULD_HELP, ForgetConfig
+from trainer.projection_config import ForgetConfig
+from trainer.report_evaluation import answers, attempts, evaluation
 from trainer.run_directory import resuming
 from trainer.run_files import PICTURES, RunFiles, lookup, write_whole
 
@@ -42,7 +43,7 @@ def write_report(run: Path, out: Path | None = None) -> Path:
     files, out = RunFiles.read(run), out or run / REPORT
     if not out.name:
         raise UsageError(f"--out {out}: name a file, such as {REPORT}")
-    builders = (_tiles, _unfinished, _findings, _evaluation, _answers, _attempts, _pictures, _losses, _norms, _time, _memory, _settings)
+    builders = (_tiles, _unfinished, _findings, evaluation, answers, attempts, _pictures, _losses, _norms, _time, _memory, _settings)
     page = string.Template(_TEMPLATE.read_text(encoding="utf-8")).substitute(
         title=_title(files), subtitle=_subtitle(files), body="\n".join(_built(builder, files) for builder in builders))
     try:
@@ -65,8 +66,9 @@ def _built(builder: Callable[[RunFiles], str], files: RunFiles) -> str:
 
 
 def _title(files: RunFiles) -> str:
-    if files.forgets:  # where no class is named in the settings, the evaluation knows which it was
-        verb, concept = "Forgetting", files.evaluation.get("concept") or files.setting("forget")
+    if files.forgets:  # the settings need not name the class
+        named = files.config.get("concept"), files.evaluation.get("concept"), files.setting("forget")  # older runs lack the first
+        verb, concept = "Forgetting", next(filter(None, named), None)
     else:
         verb, concept = "Erasing", files.setting("data.concept")
     return escape(f"{verb} {concept}" if concept else f"Run {files.path.resolve().name}")
@@ -95,7 +97,8 @@ def _tiles(files: RunFiles) -> str:
         shown.append(("Loss, median of the last 20 steps", number(median(finite or losses[-1:]))))
     seconds = [r["seconds"] for r in files.records[3:] if "seconds" in r]
     if seconds:
-        shown.append(("Seconds a step, median", f"{median(seconds):.3g}"))
+        scale, unit = _time_unit(seconds)
+        shown.append((f"{unit} a step, median", f"{scale * median(seconds):.3g}"))
     if measured := _measured_peak(files):
         shown.append((f"Peak memory, measured ({measured[0]})", size_text(measured[1])))
     if predicted := files.memory.get("predicted", {}).get("peak_bytes"):
@@ -140,70 +143,6 @@ def _where(finding: Mapping[str, Any]) -> str:
     block = finding.get("block")
     parts = (finding.get("phase"), f"block {block}" if block is not None else None, finding.get("module"))
     return ", ".join(str(part) for part in parts if part)
-
-
-def _evaluation(files: RunFiles) -> str:
-    result = files.evaluation
-    if "target" not in result:
-        how = (f"python run.py evaluate {files.path} does it; of other models than the bundled one it wants a --rater, a CLIP model that looks at "
-               "the videos.")
-        if files.forgets:
-            how = f"python run.py forget --resume {files.path} does it at its end."
-        elif not (files.path / "eraser.safetensors").exists():  # as of a run that was killed, or that a fatal finding stopped
-            how = "There is no eraser.safetensors yet."
-        return section("Is it gone, and is the rest still there?", note(f"Not measured. {how}"))
-    synonyms, rater = result.get("synonyms", {}), result.get("rater")
-    measured = result.get("measure")  # of a run of `forget`, whose examples are no videos
-    rows = [(f"<b>{escape(str(result['target'].get('name')))}</b>", "target", result["target"])]
-    if synonyms:
-        rows.append((f"<b>{escape(', '.join(synonyms.get('names', [])) or 'other wordings')}</b>", "synonyms", synonyms))
-    rows += [(escape(str(r.get("name"))), escape(str(r.get("kind"))), r) for r in result.get("preserved", [])]
-    counted = "examples" if measured else "videos"
-    rates = table(("", "kind", counted, "before", "after", "after, 95 %", "before ○   after ●   0 to 100 %"), [
-        (name, kind, escape(str(row["num_images" if measured else "num_videos"])), f"{row['before']:.1%}", f"{row['after']:.1%}",
-         "{:.1%} to {:.1%}".format(*row["after_interval"]),
-         interval(row["before"], row["after"], *row["after_interval"]))
-        for name, kind, row in rows], numbers=(2, 3, 4, 5))
-    rest = []
-    if motion := result.get("motion"):
-        rest.append(f"Motion a video: {motion['before']:.1f} pixels before, {motion['after']:.1f} after.")
-    if "preserved_rms" in result.get("distance", {}):
-        what, unit = ("outputs", "RMS") if measured else ("videos", "RMS of 0..1")
-        rest.append(f"Preserved {what} moved by {result['distance']['preserved_rms']:.3f} ({unit}).")
-    if measured:
-        how = f"Accuracy without and with the update: {measured}, chance {result['chance']:.1%}."
-    else:
-        how = "Share of videos that show what their prompt says, from the same noise without and with the eraser"
-        how += f", as {rater} sees them: zero-shot, chance {result['chance']:.1%}." if rater else "."
-    return section("Is it gone, and is the rest still there?", note(how), rates, note(" ".join(rest)))
-
-
-def _answers(files: RunFiles) -> str:
-    """What the language model still says, of a run of `forget` that has asked it; nothing for other runs."""
-    asked = files.evaluation.get("leak", [])
-    if not asked:
-        return ""
-    rows = [(escape(str(r["edited"])), escape(str(r["deepstack"])), f"{r['target']:.1%}", "{:.1%} to {:.1%}".format(*r["target_interval"]),
-             f"{r['preserved']:.1%}", escape(", ".join(f"{text} ({count})" for text, count in r["said"].items()))) for r in asked]
-    return section("What the language model says", note(
-        f"Of {asked[0]['num_target']} pictures of the forgotten class and {asked[0]['num_preserved']} of what is preserved, those whose class it "
-        f"names, asked “{files.setting('question')}”. Through DeepStack pictures reach it past the main merger."),
-        table(("mergers edited", "DeepStack", "forgotten class named", "95 %", "preserved named", "of the forgotten class it says most"), rows,
-              numbers=(2, 3, 4)))
-
-
-def _attempts(files: RunFiles) -> str:
-    """What each attempt of a run of `forget` came to; nothing for other runs."""
-    attempts = files.evaluation.get("attempts", [])
-    if not attempts:
-        return ""
-    rows = [(f"<code>{escape(str(a['layer']))}</code>", f"{a['lambda_forget']:.2f}", number(a["loss"]), number(a["distance_before"]),
-             number(a["distance_after"]), f"{a['fall']:.1%}", "yes" if a["accepted"] else "no") for a in attempts]
-    return section("Attempts", note(
-        "Accepted is an attempt that brings the class near enough to its target; " + (
-            "the last one of every layer was." if files.evaluation.get("accepted") else
-            f"where none was, the last one is kept. {WOULD_HELP}")),
-        table(("layer", "λ_f", "lowest loss", "distance before", "after", "fall", "accepted"), rows, numbers=(1, 2, 3, 4, 5)))
 
 
 def _pictures(files: RunFiles) -> str:
@@ -262,8 +201,14 @@ def _time(files: RunFiles) -> str:
         charts.append(share_bar("Share of a step, without the first three",
                                 {name: sum(s.get(name, 0.0) for s in splits) for name in names}))
     if points := files.series("seconds"):
-        charts.append(line_chart("Seconds a step", points, unit="s"))
+        scale, unit = _time_unit([seconds for _, seconds in points])
+        charts.append(line_chart(f"{unit} a step", [(step, scale * seconds) for step, seconds in points]))
     return section("Step time", side_by_side(charts, "No records."))
+
+
+def _time_unit(seconds: Sequence[float]) -> tuple[float, str]:
+    """(units a second, the unit's name) in which steps of that time are read best, as in the live view."""
+    return (1.0, "Seconds") if median(seconds) >= 0.1 else (1e3, "Milliseconds")
 
 
 def _measured_peak(files: RunFiles) -> tuple[str, float] | None:

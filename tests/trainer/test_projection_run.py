@@ -92,6 +92,16 @@ def test_a_run_saves_on_its_way(encoders, tmp_path, monkeypatch):
     assert saved == [(2, False), (4, False), (6, False), (6, True)]
 
 
+def null_space_column(html: str) -> list[str]:
+    (table,) = (t for t in re.findall(r"<table>.*?</table>", html) if "null space" in t)
+    return [re.findall(r"<td.*?>(.*?)</td>", line)[6] for line in table.split("<tr>")[2:]]
+
+
+def baseline(run) -> list[str]:
+    found = json.loads((run / "evaluation.json").read_text())["baseline"]
+    return [f"{rate:.1%}" for rate in (found["target"], *[found[name] for name in ("synonyms",) if name in found], *(r["after"] for r in found["preserved"]))]
+
+
 def test_report_and_diagnosis_know_a_run_of_forget(encoders, tmp_path, capsys):
     run = tmp_path / "run"
     main(clip(encoders, run))
@@ -106,6 +116,8 @@ def test_report_and_diagnosis_know_a_run_of_forget(encoders, tmp_path, capsys):
     assert "Forgetting cat" in html and f"clip, {encoders['clip']} · rank 5 · run run" in html
     assert not any(word in html for word in ("Videos", "Samples", "Norms", "What the language model says"))
     assert "Examples of “cat” taken for it (nearest class in text space)" in html and "Attempts" in html and "<td>no</td>" in html
+    assert "Milliseconds a step, median" in html and "Seconds a step" not in html
+    assert null_space_column(html) == baseline(run)
     bold, all_names = (set(re.findall(rf"<tr{kind}><td><code>(.*?)</code>", html)) for kind in (" class=set", "(?: class=set)?"))
     assert {"lr", "lambda_weight", "memory.dtype"} <= all_names - bold and {"model", "forget", "steps", "preserve"} <= bold
     records = (run / "metrics.jsonl").read_text().splitlines()
@@ -178,6 +190,9 @@ def test_clip_is_measured_on_pictures_where_there_are_some(encoders, tmp_path, c
     main(clip(encoders, tmp_path / "run", "--images", str(tmp_path / "shown")))
     result = json.loads((tmp_path / "run" / "evaluation.json").read_text())
     assert result["target"]["num_images"] == 3 and result["synonyms"]["num_images"] == 3
+    main(["report", str(tmp_path / "run")])
+    column = null_space_column((tmp_path / "run" / "report.html").read_text())
+    assert column == baseline(tmp_path / "run") and len(column) == 4
     assert result["target"]["before"] == 0 and "0% of the examples of 'cat' are taken for it before it is forgotten, no more than by chance (33%)" in caplog.text
 
 
@@ -325,6 +340,14 @@ def test_an_interrupted_run_goes_on_to_the_same_end(encoders, tmp_path, monkeypa
     lost = ("seconds", "phase_seconds", "memory", "peak_bytes_by_phase")
     records = [[{k: v for k, v in r.items() if k not in lost} for r in read_metrics(tmp_path / name)] for name in ("half", "whole")]
     assert records[0] == records[1]
+
+
+def test_a_run_that_was_interrupted_is_titled_by_its_class(encoders, folders, monkeypatch):
+    monkeypatch.setattr(projection, "StopFlag", lambda: _StopAfter(3))
+    with pytest.raises(Interrupted):
+        main(qwen(encoders, folders))
+    main(["report", str(folders / "run")])
+    assert "<title>Forgetting forget" in (folders / "run" / "report.html").read_text()
 
 
 def test_a_run_may_be_interrupted_before_its_first_step_again_and_again(encoders, tmp_path, monkeypatch):
