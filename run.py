@@ -99,8 +99,8 @@ def _guarded(command: Callable[[], int]) -> int:
         if isinstance(e, OSError) and e.errno in _INPUT_OUTPUT:
             return _say(6, f"error: {e.filename or 'output'}: {e.strerror}; {_INPUT_OUTPUT[e.errno]}")
         if card_lost(e):
-            return _say(6, f"error: the card is lost ({first_line(e)}); what is saved is good: go on with --resume RUN once "
-                        "nvidia-smi shows it again")
+            return _say(6, f"error: the card is lost ({first_line(e)}); what is saved is good: go on with python run.py "
+                        f"{'forget ' * (sys.argv[1:2] == ['forget'])}--resume RUN once nvidia-smi shows it again")
         if not (whose := exhausted(e)):
             raise
         less = ("a smaller --batch-size, --resident-blocks 0 or --device cpu needs less" if sys.argv[1:2] == ["forget"] else

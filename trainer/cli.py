@@ -108,12 +108,11 @@ def _train(argv: Sequence[str]) -> None:
     command, origins = resolve(argv)
     config, card = command.settings, _card_here(command)
     from trainer.distributed import joined, num_ranks
-    from trainer.forecast_text import program
     from trainer.loop import train
     from trainer.memory_file import MemoryForecast
     from trainer.planning import forecast_as_given, require_room, require_sense
     from trainer.recovery import train_in_memory
-    from trainer.run_directory import restarted_run
+    from trainer.run_directory import program, restarted_run
 
     with joined(config.model.device) as rank:
         resume = command.resume or restarted_run(config)

@@ -53,7 +53,7 @@ def joined(device: str) -> Iterator[int]:
         if "gloo" not in str(e) and not isinstance(e, dist.DistError):
             raise
         raise InputOutputError(f"process {rank()} lost the others (one of them died or hangs); the newest checkpoint is "
-                               "good: go on with --resume RUN, or let torchrun --max-restarts do so") from e
+                               "good: go on with torchrun … -- run.py --resume RUN, or let torchrun --max-restarts do so") from e
     finally:
         # torchrun ends the others as soon as one has failed: nobody leaves while another may still be writing.
         with suppress(RuntimeError):

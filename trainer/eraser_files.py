@@ -22,7 +22,7 @@ from trainer.backbones.location import config_hash
 from trainer.config import ModelConfig
 from trainer.erasers import LEAVES, Erasers, width_of
 from trainer.errors import CheckpointError, InputOutputError, UsageError
-from trainer.run_directory import is_run
+from trainer.run_directory import is_run, resuming
 from trainer.run_files import CONFIG, lookup, part_of, read_object, write_tensors, write_whole
 
 logger = logging.getLogger(__name__)
@@ -76,7 +76,7 @@ def save_eraser(directory: Path, erasers: Erasers, *, base_model: Mapping[str, s
         write_whole(directory / DESCRIPTION, json.dumps(description, indent=2) + "\n")
     except (OSError, SafetensorError) as e:  # the latter when the disk is full
         raise InputOutputError(f"the eraser cannot be written into {directory} ({e}); what was trained is saved: once there is room, "
-                               f"--resume {directory} writes it") from e
+                               f"{resuming(directory)} writes it") from e
     return directory / WEIGHTS
 
 
@@ -109,7 +109,7 @@ def load_eraser(path: Path | str) -> EraserFile:
     refuse_forgetting(path.parent if path.is_file() else path)
     if file is None:
         if is_run(path):  # one that was killed
-            raise CheckpointError(f"{path}: no eraser there yet; a run writes it at its end, or when it is stopped: go on with --resume {path}")
+            raise CheckpointError(f"{path}: no eraser there yet; a run writes it at its end, or when it is stopped: go on with {resuming(path)}")
         raise CheckpointError(f"{path}: no eraser there; name a run directory, or a directory with {WEIGHTS} "
                               f"or {RELEASED_WEIGHTS}")
     if file.suffix == ".pt":

@@ -14,15 +14,11 @@ from memory.timing import LARGEST_ERROR, TYPICAL_ERROR
 from trainer.assemble import only_planned
 from trainer.config import TrainConfig
 from trainer.planning import Forecast, verdict
+from trainer.run_directory import program
 
 _WORDS = {"usable_bytes": "usable memory", "context_bytes": "CUDA's context", "matmul_fraction": "matrix products", "attention_fraction": "attention",
           "attention_backward_fraction": "its backward", "flash_fraction": "FlashAttention-2", "flash_backward_fraction": "its backward",
           "memory_fraction": "element-wise work", "host_link_bandwidth": "host link"}  # fields of Card; others by their name
-
-
-def program(num_processes: int) -> tuple[str, ...]:
-    """How training is started, but for its flags."""
-    return ("python", "run.py") if num_processes == 1 else ("torchrun", f"--nproc-per-node={num_processes}", "--", "run.py")
 
 
 def command(config: TrainConfig, plan: MemoryPlan, origins: dict[str, str], num_cards: int = 1) -> str:

@@ -29,7 +29,7 @@ from trainer.metrics import MetricsLog
 from trainer.memory_file import MemoryForecast, keep_forecast
 from trainer.monitor import Readings, watch
 from trainer.recovery import Rescue
-from trainer.run_directory import make_run_directory, require_place, write_config
+from trainer.run_directory import make_run_directory, require_place, resuming, write_config
 from trainer.run_files import withdraw
 from trainer.samples import Sampling, picture
 from trainer.signals import StopFlag
@@ -148,7 +148,7 @@ def train(config: TrainConfig, origins: Mapping[str, str], *, resume: Path | Non
             on_main(withdraw, run_dir)
         on_main(save_eraser, run_dir, erasers, base_model=backbone.identity(), training=description["config"])
         if agreed(stop):
-            raise Interrupted(f"stopped at step {state.step} and saved; go on with --resume {run_dir}", stop.signal_number)
+            raise Interrupted(f"stopped at step {state.step} and saved; go on with {resuming(run_dir)}", stop.signal_number)
         health.after_training()  # the frozen weights are what they were
         sampling.run(run_dir, state.step, assembly, embeddings, stop)
         if agreed(stop):

@@ -5,6 +5,7 @@ Legend: N rows, D input width, E output width, r rank.
 
 import json
 import math
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -107,4 +108,4 @@ def _write(path: Path, tensors: dict[str, Tensor]) -> None:
 
 
 def _later(run_dir: Path) -> str:
-    return f"; what was trained is saved: once there is room, forget --resume {run_dir} writes it"
+    return f"; what was trained is saved: once there is room, python run.py forget --resume {shlex.quote(str(run_dir))} writes it"

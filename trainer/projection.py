@@ -30,7 +30,7 @@ from trainer.projection_evaluate import evaluate_forgetting
 from trainer.projection_health import conclude, examine, unsound
 from trainer.projection_memory import keep_prediction, predict_step
 from trainer.projection_problem import Case, Problem, make_problem, prepare
-from trainer.run_directory import make_run_directory, read_content, require_none_due, require_place, write_config
+from trainer.run_directory import make_run_directory, read_content, require_none_due, require_place, resuming, write_config
 from trainer.run_files import FINDINGS, read_object
 from trainer.signals import StopFlag
 
@@ -225,7 +225,7 @@ def _train(run: Run, problems: Mapping[str, Problem], case: Case, run_dir: Path,
         monitor.close()
         save(final=True)
         if stop:
-            raise Interrupted(f"stopped at step {run.step} and saved; go on with forget --resume {run_dir}", stop.signal_number)
+            raise Interrupted(f"stopped at step {run.step} and saved; go on with {resuming(run_dir)}", stop.signal_number)
     return bill
 
 

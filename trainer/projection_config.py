@@ -11,7 +11,7 @@ from memory.plan import MemoryPlan, PlanError
 from trainer.config import at_least, expand, require_seed, require_several
 from trainer.config_file import from_json, typed
 from trainer.errors import CheckpointError, UsageError
-from trainer.run_directory import read_content
+from trainer.run_directory import read_content, resuming
 from trainer.run_files import CONFIG
 
 WOULD_HELP = ("Where the loss still fell at the end, more --steps or a higher --lr would help, elsewhere a higher --lambda-forget, "
@@ -138,7 +138,7 @@ def read_forget_config(run_dir: Path) -> ForgetConfig:
     """The settings of a run of this command. Raises CheckpointError if it is none."""
     content = read_content(run_dir)
     if content.get("command") != "forget":
-        raise CheckpointError(f"{run_dir} is a training run; go on with it by `python run.py --resume {run_dir}`")
+        raise CheckpointError(f"{run_dir} is a training run; go on with it by `{resuming(run_dir)}`")
     try:
         values, hints = content["config"], typing.get_type_hints(ForgetConfig)
         memory = from_json({"memory": values["memory"]}).memory

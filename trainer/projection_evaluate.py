@@ -30,6 +30,7 @@ from trainer.projection_problem import Case, Problem
 from trainer.projection_qwen import MAIN_MERGER, answers, deepstack_cut, edited
 from trainer.prompts import word
 from trainer.rates import rates
+from trainer.run_directory import resuming
 from trainer.run_files import EVALUATION, write_json
 from trainer.shapes import world
 
@@ -80,8 +81,8 @@ def evaluate_forgetting(run_dir: Path, config: ForgetConfig, case: Case, problem
         except (RuntimeError, MemoryError) as e:
             if not exhausted(e):
                 raise
-            logger.warning("the language model was not asked: it does not fit there (%s); forget --resume %s --device cpu asks it on the CPU",
-                           first_line(e), run_dir)
+            logger.warning("the language model was not asked: it does not fit there (%s); %s --device cpu asks it on the CPU",
+                           first_line(e), resuming(run_dir))
     result["seconds"] = time.monotonic() - started
     write_json(run_dir / EVALUATION, result)
     return result

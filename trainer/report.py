@@ -117,7 +117,7 @@ def _unfinished(files: RunFiles) -> str:
 
     with suppress(CheckpointError, InputOutputError):  # none is good, or can be read; diagnose says why
         if checkpoint := latest_checkpoint(files.path, rename_bad=False):
-            return note(f"This run is not at its end. Unless it is still running, python run.py {resuming(files.path)} goes on from step "
+            return note(f"This run is not at its end. Unless it is still running, {resuming(files.path)} goes on from step "
                         f"{checkpoint.step}.")
     return ""
 

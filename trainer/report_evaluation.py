@@ -7,6 +7,7 @@ from typing import Any
 from trainer.charts import interval, number
 from trainer.page import note, section, table
 from trainer.projection_config import WOULD_HELP
+from trainer.run_directory import resuming
 from trainer.run_files import RunFiles
 
 
@@ -17,7 +18,7 @@ def evaluation(files: RunFiles) -> str:
         how = (f"python run.py evaluate {files.path} does it; of other models than the bundled one it wants a --rater, a CLIP model that looks at "
                "the videos.")
         if files.forgets:
-            how = f"python run.py forget --resume {files.path} does it at its end."
+            how = f"{resuming(files.path)} does it at its end."
         elif not (files.path / "eraser.safetensors").exists():  # as of a run that was killed, or that a fatal finding stopped
             how = "There is no eraser.safetensors yet."
         return section("Is it gone, and is the rest still there?", note(f"Not measured. {how}"))

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import re
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -75,9 +76,16 @@ def is_run(directory: Path) -> bool:
     return isinstance(lookup(read_object(directory / CONFIG), "config"), dict)
 
 
+def program(num_processes: int) -> tuple[str, ...]:
+    """How training is started, but for its flags."""
+    return ("python", "run.py") if num_processes == 1 else ("torchrun", f"--nproc-per-node={num_processes}", "--", "run.py")
+
+
 def resuming(run_dir: Path) -> str:
-    """The words after run.py by which a run goes on, of either kind."""
-    return f"{'forget ' * (lookup(read_object(run_dir / CONFIG), 'command') == 'forget')}--resume {run_dir}"
+    """The command line by which a run goes on, of either kind: to be pasted, with as many processes as are at work now."""
+    forgets = lookup(read_object(run_dir / CONFIG), "command") == "forget"
+    words = program(int(os.environ["WORLD_SIZE"]) if launch() else 1)
+    return shlex.join([*words, *["forget"] * forgets, "--resume", str(run_dir)])
 
 
 def write_config(run_dir: Path, config: Any, origins: Mapping[str, str], **facts: Any) -> None:
@@ -109,7 +117,7 @@ def read_config(run_dir: Path) -> tuple[TrainConfig, dict[str, Any]]:
     """The settings of a training run, and the whole content of its config.json. Raises CheckpointError if it is none."""
     content = read_content(run_dir)
     if content.get("command") == "forget":
-        raise CheckpointError(f"{run_dir} is a run of forget; go on with it by `python run.py forget --resume {run_dir}`")
+        raise CheckpointError(f"{run_dir} is a run of forget; go on with it by `{resuming(run_dir)}`")
     try:
         return from_json(content["config"]), content
     except (ValueError, KeyError, TypeError, AttributeError, PlanError, UsageError) as e:

@@ -230,9 +230,9 @@ def test_run_directories_are_numbered_by_concept(tmp_path, monkeypatch):
 
 
 def test_directory_with_a_run_is_refused(tmp_path):
-    write_config(make_run_directory(tmp_path / "run", "red"), TrainConfig(), {})
-    with pytest.raises(CheckpointError, match="holds a run already; go on with it by --resume"):
-        make_run_directory(tmp_path / "run", "red")
+    write_config(make_run_directory(tmp_path / "a run", "red"), TrainConfig(), {})
+    with pytest.raises(CheckpointError, match=f"holds a run already; go on with it by python run.py --resume '{tmp_path / 'a run'}', or"):
+        make_run_directory(tmp_path / "a run", "red")
 
 
 def test_a_place_is_refused_before_anything_is_loaded(tmp_path, monkeypatch):

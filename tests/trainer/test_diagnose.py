@@ -299,7 +299,7 @@ def test_damage_to_what_a_run_goes_on_from_is_no_health(run_dir: Path) -> None:
     adapter = newest / "adapter.safetensors"
     adapter.write_bytes(adapter.read_bytes()[:100])
     present = sorted(run_dir.rglob("*"))
-    with pytest.raises(CheckpointError, match="the checkpoint of step 2 is damaged; --resume .* would go on from step 1"):
+    with pytest.raises(CheckpointError, match="the checkpoint of step 2 is damaged; python run.py --resume .* would go on from step 1"):
         diagnose_path(run_dir)
     shutil.rmtree(older)
     with pytest.raises(CheckpointError, match="no checkpoint in .* is good"):

@@ -189,7 +189,7 @@ def _signal_in_step(step: int, by: int):
 def test_a_signal_to_one_stops_all_and_they_go_on_bitwise(two, by):
     straight = two("straight")
     stopped = two("stopped", _signal_in_step(3, by), expect=(143, 143))
-    assert all("stopped at step 3 and saved" in error for error in two.errors)
+    assert all("stopped at step 3 and saved; go on with torchrun --nproc-per-node=2 -- run.py --resume" in error for error in two.errors)
     assert _newest(stopped).name == "step-000003" and len(numbers(stopped)) == 3
     assert not differences(straight, two("stopped", resume=True))
 
@@ -293,7 +293,7 @@ def test_the_death_of_one_ends_all_with_a_valid_checkpoint(two):
     started = time.monotonic()
     run_dir = two("dead", before, expect=(6, -9))
     assert time.monotonic() - started < 60
-    assert "lost the others" in two.errors[0] and "--resume" in two.errors[0]
+    assert "lost the others" in two.errors[0] and "torchrun … -- run.py --resume" in two.errors[0]
     assert latest_checkpoint(run_dir).step == 2
     assert not differences(two("straight"), two("dead", resume=True))
 

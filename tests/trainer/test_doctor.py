@@ -142,7 +142,7 @@ def test_a_lost_card_ends_training_in_one_line(monkeypatch, capsys):
     monkeypatch.setattr(cli, "main", lost)
     monkeypatch.setattr(sys, "argv", ["run.py"])
     assert run.main() == 6
-    assert capsys.readouterr().err.startswith("error: the card is lost (CUDA error: unknown error); what is saved is good")
+    assert capsys.readouterr().err.startswith("error: the card is lost (CUDA error: unknown error); what is saved is good: go on with python run.py --resume RUN once")
 
 
 def test_read_only_places_end_in_one_line(monkeypatch, capsys):

@@ -210,7 +210,7 @@ def test_nothing_there(tmp_path):
 
 def test_a_run_that_was_killed_has_none_yet(tmp_path):
     (tmp_path / "config.json").write_text('{"config": {}}')
-    with pytest.raises(CheckpointError, match=f"no eraser there yet.*--resume {tmp_path}$"):
+    with pytest.raises(CheckpointError, match=f"no eraser there yet.*python run.py --resume {tmp_path}$"):
         load_eraser(tmp_path)
 
 
@@ -370,7 +370,7 @@ def test_full_disk_leaves_the_former_eraser_whole(saved, monkeypatch, error):
         raise error
 
     monkeypatch.setattr("safetensors.torch.save_file", fail)
-    with pytest.raises(InputOutputError, match="No space left.*what was trained is saved: once there is room, --resume .* writes it"):
+    with pytest.raises(InputOutputError, match="No space left.*what was trained is saved: once there is room, python run.py --resume .* writes it"):
         save_eraser(directory, erasers, base_model={"name": "x", "config_hash": "y"}, training={})
     assert all(torch.equal(before.state[n], t) for n, t in load_eraser(directory).state.items())
 

@@ -58,7 +58,7 @@ def test_a_full_disk_is_an_input_output_error(tmp_path, pair, monkeypatch, error
         raise error
 
     monkeypatch.setattr("safetensors.torch.save_file", fail)
-    with pytest.raises(InputOutputError, match="adapter_model.safetensors cannot be written .*No space left.*once .* forget --resume .* writes it"):
+    with pytest.raises(InputOutputError, match="adapter_model.safetensors cannot be written .*No space left.*once .* python run.py forget --resume .* writes it"):
         save_lora(tmp_path, {"head": pair}, alpha=6.0, base_model="somewhere")
     with pytest.raises(InputOutputError, match="merged.safetensors cannot be written .*No space left"):
         save_merged(tmp_path, {"head": problem().layer}, {"head": pair[1] @ pair[0]}, torch.float32)

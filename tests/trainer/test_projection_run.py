@@ -221,7 +221,7 @@ def test_where_the_language_model_does_not_fit_the_rest_is_measured(encoders, fo
     monkeypatch.setattr(projection_evaluate, "leak", fail)
     main(qwen(encoders, folders))
     assert "leak" not in json.loads((folders / "run" / "evaluation.json").read_text())
-    assert f"forget --resume {folders / 'run'} --device cpu" in caplog.text
+    assert f"; python run.py forget --resume {folders / 'run'} --device cpu" in caplog.text
 
 
 def _without(directory, *names):
@@ -331,7 +331,7 @@ def test_an_interrupted_run_goes_on_to_the_same_end(encoders, tmp_path, monkeypa
     main(clip(encoders, tmp_path / "whole"))
     with monkeypatch.context() as patch:
         patch.setattr(projection, "StopFlag", lambda: _StopAfter(3))
-        with pytest.raises(Interrupted, match="stopped at step 3") as caught:
+        with pytest.raises(Interrupted, match="stopped at step 3 and saved; go on with python run.py forget --resume ") as caught:
             main(clip(encoders, tmp_path / "half"))
     assert caught.value.exit_code == 143 and not (tmp_path / "half" / "evaluation.json").exists()
     main(["forget", "--resume", str(tmp_path / "half")])
@@ -396,11 +396,11 @@ def test_a_resumed_run_keeps_what_it_trains_on(encoders, tmp_path):
     (tmp_path / "run" / "findings.json").write_bytes(before)
     with pytest.raises(CheckpointError, match="absent: not a run directory"):
         main(["forget", "--resume", str(tmp_path / "absent")])
-    with pytest.raises(CheckpointError, match="holds a run already; go on with it by forget --resume"):
+    with pytest.raises(CheckpointError, match="holds a run already; go on with it by python run.py forget --resume"):
         main(clip(encoders, tmp_path / "run"))
     newest = latest_checkpoint(tmp_path / "run").path
     (newest / "state.json").write_text("{")
-    with pytest.raises(CheckpointError, match="the checkpoint of step 6 is damaged; forget --resume .* would go on from step 4"):
+    with pytest.raises(CheckpointError, match="the checkpoint of step 6 is damaged; python run.py forget --resume .* would go on from step 4"):
         main(["diagnose", str(tmp_path / "run")])
 
 

@@ -24,13 +24,12 @@ from trainer.checkpoint import latest_checkpoint
 from trainer.config import replaced
 from trainer.eraser_files import load_eraser
 from trainer.errors import DoesNotFit, InputOutputError, OutOfMemory
-from trainer.forecast_text import program
 from trainer.health import Health
 from trainer.latents import TrajectoryLatents
 from trainer.loop import train
 from trainer.prompts import Embeddings
 from trainer.recovery import Failure, cheaper, described, train_in_memory
-from trainer.run_directory import read_config
+from trainer.run_directory import program, read_config
 from trainer.run_files import read_metrics
 
 MESSAGE = "CUDA out of memory. Tried to allocate 4.00 KiB. GPU 0 has a total capacity of 8.00 GiB"

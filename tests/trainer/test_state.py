@@ -121,7 +121,7 @@ def test_interrupted_and_resumed_equals_straight_bitwise(straight, tiny_config, 
     one, config = straight(**overrides), tiny_config(**overrides)
     with monkeypatch.context() as patch:
         _stop_after(patch, stop * config.optim.accumulation)
-        with pytest.raises(Interrupted, match=f"stopped at step {stop} and saved; go on with --resume") as raised:
+        with pytest.raises(Interrupted, match=f"stopped at step {stop} and saved; go on with python run.py --resume") as raised:
             train(config, {})
     assert raised.value.exit_code == 143
     assert len(numbers(config.output.out)) == stop
