@@ -294,6 +294,13 @@ def evidence_text(evidence: Mapping[str, Any]) -> str:
     return ", ".join(f"{k.replace('_', ' ')} {f'{v:.4g}' if isinstance(v, float) else v}" for k, v in evidence.items())
 
 
+def blocks_text(blocks: Sequence[int]) -> str:
+    """[3] as block 3, [0, …, 9] as blocks 0, 1, 2, 3, 4, 5 and 4 more."""
+    shown = ", ".join(map(str, blocks[:6]))
+    more = f" and {len(blocks) - 6} more" if len(blocks) > 6 else ""
+    return f"block{'s' if len(blocks) > 1 else ''} {shown}{more}"
+
+
 def _plain(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)

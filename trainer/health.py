@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from memory.optimizers import update_norms
 from trainer.distributed import average, everyones, num_ranks, rank
 from trainer.erasers import in_backward
-from trainer.findings import Bill, Finding, earlier_findings, finding, keep_findings
+from trainer.findings import Bill, Finding, blocks_text, earlier_findings, finding, keep_findings
 from trainer.inspection import Fingerprint, Subject, adapter_findings
 from trainer.preflight import Preflight
 from trainer.records import Judge, Pending, non_finite
@@ -152,9 +152,12 @@ class Health:
         self.bill = before.with_findings(found)
         where = f"step {record['step'] + 1}"
         new = [f for f in self.bill.findings if f not in before.findings]
+        warned: dict[str, list[Finding]] = {}
         for f in new:
             if f.severity != "fatal":  # such a one is raised, and said where the run ends
-                logger.warning("%s: %s", where, f)
+                warned.setdefault(f.code, []).append(f)
+        for first, *others in warned.values():
+            logger.warning("%s: %s%s", where, first, f"; likewise in {blocks_text([f.block for f in others])}" if others else "")
         if new:
             self._write()
         self.bill.raise_if_fatal(where + ("" if applied else " (no weight was changed)"))

@@ -12,6 +12,8 @@ from typing import Any
 from rich.console import Group, RenderableType
 from rich.text import Text
 
+from trainer.findings import blocks_text
+
 LEVELS = "▁▂▃▄▅▆▇█"
 TERMS = ("loss", "unlearn", "loc", "pre")
 PHASES = {"teacher": ("█", "cyan"), "student": ("▓", "blue"), "backward": ("▒", "magenta"), "optimizer": ("░", "yellow"),
@@ -103,14 +105,22 @@ def _health(findings: Sequence[Mapping[str, Any]] | None, room: int) -> list[Row
     if findings is None:
         return [("health", Text("not checked", "bright_black"))]
     parts = []
+    for f, name in trouble(findings):
+        mark, style = ("✗", "bold red") if f["severity"] == "fatal" else ("▲", "yellow")
+        part = Text.assemble((f"{mark} {name}", style), f" {f.get('cause', '')}".rstrip())
+        part.truncate(room, overflow="ellipsis")
+        parts.append(part)
+    return _flow("health", parts or [Text("● healthy", "green")], room)
+
+
+def trouble(findings: Sequence[Mapping[str, Any]]) -> list[tuple[Mapping[str, Any], str]]:
+    """(finding, its code and where) of what is not as expected; what several blocks have is one, the first of them."""
+    groups: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
     for f in findings:
         if f["severity"] != "expected":
-            mark, style = ("✗", "bold red") if f["severity"] == "fatal" else ("▲", "yellow")
-            place = f" in block {f['block']}" if f.get("block") is not None else ""
-            part = Text.assemble((f"{mark} {f['code']}{place}", style), f" {f.get('cause', '')}".rstrip())
-            part.truncate(room, overflow="ellipsis")
-            parts.append(part)
-    return _flow("health", parts or [Text("● healthy", "green")], room)
+            groups.setdefault((f["severity"], f["code"]), []).append(f)
+    places = {key: sorted(f["block"] for f in group if f.get("block") is not None) for key, group in groups.items()}
+    return [(group[0], key[1] + (f" in {blocks_text(places[key])}" if places[key] else "")) for key, group in groups.items()]
 
 
 def sparkline(values: Sequence[float], width: int) -> str:
@@ -187,8 +197,8 @@ def _strips(records: Sequence[Mapping[str, Any]], room: int) -> list[Row]:
             continue
         strip, dead, exploding = block_strip(history)
         finite = [v for v in history[-1] if math.isfinite(v)]
-        notes = [(f"exploding: {_list(exploding)}", "bold magenta")] if exploding else []
-        notes += [(f"dead: {_list(dead)}", "bold red")] if dead else []
+        notes = [(f"exploding: {blocks_text(exploding)}", "bold magenta")] if exploding else []
+        notes += [(f"dead: {blocks_text(dead)}", "bold red")] if dead else []
         if finite and not notes:
             notes = [(f"{min(finite):.0e} … {max(finite):.0e}", "bright_black")]
         lines = [strip[i:i + room] for i in range(0, len(strip), room)]
@@ -196,12 +206,6 @@ def _strips(records: Sequence[Mapping[str, Any]], room: int) -> list[Row]:
     if rows:
         rows.insert(0, ("", Text("norm by block, first to last", "bright_black")))
     return rows
-
-
-def _list(blocks: Sequence[int]) -> str:
-    shown = ", ".join(map(str, blocks[:6]))
-    more = f" and {len(blocks) - 6} more" if len(blocks) > 6 else ""
-    return f"block{'s' if len(blocks) > 1 else ''} {shown}{more}"
 
 
 def _step_time(records: Sequence[Mapping[str, Any]], room: int) -> list[Row]:

@@ -150,7 +150,7 @@ def watch(config: TrainConfig, run_dir: Path, stop: StopFlag, meter: Meter) -> M
 
 def plain_line(state: Mapping[str, Any]) -> str:
     """The state in one line."""
-    from trainer.live_view import TERMS, duration, gib, pace
+    from trainer.live_view import TERMS, duration, gib, pace, trouble
 
     record, memory = state["records"][-1], state["memory"]
     parts = [f"step {state['done']}/{state['num_steps']}", *(f"{k} {record[k]:.4g}" for k in TERMS if k in record)]
@@ -161,7 +161,7 @@ def plain_line(state: Mapping[str, Any]) -> str:
     for key, label in (("reserved_bytes", "reserved"), ("process_bytes", "process")):
         if memory.get(key):
             parts.append(f"{label} {gib(memory[key])} GiB")
-    parts += [f"[{f['severity']}: {f['code']}]" for f in state["findings"] or () if f["severity"] != "expected"]
+    parts += [f"[{f['severity']}: {name}]" for f, name in trouble(state["findings"] or ())]
     return "  ".join(parts + ["stopping"] * state["stopping"])
 
 

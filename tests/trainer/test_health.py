@@ -17,7 +17,7 @@ from bench.watched import one_step
 from trainer.checkpoint import latest_checkpoint
 from trainer.config import TrainConfig
 from trainer.diagnose import prepare
-from trainer.findings import Unhealthy
+from trainer.findings import Unhealthy, finding
 from trainer.health import MAX_SKIPS, Health
 from trainer.inspection import Fingerprint
 from trainer.loop import train
@@ -245,6 +245,17 @@ def test_gradients_that_are_zeroed_in_other_ways_raise_no_alarm(accumulation: in
         health.flush()
     assert [f["code"] for f in health.findings()] == ["zero-down-gradient", "gradients-not-zeroed"]
     assert records[3]["gradient_left"] > 0
+
+
+def test_what_several_blocks_have_is_warned_of_once(tiny_config: Make, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    subject = prepare(tiny_config())
+    monkeypatch.setattr(Judge, "see", lambda judge, record: [finding("dead-gelu", "training", block=i, severity="warning") for i in (0, 1, 3)])
+    with subject.assembly, Health(subject) as health:
+        one_step(subject, health, 0)
+        health.flush()
+    assert [f["block"] for f in health.findings()] == [0, 1, 3]
+    (warning,) = (r.getMessage() for r in caplog.records)
+    assert warning.startswith("step 1: dead-gelu (training, block 0): ") and warning.endswith("; likewise in blocks 1, 3")
 
 
 def test_what_a_full_disk_does_not_take_is_said_all_the_same(tiny_config: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,

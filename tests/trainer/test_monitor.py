@@ -199,6 +199,16 @@ def test_findings_reach_plain_lines():
     assert "[warning: no-op-adapter]" in stream.getvalue()
 
 
+def test_what_several_blocks_have_is_said_once():
+    found = [finding("zero-gradient", "training", block=i, severity="warning").as_json() for i in range(42)]
+    stream = io.StringIO()
+    with Monitor(1, stream=stream) as monitor:
+        monitor.findings = lambda: [*found, finding("dead-gelu", "training", block=7, severity="warning").as_json()]
+        monitor.step(record(0))
+    assert stream.getvalue().endswith("  [warning: zero-gradient in blocks 0, 1, 2, 3, 4, 5 and 36 more]  [warning: dead-gelu in block 7]\n")
+    assert drawn(state([record(0)], findings=found)).count("zero-gradient") == 1
+
+
 def test_a_step_that_takes_less_than_a_tenth_of_a_second_is_not_said_to_take_none():
     stream = io.StringIO()
     with Monitor(2, stream=stream) as monitor:
