@@ -44,7 +44,7 @@ def train(config: TrainConfig, origins: Mapping[str, str], *, resume: Path | Non
     `forecast`, what the run is predicted to need (trainer.memory_file), into memory.json and the live view.
 
     Raises Unhealthy before a step that is not sound touches a weight, OutOfMemory, and Interrupted when a signal came,
-    both after saving.
+    both after saving. Called in another thread than the main one it leaves signals to the program that calls it: none stops it then.
     """
     # What is asked for, checked as far as it can be before anything is loaded or written.
     if not resume:

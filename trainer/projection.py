@@ -159,8 +159,8 @@ def forget(config: ForgetConfig, origins: Mapping[str, str], *,
            resume: Path | None = None) -> tuple[Path, dict[str, Any]]:
     """Forget as configured, measure, and return the run directory and the evaluation.
 
-    Raises UsageError for input that cannot work, NonFinite before any weight is touched, Interrupted after saving, Unhealthy where the
-    frozen layers have changed.
+    Raises UsageError for input that cannot work, NonFinite before any weight is touched, Interrupted after saving (in the main thread
+    only: in another one, signals are the calling program's), Unhealthy where the frozen layers have changed.
     """
     device, started = resolve_device(config.device), time.monotonic()
     if not resume:

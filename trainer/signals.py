@@ -19,16 +19,20 @@ class StopFlag:
 
     Truthy once a signal came; `signal_number` says which. A second signal of any kind, no sooner than ONE_STROKE after the first, ends
     the process within a second with status 128 + its number and without clean-up: the checkpoint protocol leaves nothing half-written at
-    any moment. Must be entered in the main thread; on exit the former handlers are back.
+    any moment. On exit the former handlers are back. Signals are the main thread's: entered in another one the flag leaves them to it,
+    and stays unset.
     """
 
     def __init__(self):
         self.signal_number: int | None = None
+        self._watcher: threading.Thread | None = None
 
     def __bool__(self) -> bool:
         return self.signal_number is not None
 
     def __enter__(self) -> "StopFlag":
+        if threading.current_thread() is not threading.main_thread():
+            return self
         # Python runs a handler between two bytecodes of the main thread, and merges equal signals that arrive before that: inside one long
         # kernel or synchronisation the second would be lost. The number written to the wake-up descriptor is neither late nor merged.
         self._read, self._write = os.pipe()
@@ -41,6 +45,8 @@ class StopFlag:
         return self
 
     def __exit__(self, *_: object) -> None:
+        if self._watcher is None:
+            return
         for number, handler in self._former_handlers.items():
             signal.signal(number, handler)
         signal.set_wakeup_fd(self._former_wakeup)

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -48,6 +49,17 @@ def test_handlers_come_back_after_an_error():
         assert seen == [signal.SIGINT] * 3 and not stop
     finally:
         signal.signal(signal.SIGINT, former)
+
+
+def test_in_another_thread_signals_stay_the_programs():
+    former = [signal.getsignal(each) for each in SIGNALS]
+
+    def work() -> bool:
+        with StopFlag() as stop:
+            return bool(stop) or [signal.getsignal(each) for each in SIGNALS] != former
+
+    with ThreadPoolExecutor(1) as threads:
+        assert threads.submit(work).result() is False
 
 
 def test_other_signals_do_not_count():

@@ -6,6 +6,7 @@ import math
 import os
 import shutil
 import signal
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -103,6 +104,11 @@ def test_what_a_run_leaves(straight, capsys):
     assert file.state["0.up.weight"].abs().sum() > 0
     captured = capsys.readouterr()
     assert captured.out == "" and "step 6/6" in captured.err
+
+
+def test_training_in_another_thread_is_the_same(straight, tiny_config):
+    with ThreadPoolExecutor(1) as threads:
+        assert not differences(straight(), threads.submit(train, tiny_config(), {}).result())
 
 
 def test_sampling_and_saving_change_nothing(straight, tiny_config):
