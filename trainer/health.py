@@ -149,7 +149,7 @@ class Health:
         for sink in self.sinks:
             sink(record)
         before, found = self.bill, self._judge.see(record) if sound else [self._locate(record)]
-        self.bill = before.with_findings(found)
+        self.bill = before.with_findings(map(self.subject.fitted, found))
         where = f"step {record['step'] + 1}"
         new = [f for f in self.bill.findings if f not in before.findings]
         warned: dict[str, list[Finding]] = {}

@@ -4,8 +4,8 @@ import copy
 import hashlib
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from memory.sharding import whole
 from memory.standing import allocate_standing
 from trainer.assemble import Assembly, masking_blocks
 from trainer.backbones.cogvideox import CogVideoX
-from trainer.config import TrainConfig
+from trainer.config import SHAPES, TrainConfig
 from trainer.distributed import rows_of
 from trainer.findings import Finding, finding
 from trainer.latents import make_latents
@@ -67,6 +67,34 @@ class Subject:
         """`3.up.weight` in the transformer's names."""
         block, leaf = name.split(".", 1)
         return f"transformer_blocks.{block}.attn1.adapter.{leaf}"
+
+    def fitted(self, found: Finding) -> Finding:
+        """`found` with a fix for these settings: one that does not advise what is set already."""
+        fix = next((fix for code, applies, fix in _FITTING if code == found.code and applies(self)), found.fix)
+        return replace(found, fix=fix)
+
+
+def _computes_in(dtype: torch.dtype) -> Callable[[Subject], bool]:
+    return lambda subject: subject.assembly.dtype == dtype
+
+
+def _has_low_eta(subject: Subject) -> bool:
+    return subject.config.loss.eta <= 5
+
+
+_COPY = "if that is ordinary, a weight of the model is damaged: copy it again"
+_FITTING: Sequence[tuple[str, Callable[[Subject], bool], str]] = (
+    ("non-finite-activation", _computes_in(torch.float32), "if the largest input is huge, a weight before this module is damaged: copy the model "
+        "again; along a trajectory, a lower --trajectory-guidance may help"),
+    ("non-finite-loss", _computes_in(torch.float32), f"a lower --lr; {_COPY}"),
+    ("non-finite-gradient", _computes_in(torch.float32), "look at hooks on gradients and at custom autograd functions; if there are none, a weight "
+        "of the model is damaged: copy it again"),
+    ("non-finite-gradient", _computes_in(torch.bfloat16), "--dtype float32; look at hooks on gradients and at custom autograd functions"),
+    ("non-finite-target", _has_low_eta, f"a lower --eta; {_COPY}"),
+    ("eta-too-large", _has_low_eta, "a lower --eta"),
+    ("learning-rate-too-high", lambda subject: subject.config.model.model == "shapes", f"--lr {SHAPES['optim.lr']:g}"),
+)
+"""(code, where it applies, the fix there): others than in CODES."""
 
 
 def own_parameters(transformer: nn.Module) -> dict[str, nn.Parameter]:

@@ -6,14 +6,12 @@ would only repeat it.
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from memory.optimizers import reset_state
-from trainer.config import SHAPES
 from trainer.findings import Bill, Finding, finding
 from trainer.inspection import (Fingerprint, Subject, adapter_findings, block_of, held, non_finite_embedding, non_finite_weight,
                                 own_parameters, values)
@@ -58,7 +56,7 @@ class Preflight:
         weights = self.erasers.state_dict()
         try:
             for stage in (self._still, self._step, self._plumbing, self._numbers, self._gradients, self._trial):
-                bill = bill.with_findings(stage())
+                bill = bill.with_findings(map(self.subject.fitted, stage()))
                 if bill.fatal:
                     return bill
         finally:
@@ -236,8 +234,7 @@ class Preflight:
         yield from self._far_target()
         size = torch.stack([a.down.weight.detach().square().mean() for a in self.erasers.adapters]).mean().sqrt().item()
         if config.optim.lr > LARGEST_LR_SHARE * size:
-            found = finding("learning-rate-too-high", "optimizer", lr=config.optim.lr, weights_root_mean_square=size)
-            yield replace(found, fix=f"--lr {SHAPES['optim.lr']:g}") if config.model.model == "shapes" else found
+            yield finding("learning-rate-too-high", "optimizer", lr=config.optim.lr, weights_root_mean_square=size)
         before = [p.detach().clone() for p in self.erasers.parameters()]
         rates, stateless = [group["lr"] for group in optimizer.param_groups], not optimizer.state
         try:

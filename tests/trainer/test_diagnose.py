@@ -20,7 +20,7 @@ from trainer import tracing
 from trainer.assemble import open_backbone
 from trainer.checkpoint import STATE
 from trainer.cli import main
-from trainer.config import TrainConfig
+from trainer.config import TrainConfig, replaced
 from trainer.diagnose import diagnose_eraser, diagnose_path, diagnose_run, diagnose_settings, prepare
 from trainer.eraser_files import WEIGHTS, save_released
 from trainer.erasers import Erasers
@@ -167,6 +167,24 @@ def test_too_high_a_learning_rate_is_told_the_models_own(tiny_config: Make) -> N
         return next(f.fix for f in bill.findings if f.code == "learning-rate-too-high")
 
     assert fix() == "--lr 1e-4" and fix(model__model="shapes", data__concept="red", data__prompts=None, data__preserve=()) == "--lr 0.003"
+
+
+@pytest.mark.parametrize("module, code, advised", [("patch_embed.proj", "non-finite-activation", "copy the model again"),
+                                                   ("proj_out", "non-finite-target", "a lower --eta; ")])
+def test_what_is_set_already_is_not_advised(tiny_config: Make, module: str, code: str, advised: str) -> None:
+    """As after a huge weight in a model of float32."""
+    subject = prepare(tiny_config())
+    with torch.no_grad():
+        subject.assembly.transformer.get_submodule(module).weight.mul_(1e20)
+    with subject.assembly:
+        (found,) = Preflight(subject).run().fatal
+    assert found.code == code and advised in found.fix and "--dtype" not in found.fix and "--eta 5" not in found.fix
+    assert subject.fitted(finding("non-finite-loss", "student")).fix.startswith("a lower --lr; ")
+    assert "--dtype" not in subject.fitted(finding("non-finite-gradient", "backward")).fix
+    bfloat16 = replace(subject, assembly=replace(subject.assembly, dtype=torch.bfloat16))
+    assert bfloat16.fitted(finding("non-finite-gradient", "backward")).fix.startswith("--dtype float32; ")
+    far = replace(subject, config=replaced(subject.config, {"loss.eta": 50.0}))
+    assert far.fitted(finding("eta-too-large", "teacher")).fix == "--eta 5" != subject.fitted(finding("eta-too-large", "teacher")).fix
 
 
 def test_a_failure_that_no_check_explains_is_not_hidden(tiny_config: Make, monkeypatch: pytest.MonkeyPatch) -> None:
