@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from memory import environment
 from memory.cards import GIB, Card
 from memory.plan import SHARDING_BUFFERS, MemoryPlan, resolve_keeps
-from memory.timeline import Prediction, Trace
+from memory.timeline import Prediction, Trace, shown
 from memory.timing import StepLoad, StepTime, load_of, step_time
 
 MARGIN = 0.03
@@ -128,7 +128,7 @@ def assess_trace(workload: Workload, plan: MemoryPlan, trace: Trace, time: StepT
     if device_short:
         tightest = prediction.by_phase if step == reserved else others.by_phase  # not by what is allocated: shares differ
         where = "of this machine's memory" if limits.card.is_cpu else "on the card"
-        reason = f"needs {device_short / GIB:.2f} GiB more {where} in {max(tightest, key=tightest.get)}"
+        reason = f"needs {device_short / GIB:.2f} GiB more {where} in {shown(max(tightest, key=tightest.get))}"
     elif host_short:
         reason = f"needs {host_short / GIB:.2f} GiB more of host memory"
     return Assessment(

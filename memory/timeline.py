@@ -24,6 +24,12 @@ CATEGORIES = (
 )
 PLACES = ("device", "pinned")
 TEACHER, FORWARD, BACKWARD, OPTIMIZER = "teacher", "student forward", "student backward", "optimizer"
+_SHOWN = {FORWARD: "student", BACKWARD: "backward"}
+
+
+def shown(phase: str) -> str:
+    """The name that people are shown of a trace's phase, the one that runs measure it under."""
+    return _SHOWN.get(phase, phase)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,6 +10,7 @@ from memory.assess import Assessment, compiled_fragmentation
 from memory.cards import GIB, Card
 from memory.plan import MemoryPlan
 from memory.ranking import SEARCHED
+from memory.timeline import shown
 from memory.timing import LARGEST_ERROR, TYPICAL_ERROR
 from trainer.assemble import only_planned
 from trainer.config import TrainConfig
@@ -60,9 +61,13 @@ def described(a: Assessment) -> dict[str, Any]:
         "settings": asdict(a.plan), "fits": a.fits,
         "predicted": {"peak_bytes": max(a.by_phase.values()), "step_peak_bytes": a.prediction.peak_bytes,
                       "reserved_bytes": a.prediction.reserved_bytes, "needed_bytes": a.needed_bytes,
-                      "host_bytes": a.host_bytes, "by_category": a.prediction.by_category, "by_phase": a.by_phase},
+                      "host_bytes": a.host_bytes, "by_category": a.prediction.by_category, "by_phase": _shown(a.by_phase)},
         "step_seconds": a.time.seconds, "step_seconds_by_bound": a.time.by_bound,
     }
+
+
+def _shown(by_phase: dict[str, int]) -> dict[str, int]:
+    return {shown(phase): num_bytes for phase, num_bytes in by_phase.items()}
 
 
 def print_forecast(found: Forecast, origins: dict[str, str], *, explain: bool) -> None:
@@ -89,7 +94,7 @@ def print_forecast(found: Forecast, origins: dict[str, str], *, explain: bool) -
         planned = f.name in searched and origin == "default"
         table.add_row(f.name, str(getattr(a.plan, f.name)), "planned" if planned else Text(origin))
     console.print(table)
-    for title, rows in (("GiB at the step's peak", a.prediction.by_category), ("GiB by phase", a.by_phase)):
+    for title, rows in (("GiB at the step's peak", a.prediction.by_category), ("GiB by phase", _shown(a.by_phase))):
         table = Table("", "GiB", title=title, title_justify="left")
         for name, num_bytes in rows.items():
             table.add_row(name, f"{num_bytes / GIB:.3f}")

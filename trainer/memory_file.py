@@ -12,13 +12,12 @@ from typing import Any
 
 from memory.assess import Assessment
 from memory.cards import Card
-from memory.timeline import BACKWARD, CATEGORIES, FORWARD, Trace
+from memory.timeline import CATEGORIES, Trace, shown
 from trainer.config import TrainConfig
 from trainer.planning import forecast_as_given
 from trainer.run_files import MEMORY, lookup, read_object, write_json
 
 NUM_POINTS = 400
-_NAMES = {FORWARD: "student", BACKWARD: "backward"}  # as the run's clock has them
 
 
 @dataclass(frozen=True)
@@ -33,7 +32,7 @@ class MemoryForecast:
         found = self.known
         if found is None or found.plan != config.memory:
             found = forecast_as_given(config, self.card)
-        peaks = {_NAMES.get(name, name): value for name, value in found.by_phase.items()}
+        peaks = {shown(name): value for name, value in found.by_phase.items()}
         peaks.pop("load")  # of the steps, whose optimizer has its state; reading the model is below them, and not predicted
         return {
             "card": self.card.name, "budget_bytes": self.card.usable_bytes, "plan": asdict(found.plan),
@@ -52,7 +51,7 @@ def thinned(trace: Trace) -> list[list[Any]]:
         points = list(run)
         for start in range(0, len(points), length):
             chosen.add(max(points[start:start + length], key=lambda point: point[1][1])[0])
-    return [[_NAMES.get(phase, phase), list(live.values())]
+    return [[shown(phase), list(live.values())]
             for i, (phase, _, live) in enumerate(trace.timeline()) if i in chosen]
 
 

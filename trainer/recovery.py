@@ -26,6 +26,7 @@ from memory.meter import Meter, PhasePeak
 from memory.plan import MemoryPlan
 from memory.ranking import SEARCHED
 from memory.streams import release_pinned
+from memory.timeline import BACKWARD, FORWARD, shown
 from trainer.assemble import open_backbone
 from trainer.checkpoint import latest_checkpoint, save_checkpoint
 from trainer.config import TrainConfig
@@ -59,7 +60,7 @@ PHASES = {
     ("trainer.checkpoint", "save_checkpoint"): "save",
 }
 _AROUND = {("trainer.health", "before_training"): "pre-flight", ("trainer.tracing", "trace"): "second pass"}  # steps beside the loop's
-_PLANNED = {"student": "student forward", "backward": "student backward"}  # others by their name
+_PLANNED = {shown(phase): phase for phase in (FORWARD, BACKWARD)}  # others by their name
 _KEPT = ("optimizer", "dtype")  # a run does not go on with another
 
 
@@ -235,7 +236,7 @@ def described(failure: Failure, advice: Advice | None, command: str | None, *, o
         said = _LAST_RESORT.get(failure.planned_phase, _LAST_RESORT["device" if on_cpu else failure.whose])
         lines.append(said.removesuffix(_ON_THE_CPU) if on_cpu else said)
     else:
-        lines.append(f"cheaper: {advice.why} (predicted: {size_text(advice.needed_bytes)} in {failure.planned_phase})")
+        lines.append(f"cheaper: {advice.why} (predicted: {size_text(advice.needed_bytes)} in {shown(failure.planned_phase)})")
         lines.append(command or "going on with that")
     return "\n".join(lines)
 

@@ -13,12 +13,13 @@ from memory.cards import GIB, lookup
 from memory.fake import FakeMode
 from memory.plan import MemoryPlan
 from memory.ranking import SEARCHED
-from memory.timeline import pinned_bytes
+from memory.timeline import pinned_bytes, shown
 from trainer import forecast_text, phases, planning
 from trainer.backbones.cogvideox import CogVideoX, enable_tiles
 from trainer.config import DataConfig, LossConfig, ModelConfig, OptimConfig, TrainConfig, replaced
 from trainer.diagnose import prepare
 from trainer.errors import DoesNotFit, UsageError
+from trainer.memory_file import MemoryForecast
 from trainer.rehearse import peak_beyond
 
 
@@ -41,6 +42,16 @@ def test_json_has_the_promised_keys_and_sums(forecast):
     assert sum(predicted["by_category"].values()) == predicted["step_peak_bytes"]
     assert predicted["peak_bytes"] == max(predicted["by_phase"].values())
     assert content["settings"].keys() == MemoryPlan.__dataclass_fields__.keys()
+
+
+def test_phases_have_the_names_that_a_run_gives_them(forecast, capsys):
+    forecast_text.print_forecast(forecast, {}, explain=False)
+    output, content = capsys.readouterr().out, forecast_text.as_json(forecast, {})
+    in_a_run = MemoryForecast(forecast.card, forecast.chosen)(forecast.config)["predicted"]["peak_bytes_by_phase"]
+    assert {"load", *in_a_run} == set(content["predicted"]["by_phase"]) and {"student", "backward"} <= set(in_a_run)
+    assert all(re.search(rf"│ {phase} +│", output) for phase in in_a_run)
+    least = planning.forecast_as_given(forecast.config, replace(lookup("4090"), usable_bytes=0))
+    assert least.reason.endswith(("GiB more on the card in student", "GiB more on the card in backward"))
 
 
 def test_a_plan_says_that_it_is_predicted_and_how_far_times_may_be_off(forecast, capsys):
@@ -184,7 +195,7 @@ def test_settings_that_cannot_be_are_one_line(tiny_config):
 def test_of_a_cpu_the_verdict_names_no_card(tiny_config):
     found = planning.forecast(tiny_config(), replace(lookup("cpu"), usable_bytes=2**20))
     step = found.chosen.prediction.by_phase  # decode allocates more, and the step reserves more
-    assert planning.verdict(found).endswith(f"more of this machine's memory in {max(step, key=step.get)}; "
+    assert planning.verdict(found).endswith(f"more of this machine's memory in {shown(max(step, key=step.get))}; "
                                             "4 GiB free would do")
 
 
