@@ -189,18 +189,13 @@ def _forecast(command: PlanCommand, origins: dict[str, str]) -> None:
         print("there is no CUDA card here, so this is planned for the CPU; --profile 4090, say, plans for a card", file=sys.stderr)
 
 
-def _card_to_fill(config: GenerateConfig | EvaluateConfig, by_flag: Collection[str]) -> Card | None:
-    """The card that gets as many resident blocks as it holds; None where a flag says how many."""
-    return None if "resident_blocks" in by_flag else chosen_card("auto", config.model.device)
-
-
 def _measure(config: EvaluateConfig, by_flag: Collection[str] = ()) -> None:
     from trainer.evaluate import evaluate, print_table
     from trainer.generate import as_trained
     from trainer.run_files import EVALUATION, PICTURES
 
     config = as_trained(config, config.run, by_flag, of_its_size=config.rater is not None)  # a rule is for the model's own size
-    print_table(evaluate(config, _card_to_fill(config, by_flag)))
+    print_table(evaluate(config, None if "resident_blocks" in by_flag else chosen_card("auto", config.model.device)))
     directory = config.run if config.run.is_dir() else config.run.parent
     print(f"evaluation: {directory / EVALUATION}\npictures: {directory / PICTURES}")
 
@@ -214,7 +209,8 @@ def _generate(argv: Sequence[str]) -> None:
     from trainer.generate import as_trained, generate
 
     config = as_trained(config, config.eraser, given(argv))
-    generate(config, _card_to_fill(config, given(argv)), written=partial(print, flush=True))  # what an interruption leaves is named, too
+    generate(config, chosen_card("auto", config.model.device), fill="resident_blocks" not in given(argv),
+             written=partial(print, flush=True))  # what an interruption leaves is named, too
 
 
 def _report(argv: Sequence[str]) -> None:

@@ -23,7 +23,7 @@ from trainer.config_file import from_json
 from trainer.diffusion import sample
 from trainer.eraser_files import EraserFile, load_eraser, refuse_forgetting
 from trainer.errors import CheckpointError, InputOutputError, NonFinite, UsageError
-from trainer.phases import fit_to_generate
+from trainer.phases import decodes_beside, fit_to_generate
 from trainer.planning import require_sense
 from trainer.prompts import Embeddings
 from trainer.run_directory import is_run, probe, read_config
@@ -91,21 +91,30 @@ def opened(model: ModelConfig, plan: MemoryPlan, card: Card | None, *, eraser: E
     if eraser:
         eraser.require_fit(backbone.num_blocks, backbone.width, backbone.identity())
     if card:
-        plan = fit_to_generate(backbone, TrainConfig(model=model, memory=plan, optim=OptimConfig(rank=eraser.rank if eraser else 1),
-                                                     output=OutputConfig(guidance_scale=guidance_scale)), card, beside=beside)
+        plan = fit_to_generate(backbone, _workload(model, plan, eraser, guidance_scale), card, beside=beside)
     return backbone, plan
 
 
-def generate(config: GenerateConfig, card: Card | None = None, *, written: Callable[[Path], None] = lambda path: None) -> list[Path]:
-    """Write one video a prompt, each as soon as it is made, and with `compare` a before/after sheet; returns the paths. `written` hears of
-    each as soon as it is there. With as many resident blocks as `card` holds; None: as configured."""
+def _workload(model: ModelConfig, plan: MemoryPlan, eraser: EraserFile | None, guidance_scale: float) -> TrainConfig:
+    """What sampling takes, as settings of training."""
+    return TrainConfig(model=model, memory=plan, optim=OptimConfig(rank=eraser.rank if eraser else 1), output=OutputConfig(guidance_scale=guidance_scale))
+
+
+def generate(config: GenerateConfig, card: Card | None = None, *, fill: bool = True,
+             written: Callable[[Path], None] = lambda path: None) -> list[Path]:
+    """Write one video a prompt, and with `compare` a before/after sheet; returns the paths. `written` hears of each as soon as it is there.
+
+    `fill`: with as many resident blocks as `card` holds; otherwise, or without a card, as configured. Each video is written as soon as it
+    is made, or when all are made: where `card` is predicted not to hold decoder and transformer at once, as they are configured.
+    """
     require_real(config.memory)
     if config.out.is_dir():
         raise InputOutputError(f"--out {config.out}: is a directory; name a file in it, as {config.out / 'x.mp4'}")
     eraser = None if config.no_eraser else load_eraser(config.eraser)
     model = eraser.model(config.model) if eraser else config.model
     several = len(config.prompt) > 1
-    backbone, plan = opened(model, config.memory, card, eraser=eraser, guidance_scale=config.guidance_scale, beside=several)
+    backbone, plan = opened(model, config.memory, card if fill else None, eraser=eraser, guidance_scale=config.guidance_scale, beside=several)
+    at_once = several and (fill or not card or decodes_beside(backbone, _workload(model, plan, eraser, config.guidance_scale), card))
     try:
         probe(config.out.parent)  # makes it: after what can be refused, before minutes of sampling
     except OSError as e:
@@ -113,7 +122,7 @@ def generate(config: GenerateConfig, card: Card | None = None, *, written: Calla
     embeddings = embed_prompts(backbone, model, plan, [*config.prompt, ""])
     made = _latents(config, backbone, model, plan, embeddings)
     with closing(made):
-        return _write(config, backbone, model, plan, made if several else list(made), written)
+        return _write(config, backbone, model, plan, made if at_once else list(made), written)
 
 
 def _latents(config: GenerateConfig, backbone: CogVideoX, model: ModelConfig, plan: MemoryPlan, embeddings: Embeddings

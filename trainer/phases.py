@@ -74,6 +74,16 @@ def fit_to_generate(backbone: CogVideoX, config: TrainConfig, card: Card, *, bes
                      "--frames, a smaller --height and --width need less, and --resident-blocks 0 tries nevertheless")
 
 
+def decodes_beside(backbone: CogVideoX, config: TrainConfig, card: Card) -> bool:
+    """Whether `card` is predicted to hold the transformer, by the configured plan, while a video is decoded."""
+    try:
+        most = fit_to_generate(backbone, config, card, beside=True)
+    except DoesNotFit:
+        return False
+    ours, theirs = (backbone.num_blocks if plan.resident_blocks is None else plan.resident_blocks for plan in (config.memory, most))
+    return ours <= theirs and most.feed_forward_chunks == config.memory.feed_forward_chunks
+
+
 def _num_bytes(model: torch.nn.Module) -> int:
     return sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
 

@@ -346,6 +346,17 @@ def test_a_card_decides_what_streams_unless_a_flag_does(sincos, eraser, tmp_path
     assert [plan.resident_blocks for plan in plans] == [None, 1]
 
 
+@pytest.mark.parametrize("gib, num_sampled", [(1.0, [1, 2]), (0.0, [2, 2])])
+def test_where_the_decoder_does_not_fit_beside_the_blocks_of_a_flag_it_waits(sincos, eraser, tmp_path, written, monkeypatch, gib, num_sampled):
+    make, load, sampled, at_decoding = module.generate_latents, type(sincos).load_vae, [], []
+    monkeypatch.setattr(module, "generate_latents", lambda *args, **more: [sampled.append(1), make(*args, **more)][1])
+    monkeypatch.setattr(type(sincos), "load_vae", lambda self, **how: [at_decoding.append(len(sampled)), load(self, **how)][1])
+    monkeypatch.setattr("trainer.cli.chosen_card", lambda profile, device: _card(gib))
+    main(["generate", "--model", str(sincos.directory), "--eraser", str(eraser), "--prompt", PROMPT, "a blue circle", "--out", str(tmp_path / "x.mp4"),
+          "--frames", str(FRAMES), "--height", str(SIDE), "--width", str(SIDE), "--num-steps", "1", "--resident-blocks", "1", "--device", "cpu"])
+    assert at_decoding == num_sampled
+
+
 @pytest.mark.parametrize("plan", [MemoryPlan(), MemoryPlan(resident_blocks=1, feed_forward_chunks=2, passes="lockstep")], ids=["resident", "streamed"])
 def test_the_transformer_is_gone_when_videos_are_decoded(sincos, eraser, tmp_path, written, monkeypatch, plan):
     load, decoder, weights = type(sincos).load_transformer, type(sincos).load_vae, []
