@@ -7,7 +7,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from functools import lru_cache, partial
-from multiprocessing import active_children, get_context
+from multiprocessing.context import SpawnContext, SpawnProcess
 from typing import Any
 from unittest.mock import patch
 
@@ -93,9 +93,15 @@ class Forecaster:
     """Runs forecasts ahead of need: `ask` starts one, `answer` waits for it. With no workers, when it is needed."""
 
     def __init__(self, num_workers: int):
-        # spawn: a process forked after the card was touched cannot be used.
-        self._pool = ProcessPoolExecutor(num_workers, mp_context=get_context("spawn"), initializer=_step_back) if num_workers else None
+        context = SpawnContext()  # a process forked after the card was touched cannot be used
+        context.Process = self._worker
+        self._workers: list[SpawnProcess] = []
+        self._pool = ProcessPoolExecutor(num_workers, mp_context=context, initializer=_step_back) if num_workers else None
         self._futures: dict[tuple, Future] = {}
+
+    def _worker(self, **how: Any) -> SpawnProcess:
+        self._workers.append(SpawnProcess(**how))
+        return self._workers[-1]
 
     def ask(self, function: Callable[..., Any], *args: Any) -> None:
         """Start `function(*args)` unless it was asked for before. Arguments must be hashable."""
@@ -122,5 +128,6 @@ class Forecaster:
         """End the workers, in the middle of a forecast too: nobody waits for it, and a card may be there for minutes only."""
         if self._pool is not None:
             self._pool.shutdown(wait=False, cancel_futures=True)
-            for worker in active_children():
-                worker.terminate()
+            for worker in self._workers:
+                if worker.is_alive():
+                    worker.terminate()
