@@ -122,7 +122,7 @@ class Health:
         scale = self.subject.scaler.scale(torch.ones_like(self._zero))
         left = self._zero if self._left is None else self._left
         packed = torch.cat([head, torch.stack([scale, left, *gradients, *updates, *weights, *self._eraser, *self._residual])])
-        more = {"lr": self.subject.optimizer.param_groups[0]["lr"]}
+        more = {"lr": self.subject.param_groups[0]["lr"]}
         self._pending = Pending(step, list(terms), self._copy(packed), more)
         self._forget_step()
 
@@ -228,15 +228,15 @@ class Health:
         return found
 
     def _step_optimizer(self, bad: Tensor) -> None:
-        optimizer = self.subject.optimizer
-        if getattr(optimizer, "_step_supports_amp_scaling", False):  # fused: the kernel looks at found_inf itself
-            optimizer.grad_scale, optimizer.found_inf = None, bad.float()
-            try:
+        for optimizer in self.subject.optimizers:
+            if getattr(optimizer, "_step_supports_amp_scaling", False):  # fused: the kernel looks at found_inf itself
+                optimizer.grad_scale, optimizer.found_inf = None, bad.float()
+                try:
+                    optimizer.step()
+                finally:
+                    del optimizer.grad_scale, optimizer.found_inf
+            elif not bad:  # 8-bit optimizers know no such flag: this waits for the device
                 optimizer.step()
-            finally:
-                del optimizer.grad_scale, optimizer.found_inf
-        elif not bad:  # 8-bit optimizers know no such flag: this waits for the device
-            optimizer.step()
 
     def _copy(self, packed: Tensor) -> tuple[Tensor, Any]:
         """The values on the way to the host, and the event that says that they are there."""

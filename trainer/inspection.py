@@ -27,13 +27,13 @@ from trainer.prompts import Embeddings, PromptSet
 
 @dataclass(frozen=True, kw_only=True)
 class Subject:
-    """What is examined: a training step's parts."""
+    """What is examined: a training step's parts. `optimizer`: the one of a run, or in a loop of one's own several, each with its parameters."""
 
     config: TrainConfig
     native_dtype: torch.dtype
     assembly: Assembly
     teacher: Teacher
-    optimizer: torch.optim.Optimizer
+    optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer]
     scaler: torch.amp.GradScaler
 
     @classmethod
@@ -53,6 +53,15 @@ class Subject:
         allocate_standing(optimizer, assembly.device)
         return cls(config=config, native_dtype=backbone.native_dtype, assembly=assembly, teacher=teacher, optimizer=optimizer,
                    scaler=make_scaler(assembly.dtype, assembly.device))
+
+    @property
+    def optimizers(self) -> Sequence[torch.optim.Optimizer]:
+        return [self.optimizer] if isinstance(self.optimizer, torch.optim.Optimizer) else self.optimizer
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """Of all optimizers."""
+        return [group for optimizer in self.optimizers for group in optimizer.param_groups]
 
     def teacher_copy(self, *, of_rank: int | None = None) -> Teacher:
         """A teacher that makes samples without moving the run's own trajectories: on the rows of process `of_rank`, by default of this one."""
@@ -181,7 +190,7 @@ def values(scalars: Sequence[Tensor]) -> list[Any]:
 
 def held(subject: Subject) -> set[int]:
     """Identities of the parameters that the optimizer moves."""
-    return {id(p) for group in subject.optimizer.param_groups for p in group["params"]}
+    return {id(p) for group in subject.param_groups for p in group["params"]}
 
 
 def adapter_findings(subject: Subject) -> Iterator[Finding]:
@@ -203,7 +212,7 @@ def adapter_findings(subject: Subject) -> Iterator[Finding]:
 
 def _ownership(subject: Subject) -> str:
     """Why a parameter would not be in the optimizer: it holds as many of the same shapes, or it does not."""
-    theirs = [p for group in subject.optimizer.param_groups for p in group["params"]]
+    theirs = [p for group in subject.param_groups for p in group["params"]]
     ours = subject.assembly.erasers.parameters()
     same = Counter(tuple(p.shape) for p in theirs) == Counter(tuple(p.shape) for p in ours)
     return "replaced-parameters" if same else "not-in-optimizer"

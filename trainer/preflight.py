@@ -230,27 +230,29 @@ class Preflight:
 
     def _trial(self) -> Iterator[Finding]:
         """One optimizer step, taken back afterwards: do weights move, and does the output follow?"""
-        config, optimizer = self.subject.config, self.subject.optimizer
+        config, optimizers, groups = self.subject.config, self.subject.optimizers, self.subject.param_groups
         yield from self._far_target()
         size = torch.stack([a.down.weight.detach().square().mean() for a in self.erasers.adapters]).mean().sqrt().item()
         if config.optim.lr > LARGEST_LR_SHARE * size:
             yield finding("learning-rate-too-high", "optimizer", lr=config.optim.lr, weights_root_mean_square=size)
         before = [p.detach().clone() for p in self.erasers.parameters()]
-        rates, stateless = [group["lr"] for group in optimizer.param_groups], not optimizer.state
+        rates, stateless = [group["lr"] for group in groups], [not optimizer.state for optimizer in optimizers]
         try:
             for parameter, gradient in zip(self.erasers.parameters(), self.gradients.values()):
                 parameter.grad = gradient
-            for group in optimizer.param_groups:
+            for group in groups:
                 group["lr"] = TRIAL_LR
-            optimizer.step()
+            for optimizer in optimizers:
+                optimizer.step()
             moved = any(not torch.equal(p, b) for p, b in zip(self.erasers.parameters(), before))
             changed = (self._prediction(True) - self.off).abs().max().item()
         finally:
-            if stateless:  # other optimizers than ours, whose state may begin with other values than zero, make it in their first step
-                optimizer.state.clear()
-            else:
-                reset_state(optimizer)
-            for group, rate in zip(optimizer.param_groups, rates):
+            for optimizer, fresh in zip(optimizers, stateless):
+                if fresh:  # other optimizers than ours, whose state may begin with other values than zero, make it in their first step
+                    optimizer.state.clear()
+                else:
+                    reset_state(optimizer)
+            for group, rate in zip(groups, rates):
                 group["lr"] = rate
         gradient = max(values([g.abs().max() for g in self.gradients.values()]))
         if not moved and gradient > 0:

@@ -247,6 +247,27 @@ def test_gradients_that_are_zeroed_in_other_ways_raise_no_alarm(accumulation: in
     assert records[3]["gradient_left"] > 0
 
 
+def test_several_optimizers_are_one_to_the_watcher(tiny_config: Make) -> None:
+    subject = prepare(tiny_config())
+    erasers, whole = subject.assembly.erasers, subject.optimizer
+    matrices, biases = ([p for p in erasers.parameters() if (p.ndim == 2) == two] for two in (True, False))
+    subject = replace(subject, optimizer=(torch.optim.Muon(matrices, lr=1e-3), torch.optim.AdamW(biases, lr=1e-3, fused=True)))
+    with subject.assembly, Health(subject) as health:
+        health.before_training()
+        assert health.bill.healthy and not any(optimizer.state for optimizer in subject.optimizer) and [g["lr"] for g in subject.param_groups] == [1e-3] * 2
+        for step, loss in enumerate((None, torch.tensor(math.nan))):
+            before = erasers.state_dict()
+            terms = student_backward(subject.assembly.predict, erasers, subject.teacher.sample(step), subject.config.loss)
+            health.apply(step, terms if loss is None else terms | {"loss": loss})
+            whole.zero_grad(set_to_none=True)
+            moved = {name for name, tensor in erasers.state_dict().items() if not torch.equal(tensor, before[name])}
+            assert {"0.up.weight", "1.up.bias"} <= moved if loss is None else not moved
+        with pytest.raises(Unhealthy, match="no weight was changed"):
+            health.flush()
+    (found,) = Preflight(replace(subject, optimizer=subject.optimizer[:1])).run().fatal
+    assert found.code == "not-in-optimizer" and found.module.endswith(".bias")
+
+
 def test_what_several_blocks_have_is_warned_of_once(tiny_config: Make, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     subject = prepare(tiny_config())
     monkeypatch.setattr(Judge, "see", lambda judge, record: [finding("dead-gelu", "training", block=i, severity="warning") for i in (0, 1, 3)])
