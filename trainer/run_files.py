@@ -8,9 +8,11 @@ samples/step-*.png    pictures on the way
 memory.json           what the run is predicted to need (trainer.memory_file)
 """
 
+import errno
 import json
 import logging
 import math
+import os
 import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -145,7 +147,11 @@ def write_whole(path: Path, text: str) -> None:
 
 @contextmanager
 def part_of(path: Path, ending: str = "") -> Iterator[Path]:
-    """Within: the file to write, which becomes `path` when it is complete; what is there stays until then, and if it fails."""
+    """Within: the file to write, which becomes `path` when it is complete; what is there stays until then, and if it fails. A link stays,
+    and what it points to is written. Raises OSError where a device or a pipe is there, which a user who may do so would replace by a file."""
+    path = Path(os.path.realpath(path))
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
     part = path.with_name(f".{path.name}.part{ending}")
     try:
         yield part

@@ -317,6 +317,18 @@ def test_no_run_and_no_place(run, tmp_path):
             write_report(run, place / "page.html")
 
 
+def test_a_device_or_a_pipe_is_not_replaced_and_a_link_is_followed(run, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "to pipe").symlink_to(tmp_path / "pipe")
+    for out in (tmp_path / "pipe", tmp_path / "to pipe"):
+        with pytest.raises(InputOutputError, match=f"{out} cannot be written .not a regular file.; choose another --out"):
+            write_report(run, out)
+    assert (tmp_path / "pipe").is_fifo() and (tmp_path / "to pipe").is_symlink()
+    (tmp_path / "link").symlink_to(tmp_path / "page.html")
+    assert write_report(run, tmp_path / "link") == tmp_path / "link" and (tmp_path / "link").is_symlink()
+    assert "Erasing red" in (tmp_path / "page.html").read_text()
+
+
 LONG = 300 * "x"
 
 
