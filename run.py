@@ -17,8 +17,8 @@ from pathlib import Path
 from memory import environment
 
 # What a file system may refuse, and what would work.
-_INPUT_OUTPUT = (dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOSPC, errno.EDQUOT, errno.EIO),
-                               "choose a place that can be written and has room")
+_INPUT_OUTPUT = (dict.fromkeys((errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EIO), "choose a place that can be written and has room")
+                 | dict.fromkeys((errno.EACCES, errno.EPERM), "choose a place that you may read and write, or have its permissions changed")
                  | dict.fromkeys((errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP), "name another path"))
 
 

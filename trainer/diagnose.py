@@ -13,7 +13,7 @@ from trainer.assemble import assemble, embed_prompts, open_training
 from trainer.checkpoint import latest_checkpoint
 from trainer.config import TrainConfig
 from trainer.eraser_files import WEIGHTS, EraserFile, load_eraser
-from trainer.errors import CheckpointError
+from trainer.errors import CheckpointError, InputOutputError
 from trainer.findings import Bill, Finding, finding, from_json
 from trainer.inspection import Subject
 from trainer.lora import WEIGHTS as LORA, load_updates
@@ -33,16 +33,20 @@ def diagnose_path(path: Path) -> Bill:
 
 
 def diagnose_run(run_dir: Path) -> Bill:
-    """What the run itself found, what its metrics say, and its eraser. Raises CheckpointError for a file that is damaged."""
+    """What the run itself found, what its metrics say, and its eraser. Raises CheckpointError for a file that is damaged,
+    InputOutputError for one that cannot be read."""
     checked, bill = _whole(run_dir), Bill()
-    if (run_dir / FINDINGS).is_file():
+    try:
+        found, written = (run_dir / FINDINGS).read_bytes() if (run_dir / FINDINGS).is_file() else None, read_metrics(run_dir)
+    except OSError as e:
+        raise InputOutputError(f"{e.filename}: cannot be read ({e.strerror})") from e
+    if found is not None:
         try:
-            content = json.loads((run_dir / FINDINGS).read_text())
+            content = json.loads(found)
             bill = Bill(findings=tuple(from_json(f) for f in content["findings"]))
             checked += [f"during the run: {line}" for line in content["checked"]]
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
             raise CheckpointError(f"{run_dir / FINDINGS} cannot be read ({e})") from e
-    written = read_metrics(run_dir)
     records = [record for record in written if "blocks" in record]
     try:
         bill = bill.with_findings(_judged(records, named=bool(bill.fatal)))

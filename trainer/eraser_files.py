@@ -4,8 +4,10 @@ Released layout: `eraser_weights.pt`, a dict `transformer_blocks.{i}.attn1.adapt
 `eraser_config.json` with `eraser_type` and `eraser_rank`. It is a pickle: read with `weights_only=True` and nothing else.
 """
 
+import errno
 import json
 import logging
+import os
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -97,7 +99,8 @@ def save_released(directory: Path, state: Mapping[str, Tensor], rank: int) -> No
 def load_eraser(path: Path | str) -> EraserFile:
     """Read an eraser from a run directory, a directory of either layout, or one of its weight files.
 
-    Raises CheckpointError with what is wrong: absent, truncated, not an eraser, rank or blocks that disagree.
+    Raises CheckpointError with what is wrong: absent, truncated, not an eraser, rank or blocks that disagree; InputOutputError for a file
+    that may not be read.
     """
     path = Path(path)
     if path.suffix == Path(DESCRIPTION).suffix:
@@ -112,6 +115,8 @@ def load_eraser(path: Path | str) -> EraserFile:
             raise CheckpointError(f"{path}: no eraser there yet; a run writes it at its end, or when it is stopped: go on with {resuming(path)}")
         raise CheckpointError(f"{path}: no eraser there; name a run directory, or a directory with {WEIGHTS} "
                               f"or {RELEASED_WEIGHTS}")
+    if not os.access(file, os.R_OK):  # safetensors says of such a file that it is not there
+        raise InputOutputError(f"{file}: cannot be read ({os.strerror(errno.EACCES)})")
     if file.suffix == ".pt":
         state, described, name = _read_released(file), file.with_name(RELEASED_CONFIG), "eraser_rank"
     else:

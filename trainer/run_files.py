@@ -48,7 +48,12 @@ class RunFiles:
         config = read_object(run / CONFIG)
         if "config" not in config and not any((run / name).exists() for name in (METRICS, FINDINGS)):
             raise CheckpointError(f"{run}: not a run directory (none of a run's {CONFIG}, {METRICS} and {FINDINGS} is in it)")
-        return cls(run, config, read_metrics(run), read_object(run / FINDINGS),
+        try:
+            records = read_metrics(run)
+        except OSError as e:
+            logger.warning("%s: left out, it cannot be read (%s)", run / METRICS, e)
+            records = []
+        return cls(run, config, records, read_object(run / FINDINGS),
                    read_object(run / EVALUATION), read_object(run / MEMORY),
                    sorted((run / "samples").glob("step-[0-9]*[0-9].png")))
 

@@ -1,8 +1,10 @@
 """Findings as data: codes, the pre-flight's bill, and `diagnose` from a run, a file and settings."""
 
 import copy
+import errno
 import io
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -24,7 +26,7 @@ from trainer.config import TrainConfig, replaced
 from trainer.diagnose import diagnose_eraser, diagnose_path, diagnose_run, diagnose_settings, prepare
 from trainer.eraser_files import WEIGHTS, save_released
 from trainer.erasers import Erasers
-from trainer.errors import CheckpointError
+from trainer.errors import CheckpointError, InputOutputError
 from trainer.findings import CODES, Bill, Unhealthy, finding, from_json, earlier_findings, print_bill
 from trainer.inspection import Fingerprint, adapter_findings
 from trainer.loop import train
@@ -279,6 +281,16 @@ def test_a_sound_run_and_its_eraser_are_healthy(run_dir: Path) -> None:
     bill = diagnose_path(run_dir)
     assert bill.healthy and any("2 steps" in line for line in bill.checked) and any("eraser" in line for line in bill.checked)
     assert diagnose_path(run_dir / WEIGHTS).healthy
+
+
+def test_findings_that_may_not_be_read_are_said_to_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path) -> bytes:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    (tmp_path / FINDINGS).touch()
+    monkeypatch.setattr(Path, "read_bytes", refuse)  # root may read anything
+    with pytest.raises(InputOutputError, match=f"{FINDINGS}: cannot be read .Permission denied.$"):
+        diagnose_path(tmp_path)
 
 
 def test_what_a_run_found_and_measured_is_told_again(run_dir: Path) -> None:

@@ -359,6 +359,13 @@ def test_unwritable_directory(saved, tmp_path, save):
     assert str(raised.value) == f"--out {tmp_path / 'file'}: cannot be written (File exists); choose another directory"
 
 
+def test_a_file_that_may_not_be_read_is_not_said_to_be_damaged(tmp_path, monkeypatch):
+    (tmp_path / "eraser.safetensors").touch()
+    monkeypatch.setattr("trainer.eraser_files.os.access", lambda path, mode: False)  # root may read anything
+    with pytest.raises(InputOutputError, match="eraser.safetensors: cannot be read .Permission denied.$"):
+        load_eraser(tmp_path)
+
+
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), SafetensorError("No space left on device")])
 def test_full_disk_leaves_the_former_eraser_whole(saved, monkeypatch, error):
     """safetensors reports a full disk by an exception of its own."""

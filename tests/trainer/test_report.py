@@ -221,6 +221,13 @@ def test_parts_that_are_not_what_they_should_be(run, name, content):
     assert "Samples" in text and "Settings" in text
 
 
+def test_metrics_that_cannot_be_read_leave_the_other_parts(run, caplog):
+    (run / "metrics.jsonl").unlink()
+    (run / "metrics.jsonl").mkdir()
+    assert "crimson" in read(write_report(run))[1]
+    assert caplog.messages[0].startswith(f"{run / 'metrics.jsonl'}: left out, it cannot be read (") and len(caplog.messages) == 1
+
+
 def test_a_file_that_holds_no_object_is_said_to_be_left_out(run, caplog):
     (run / "config.json").write_text("[1]\n")
     write_report(run)
@@ -340,14 +347,16 @@ def test_names_that_are_too_long_are_one_clear_line(call, argv):  # noqa: F811
     assert code in (2, 5, 6) and out == "" and len(lines) == 1  # newer Pythons say of such a name that nothing is there
 
 
-@pytest.mark.parametrize("number", [errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP], ids=errno.errorcode.get)
-def test_a_path_that_is_none_is_an_input_output_error(call, monkeypatch, number):  # noqa: F811
+@pytest.mark.parametrize("number, advice", [(errno.ENOTDIR, "name another path"), (errno.EISDIR, "name another path"),
+                                            (errno.ENAMETOOLONG, "name another path"), (errno.ELOOP, "name another path"),
+                                            (errno.EACCES, "choose a place that you may read and write, or have its permissions changed")])
+def test_a_path_that_is_none_is_an_input_output_error(call, monkeypatch, number, advice):  # noqa: F811
     def fail(argv):
         raise OSError(number, os.strerror(number), "some/place")
 
     monkeypatch.setattr(cli, "main", fail)
     code, _, (line,) = call()
-    assert code == 6 and line == f"error: some/place: {os.strerror(number)}; name another path"
+    assert code == 6 and line == f"error: some/place: {os.strerror(number)}; {advice}"
 
 
 def chromium():
