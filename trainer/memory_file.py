@@ -5,6 +5,7 @@
 """
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from itertools import groupby
 from pathlib import Path
@@ -70,5 +71,10 @@ def keep_forecast(run_dir: Path, config: TrainConfig, forecast: MemoryForecast |
             write_json(path, content, indent=None)
         else:
             path.unlink(missing_ok=True)
+    return facts(content)
+
+
+def facts(content: Mapping[str, Any]) -> dict[str, float]:
+    """What the live view's memory bar shows of memory.json."""
     shown = {"budget_bytes": lookup(content, "budget_bytes"), "predicted_peak_bytes": lookup(content, "predicted", "needed_bytes")}
     return {name: value for name, value in shown.items() if value is not None}
