@@ -104,7 +104,7 @@ def _guarded(command: Callable[[], int]) -> int:
         if not (whose := exhausted(e)):
             raise
         less = ("a smaller --batch-size, --resident-blocks 0 or --device cpu needs less" if sys.argv[1:2] == ["forget"] else
-                "fewer --frames, a smaller --height and --width or --resident-blocks 0 need less; run.py plan says how much")
+                "fewer --frames, a smaller --height and --width or --resident-blocks 0 need less; python run.py plan says how much")
         return _say(3, f"error: out of memory on the {whose} ({first_line(e)}); {less}")
 
 

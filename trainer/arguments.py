@@ -207,8 +207,8 @@ def chosen_card(profile: str, device: str = "auto") -> Card:
     except (UnknownCard, CardUnreadable) as e:
         raise UsageError(f"--profile {profile}: {e}") from e
     if (profile, kind[1]) == ("auto", "cuda") and card.is_cpu:
-        raise UsageError(f"--device {device}: there is no CUDA card here (run.py doctor says what is missing); use --device cpu, or plan "
-                         "for another machine's: run.py plan --profile 4090")
+        raise UsageError(f"--device {device}: there is no CUDA card here (python run.py doctor says what is missing); use --device cpu, or plan "
+                         "for another machine's: python run.py plan --profile 4090")
     return card
 
 

@@ -145,11 +145,11 @@ def _after_training(run_dir: Path, *, resumed: bool, measures: bool) -> None:
     print(f"eraser: {run_dir / 'eraser.safetensors'}")
     print(f"run: {run_dir}", flush=True)  # whatever becomes of the measurement
     if measures and untouched and (run_dir / EVALUATION).exists():
-        print(f"nothing was left to measure: {run_dir / EVALUATION} is there; run.py evaluate {run_dir} measures anew", file=sys.stderr)
+        print(f"nothing was left to measure: {run_dir / EVALUATION} is there; python run.py evaluate {run_dir} measures anew", file=sys.stderr)
     elif measures:
         _measure(EvaluateConfig(run=run_dir, model=config.model))
     elif config.output.evaluate and config.model.model != "shapes" and config.model.weights != "random":
-        print(f"whether it erases: run.py evaluate {run_dir} --rater openai/clip-vit-large-patch14", file=sys.stderr)
+        print(f"whether it erases: python run.py evaluate {run_dir} --rater openai/clip-vit-large-patch14", file=sys.stderr)
 
 
 def _plan(argv: Sequence[str]) -> None:

@@ -278,7 +278,7 @@ def bundled_model() -> Check:
     seconds = time.perf_counter() - started
     if not finite:
         return Check(name="bundled model", status="problem", found="its video holds NaN or infinity", exit_code=4,
-                     fix="run.py diagnose says where it begins; make pretrain trains it anew")
+                     fix="python run.py diagnose says where it begins; make pretrain trains it anew")
     frames, height, width = shape
     return Check(name="bundled model", status="ok", found=f"runs: {frames} frames of {width}x{height} in {seconds:.1f} s, two steps",
                  values={"seconds": seconds})

@@ -64,7 +64,7 @@ class EraserFile:
         """Raises CheckpointError for weights that would make every video black."""
         if spoiled := next((name for name, tensor in self.state.items() if not tensor.isfinite().all()), None):
             raise CheckpointError(f"{self.path}: {spoiled} holds NaN or infinity, and so would every video; copy it again, or let "
-                                  f"`run.py diagnose {self.path}` look at it")
+                                  f"`python run.py diagnose {self.path}` look at it")
 
 
 def save_eraser(directory: Path, erasers: Erasers, *, base_model: Mapping[str, str],
@@ -132,7 +132,8 @@ def load_eraser(path: Path | str) -> EraserFile:
 def refuse_forgetting(path: Path) -> None:
     """Raises CheckpointError for a run of `forget` where an eraser is needed."""
     if lookup(read_object(path / CONFIG), "command") == "forget":
-        raise CheckpointError(f"{path} is a run of forget: it holds a LoRA, which peft loads, and no eraser; `run.py diagnose {path}` looks at it")
+        raise CheckpointError(f"{path} is a run of forget: it holds a LoRA, which peft loads, and no eraser; "
+                              f"`python run.py diagnose {path}` looks at it")
 
 
 def _read_safetensors(file: Path) -> dict[str, Tensor]:

@@ -51,8 +51,8 @@ def generate_latents(predict: Predict, scheduler: Any, embeddings: Embeddings, p
                             guidance_scale=guidance_scale, guidance=guidance, generator=dice, check=check).cpu())
     latents = torch.cat(parts)
     if not latents.isfinite().all():
-        raise NonFinite("the generated latents hold NaN or infinity; `run.py diagnose ERASER` looks at the eraser, generate --no-eraser leaves "
-                        "it out, and a lower --guidance-scale or --dtype float32 may help")
+        raise NonFinite("the generated latents hold NaN or infinity; `python run.py diagnose ERASER` looks at the eraser, "
+                        "generate --no-eraser leaves it out, and a lower --guidance-scale or --dtype float32 may help")
     return latents
 
 

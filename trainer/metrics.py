@@ -91,7 +91,7 @@ def require_tensorboard() -> None:
     """UsageError unless the package that writes TensorBoard's event files is installed."""
     if importlib.util.find_spec("tensorboard") is None:
         raise UsageError("--tensorboard: the package tensorboard is not installed; pip install tensorboard, or say "
-                         f"--no-tensorboard: {METRICS} and `run.py report` need nothing else")
+                         f"--no-tensorboard: {METRICS} and `python run.py report` need nothing else")
 
 
 def _open_events(run_dir: Path, first_step: int) -> Any:

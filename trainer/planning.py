@@ -227,7 +227,7 @@ def require_sense(config: TrainConfig, on_cpu: Assessment | None = None, *, what
     if seconds > LONG_STEP:
         long = f"{seconds / 60:.0f} minutes" if seconds < 7200 else f"{seconds / 3600:.0f} hours"
         raise UsageError(f"there is no CUDA card here, and on the CPU a step of training {config.model.model} takes about {long} (predicted); "
-                         f"run.py doctor says what is missing, --device cpu {what} nevertheless")
+                         f"python run.py doctor says what is missing, --device cpu {what} nevertheless")
 
 
 def _room(found: Assessment, card: Card) -> str:

@@ -103,7 +103,7 @@ def settings(prompts, tmp_path, pipelines) -> list[str]:
 def trained(settings, call, tmp_path) -> Path:
     code, out, said = call(*settings)
     assert code == 0 and out.splitlines()[-1] == f"run: {tmp_path / 'run'}"
-    assert said[-1] == f"whether it erases: run.py evaluate {tmp_path / 'run'} --rater openai/clip-vit-large-patch14"
+    assert said[-1] == f"whether it erases: python run.py evaluate {tmp_path / 'run'} --rater openai/clip-vit-large-patch14"
     return tmp_path / "run"
 
 
@@ -155,7 +155,7 @@ def test_a_finished_run_is_not_measured_again(trained, call, monkeypatch):
     (trained / "evaluation.json").write_text("{}")
     code, _, lines = call("--resume", trained)
     assert code == 0 and measure.call_count == 1
-    assert f"nothing was left to measure: {trained / 'evaluation.json'} is there; run.py evaluate {trained} measures anew" in lines
+    assert f"nothing was left to measure: {trained / 'evaluation.json'} is there; python run.py evaluate {trained} measures anew" in lines
     call("--resume", trained, "--steps", "2")
     assert measure.call_count == 2
 
@@ -266,7 +266,7 @@ def test_damaged_eraser_files(sincos, call, pipelines, tmp_path, damage, message
     (["plan", "--explain", "yes"], "--explain yes: it takes no value; say --explain or --no-explain"),
     (["--resume", ""], "--resume: an empty value; name one, or leave the flag out"),
     (["--config=", "--steps", "3"], "--config: an empty value"),
-    (["plan", "--device", "cuda"], "--device cuda: there is no CUDA card here (run.py doctor says what is missing); use --device cpu, or plan for"),
+    (["plan", "--device", "cuda"], "--device cuda: there is no CUDA card here (python run.py doctor says what is missing); use --device cpu, or plan for"),
     (["plan", "--profile", "cpu", "--device", "cuda"], "--device cuda beside --profile cpu: the plan is for the latter"),
     (["plan", "--profile", "4090", "--device", "cpu"], "--device cpu beside --profile 4090: the plan is for the latter"),
     (["--model", "cogvideox-2c"], "--model cogvideox-2c: is not there; did you mean cogvideox-2b?"),

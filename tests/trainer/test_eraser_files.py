@@ -180,7 +180,7 @@ def test_an_eraser_that_holds_nan_is_refused(saved, sincos, layout):
         save_eraser(directory, erasers, base_model=sincos.identity(), training={})
     else:
         save_released(directory := directory / "released", erasers.state_dict(), RANK)
-    with pytest.raises(CheckpointError, match="1.up.bias holds NaN or infinity, and so would every video; copy it again, or let `run.py diagnose .*` look at it"):
+    with pytest.raises(CheckpointError, match="1.up.bias holds NaN or infinity, and so would every video; copy it again, or let `python run.py diagnose .*` look at it"):
         apply_eraser(Model(sincos).transformer, directory)
     with pytest.raises(CheckpointError, match="1.up.bias holds NaN or infinity"):  # nor is it handed to anybody
         main(["export", str(directory), "--out", str(directory / "out")])
@@ -221,7 +221,7 @@ def test_a_run_of_forget_holds_another_thing(tmp_path):
         save_file({"base_model.model.text_projection.lora_A.weight": torch.zeros(1, 2)}, file)
     (tmp_path / "config.json").write_text('{"command": "forget"}')
     for path in (tmp_path, lora):
-        with pytest.raises(CheckpointError, match=f"^{tmp_path} is a run of forget: it holds a LoRA, which peft loads, and no eraser; `run.py diagnose "):
+        with pytest.raises(CheckpointError, match=f"^{tmp_path} is a run of forget: it holds a LoRA, which peft loads, and no eraser; `python run.py diagnose "):
             load_eraser(path)
     with pytest.raises(CheckpointError, match=f"^{other}: holds no eraser"):
         load_eraser(other)
