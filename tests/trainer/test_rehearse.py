@@ -91,7 +91,7 @@ def test_saving_takes_the_host_weights_and_both_moments(tiny_config):
 def test_host_memory_of_parked_activations_is_told_without_a_trace(tiny_config, parked, passes, monkeypatch):
     """Student passes one by one use the same host memory; in lockstep each has its own."""
     monkeypatch.setitem(memory.activations.offload_activations.__kwdefaults__, "min_bytes", 0)
-    config = tiny_config()
+    config = tiny_config(model__model="shapes")  # of two blocks none is parked
     backbone, plan = open_backbone(config.model), MemoryPlan(passes=passes, **parked)
     trace, keeps = rehearse(backbone, config, plan), resolve_keeps(plan, backbone.num_blocks)
     held = sorted(s.num_bytes for s in trace.storages if (s.place, s.category) == ("pinned", "saved activations"))
