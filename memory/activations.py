@@ -8,7 +8,8 @@ Forward: a tensor is copied out while its block computes; its device memory is g
 copy, in the second block after the one that computed it, as tensors of that block come, as many bytes for as many, and at the latest
 when that block ends. So what a block keeps has two blocks' time to arrive. Backward: when the first tensor of a block is asked for,
 those of the block before it are sent for, so they arrive while this block recomputes. Either way the device holds what two blocks
-keep. What the last two blocks compute stays there: backward needs it first. Host memory comes from an arena that is filled in the
+keep. What the last two blocks compute stays there: backward needs it first. Where several passes walk together (`memory.lockstep`),
+all of this goes by calls of blocks. Host memory comes from an arena that is filled in the
 first step and used again in every later one.
 """
 
@@ -180,6 +181,8 @@ class ActivationOffload(Handle):
         self._group_before: _Group | None = None
         self._leaving: deque[weakref.ref[_Parked]] = deque()
         self._room = 0
+        self._num_after = -1
+        self._num_calls = self._num_passes = 1
 
     host_buffers = property(lambda self: list(self.arena.slabs), doc="Slabs of host memory, allocated in the first step.")
     lanes = property(lambda self: [self.store_lane, self.load_lane], doc="What activations are copied on, to the host and back.")
@@ -189,13 +192,25 @@ class ActivationOffload(Handle):
         self.arena = Arena(self.store_lane, self.arena.num_blocks)
         release_pinned()
 
-    def start_block(self) -> _Group:
+    def start_block(self, num_after: int) -> _Group:
+        """A call of the block after which `num_after` others come."""
+        if num_after == self._num_after:
+            self._num_calls += 1
+            self._num_passes = max(self._num_calls, self._num_passes)
+        else:  # it will be called as often as the block before it
+            self._num_passes = self._num_calls if num_after + 1 == self._num_after else 1
+            self._num_after, self._num_calls = num_after, 1
         # Boundaries of the block before were computed by the one before that.
         leaving = [parked for parked in _alive(self._group_before) if not parked.is_boundary]
         leaving += [parked for parked in _alive(self._group) if parked.is_boundary]
         self._leaving = deque(map(weakref.ref, leaving))
         self._group_before, self._group, self._room = self._group, _Group(self._group), 0
         return self._group
+
+    @property
+    def num_calls_after(self) -> int:
+        """How many calls of blocks are to come in this walk."""
+        return (self._num_after + 1) * self._num_passes - self._num_calls
 
     def end_block(self) -> None:
         while self._leaving:
@@ -257,7 +272,7 @@ def _parking_forward(handle: ActivationOffload, num_after: int, pick, inner):
     def forward(*args, **kwargs):
         if not torch.is_grad_enabled():
             return inner(*args, **kwargs)
-        group = handle.start_block()
+        group, num_calls_after = handle.start_block(num_after), handle.num_calls_after
         passed_on, wanted = pick(args, kwargs)
 
         def packer(tensor):
@@ -265,7 +280,7 @@ def _parking_forward(handle: ActivationOffload, num_after: int, pick, inner):
             if tensor.device != handle.device or not wanted(tensor):
                 return None
             is_boundary = _identity(tensor) in passed_on
-            if num_after + is_boundary <= 1:  # one of the last two blocks computed it
+            if num_calls_after + is_boundary <= 1:  # one of the last two computed it
                 handle.make_room(tensor.nbytes)
                 return _Staying(group, tensor)
             return group.park(handle, tensor, is_boundary)

@@ -154,7 +154,7 @@ def assess_in_full(workload: Workload, plan: MemoryPlan, limits: Limits) -> Asse
     """`assess` against limits that are known already."""
     resolve_keeps(plan, workload.num_blocks)
     trace = workload.trace(plan, workload.num_blocks)
-    load = StepLoad.of(((span.phase, span.visit, load_of(span.work, limits.card)) for span in trace.spans),
+    load = StepLoad.of(((span.phase, span.visit, span.records_graph, load_of(span.work, limits.card)) for span in trace.spans),
                        teacher_share=workload.teacher_share)
     streamed = 0 if plan.resident_blocks is None else workload.num_blocks - plan.resident_blocks
     streamed_bytes = trace.standing_bytes("weights", "pinned")

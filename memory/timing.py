@@ -2,11 +2,13 @@
 
 An operator takes the longer of computing and moving its bytes, at the fractions of the card's rates that were measured on such
 cards, by others (bench/published.toml) or by us (`memory.cards`). Weights and activations cross the host link beside the computation: each walk over
-the blocks takes the longer of the two. Good for ranking plans; not a promise.
+the blocks takes the longer of the two, and waits besides for what blocks leave to the host in a hurry. Good for ranking plans; not a promise.
 """
 
+from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from memory.cards import Card
 from memory.timeline import OPTIMIZER, TEACHER, Visit
@@ -57,15 +59,58 @@ class Load:
 
     compute: dict[str, float]
     """Seconds by bound, without transfers."""
-    to_device: int
-    """Activation bytes over the host link."""
-    to_host: int
+    to_device: float
+    """Seconds for which activations take the host link."""
+    to_host: float
     num_operators: float = 0
+
+    @property
+    def computing(self) -> float:
+        """Seconds without transfers."""
+        return sum(self.compute.values())
 
     def times(self, share: float) -> "Load":
         """`share` times as much."""
         compute = {bound: share * seconds for bound, seconds in self.compute.items()}
-        return Load(compute, round(share * self.to_device), round(share * self.to_host), share * self.num_operators)
+        return Load(compute, share * self.to_device, share * self.to_host, share * self.num_operators)
+
+
+@dataclass(frozen=True)
+class Walk:
+    """One walk over the blocks."""
+
+    visits: Sequence[Load]
+    """In order."""
+    recording: Sequence[bool]
+    """Which of them record a graph, or go back through one."""
+    share: float = 1.0
+    """How often a step takes it."""
+
+    @cached_property
+    def total(self) -> Load:
+        """Of all visits."""
+        return add_loads(self.visits)
+
+    @cached_property
+    def held_up(self) -> float:
+        """Seconds for which computing waits for the link to the host.
+
+        A call that records ends when what the last but one before it stored is there: then its memory is given up (`memory.activations`).
+        """
+        now = free = 0.0
+        leaving = deque([0.0, 0.0])
+        for load, records in zip(self.visits, self.recording, strict=True) if self.total.to_host else ():
+            free = max(free, now) + load.to_host
+            now += load.computing
+            if records:
+                now = max(now, leaving.popleft())
+                leaving.append(free)
+        return max(0.0, now - self.total.computing)
+
+    def towards(self, other: "Walk", share: float) -> "Walk":
+        """One in which each visit does `share` of what it does in `other`, and the rest of what it does here."""
+        visits = [add_loads((here.times(1 - share), there.times(share))) for here, there in zip(self.visits, other.visits, strict=True)]
+        return Walk(visits, self.recording, self.share)
 
 
 @dataclass(frozen=True)
@@ -75,29 +120,28 @@ class StepLoad:
     optimizer: Load
     between: Load
     """Between walks over the blocks."""
-    walks: Sequence[Load]
-    shares: Sequence[float]
-    """How often a step takes each of the walks."""
+    walks: Sequence[Walk]
 
     @classmethod
-    def of(cls, stretches: Iterable[tuple[str, Visit | None, Load]], *, teacher_share: float = 1.0) -> "StepLoad":
-        """From (phase, visit, load) of every span of a step. `teacher_share`: how often a step has the teacher."""
-        optimizer, between, walks, shares = [], [], {}, {}
-        for phase, visit, load in stretches:
+    def of(cls, stretches: Iterable[tuple[str, Visit | None, bool, Load]], *, teacher_share: float = 1.0) -> "StepLoad":
+        """From (phase, visit, whether it records a graph, load) of every span of a step. `teacher_share`: how often a step has the teacher."""
+        optimizer, between, walks = [], [], {}
+        for phase, visit, records, load in stretches:
             share = teacher_share if phase == TEACHER else 1.0
             if visit is not None:
-                walks.setdefault(visit.walk, []).append(load)
-                shares[visit.walk] = share
+                walk = walks.setdefault(visit.walk, Walk([], [], share))
+                walk.visits.append(load)
+                walk.recording.append(records)
             elif phase == OPTIMIZER:
                 optimizer.append(load)
             else:
                 between.append(load if share == 1.0 else load.times(share))
-        return cls(add_loads(optimizer), add_loads(between), [add_loads(loads) for loads in walks.values()], list(shares.values()))
+        return cls(add_loads(optimizer), add_loads(between), list(walks.values()))
 
     def towards(self, other: "StepLoad", share: float) -> "StepLoad":
         """A step in which `share` of the blocks do what they do in `other`, whose walks are the same, and the rest what they do here."""
-        walks = [add_loads((here.times(1 - share), there.times(share))) for here, there in zip(self.walks, other.walks, strict=True)]
-        return StepLoad(self.optimizer, self.between, walks, self.shares)
+        return StepLoad(self.optimizer, self.between,
+                        [here.towards(there, share) for here, there in zip(self.walks, other.walks, strict=True)])
 
 
 def load_of(work: Iterable[Work], card: Card) -> Load:
@@ -126,7 +170,8 @@ def load_of(work: Iterable[Work], card: Card) -> Load:
             moving = num_bytes / bandwidth
             computing = flops / rates[kind] if flops else 0.0
             compute["memory traffic" if moving >= computing else _BOUND_OF[kind.removesuffix("32")]] += max(moving, computing)
-    return Load(compute, to_device, to_host, num_operators)
+    link = card.host_link_bandwidth
+    return Load(compute, to_device / link, to_host / link, num_operators)
 
 
 def add_loads(loads: Iterable[Load]) -> Load:
@@ -144,20 +189,19 @@ def add_loads(loads: Iterable[Load]) -> Load:
 
 def step_time(step: StepLoad, card: Card, *, weight_bytes: int, streamed_share: float, repeats: float = 1.0) -> StepTime:
     """The time of a step, in each walk of which `weight_bytes` stream; all but the optimizer's work counts `repeats` times."""
-    link = card.host_link_bandwidth
     # Activations stored outside any walk find nothing to hide behind.
-    once, total = ({**load.compute, "host link": (load.to_device + load.to_host) / link} for load in (step.optimizer, step.between))
+    once, total = ({**load.compute, "host link": load.to_device + load.to_host} for load in (step.optimizer, step.between))
     num_operators = step.between.num_operators
-    for load, share in zip(step.walks, step.shares, strict=True):
+    streaming = weight_bytes / card.host_link_bandwidth
+    for walk in step.walks:
+        load, share = walk.total, walk.share
         num_operators += share * load.num_operators
-        computing = sum(load.compute.values())
         for bound, seconds in load.compute.items():
             total[bound] += share * seconds
-        moving = max(weight_bytes + load.to_device, load.to_host) / link
-        total["host link"] += share * max(0.0, moving - computing)
+        total["host link"] += share * max(streaming + load.to_device - load.computing, walk.held_up)
         if weight_bytes:
-            total["overhead"] += share * computing * STREAMING_OVERHEAD * streamed_share
+            total["overhead"] += share * load.computing * STREAMING_OVERHEAD * streamed_share
         if load.to_device or load.to_host:
-            total["overhead"] += share * computing * PARKING_OVERHEAD
+            total["overhead"] += share * load.computing * PARKING_OVERHEAD
     return StepTime(by_bound={bound: once[bound] + repeats * total[bound] for bound in BOUNDS},
                     num_operators=step.optimizer.num_operators + repeats * num_operators)

@@ -40,7 +40,7 @@ class Variant:
 
     def load(self, keeps: Sequence[str]) -> StepLoad:
         """What the step asks for when the blocks keep `keeps`, streaming excepted."""
-        return StepLoad.of(((cell.phase, visit, self._load_of(cell)) for visit, cell in self.recipe.visits(keeps)),
+        return StepLoad.of(((cell.phase, visit, cell.records_graph, self._load_of(cell)) for visit, cell in self.recipe.visits(keeps)),
                            teacher_share=self.workload.teacher_share)
 
     def _load_of(self, cell: Cell) -> Load:

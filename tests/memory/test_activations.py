@@ -4,7 +4,7 @@ import weakref
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny_transformer import BOUNDARY_NAMES, assert_equal, make_tiny, plain_run
+from tiny_transformer import BOUNDARY_NAMES, Tiny, assert_equal, make_tiny, plain_run
 from torch import nn
 
 from memory.activations import _alive, _Parked, offload_activations
@@ -30,20 +30,23 @@ def parked_groups(handle):
         group = group._previous()
 
 
-def test_only_boundaries_move_and_the_last_block_keeps_its_own():
+@pytest.mark.parametrize(("step", "num_moved"), [(Tiny.step, 2 * 4), (Tiny.step_in_lockstep, 9)])
+def test_only_boundaries_move_and_the_last_call_keeps_its_own(step, num_moved):
     tiny = make_tiny("rope")
     handle = apply(tiny)
-    tiny.step()
+    step(tiny)
     boundary_bytes = (12 + 6) * 32 * 4  # video and text tokens of one block; time embedding and rotary tables stay
-    assert handle.bytes_stored == handle.bytes_loaded == 2 * 4 * boundary_bytes
+    assert handle.bytes_stored == handle.bytes_loaded == num_moved * boundary_bytes
 
 
-def test_attention_outputs_move_on_request():
+@pytest.mark.parametrize(("step", "num_moved"), [(Tiny.step, 2 * 3), (Tiny.step_in_lockstep, 8)])
+def test_attention_outputs_move_on_request_but_for_the_last_two_calls(step, num_moved):
     tiny = make_tiny("rope")
     handle = apply(tiny, keeps=["attention"] * 5, boundaries=False, kept=True)
-    tiny.step()
+    for _ in range(2):
+        step(tiny)
     attention_bytes = 18 * 32 * 4 + 2 * 18 * 4  # output, and one log-sum-exp a head and token
-    assert handle.bytes_stored == handle.bytes_loaded == 2 * 3 * attention_bytes
+    assert handle.bytes_stored == handle.bytes_loaded == 2 * num_moved * attention_bytes
 
 
 def test_small_tensors_stay():
@@ -242,9 +245,9 @@ def test_layout_survives_the_trip():
     """Attention's output lies transposed in memory, and the reshape after it is a view only in that layout."""
     saved = torch.arange(24.0).view(2, 3, 4).transpose(1, 2)
     handle = offload_activations([nn.Identity(), nn.Identity()], device="cpu", boundaries=False, kept=True, min_bytes=0)
-    parked = handle.start_block().park(handle, saved, is_boundary=False)
-    handle.start_block()
-    handle.start_block()
+    parked = handle.start_block(1).park(handle, saved, is_boundary=False)
+    handle.start_block(0)
+    handle.start_block(1)
     handle.make_room(parked.num_bytes)
     assert parked.tensor is None
     back = parked.unpack()

@@ -168,7 +168,7 @@ def test_where_the_host_has_some_room_as_many_blocks_as_it_holds_are_not_compute
 def test_where_the_link_is_slow_as_many_blocks_as_it_keeps_up_with_are_not_computed_twice(workload):
     """Neither as many as the host has room for, which would be waited for, nor none."""
     numbers = []
-    for bandwidth in (3.4e10, 2.6e10):
+    for bandwidth in (3.4e10, 3e10):
         card = fixed_card(300 * MIB, host_link_bandwidth=bandwidth)
         found, alone = (search(workload, card, margin=0.0, host_bytes=num_bytes).best for num_bytes in (4 * GIB, None))
         keeps = resolve_keeps(found.plan, NUM_BLOCKS)

@@ -7,7 +7,7 @@ import torch
 
 from memory.cards import lookup
 from memory.timeline import OPTIMIZER, Visit
-from memory.timing import CONVOLUTION_FRACTION, FP32_FRACTION, PARKING_OVERHEAD, STREAMING_OVERHEAD, Load, StepLoad, add_loads, load_of, step_time
+from memory.timing import CONVOLUTION_FRACTION, FP32_FRACTION, PARKING_OVERHEAD, STREAMING_OVERHEAD, Load, StepLoad, Walk, add_loads, load_of, step_time
 from memory.work import Work, work_of
 
 CARD = replace(
@@ -41,27 +41,27 @@ def test_what_takes_longer_to_move_than_to_compute_is_memory_traffic():
 
 def test_transfers_are_counted_and_streamed_weights_left_to_the_plan():
     load = load_of([Work("to host", 0.0, 3), Work("to host", 0.0, 4), Work("to device", 0.0, 5), Work("weights", 0.0, 6)], CARD)
-    assert (load.to_device, load.to_host) == (5, 7) and not any(load.compute.values())
+    assert (load.to_device, load.to_host) == (5 / 2e10, 7 / 2e10) and not any(load.compute.values())
 
 
-def _load(seconds, to_device=0, to_host=0, num_operators=0):
+def _load(seconds, to_device=0.0, to_host=0.0, num_operators=0):
     return Load({**load_of([], CARD).compute, "matrix products": seconds}, to_device, to_host, num_operators)
 
 
 def test_loads_add_up():
-    total = add_loads([_load(1.0, 2, 3), _load(0.5, 4, 5)])
-    assert total.compute["matrix products"] == 1.5 and (total.to_device, total.to_host) == (6, 8)
+    total = add_loads([_load(1.0, 2.0, 3.0), _load(0.5, 4.0, 5.0)])
+    assert total.computing == total.compute["matrix products"] == 1.5 and (total.to_device, total.to_host) == (6.0, 8.0)
 
 
 @pytest.mark.parametrize(("walk", "weight_bytes", "waited", "overhead"), [
     (_load(2.0), 0, 0.0, 0.0),
     (_load(2.0), 3 * 10**10, 0.0, 2.0 * STREAMING_OVERHEAD / 2),  # 1.5 s hide behind 2
     (_load(2.0), 6 * 10**10, 1.0, 2.0 * STREAMING_OVERHEAD / 2),
-    (_load(2.0, to_device=2 * 10**10), 4 * 10**10, 1.0, 2.0 * (STREAMING_OVERHEAD / 2 + PARKING_OVERHEAD)),  # one way, one lane
-    (_load(2.0, to_device=10**10, to_host=6 * 10**10), 0, 1.0, 2.0 * PARKING_OVERHEAD),  # the other way beside it
+    (_load(2.0, to_device=1.0), 4 * 10**10, 1.0, 2.0 * (STREAMING_OVERHEAD / 2 + PARKING_OVERHEAD)),  # one way, one lane
+    (_load(2.0, to_host=1.0), 3 * 10**10, 0.0, 2.0 * (STREAMING_OVERHEAD / 2 + PARKING_OVERHEAD)),  # the other way beside it
 ])  # fmt: skip
 def test_a_walk_takes_the_longer_of_computing_and_moving(walk, weight_bytes, waited, overhead):
-    step = StepLoad(_load(0.0), _load(0.25, to_device=10**10, to_host=10**10), [walk], [1.0])
+    step = StepLoad(_load(0.0), _load(0.25, to_device=0.5, to_host=0.5), [Walk([walk.times(0.5)] * 2, [True] * 2)])
     time = step_time(step, CARD, weight_bytes=weight_bytes, streamed_share=0.5)
     assert time.by_bound["matrix products"] == pytest.approx(2.25)
     assert time.by_bound["host link"] == pytest.approx(1.0 + waited)  # between walks nothing hides
@@ -69,11 +69,37 @@ def test_a_walk_takes_the_longer_of_computing_and_moving(walk, weight_bytes, wai
     assert time.seconds == pytest.approx(3.25 + waited + overhead) and time.bottleneck == "matrix products"
 
 
+@pytest.mark.parametrize(("stored", "held_up"), [
+    ([0.0] * 6, 0.0),
+    ([1.0] * 6, 0.0),
+    ([0.0, 2.5, 0.0, 0.0, 0.0, 0.0], 0.0),  # from second 1 on: there before the fourth block ends
+    ([0.0, 4.0, 0.0, 0.0, 0.0, 0.0], 1.0),
+    ([2.0] * 6, 2.0),  # the fourth one's is there in second 8, when the sixth could have ended in 6
+    ([2.0, 2.0, 0.0, 2.0, 2.0, 0.0], 0.0),  # more than the link carries, but not where it is in the way
+    ([0.0, 0.0, 0.0, 0.0, 9.0, 9.0], 0.0),  # nobody waits for what the last two leave
+])  # fmt: skip
+def test_a_block_waits_for_what_the_last_but_one_before_it_stored(stored, held_up):
+    walk = Walk([_load(1.0, to_host=seconds) for seconds in stored], [True] * 6)
+    assert walk.held_up == pytest.approx(held_up)
+    assert step_time(StepLoad(_load(0.0), _load(0.0), [walk]), CARD, weight_bytes=0, streamed_share=0.0).by_bound["host link"] == walk.held_up
+
+
+def test_in_lockstep_calls_without_a_graph_only_pass_time():
+    """A teacher's call of a second before each of the student's."""
+    walk = Walk([_load(1.0), _load(1.0, to_host=4.0)] * 4, [False, True] * 4)
+    assert walk.held_up == pytest.approx(1.0)  # the second one's, stored from second 5 on, is there in 9, when the fourth could have ended in 8
+
+
+def test_a_walk_towards_another_is_between_them_at_each_block():
+    here, there = (Walk(loads, [True] * 2, 0.5) for loads in ([_load(1.0), _load(3.0, to_host=2.0)], [_load(2.0, to_device=4.0), _load(1.0)]))
+    assert here.towards(there, 0.25) == Walk([_load(1.25, to_device=1.0), _load(2.5, to_host=1.5)], [True] * 2, 0.5)
+
+
 def test_all_but_the_optimizers_work_is_repeated():
-    spans = [("teacher", None, _load(0.25)), ("teacher", Visit(0, 0), _load(1.0)), ("student forward", Visit(1, 0), _load(2.0)),
-             ("student backward", Visit(2, 0), _load(0.5)), ("student backward", Visit(2, 1), _load(0.5)), (OPTIMIZER, None, _load(0.125))]
+    spans = [("teacher", None, False, _load(0.25)), ("teacher", Visit(0, 0), False, _load(1.0)), ("student forward", Visit(1, 0), True, _load(2.0)),
+             ("student backward", Visit(2, 0), True, _load(0.5)), ("student backward", Visit(2, 1), True, _load(0.5)), (OPTIMIZER, None, False, _load(0.125))]
     step = StepLoad.of(spans)
-    assert step == StepLoad(_load(0.125), _load(0.25), [_load(1.0), _load(2.0), _load(1.0)], [1.0] * 3)
+    assert step == StepLoad(_load(0.125), _load(0.25), [Walk([_load(1.0)], [False]), Walk([_load(2.0)], [True]), Walk([_load(0.5)] * 2, [True] * 2)])
     once, often = (step_time(step, CARD, weight_bytes=5 * 10**10, streamed_share=1.0, repeats=repeats) for repeats in (1, 4))
     assert once.by_bound["host link"] == pytest.approx(1.5 + 0.5 + 1.5)
     assert often.seconds - 0.125 == pytest.approx(4 * (once.seconds - 0.125))
@@ -82,16 +108,16 @@ def test_all_but_the_optimizers_work_is_repeated():
 def test_operators_are_counted_as_often_as_they_run():
     load = load_of([Work("matmul", 1.0, 1), Work("memory", 0.0, 1), Work("to host", 0.0, 4), Work("to device", 0.0, 5), Work("weights", 0.0, 6)], CARD)
     assert load.num_operators == 2 and add_loads([load, load]).num_operators == 4
-    spans = [("teacher", None, _load(0.25, num_operators=10)), ("teacher", Visit(0, 0), _load(1.0, num_operators=100)),
-             ("student forward", Visit(1, 0), _load(2.0, num_operators=1000)), ("student forward", None, _load(2.0, num_operators=5)),
-             (OPTIMIZER, None, _load(0.125, num_operators=7))]
+    spans = [("teacher", None, False, _load(0.25, num_operators=10)), ("teacher", Visit(0, 0), False, _load(1.0, num_operators=100)),
+             ("student forward", Visit(1, 0), True, _load(2.0, num_operators=1000)), ("student forward", None, False, _load(2.0, num_operators=5)),
+             (OPTIMIZER, None, False, _load(0.125, num_operators=7))]
     time = step_time(StepLoad.of(spans, teacher_share=0.1), CARD, weight_bytes=0, streamed_share=0.0, repeats=3)
     assert time.num_operators == pytest.approx(3 * (1 + 10 + 1000 + 5) + 7)
 
 
 def test_a_teacher_whose_samples_are_kept_counts_as_often_as_it_is_asked():
-    spans = [("teacher", None, _load(0.25, to_device=10**10)), ("teacher", Visit(0, 0), _load(1.0)), ("student forward", Visit(1, 0), _load(2.0)),
-             ("student forward", None, _load(0.5)), (OPTIMIZER, None, _load(0.125))]
+    spans = [("teacher", None, False, _load(0.25, to_device=0.5)), ("teacher", Visit(0, 0), False, _load(1.0)), ("student forward", Visit(1, 0), True, _load(2.0)),
+             ("student forward", None, False, _load(0.5)), (OPTIMIZER, None, False, _load(0.125))]
     whole, without = (step_time(StepLoad.of(spans, teacher_share=share), CARD, weight_bytes=4 * 10**10, streamed_share=1.0) for share in (1.0, 0.0))
     teacher, tenth = whole.seconds - without.seconds, step_time(StepLoad.of(spans, teacher_share=0.1), CARD, weight_bytes=4 * 10**10, streamed_share=1.0)
     assert teacher == pytest.approx(0.25 + 0.5 + 1.0 + 1.0 + 1.0 * STREAMING_OVERHEAD)  # a second of its weights' two hides
