@@ -2,7 +2,8 @@
 
 An operator takes the longer of computing and moving its bytes, at the fractions of the card's rates that were measured on such
 cards, by others (bench/published.toml) or by us (`memory.cards`). Weights and activations cross the host link beside the computation: each walk over
-the blocks takes the longer of the two, and waits besides for what blocks leave to the host in a hurry. Good for ranking plans; not a promise.
+the blocks takes the longer of the two, and longer still where blocks in a row store more than the link carries meanwhile. Good for ranking
+plans; not a promise.
 """
 
 from collections import deque
