@@ -98,15 +98,16 @@ class Walk:
 
         A call that records ends when what the last but one before it stored is there: then its memory is given up (`memory.activations`).
         """
-        now = free = 0.0
+        now = free = waited = 0.0
         leaving = deque([0.0, 0.0])
         for load, records in zip(self.visits, self.recording, strict=True) if self.total.to_host else ():
             free = max(free, now) + load.to_host
             now += load.computing
             if records:
-                now = max(now, leaving.popleft())
+                waiting = max(0.0, leaving.popleft() - now)
+                now, waited = now + waiting, waited + waiting
                 leaving.append(free)
-        return max(0.0, now - self.total.computing)
+        return waited
 
     def towards(self, other: "Walk", share: float) -> "Walk":
         """One in which each visit does `share` of what it does in `other`, and the rest of what it does here."""
