@@ -20,7 +20,7 @@ from trainer.seeding import to_device
 class Sampler:
     """A diffusers scheduler as a function of the step's index.
 
-    DPM-Solver++ is a two-step method: `memory` is the previous step's estimate of x_0, None before the first step.
+    DPM-Solver++ is a two-step method (`is_two_step`): `memory` is the previous step's estimate of x_0, None before the first step.
     """
 
     def __init__(self, scheduler: Any, num_steps: int, device: torch.device | str = "cpu"):
@@ -37,12 +37,12 @@ class Sampler:
         self._values = [value for value in scheduler.timesteps.tolist() if value >= 0]
         self.scheduler, self.timesteps = scheduler, scheduler.timesteps[:len(self._values)]
         self.memory: Tensor | None = None
-        self._two_step = kind == "CogVideoXDPMScheduler"
+        self.is_two_step = kind == "CogVideoXDPMScheduler"
         self._takes = frozenset(inspect.signature(scheduler.step).parameters)
 
     def step(self, velocity: Tensor, index: int, latents: Tensor, generator: torch.Generator | list[torch.Generator] | None = None) -> Tensor:
         """x at the next timestep from x at `timesteps[index]` and its velocity, in the latents' dtype."""
-        if not self._two_step:
+        if not self.is_two_step:
             more = {name: value for name, value in (("generator", generator), ("eta", 0.0)) if name in self._takes}  # as the pipeline does
             return self.scheduler.step(velocity, self._values[index], latents, **more, return_dict=False)[0].to(latents.dtype)
         before = self._values[index - 1] if index else None

@@ -50,6 +50,8 @@ class Subject:
             guidance=config.memory.guidance, trajectory_guidance=config.data.trajectory_guidance)
         optimizer = make_optimizer(assembly.erasers.parameters(), kind=config.memory.optimizer, lr=config.optim.lr,
                                    weight_decay=config.optim.weight_decay)
+        for stream in filter(None, (teacher.latents, teacher.preserved_latents)):
+            stream.allocate()
         allocate_standing(optimizer, assembly.device)
         return cls(config=config, native_dtype=backbone.native_dtype, assembly=assembly, teacher=teacher, optimizer=optimizer,
                    scaler=make_scaler(assembly.dtype, assembly.device))
@@ -65,11 +67,9 @@ class Subject:
 
     def teacher_copy(self, *, of_rank: int | None = None) -> Teacher:
         """A teacher that makes samples without moving the run's own trajectories: on the rows of process `of_rank`, by default of this one."""
-        teacher = copy.copy(self.teacher)
-        teacher.latents = copy.deepcopy(teacher.latents)
-        teacher.preserved_latents = copy.deepcopy(teacher.preserved_latents)
-        for stream in filter(None, (teacher.latents, teacher.preserved_latents)):
-            stream.rows = rows_of(stream.shape[0], of_rank)
+        teacher, rows = copy.copy(self.teacher), rows_of(self.config.data.batch_size, of_rank)
+        teacher.latents, teacher.preserved_latents = (
+            stream and stream.apart(rows) for stream in (teacher.latents, teacher.preserved_latents))
         return teacher
 
     def adapter_name(self, name: str) -> str:

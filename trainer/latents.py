@@ -6,11 +6,12 @@ latents are state, saved with the run. Both draw for the whole batch; of several
 holds no others.
 
 A trajectory's tensors outlive a step, in the same two buffers all along: each time elsewhere they would scatter the memory between,
-and a step would need more of it than the one before.
+and a step would need more of it than the one before. For the same reason `allocate` makes them before the first step.
 Legend: B batch, b rows of this process, F latent frames, C latent channels, H W latent size.
 """
 
-from dataclasses import dataclass, field
+import copy
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
@@ -46,6 +47,13 @@ class NoiseLatents:
     def first_needed(self, step: int) -> int:
         """The step from which `at` and `advance` must run to arrive at `step`."""
         return step
+
+    def allocate(self) -> None:
+        """Nothing is held from step to step."""
+
+    def apart(self, rows: slice) -> "NoiseLatents":
+        """The same latents, of these rows."""
+        return replace(self, rows=rows)
 
     def at(self, step: int) -> tuple[Tensor, Tensor]:
         """x_t (b,F,C,H,W) fp32 and t (b,) of a step."""
@@ -94,6 +102,20 @@ class TrajectoryLatents:
         """The step from which `at` and `advance` must run to arrive at `step`."""
         return step if self._latents is not None and self._next == step else step - step % self.num_steps
 
+    def allocate(self) -> None:
+        """Make the buffers of what is held from step to step; the first step does if nobody has."""
+        shape = (len(range(self.shape[0])[self.rows]), *self.shape[1:])
+        names = ("latents", "memory") if self._sampler.is_two_step else ("latents",)
+        self._buffers = {name: [torch.empty(shape, device=self.device) for _ in range(2)] for name in names}
+
+    def apart(self, rows: slice) -> "TrajectoryLatents":
+        """The same trajectory, of as many rows, to be walked without moving this one. Before this one's first step it uses its buffers."""
+        other = copy.copy(self)
+        other.rows, other._sampler = rows, copy.deepcopy(self._sampler)
+        if self._latents is not None:
+            other._buffers = {}
+        return other
+
     def at(self, step: int) -> tuple[Tensor, Tensor]:
         """x_t (b,F,C,H,W) fp32 and t (b,) of a step. Steps come in order; each but a first needs `advance` before.
 
@@ -124,8 +146,8 @@ class TrajectoryLatents:
 
     def _settled(self, name: str, step: int, value: Tensor) -> Tensor:
         """`value` in its buffer of that step."""
-        if name not in self._buffers:
-            self._buffers[name] = [torch.empty_like(value) for _ in range(2)]
+        if not self._buffers:
+            self.allocate()
         return self._buffers[name][step % 2].copy_(value)
 
     def state_dict(self) -> dict[str, Tensor]:

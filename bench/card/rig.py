@@ -5,7 +5,7 @@ Transformer, erasers, memory plan, teacher, losses, loss scaler and optimizer ar
 """
 
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -72,9 +72,9 @@ def backbone_of(cell: Cell) -> CogVideoX:
     return _backbones[cell.model]
 
 
-def _close_ranks(transformer: nn.Module, gauge: Gauge) -> None:
+def _close_ranks(transformer: nn.Module, slots: Sequence[torch.Tensor], gauge: Gauge) -> None:
     """Lay what has stayed on the device side by side, as where weights are loaded on the host and only those that stay are sent."""
-    stayed = [tensor for tensor in (*transformer.parameters(), *transformer.buffers()) if tensor.device == gauge.device]
+    stayed = [tensor for tensor in (*transformer.parameters(), *transformer.buffers(), *slots) if tensor.device == gauge.device]
     for tensor in stayed:
         tensor.data = tensor.data.cpu()
     gauge.release()
@@ -97,13 +97,13 @@ class Rig:
         transformer = backbone.load_transformer(dtype=dtype, device=device)
         blocks = backbone.blocks(transformer)
         self.erasers = Erasers(blocks, config.optim.rank)
-        # The predictor places its position tables where the weights are: before a peer takes those away.
+        self.applied = None if peer else backbone.apply(config.memory, transformer, device)
+        if self.applied and self.applied.offload:
+            _close_ranks(transformer, self.applied.offload.device_buffers, gauge)
+        # The predictor places its position tables where the weights are: after they were moved, and before a peer takes them away.
         predict = self.predict = backbone.predictor(transformer, shape)
         if peer:
             peer(transformer, blocks, device)
-        self.applied = None if peer else backbone.apply(config.memory, transformer, device)
-        if self.applied and self.applied.offload:
-            _close_ranks(transformer, gauge)
         gauge.release()  # what setting up has left in the cache is no part of the cell
         names = sorted(PROMPTS.texts)
         table = torch.randn(len(names), backbone.text_length, backbone.text_width,

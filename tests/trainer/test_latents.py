@@ -105,6 +105,34 @@ def test_what_outlives_a_step_lies_where_it_lay_two_steps_before_and_a_sample_st
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_nothing_that_outlives_a_step_is_made_in_one_if_it_was_made_before(kind):
+    latents = _trajectory(kind)
+    latents.allocate()
+    made = {buffer.data_ptr() for buffers in latents._buffers.values() for buffer in buffers}
+    assert len(made) == (4 if kind is CogVideoXDPMScheduler else 2)
+    for step in range(NUM_STEPS):
+        x, _ = latents.at(step)
+        latents.advance(step, _velocity(step))
+        held = {x.data_ptr()} | {tensor.data_ptr() for name, tensor in latents.state_dict().items() if "next" not in name}
+        assert held <= made
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("num_before", [0, 2])
+def test_a_trajectory_walked_apart_does_not_move_this_one_and_takes_its_memory_only_while_that_is_free(kind, num_before):
+    alone, latents = _trajectory(kind), _trajectory(kind)
+    latents.allocate()
+    for each in (alone, latents):
+        _walk(each, range(num_before))
+    apart = latents.apart(slice(None))
+    first = apart.first_needed(num_before)
+    found = _walk(apart, range(first, NUM_STEPS))
+    assert (apart._buffers is latents._buffers) == (num_before == 0)
+    for (x, t), (y, u), (z, v) in zip(found[num_before - first:], _walk(latents, range(num_before, NUM_STEPS)), _walk(alone, range(num_before, NUM_STEPS))):
+        assert torch.equal(x, y) and torch.equal(y, z) and torch.equal(t, u) and torch.equal(u, v)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_skipping_an_advance_raises(kind):
     latents = _trajectory(kind)
     latents.at(0)
