@@ -151,13 +151,13 @@ def resolve(argv: Sequence[str], kind: type = TrainCommand) -> tuple[Any, dict[s
 def _of_run(run_dir: Path, *, planned_anew: bool) -> tuple[TrainConfig, dict[str, str]]:
     """The settings of a run that goes on, and where each came from, as far as the run knows. `planned_anew`: what was planned is at its default."""
     from trainer.run_directory import read_config
-    from trainer.run_files import CONFIG, lookup
+    from trainer.run_files import CONFIG, nested
 
     if not (run_dir / CONFIG).exists():
         raise CheckpointError(f"--resume {run_dir}: not a run directory (there is no {CONFIG}); name the directory of a run, such as runs/red-1")
     config, content = read_config(run_dir)
     values = settings.leaves(config)
-    origins = {path: str(lookup(content, "origins", path) or f"run {run_dir}") for path in values}
+    origins = {path: str(nested(content, "origins", path) or f"run {run_dir}") for path in values}
     if planned_anew:
         planned = [path for path, origin in origins.items() if origin.startswith(("profile ", "step-down "))]
         origins |= dict.fromkeys(planned, "default")

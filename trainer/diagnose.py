@@ -22,7 +22,7 @@ from trainer.projection_config import read_forget_config
 from trainer.projection_health import unsound
 from trainer.records import Judge, non_finite
 from trainer.run_directory import read_config, read_content, resuming
-from trainer.run_files import CONFIG, FINDINGS, METRICS, read_metrics
+from trainer.run_files import CONFIG, FINDINGS, METRICS, read_bytes, read_metrics
 
 
 def diagnose_path(path: Path) -> Bill:
@@ -37,7 +37,7 @@ def diagnose_run(run_dir: Path) -> Bill:
     InputOutputError for one that cannot be read."""
     checked, bill = _whole(run_dir), Bill()
     try:
-        found, written = (run_dir / FINDINGS).read_bytes() if (run_dir / FINDINGS).is_file() else None, read_metrics(run_dir)
+        found, written = read_bytes(run_dir / FINDINGS) if (run_dir / FINDINGS).exists() else None, read_metrics(run_dir)
     except OSError as e:
         raise InputOutputError(f"{e.filename}: cannot be read ({e.strerror})") from e
     if found is not None:
@@ -68,7 +68,7 @@ def diagnose_run(run_dir: Path) -> Bill:
 def _whole(run_dir: Path) -> list[str]:
     """What was checked of the files that the run would go on from, and of its LoRA. Raises CheckpointError for one that is damaged."""
     checked = []
-    if (run_dir / CONFIG).is_file():
+    if (run_dir / CONFIG).exists():
         (read_forget_config if read_content(run_dir).get("command") == "forget" else read_config)(run_dir)
         checked.append(f"{CONFIG}: settings, all known")
     steps = [int(p.name[5:]) for p in (run_dir / "ckpt").glob("step-*") if p.name[5:].isdecimal()]

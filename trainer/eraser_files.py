@@ -25,7 +25,7 @@ from trainer.config import ModelConfig
 from trainer.erasers import LEAVES, Erasers, width_of
 from trainer.errors import CheckpointError, InputOutputError, UsageError
 from trainer.run_directory import is_run, resuming
-from trainer.run_files import CONFIG, lookup, part_of, read_object, write_tensors, write_whole
+from trainer.run_files import CONFIG, nested, part_of, read_bytes, read_object, write_tensors, write_whole
 
 logger = logging.getLogger(__name__)
 
@@ -131,7 +131,7 @@ def load_eraser(path: Path | str) -> EraserFile:
 
 def refuse_forgetting(path: Path) -> None:
     """Raises CheckpointError for a run of `forget` where an eraser is needed."""
-    if lookup(read_object(path / CONFIG), "command") == "forget":
+    if nested(read_object(path / CONFIG), "command") == "forget":
         raise CheckpointError(f"{path} is a run of forget: it holds a LoRA, which peft loads, and no eraser; "
                               f"`python run.py diagnose {path}` looks at it")
 
@@ -156,7 +156,7 @@ def _read_released(file: Path) -> dict[str, Tensor]:
 
 def _read_json(file: Path) -> dict[str, Any]:
     try:
-        value = json.loads(file.read_text())
+        value = json.loads(read_bytes(file))
     except (OSError, ValueError, RecursionError) as e:
         raise CheckpointError(f"{file}: the description that belongs to the weights cannot be read ({e})") from e
     known = isinstance(value, dict)
@@ -164,7 +164,7 @@ def _read_json(file: Path) -> dict[str, Any]:
         known = isinstance(base, dict) and all(isinstance(base.get(key), str) for key in ("name", "config_hash"))
     if known and (training := value.get("training")) is not None:
         known = (isinstance(training, dict) and isinstance(training.get("data", {}), dict)
-                 and isinstance(lookup(training, "data", "concept"), str | None))
+                 and isinstance(nested(training, "data", "concept"), str | None))
     if not known:
         raise CheckpointError(f"{file}: not an eraser's description; copy it again")
     return value

@@ -33,7 +33,7 @@ from trainer.loop import train
 from trainer.manifest import MANIFEST, write_manifest
 from trainer.optimizer_state import export_optimizer
 from trainer.preflight import CHECKED, Preflight
-from trainer.run_files import FINDINGS, METRICS, read_metrics
+from trainer.run_files import CONFIG, FINDINGS, METRICS, read_metrics
 
 Make = Callable[..., TrainConfig]
 KEYS = {"code", "severity", "phase", "block", "module", "evidence", "cause", "fix"}
@@ -291,6 +291,14 @@ def test_findings_that_may_not_be_read_are_said_to_be(tmp_path: Path, monkeypatc
     monkeypatch.setattr(Path, "read_bytes", refuse)  # root may read anything
     with pytest.raises(InputOutputError, match=f"{FINDINGS}: cannot be read .Permission denied.$"):
         diagnose_path(tmp_path)
+
+
+@pytest.mark.parametrize("name", [CONFIG, METRICS, FINDINGS])
+def test_a_pipe_in_the_place_of_a_file_is_not_waited_for(run_dir: Path, name: str) -> None:
+    (run_dir / name).unlink()
+    os.mkfifo(run_dir / name)
+    with pytest.raises((CheckpointError, InputOutputError), match=f"{name}.*not a regular file"):
+        diagnose_path(run_dir)
 
 
 def test_what_a_run_found_and_measured_is_told_again(run_dir: Path) -> None:
