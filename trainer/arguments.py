@@ -49,15 +49,17 @@ def parse(kind: type, argv: Sequence[str], command: str, default: Any = None, *,
         said = _unboxed(complaint.getvalue())
         if said == f"{named} is missing":
             said += f"; {named[2:].upper()} stands first, or after {named}"
-        raise UsageError(f"{said}; {program} --help says more") from e
+        raise UsageError(f"{said}; python {program} --help says more") from e
     if unknown and not unknown[0].startswith("-"):
         raise UsageError(_superfluous(unknown[0], argv, parsed, program))
     if unknown:
         options = [_flag(path) for path in settings.leaves(parsed)]
         near = difflib.get_close_matches(unknown[0].split("=")[0], options, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"{program} --help lists them all"
+        hint = f"did you mean {near[0]}?" if near else f"python {program} --help lists them all"
         raise UsageError(f"there is no option {unknown[0]}; {hint}")
     _require_text(parsed)
+    for path in (path for path, value in settings.leaves(parsed).items() if isinstance(value, Path)):
+        early(argv, _flag(path))  # an empty path would be the current directory
     return parsed
 
 
@@ -77,7 +79,7 @@ def _superfluous(word: str, argv: Sequence[str], parsed: Any, program: str) -> s
         flag = re.sub("^--no-", "--", before)
         if flag in switches:
             return f"{before} {word}: it takes no value; say {flag} or --no-{flag[2:]}"
-    return f"{word!r} is one word too many (quotes keep words together); {program} --help says what it takes"
+    return f"{word!r} is one word too many (quotes keep words together); python {program} --help says what it takes"
 
 
 def _flag(path: str) -> str:
