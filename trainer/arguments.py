@@ -152,10 +152,12 @@ def resolve(argv: Sequence[str], kind: type = TrainCommand) -> tuple[Any, dict[s
 
 def _of_run(run_dir: Path, *, planned_anew: bool) -> tuple[TrainConfig, dict[str, str]]:
     """The settings of a run that goes on, and where each came from, as far as the run knows. `planned_anew`: what was planned is at its default."""
+    from trainer.lock import refuse_unbegun
     from trainer.run_directory import read_config
     from trainer.run_files import CONFIG, nested
 
     if not (run_dir / CONFIG).exists():
+        refuse_unbegun(run_dir)
         raise CheckpointError(f"--resume {run_dir}: not a run directory (there is no {CONFIG}); name the directory of a run, such as runs/red-1")
     config, content = read_config(run_dir)
     values = settings.leaves(config)

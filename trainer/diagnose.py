@@ -1,6 +1,7 @@
 """`run.py diagnose`: findings from a run directory, from a weights file, or from a pre-flight of given settings."""
 
 import json
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import replace
@@ -24,6 +25,8 @@ from trainer.records import Judge, non_finite
 from trainer.run_directory import read_config, read_content, resuming
 from trainer.run_files import CONFIG, FINDINGS, METRICS, read_bytes, read_metrics
 
+logger = logging.getLogger(__name__)
+
 
 def diagnose_path(path: Path) -> Bill:
     """The bill of a run directory or of an eraser file. Raises CheckpointError for anything else."""
@@ -40,7 +43,10 @@ def diagnose_run(run_dir: Path) -> Bill:
         found, written = read_bytes(run_dir / FINDINGS) if (run_dir / FINDINGS).exists() else None, read_metrics(run_dir)
     except OSError as e:
         raise InputOutputError(f"{e.filename}: cannot be read ({e.strerror})") from e
-    if found is not None:
+    if found is None:
+        logger.warning("%s: there is no %s, which a run writes before its first step: it was removed, or the disk was full then; what the run itself "
+                       "found is not known", run_dir, FINDINGS)
+    else:
         try:
             content = json.loads(found)
             bill = Bill(findings=tuple(from_json(f) for f in content["findings"]))
@@ -50,9 +56,9 @@ def diagnose_run(run_dir: Path) -> Bill:
     records = [record for record in written if "blocks" in record]
     try:
         bill = bill.with_findings(_judged(records, named=bool(bill.fatal)))
-        if records or not written:
+        if records:
             checked.append(f"{METRICS}: {len(records)} steps, loss terms, gradients, updates and erasers by block")
-        else:  # a run of `forget`, which has no blocks
+        elif written:  # a run of `forget`, which has no blocks
             checked.append(f"{METRICS}: {len(written)} steps, loss terms and gradients")
             bill = bill.with_findings(unsound(code, step=record["step"] + 1) for record in written
                                       for name, code in (("loss", "non-finite-loss"), ("gradient_norm", "non-finite-gradient"))

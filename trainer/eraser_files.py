@@ -24,6 +24,7 @@ from trainer.backbones.location import config_hash
 from trainer.config import ModelConfig
 from trainer.erasers import LEAVES, Erasers, width_of
 from trainer.errors import CheckpointError, InputOutputError, UsageError
+from trainer.lock import refuse_unbegun
 from trainer.run_directory import is_run, resuming
 from trainer.run_files import CONFIG, nested, part_of, read_bytes, read_object, write_tensors, write_whole
 
@@ -113,6 +114,7 @@ def load_eraser(path: Path | str) -> EraserFile:
     if file is None:
         if is_run(path):  # one that was killed
             raise CheckpointError(f"{path}: no eraser there yet; a run writes it at its end, or when it is stopped: go on with {resuming(path)}")
+        refuse_unbegun(path)
         raise CheckpointError(f"{path}: no eraser there; name a run directory, or a directory with {WEIGHTS} "
                               f"or {RELEASED_WEIGHTS}")
     if not os.access(file, os.R_OK):  # safetensors says of such a file that it is not there

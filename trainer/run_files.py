@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trainer.errors import CheckpointError, InputOutputError
+from trainer.lock import refuse_unbegun
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -47,6 +48,7 @@ class RunFiles:
         """Raises CheckpointError if `run` holds neither settings nor metrics, nor the findings of a run that the pre-flight stopped."""
         config = read_object(run / CONFIG)
         if "config" not in config and not any((run / name).exists() for name in (METRICS, FINDINGS)):
+            refuse_unbegun(run)
             raise CheckpointError(f"{run}: not a run directory (none of a run's {CONFIG}, {METRICS} and {FINDINGS} is in it)")
         try:
             records = read_metrics(run)

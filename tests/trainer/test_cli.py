@@ -21,6 +21,7 @@ from trainer.assemble import resolve_device
 from trainer.config import replaced
 from trainer.errors import DoesNotFit, InputOutputError, Interrupted, TrainerError, UsageError
 from trainer.findings import Bill
+from trainer.lock import RunLock
 
 ROOT = Path(__file__).parents[2]
 
@@ -284,6 +285,15 @@ def test_damaged_eraser_files(sincos, call, pipelines, tmp_path, damage, message
 def test_usage_of_other_commands(call, argv, message):
     code, out, lines = call(*argv)
     assert code == 2 and out == "" and len(lines) == 1 and message in lines[0]
+
+
+@pytest.mark.parametrize("argv", [["report"], ["diagnose"], ["evaluate"], ["generate", "--prompt", "x", "--eraser"], ["export", "--out", "x", "--eraser"],
+                                  ["--resume"], ["forget", "--resume"]])
+def test_a_run_that_was_killed_while_it_was_set_up(call, tmp_path, argv):
+    with RunLock(tmp_path / "run"):
+        pass
+    code, _, lines = call(*argv, str(tmp_path / "run"))
+    assert (code, len(lines)) == (5, 1) and "still being set up, or was killed while it was; if it is gone, start it again" in lines[0]
 
 
 @pytest.mark.parametrize("argv", [["generate", "--no-eraser", "--prompt", "x", "a r\udce9d circle"], ["--preserve", "a r\udce9d circle"],

@@ -301,6 +301,14 @@ def test_a_pipe_in_the_place_of_a_file_is_not_waited_for(run_dir: Path, name: st
         diagnose_path(run_dir)
 
 
+def test_a_run_without_what_it_found_itself_is_said_to_be(run_dir: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for name in (FINDINGS, METRICS):
+        (run_dir / name).unlink()
+    bill = diagnose_run(run_dir)
+    assert "there is no findings.json, which a run writes before its first step" in caplog.text
+    assert not any(METRICS in line for line in bill.checked)
+
+
 def test_what_a_run_found_and_measured_is_told_again(run_dir: Path) -> None:
     (run_dir / FINDINGS).write_text(json.dumps(Bill(findings=(finding("dead-gelu", "training", severity="warning", block=1),)).as_json()))
     records = read_metrics(run_dir)
