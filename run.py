@@ -84,6 +84,8 @@ def _guarded(command: Callable[[], int]) -> int:
         sys.stdout.flush()
         return code
     except SystemExit as e:  # the parser's: --help, or a value that it refuses and has said why
+        if isinstance(e.__context__, BrokenPipeError):  # or rich's, which says so and ends
+            return 6
         return e.code if isinstance(e.code, int) else int(e.code is not None)
     except TrainerError as e:
         if not isinstance(e, InputOutputError) and _another_speaks(wait=e.exit_code < 128):  # that another is lost, each says

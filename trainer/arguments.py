@@ -49,15 +49,17 @@ def parse(kind: type, argv: Sequence[str], command: str, default: Any = None, *,
         said = _unboxed(complaint.getvalue())
         if said == f"{named} is missing":
             said += f"; {named[2:].upper()} stands first, or after {named}"
-        raise UsageError(f"{said}; {program} --help says more") from e
+        raise UsageError(f"{said}; python {program} --help says more") from e
     if unknown and not unknown[0].startswith("-"):
         raise UsageError(_superfluous(unknown[0], argv, parsed, program))
     if unknown:
         options = [_flag(path) for path in settings.leaves(parsed)]
         near = difflib.get_close_matches(unknown[0].split("=")[0], options, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"{program} --help lists them all"
+        hint = f"did you mean {near[0]}?" if near else f"python {program} --help lists them all"
         raise UsageError(f"there is no option {unknown[0]}; {hint}")
     _require_text(parsed)
+    for path in (path for path, value in settings.leaves(parsed).items() if isinstance(value, Path)):
+        early(argv, _flag(path))  # an empty path would be the current directory
     return parsed
 
 
@@ -77,7 +79,7 @@ def _superfluous(word: str, argv: Sequence[str], parsed: Any, program: str) -> s
         flag = re.sub("^--no-", "--", before)
         if flag in switches:
             return f"{before} {word}: it takes no value; say {flag} or --no-{flag[2:]}"
-    return f"{word!r} is one word too many (quotes keep words together); {program} --help says what it takes"
+    return f"{word!r} is one word too many (quotes keep words together); python {program} --help says what it takes"
 
 
 def _flag(path: str) -> str:
@@ -150,14 +152,16 @@ def resolve(argv: Sequence[str], kind: type = TrainCommand) -> tuple[Any, dict[s
 
 def _of_run(run_dir: Path, *, planned_anew: bool) -> tuple[TrainConfig, dict[str, str]]:
     """The settings of a run that goes on, and where each came from, as far as the run knows. `planned_anew`: what was planned is at its default."""
+    from trainer.lock import refuse_unbegun
     from trainer.run_directory import read_config
-    from trainer.run_files import CONFIG, lookup
+    from trainer.run_files import CONFIG, nested
 
     if not (run_dir / CONFIG).exists():
+        refuse_unbegun(run_dir)
         raise CheckpointError(f"--resume {run_dir}: not a run directory (there is no {CONFIG}); name the directory of a run, such as runs/red-1")
     config, content = read_config(run_dir)
     values = settings.leaves(config)
-    origins = {path: str(lookup(content, "origins", path) or f"run {run_dir}") for path in values}
+    origins = {path: str(nested(content, "origins", path) or f"run {run_dir}") for path in values}
     if planned_anew:
         planned = [path for path, origin in origins.items() if origin.startswith(("profile ", "step-down "))]
         origins |= dict.fromkeys(planned, "default")

@@ -2,7 +2,9 @@
 
 import logging
 import os
+import time
 from collections.abc import Mapping
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 
@@ -13,6 +15,7 @@ from torch import Tensor
 from trainer.errors import UsageError
 from trainer.run_files import part_of
 
+_OLD = 24 * 3600  # seconds since the last write, after which nobody is writing
 logger = logging.getLogger(__name__)
 _warn_once = lru_cache(logger.warning)  # videos are stored one by one
 
@@ -27,6 +30,8 @@ def cache_directory(kind: str) -> Path:
 
 def store(files: Mapping[Path, Mapping[str, Tensor]], what: str) -> None:
     """Write cache files, each whole or not at all. Where that fails, a later run computes `what` again."""
+    for directory in {file.parent for file in files}:
+        _remove_left_overs(directory)
     try:
         for file, tensors in files.items():
             file.parent.mkdir(parents=True, exist_ok=True)
@@ -35,6 +40,14 @@ def store(files: Mapping[Path, Mapping[str, Tensor]], what: str) -> None:
     except (OSError, SafetensorError) as e:
         _warn_once("%s are not cached in %s (%s); XDG_CACHE_HOME names another place", what, file.parent,
                    e.strerror if isinstance(e, OSError) else str(e))
+
+
+def _remove_left_overs(directory: Path) -> None:
+    """Remove what killed processes left half written. The directory may be shared by machines, so that age tells, and no process number."""
+    for part in directory.glob(".*.part.*"):
+        with suppress(OSError):  # another process removes it as well
+            if time.time() - part.stat().st_mtime > _OLD:
+                part.unlink()
 
 
 def recall(file: Path, *names: str) -> dict[str, Tensor] | None:

@@ -107,7 +107,7 @@ def typed(value: Any, hint: Any, name: str) -> Any:
         if option is float and type(value) is int:
             with suppress(OverflowError):  # more digits than a float has
                 return float(value)
-        if option is Path and isinstance(value, str):
+        if option is Path and isinstance(value, str) and value:
             return Path(value)
         if origin is tuple and isinstance(value, list) and all(type(item) is typing.get_args(option)[0] for item in value):
             return tuple(value)

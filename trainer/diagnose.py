@@ -1,6 +1,7 @@
 """`run.py diagnose`: findings from a run directory, from a weights file, or from a pre-flight of given settings."""
 
 import json
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import replace
@@ -22,7 +23,9 @@ from trainer.projection_config import read_forget_config
 from trainer.projection_health import unsound
 from trainer.records import Judge, non_finite
 from trainer.run_directory import read_config, read_content, resuming
-from trainer.run_files import CONFIG, FINDINGS, METRICS, read_metrics
+from trainer.run_files import CONFIG, FINDINGS, METRICS, read_bytes, read_metrics
+
+logger = logging.getLogger(__name__)
 
 
 def diagnose_path(path: Path) -> Bill:
@@ -37,10 +40,13 @@ def diagnose_run(run_dir: Path) -> Bill:
     InputOutputError for one that cannot be read."""
     checked, bill = _whole(run_dir), Bill()
     try:
-        found, written = (run_dir / FINDINGS).read_bytes() if (run_dir / FINDINGS).is_file() else None, read_metrics(run_dir)
+        found, written = read_bytes(run_dir / FINDINGS) if (run_dir / FINDINGS).exists() else None, read_metrics(run_dir)
     except OSError as e:
         raise InputOutputError(f"{e.filename}: cannot be read ({e.strerror})") from e
-    if found is not None:
+    if found is None:
+        logger.warning("%s: there is no %s, which a run writes before its first step: it was removed, or the disk was full then; what the run itself "
+                       "found is not known", run_dir, FINDINGS)
+    else:
         try:
             content = json.loads(found)
             bill = Bill(findings=tuple(from_json(f) for f in content["findings"]))
@@ -50,9 +56,9 @@ def diagnose_run(run_dir: Path) -> Bill:
     records = [record for record in written if "blocks" in record]
     try:
         bill = bill.with_findings(_judged(records, named=bool(bill.fatal)))
-        if records or not written:
+        if records:
             checked.append(f"{METRICS}: {len(records)} steps, loss terms, gradients, updates and erasers by block")
-        else:  # a run of `forget`, which has no blocks
+        elif written:  # a run of `forget`, which has no blocks
             checked.append(f"{METRICS}: {len(written)} steps, loss terms and gradients")
             bill = bill.with_findings(unsound(code, step=record["step"] + 1) for record in written
                                       for name, code in (("loss", "non-finite-loss"), ("gradient_norm", "non-finite-gradient"))
@@ -68,7 +74,7 @@ def diagnose_run(run_dir: Path) -> Bill:
 def _whole(run_dir: Path) -> list[str]:
     """What was checked of the files that the run would go on from, and of its LoRA. Raises CheckpointError for one that is damaged."""
     checked = []
-    if (run_dir / CONFIG).is_file():
+    if (run_dir / CONFIG).exists():
         (read_forget_config if read_content(run_dir).get("command") == "forget" else read_config)(run_dir)
         checked.append(f"{CONFIG}: settings, all known")
     steps = [int(p.name[5:]) for p in (run_dir / "ckpt").glob("step-*") if p.name[5:].isdecimal()]

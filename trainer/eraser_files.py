@@ -5,6 +5,7 @@ Released layout: `eraser_weights.pt`, a dict `transformer_blocks.{i}.attn1.adapt
 """
 
 import errno
+import io
 import json
 import logging
 import os
@@ -24,8 +25,9 @@ from trainer.backbones.location import config_hash
 from trainer.config import ModelConfig
 from trainer.erasers import LEAVES, Erasers, width_of
 from trainer.errors import CheckpointError, InputOutputError, UsageError
+from trainer.lock import refuse_unbegun
 from trainer.run_directory import is_run, resuming
-from trainer.run_files import CONFIG, lookup, part_of, read_object, write_tensors, write_whole
+from trainer.run_files import CONFIG, nested, part_of, read_bytes, read_object, write_tensors, write_whole
 
 logger = logging.getLogger(__name__)
 
@@ -89,11 +91,11 @@ def save_released(directory: Path, state: Mapping[str, Tensor], rank: int) -> No
     try:
         directory.mkdir(parents=True, exist_ok=True)
         with part_of(directory / RELEASED_WEIGHTS) as part:
-            torch.save(weights, part)
+            torch.save(weights, content := io.BytesIO())  # of a disk that is full torch's own writer says nothing that is understood
+            part.write_bytes(content.getbuffer())
             (directory / RELEASED_CONFIG).write_text(json.dumps({"eraser_type": "adapter", "eraser_rank": rank}) + "\n")
-    except (OSError, RuntimeError) as e:
-        reason = e.strerror if isinstance(e, OSError) else e
-        raise InputOutputError(f"--out {directory}: cannot be written ({reason}); choose another directory") from e
+    except OSError as e:
+        raise InputOutputError(f"--out {directory}: cannot be written ({e.strerror}); choose another directory") from e
 
 
 def load_eraser(path: Path | str) -> EraserFile:
@@ -113,6 +115,7 @@ def load_eraser(path: Path | str) -> EraserFile:
     if file is None:
         if is_run(path):  # one that was killed
             raise CheckpointError(f"{path}: no eraser there yet; a run writes it at its end, or when it is stopped: go on with {resuming(path)}")
+        refuse_unbegun(path)
         raise CheckpointError(f"{path}: no eraser there; name a run directory, or a directory with {WEIGHTS} "
                               f"or {RELEASED_WEIGHTS}")
     if not os.access(file, os.R_OK):  # safetensors says of such a file that it is not there
@@ -131,7 +134,7 @@ def load_eraser(path: Path | str) -> EraserFile:
 
 def refuse_forgetting(path: Path) -> None:
     """Raises CheckpointError for a run of `forget` where an eraser is needed."""
-    if lookup(read_object(path / CONFIG), "command") == "forget":
+    if nested(read_object(path / CONFIG), "command") == "forget":
         raise CheckpointError(f"{path} is a run of forget: it holds a LoRA, which peft loads, and no eraser; "
                               f"`python run.py diagnose {path}` looks at it")
 
@@ -156,7 +159,7 @@ def _read_released(file: Path) -> dict[str, Tensor]:
 
 def _read_json(file: Path) -> dict[str, Any]:
     try:
-        value = json.loads(file.read_text())
+        value = json.loads(read_bytes(file))
     except (OSError, ValueError, RecursionError) as e:
         raise CheckpointError(f"{file}: the description that belongs to the weights cannot be read ({e})") from e
     known = isinstance(value, dict)
@@ -164,7 +167,7 @@ def _read_json(file: Path) -> dict[str, Any]:
         known = isinstance(base, dict) and all(isinstance(base.get(key), str) for key in ("name", "config_hash"))
     if known and (training := value.get("training")) is not None:
         known = (isinstance(training, dict) and isinstance(training.get("data", {}), dict)
-                 and isinstance(lookup(training, "data", "concept"), str | None))
+                 and isinstance(nested(training, "data", "concept"), str | None))
     if not known:
         raise CheckpointError(f"{file}: not an eraser's description; copy it again")
     return value

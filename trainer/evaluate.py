@@ -13,7 +13,7 @@ from trainer.eraser_files import load_eraser
 from trainer.errors import InputOutputError, UsageError
 from trainer.lock import RunLock
 from trainer.run_directory import probe
-from trainer.run_files import CONFIG, EVALUATION, PICTURES, lookup, write_json
+from trainer.run_files import CONFIG, EVALUATION, PICTURES, nested, write_json
 from trainer.shapes import world
 from trainer.video import contact_sheet
 from trainer.video_config import EvaluateConfig
@@ -29,7 +29,7 @@ def evaluate(config: EvaluateConfig, card: Card | None = None) -> dict[str, Any]
     resolve_device(config.model.device)  # or it would be said after all that is said before videos are made
     eraser = load_eraser(config.run)
     model, directory = eraser.model(config.model), eraser.path.parent
-    own = lookup(eraser.training, "data", "concept")
+    own = nested(eraser.training, "data", "concept")
     concept = config.concept or own
     if concept is None:
         raise UsageError(f"{config.run} does not say which concept it erases; name it with --concept")

@@ -1,5 +1,6 @@
 """A forecast as a command line, as plain data and as tables."""
 
+import math
 import shlex
 from collections.abc import Iterator
 from dataclasses import asdict, fields
@@ -14,6 +15,7 @@ from memory.timeline import shown
 from memory.timing import LARGEST_ERROR, TYPICAL_ERROR
 from trainer.assemble import only_planned
 from trainer.config import TrainConfig
+from trainer.live_view import duration, seconds_text
 from trainer.planning import Forecast, verdict
 from trainer.run_directory import program
 
@@ -73,22 +75,20 @@ def _shown(by_phase: dict[str, int]) -> dict[str, int]:
 def print_forecast(found: Forecast, origins: dict[str, str], *, explain: bool) -> None:
     """The forecast on stdout, for people."""
     from rich.console import Console
-    from rich.table import Table
+    from rich.table import Column, Table
     from rich.text import Text
-
-    from trainer.live_view import duration
 
     console, a = Console(), found.chosen
     more = compiled_fragmentation(a.plan) - 1
     uncompiled = f", as if no block were compiled, but for {more:.0%} that compiled ones reserve more" if a.plan.compile else ""
     num_steps = found.config.optim.steps
-    total = f"; {num_steps} steps take {duration(num_steps * a.time.seconds)}" if found.result.best else ""
+    total = f"; {num_steps} steps take {duration(math.ceil(num_steps * a.time.seconds))}" if found.result.best else ""
     console.print(Text(verdict(found) + total, style="bold"))
     console.print(f"(all figures predicted{uncompiled}; {found.result.num_candidates} plans compared; times that others measured differ from such "
                   f"predictions by {TYPICAL_ERROR:.0%} (root mean square), {LARGEST_ERROR:.0%} at most; short steps take longer where the host is the limit)",
                   highlight=False)
     searched = (*SEARCHED, "num_shards") if found.num_cards > 1 else SEARCHED
-    table = Table("setting", "value", "origin", title="settings", title_justify="left")
+    table = Table(Column("setting", overflow="fold"), "value", "origin", title="settings", title_justify="left")
     for f in fields(MemoryPlan):
         origin = origins.get(f"memory.{f.name}", "default")
         planned = f.name in searched and origin == "default"
@@ -124,7 +124,7 @@ def print_forecast(found: Forecast, origins: dict[str, str], *, explain: bool) -
 def _explained(found: Forecast) -> Iterator[str]:
     """What limits the step, how fast the host has to be, and which figures of the card are assumed."""
     time = found.chosen.time
-    yield "seconds of a step by what limits them: " + ", ".join(f"{bound} {seconds:.2f}" for bound, seconds in time.by_bound.items())
+    yield "time of a step by what limits it: " + ", ".join(f"{bound} {seconds_text(seconds)}" for bound, seconds in time.by_bound.items())
     if not found.card.is_cpu:
         yield (f"host: about {time.num_operators:,.0f} operators a step, most of them one kernel; it is the limit where it takes more "
                f"than {1e6 * time.seconds / time.num_operators:,.0f} µs for each")

@@ -19,7 +19,7 @@ from memory.optimizers import update_norms
 from trainer.distributed import average, everyones, num_ranks, rank
 from trainer.erasers import in_backward
 from trainer.findings import Bill, Finding, blocks_text, earlier_findings, finding, keep_findings
-from trainer.inspection import Fingerprint, Subject, adapter_findings
+from trainer.inspection import Fingerprint, Subject, adapter_findings, adapter_name
 from trainer.preflight import Preflight
 from trainer.records import Judge, Pending, non_finite
 from trainer.run_files import FINDINGS, read_object
@@ -187,7 +187,7 @@ class Health:
         without = [name for name, p in self.erasers.named_parameters() if p.grad is None]
         if without and not found:
             found = [finding("detached-eraser", "backward", block=int(without[0].split(".")[0]), step=step + 1,
-                             module=self.subject.adapter_name(without[0]), num_parameters=len(without))]
+                             module=adapter_name(without[0]), num_parameters=len(without))]
         if found:
             self._conclude(found, f"step {step + 1} (no weight was changed)")
 

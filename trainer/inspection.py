@@ -72,11 +72,6 @@ class Subject:
             stream and stream.apart(rows) for stream in (teacher.latents, teacher.preserved_latents))
         return teacher
 
-    def adapter_name(self, name: str) -> str:
-        """`3.up.weight` in the transformer's names."""
-        block, leaf = name.split(".", 1)
-        return f"transformer_blocks.{block}.attn1.adapter.{leaf}"
-
     def fitted(self, found: Finding) -> Finding:
         """`found` with a fix for these settings: one that does not advise what is set already."""
         fix = next((fix for code, applies, fix in _FITTING if code == found.code and applies(self)), found.fix)
@@ -104,6 +99,12 @@ _FITTING: Sequence[tuple[str, Callable[[Subject], bool], str]] = (
     ("learning-rate-too-high", lambda subject: subject.config.model.model == "shapes", f"--lr {SHAPES['optim.lr']:g}"),
 )
 """(code, where it applies, the fix there): others than in CODES."""
+
+
+def adapter_name(name: str) -> str:
+    """An eraser's parameter, such as `3.up.weight`, in the transformer's names."""
+    block, leaf = name.split(".", 1)
+    return f"transformer_blocks.{block}.attn1.adapter.{leaf}"
 
 
 def own_parameters(transformer: nn.Module) -> dict[str, nn.Parameter]:
@@ -205,7 +206,7 @@ def adapter_findings(subject: Subject) -> Iterator[Finding]:
     )
     for code, phase, names in checks:
         if names:
-            yield finding(code, phase, block=int(names[0].split(".")[0]), module=subject.adapter_name(names[0]),
+            yield finding(code, phase, block=int(names[0].split(".")[0]), module=adapter_name(names[0]),
                           num_parameters=len(names), num_parameters_in_all=len(parameters),
                           dtype=str(dict(parameters)[names[0]].dtype))
 

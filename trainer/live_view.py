@@ -67,7 +67,12 @@ def _flow(label: str, parts: Sequence[Text], room: int) -> list[Row]:
 
 def pace(seconds: float) -> str:
     """2.5 as 2.50 s/step, 0.0015 as 1.5 ms/step."""
-    return f"{seconds:.2f} s/step" if seconds >= 0.1 else f"{1e3 * seconds:.1f} ms/step"
+    return f"{seconds_text(seconds)}/step"
+
+
+def seconds_text(seconds: float) -> str:
+    """2.5 as 2.50 s, 0.0015 as 1.5 ms."""
+    return f"{seconds:.2f} s" if seconds >= 0.1 else f"{1e3 * seconds:.1f} ms"
 
 
 def duration(seconds: float) -> str:

@@ -54,6 +54,13 @@ class RunLock:
         self._descriptor = None
 
 
+def refuse_unbegun(run_dir: Path) -> None:
+    """Raises CheckpointError where nothing but the lock is in a directory: nothing is kept yet of that run."""
+    if run_dir.is_dir() and [path.name for path in run_dir.iterdir()] == [LOCK]:
+        raise CheckpointError(f"{run_dir}: the run there is still being set up, or was killed while it was; if it is gone, start it again: "
+                              "nothing of it is kept")
+
+
 def _remove_left_overs(root: Path) -> None:
     """Remove what saves cut short by death left in RUN/ckpt."""
     if root.is_dir() and not root.is_symlink():

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from trainer.checkpoint import read_tensors
 from trainer.errors import CheckpointError, InputOutputError
-from trainer.run_files import write_json, write_tensors
+from trainer.run_files import read_bytes, write_json, write_tensors
 from trainer.seeding import noise
 
 CONFIG, WEIGHTS, MERGED = "adapter_config.json", "adapter_model.safetensors", "merged.safetensors"
@@ -80,7 +80,7 @@ def load_updates(directory: Path) -> dict[str, Tensor]:
     """The updates (E, D) by layer name of a file in PEFT's layout. Raises CheckpointError."""
     tensors = read_tensors(directory / WEIGHTS)
     try:
-        config = json.loads((directory / CONFIG).read_text())
+        config = json.loads(read_bytes(directory / CONFIG))
         scale = config["lora_alpha"] / config["r"]
         ends = ".lora_A.weight", ".lora_B.weight"
         names = [key.removeprefix(_PREFIX).removesuffix(ends[0]) for key in tensors if key.endswith(ends[0])]

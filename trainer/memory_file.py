@@ -16,7 +16,7 @@ from memory.cards import Card
 from memory.timeline import CATEGORIES, Trace, shown
 from trainer.config import TrainConfig
 from trainer.planning import forecast_as_given
-from trainer.run_files import MEMORY, lookup, read_object, write_json
+from trainer.run_files import MEMORY, nested, read_object, write_json
 
 NUM_POINTS = 400
 
@@ -76,5 +76,5 @@ def keep_forecast(run_dir: Path, config: TrainConfig, forecast: MemoryForecast |
 
 def facts(content: Mapping[str, Any]) -> dict[str, float]:
     """What the live view's memory bar shows of memory.json."""
-    shown = {"budget_bytes": lookup(content, "budget_bytes"), "predicted_peak_bytes": lookup(content, "predicted", "needed_bytes")}
+    shown = {"budget_bytes": nested(content, "budget_bytes"), "predicted_peak_bytes": nested(content, "predicted", "needed_bytes")}
     return {name: value for name, value in shown.items() if value is not None}

@@ -21,6 +21,7 @@ from trainer.beside import Beside
 from trainer.config import ModelConfig, TrainConfig
 from trainer.distributed import divided, num_ranks
 from trainer.errors import DoesNotFit, UsageError
+from trainer.live_view import seconds_text
 from trainer.phases import phases_around
 from trainer.prompts import PromptSet
 from trainer.rehearse import num_rehearsed, rehearse, teacher_share
@@ -241,7 +242,7 @@ def verdict(found: Forecast) -> str:
     if found.result.best:
         beside = f" beside the {others / GIB:.2f} GiB of other processes" if others else ""
         return (f"{found.config.model.model} fits {c.label}: predicted {a.needed_bytes / GIB:.2f} GiB of "
-                f"{c.usable_bytes / GIB:.2f} GiB usable{beside}, {a.time.seconds:.2f} s a step (largest part: {a.time.bottleneck})")
+                f"{c.usable_bytes / GIB:.2f} GiB usable{beside}, {seconds_text(a.time.seconds)} a step (largest part: {a.time.bottleneck})")
     room = _room(a, c) + f" for each of the {found.num_cards} cards' processes" * (found.num_cards > 1)
     if a.fits_card or c.is_cpu:  # whose memory is the host's
         would_do = room

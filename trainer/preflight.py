@@ -13,7 +13,7 @@ from torch import Tensor
 
 from memory.optimizers import reset_state
 from trainer.findings import Bill, Finding, finding
-from trainer.inspection import (Fingerprint, Subject, adapter_findings, block_of, held, non_finite_embedding, non_finite_weight,
+from trainer.inspection import (Fingerprint, Subject, adapter_findings, adapter_name, block_of, held, non_finite_embedding, non_finite_weight,
                                 own_parameters, values)
 from trainer.losses import student_backward
 from trainer.preflight_hooks import Watch
@@ -75,7 +75,7 @@ class Preflight:
         bounds = values([bound for a in self.erasers.adapters for bound in torch.aminmax(a.down.weight.detach())])
         wiped = [i for i, (low, high) in enumerate(zip(bounds[::2], bounds[1::2])) if low == high]  # `up` begins at zero, `down` does not
         if wiped:
-            yield finding("wiped-weights", "adapters", block=wiped[0], module=self.subject.adapter_name(f"{wiped[0]}.down.weight"),
+            yield finding("wiped-weights", "adapters", block=wiped[0], module=adapter_name(f"{wiped[0]}.down.weight"),
                           num_blocks=len(wiped), value=bounds[2 * wiped[0]])
         yield from adapter_findings(self.subject)
         owned = held(self.subject)  # the trial's step would move what is frozen, too, and nothing takes that back

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from memory.advice import flag_of
 from memory.meter import Meter
 from memory.optimizers import make_optimizer
 from trainer.assemble import resolve_device
@@ -252,10 +253,10 @@ def _restore(run: Run, run_dir: Path, facts: Mapping[str, str], device: torch.de
         raise CheckpointError(f"--resume {run_dir}: the texts or pictures are not those that the run began with; give those back")
     ours, saved = as_json(run.config), earlier["config"]
     pairs = {name: (saved.get(name), value) for name, value in ours.items() if name not in _FREE}
-    pairs |= {f"memory.{name}": (saved["memory"].get(name), ours["memory"][name]) for name in _KEPT}
+    pairs |= {name: (saved["memory"].get(name), ours["memory"][name]) for name in _KEPT}
     for name, (then, now) in pairs.items():
         if then != now:
-            raise CheckpointError(f"cannot resume: {name} was {then!r} and is {now!r} now; "
+            raise CheckpointError(f"cannot resume: {flag_of(name)} was {then!r} and is {now!r} now; "
                                   "a resumed run keeps what it trains on")
     if checkpoint:
         run.restore(checkpoint, device)

@@ -22,7 +22,7 @@ from trainer.page import note, section, side_by_side, table
 from trainer.projection_config import ForgetConfig
 from trainer.report_evaluation import answers, attempts, evaluation
 from trainer.run_directory import resuming
-from trainer.run_files import PICTURES, RunFiles, lookup, write_whole
+from trainer.run_files import PICTURES, RunFiles, nested, read_bytes, write_whole
 
 REPORT = "report.html"
 _TEMPLATE = Path(__file__).with_name("report.html")
@@ -78,7 +78,7 @@ def _subtitle(files: RunFiles) -> str:
     if files.forgets:
         name, rank = f"{files.setting('encoder')}, {files.setting('model')}", files.setting("rank")
     else:
-        name = files.setting("model.model") or lookup(files.config, "base_model", "name") or "unknown model"
+        name = files.setting("model.model") or nested(files.config, "base_model", "name") or "unknown model"
         rank = files.setting("optim.rank")
     return escape(f"{name} · rank {rank or '?'} · run {files.path.resolve().name}")
 
@@ -161,7 +161,7 @@ def _figure(caption: str, path: Path) -> str:
     from PIL import Image
 
     try:
-        data = path.read_bytes()
+        data = read_bytes(path)
         with Image.open(io.BytesIO(data), formats=("PNG",)) as picture:
             if picture.width > _PICTURE_WIDTH:
                 picture.thumbnail((_PICTURE_WIDTH, picture.height))

@@ -13,7 +13,8 @@ from memory.plan import PlanError
 from trainer.config import TrainConfig
 from trainer.config_file import as_json, from_json
 from trainer.errors import CheckpointError, InputOutputError, UsageError
-from trainer.run_files import CONFIG, lookup, read_metrics, read_object, write_json
+from trainer.lock import refuse_unbegun
+from trainer.run_files import CONFIG, nested, read_bytes, read_metrics, read_object, write_json
 
 
 def require_place(out: Path | None) -> None:
@@ -73,7 +74,7 @@ def _new_directory(concept: str) -> Path:
 
 def is_run(directory: Path) -> bool:
     """Whether its config.json holds settings of a run; a model's directory has one, too."""
-    return isinstance(lookup(read_object(directory / CONFIG), "config"), dict)
+    return isinstance(nested(read_object(directory / CONFIG), "config"), dict)
 
 
 def program(num_processes: int) -> tuple[str, ...]:
@@ -83,7 +84,7 @@ def program(num_processes: int) -> tuple[str, ...]:
 
 def resuming(run_dir: Path) -> str:
     """The command line by which a run goes on, of either kind: to be pasted, with as many processes as are at work now."""
-    forgets = lookup(read_object(run_dir / CONFIG), "command") == "forget"
+    forgets = nested(read_object(run_dir / CONFIG), "command") == "forget"
     words = program(int(os.environ["WORLD_SIZE"]) if launch() else 1)
     return shlex.join([*words, *["forget"] * forgets, "--resume", str(run_dir)])
 
@@ -106,7 +107,7 @@ def restarted_run(config: TrainConfig) -> Path | None:
         return None
     for directory in [config.output.out] if config.output.out else sorted(Path("runs").glob("*-[0-9]*")):
         try:
-            if json.loads((directory / CONFIG).read_text()).get("launch") == launch():
+            if json.loads(read_bytes(directory / CONFIG)).get("launch") == launch():
                 return directory
         except (OSError, ValueError, AttributeError):
             continue  # not the directory of this run
@@ -133,9 +134,10 @@ def require_none_due(run_dir: Path, *, save_every: int) -> None:
 def read_content(run_dir: Path) -> dict[str, Any]:
     """The whole content of config.json, of a run of any command. Raises CheckpointError if there are no settings in it."""
     try:
-        content = json.loads((run_dir / CONFIG).read_text())
+        content = json.loads(read_bytes(run_dir / CONFIG))
     except (OSError, ValueError, RecursionError) as e:
+        refuse_unbegun(run_dir)
         raise CheckpointError(f"{run_dir}: not a run directory ({CONFIG}: {e})") from e
-    if not isinstance(lookup(content, "config"), dict):
+    if not isinstance(nested(content, "config"), dict):
         raise CheckpointError(f"{run_dir}: not a run directory (its {CONFIG} holds no settings of a run)")
     return content

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trainer.errors import CheckpointError, InputOutputError
+from trainer.lock import refuse_unbegun
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -47,6 +48,7 @@ class RunFiles:
         """Raises CheckpointError if `run` holds neither settings nor metrics, nor the findings of a run that the pre-flight stopped."""
         config = read_object(run / CONFIG)
         if "config" not in config and not any((run / name).exists() for name in (METRICS, FINDINGS)):
+            refuse_unbegun(run)
             raise CheckpointError(f"{run}: not a run directory (none of a run's {CONFIG}, {METRICS} and {FINDINGS} is in it)")
         try:
             records = read_metrics(run)
@@ -64,20 +66,20 @@ class RunFiles:
 
     def setting(self, path: str) -> Any:
         """A setting by dotted path, or None."""
-        return lookup(self.config, "config", *path.split("."))
+        return nested(self.config, "config", *path.split("."))
 
     def num_steps(self) -> int:
         """Finished steps; one that was not finite was not applied."""
         if not self.records:
             return 0
         last = self.records[-1]
-        said = (lookup(last, *keys) for keys in (("loss",), ("gradient_norm",), ("prediction_norms", "teacher"), ("prediction_norms", "student")))
+        said = (nested(last, *keys) for keys in (("loss",), ("gradient_norm",), ("prediction_norms", "teacher"), ("prediction_norms", "student")))
         refused = not last.get("skipped") and any(isinstance(value, float) and not math.isfinite(value) for value in said)
         return last.get("step", -1) + (0 if refused else 1)
 
     def series(self, *keys: str) -> list[tuple[float, float]]:
         """(step, value) of a number that records hold, possibly inside of dicts; steps are counted from 1, as progress is."""
-        found = ((record.get("step"), lookup(record, *keys)) for record in self.records)
+        found = ((record.get("step"), nested(record, *keys)) for record in self.records)
         return [(step + 1, float(value)) for step, value in found if step is not None and isinstance(value, int | float)]
 
     def measured_peaks(self) -> dict[str, float]:
@@ -89,11 +91,17 @@ class RunFiles:
         return peaks
 
 
-def lookup(value: Any, *keys: str) -> Any:
+def nested(value: Any, *keys: str) -> Any:
     """What nested dicts hold under keys, or None."""
     for key in keys:
         value = value.get(key) if isinstance(value, Mapping) else None
     return value
+
+
+def read_bytes(path: Path) -> bytes:
+    """What a file holds. Raises OSError, for a pipe or a device too, which might be waited for without end."""
+    _require_file(path)
+    return path.read_bytes()
 
 
 def read_object(path: Path) -> dict[str, Any]:
@@ -101,7 +109,7 @@ def read_object(path: Path) -> dict[str, Any]:
     if not path.exists():
         return {}
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(read_bytes(path))
         if not isinstance(content, dict):
             raise ValueError("it holds no object")
         return content
@@ -113,7 +121,7 @@ def read_object(path: Path) -> dict[str, Any]:
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
     """All records of a run, in order. A line that a crash or a full disk cut short, or whose step is no whole number, is left out."""
     path, records = run_dir / METRICS, []
-    for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
+    for line in read_bytes(path).decode(errors="replace").splitlines() if path.exists() else ():
         try:
             record = json.loads(line)
         except (ValueError, RecursionError):
@@ -155,8 +163,7 @@ def part_of(path: Path, ending: str = "") -> Iterator[Path]:
     """Within: the file to write, which becomes `path` when it is complete; what is there stays until then, and if it fails. A link stays,
     and what it points to is written. Raises OSError where a device or a pipe is there, which a user who may do so would replace by a file."""
     path = Path(os.path.realpath(path))
-    if path.exists() and not (path.is_file() or path.is_dir()):
-        raise OSError(errno.EINVAL, "not a regular file", str(path))
+    _require_file(path)
     part = path.with_name(f".{path.name}.part{ending}")
     try:
         yield part
@@ -165,6 +172,12 @@ def part_of(path: Path, ending: str = "") -> Iterator[Path]:
         with suppress(OSError):  # where it could not be made it cannot be removed either
             part.unlink()
         raise
+
+
+def _require_file(path: Path) -> None:
+    """Raises OSError for what is neither a file nor a directory: those the system refuses itself."""
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
 
 
 def withdraw(run_dir: Path) -> None:

@@ -24,7 +24,7 @@ from trainer.latents import Latents
 from trainer.optimizer_state import export_optimizer, import_optimizer
 from trainer.prompts import PromptSet, collect
 from trainer.run_directory import read_config, require_none_due
-from trainer.run_files import lookup
+from trainer.run_files import nested
 
 PACKAGES = ("torch", "diffusers", "transformers", "bitsandbytes", "safetensors")
 # A resumed run may differ in memory plan, model location and output, and, with a constant learning rate, be longer.
@@ -106,7 +106,7 @@ class TrainState:
     def check(self, saved: Mapping[str, Any]) -> None:
         """Whether this run may go on from the state of a checkpoint, or of `unsaved`. Raises CheckpointError naming the first difference."""
         ours = self.described()
-        compatible({**saved, "base_model": {"config_hash": lookup(saved, "base_model", "config_hash")}}, ours)
+        compatible({**saved, "base_model": {"config_hash": nested(saved, "base_model", "config_hash")}}, ours)
         _check_settings(saved, self.config, self.native_dtype)
         if saved.get("step", 0) > self.config.optim.steps:
             raise CheckpointError(f"cannot resume: --steps {self.config.optim.steps}, and {saved['step']} are done; name as many or more")

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from trainer.erasers import in_backward
 from trainer.findings import Finding, finding
-from trainer.inspection import Subject, block_of, non_finite_embedding, non_finite_weight
+from trainer.inspection import Subject, adapter_name, block_of, non_finite_embedding, non_finite_weight
 from trainer.losses import student_backward
 
 LARGE = 1e6  # no sound activation of a transformer is near this
@@ -76,7 +76,7 @@ def _bad_gradient(subject: Subject) -> Finding | None:
     if not bad:
         return None
     last = max(bad, key=lambda name: int(name.split(".")[0]))
-    return finding("non-finite-gradient", "backward", block=int(last.split(".")[0]), module=subject.adapter_name(last),
+    return finding("non-finite-gradient", "backward", block=int(last.split(".")[0]), module=adapter_name(last),
                    num_parameters=len(bad))
 
 

@@ -38,7 +38,7 @@ def write_mp4(path: Path, video: Tensor, *, fps: int = 8) -> None:
                 container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels[:height, :width].contiguous().numpy(), format="rgb24")))
             container.mux(stream.encode())
     except (OSError, av.error.FFmpegError) as e:
-        raise InputOutputError(f"{path} cannot be written ({e}); choose another --out") from e
+        raise InputOutputError(f"{path} cannot be written ({e.strerror or e}); choose another --out") from e
 
 
 def contact_sheet(path: Path, rows: list[tuple[str, Tensor]]) -> None:
@@ -61,7 +61,7 @@ def contact_sheet(path: Path, rows: list[tuple[str, Tensor]]) -> None:
         with part_of(path) as part:
             sheet.save(part, format="PNG")
     except OSError as e:
-        raise InputOutputError(f"{path} cannot be written ({e}); choose another --out") from e
+        raise InputOutputError(f"{path} cannot be written ({e.strerror or e}); choose another --out") from e
 
 
 def spread(video: Tensor, count: int = _NUM_SHOWN) -> Tensor:

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 import run
+from trainer.run_files import FINDINGS
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -107,6 +108,12 @@ def _run(command: str) -> tuple[int, str]:
 def test_streams_that_nobody_reads_end_without_a_traceback(command, code):
     found, said = _run(command)
     assert found == code and "Traceback" not in said and "Exception ignored" not in said, said
+
+
+def test_a_table_that_nobody_reads_ends_likewise(tmp_path):
+    (tmp_path / FINDINGS).write_text('{"findings": [], "checked": []}')
+    code, said = _run(f"RUN diagnose '{tmp_path}' | (exec <&-; sleep 1)")
+    assert (code, said) == (6, "")
 
 
 @pytest.mark.skipif(not Path("/sys/kernel").is_dir(), reason="needs a place that even root cannot write")

@@ -21,6 +21,7 @@ from trainer.assemble import resolve_device
 from trainer.config import replaced
 from trainer.errors import DoesNotFit, InputOutputError, Interrupted, TrainerError, UsageError
 from trainer.findings import Bill
+from trainer.lock import RunLock
 
 ROOT = Path(__file__).parents[2]
 
@@ -251,14 +252,14 @@ def test_damaged_eraser_files(sincos, call, pipelines, tmp_path, damage, message
     (["diagnose", "--on-oom", "stop"], "--on-oom: diagnose looks at one step"),
     (["diagnose", "--resume", "runs/a"], "--resume: diagnose goes on with no run; `diagnose RUN` looks at one"),
     (["plan", "--resume", "runs/a"], "--resume: plan looks at new runs; `report RUN` shows what a run was predicted to need, and --resume RUN"),
-    (["--lr"], "error: --lr: its value is missing; run.py --help says more"),
-    (["report", "--run"], "error: --run: its value is missing; run.py report --help says more"),
-    (["generate", "--prompt", "x", "--no-eraser", "--scheduler", "euler"], "error: --scheduler euler: one of 'model', 'ddim', 'dpm'; run.py generate"),
-    (["--weights=foo"], "error: --weights foo: one of 'stored', 'random'; run.py --help says more"),
-    (["export", "somewhere"], "error: --out is missing; run.py export --help says more"),
-    (["evaluate", "--num-videos", "2", "runs/a", "--concept", "blue"], "error: --run is missing; RUN stands first, or after --run; run.py"),
-    (["export", "--out", "x"], "error: --eraser is missing; ERASER stands first, or after --eraser; run.py export --help says more"),
-    (["report", "a", "b"], "error: 'b' is one word too many (quotes keep words together); run.py report --help says what it takes"),
+    (["--lr"], "error: --lr: its value is missing; python run.py --help says more"),
+    (["report", "--run"], "error: --run: its value is missing; python run.py report --help says more"),
+    (["generate", "--prompt", "x", "--no-eraser", "--scheduler", "euler"], "error: --scheduler euler: one of 'model', 'ddim', 'dpm'; python run.py generate"),
+    (["--weights=foo"], "error: --weights foo: one of 'stored', 'random'; python run.py --help says more"),
+    (["export", "somewhere"], "error: --out is missing; python run.py export --help says more"),
+    (["evaluate", "--num-videos", "2", "runs/a", "--concept", "blue"], "error: --run is missing; RUN stands first, or after --run; python run.py"),
+    (["export", "--out", "x"], "error: --eraser is missing; ERASER stands first, or after --eraser; python run.py export --help says more"),
+    (["report", "a", "b"], "error: 'b' is one word too many (quotes keep words together); python run.py report --help says what it takes"),
     (["generate", "--no-eraser", "--prompt", "x", "--seed", "1", "2"], "'2' is one word too many (quotes keep words together)"),
     (["generate", "--no-eraser", "--prompt", "x", "--backbone-copies", "2"], "--backbone-copies 2 and --text-encoder-resident exist for planning"),
     (["evaluate", "runs/a", "--text-encoder-resident"], "--backbone-copies 2 and --text-encoder-resident exist for planning"),
@@ -266,6 +267,13 @@ def test_damaged_eraser_files(sincos, call, pipelines, tmp_path, damage, message
     (["plan", "--explain", "yes"], "--explain yes: it takes no value; say --explain or --no-explain"),
     (["--resume", ""], "--resume: an empty value; name one, or leave the flag out"),
     (["--config=", "--steps", "3"], "--config: an empty value"),
+    (["report", ""], "--run: an empty value"),
+    (["diagnose", ""], "--target: an empty value"),
+    (["evaluate", "--num-videos", "2", "--run="], "--run: an empty value"),
+    (["generate", "--prompt", "x", "--eraser", ""], "--eraser: an empty value"),
+    (["export", "", "--out", "x"], "--eraser: an empty value"),
+    (["plan", "--prompts", ""], "--prompts: an empty value"),
+    (["forget", "--out="], "--out: an empty value"),
     (["plan", "--device", "cuda"], "--device cuda: there is no CUDA card here (python run.py doctor says what is missing); use --device cpu, or plan for"),
     (["plan", "--profile", "cpu", "--device", "cuda"], "--device cuda beside --profile cpu: the plan is for the latter"),
     (["plan", "--profile", "4090", "--device", "cpu"], "--device cpu beside --profile 4090: the plan is for the latter"),
@@ -277,6 +285,15 @@ def test_damaged_eraser_files(sincos, call, pipelines, tmp_path, damage, message
 def test_usage_of_other_commands(call, argv, message):
     code, out, lines = call(*argv)
     assert code == 2 and out == "" and len(lines) == 1 and message in lines[0]
+
+
+@pytest.mark.parametrize("argv", [["report"], ["diagnose"], ["evaluate"], ["generate", "--prompt", "x", "--eraser"], ["export", "--out", "x", "--eraser"],
+                                  ["--resume"], ["forget", "--resume"]])
+def test_a_run_that_was_killed_while_it_was_set_up(call, tmp_path, argv):
+    with RunLock(tmp_path / "run"):
+        pass
+    code, _, lines = call(*argv, str(tmp_path / "run"))
+    assert (code, len(lines)) == (5, 1) and "still being set up, or was killed while it was; if it is gone, start it again" in lines[0]
 
 
 @pytest.mark.parametrize("argv", [["generate", "--no-eraser", "--prompt", "x", "a r\udce9d circle"], ["--preserve", "a r\udce9d circle"],

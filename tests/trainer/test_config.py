@@ -127,6 +127,7 @@ def test_unknown_toml_key_suggests_the_nearest(toml, text, near):
     ("[data]\npreserve = ['blue', 3]\n", "data.preserve"),
     ("[data]\nlatents = 'noisy'\n", "data.latents = 'noisy' is not one of 'trajectory', 'noise'"),
     ("[data]\nprompts = 5\n", "data.prompts = 5 is not a path"),
+    ("[output]\nout = ''\n", "output.out = '' is not a path"),
     ("[model]\nframes = '9'\n", "model.frames = '9' is not a whole number"),
     ("[model.model]\nname = 'x'\n", "model.model"),
     ("[optim\n", "not valid TOML"),

@@ -33,7 +33,7 @@ from trainer.loop import train
 from trainer.manifest import MANIFEST, write_manifest
 from trainer.optimizer_state import export_optimizer
 from trainer.preflight import CHECKED, Preflight
-from trainer.run_files import FINDINGS, METRICS, read_metrics
+from trainer.run_files import CONFIG, FINDINGS, METRICS, read_metrics
 
 Make = Callable[..., TrainConfig]
 KEYS = {"code", "severity", "phase", "block", "module", "evidence", "cause", "fix"}
@@ -291,6 +291,22 @@ def test_findings_that_may_not_be_read_are_said_to_be(tmp_path: Path, monkeypatc
     monkeypatch.setattr(Path, "read_bytes", refuse)  # root may read anything
     with pytest.raises(InputOutputError, match=f"{FINDINGS}: cannot be read .Permission denied.$"):
         diagnose_path(tmp_path)
+
+
+@pytest.mark.parametrize("name", [CONFIG, METRICS, FINDINGS])
+def test_a_pipe_in_the_place_of_a_file_is_not_waited_for(run_dir: Path, name: str) -> None:
+    (run_dir / name).unlink()
+    os.mkfifo(run_dir / name)
+    with pytest.raises((CheckpointError, InputOutputError), match=f"{name}.*not a regular file"):
+        diagnose_path(run_dir)
+
+
+def test_a_run_without_what_it_found_itself_is_said_to_be(run_dir: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for name in (FINDINGS, METRICS):
+        (run_dir / name).unlink()
+    bill = diagnose_run(run_dir)
+    assert "there is no findings.json, which a run writes before its first step" in caplog.text
+    assert not any(METRICS in line for line in bill.checked)
 
 
 def test_what_a_run_found_and_measured_is_told_again(run_dir: Path) -> None:

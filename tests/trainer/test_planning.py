@@ -68,6 +68,15 @@ def test_a_plan_says_what_its_sizes_are_of_and_what_the_largest_part_of_a_step_i
         assert f"s a step (largest part: {time.bottleneck})" in output and f"GiB, {rest} {forecast.chosen.host_bytes / GIB:.2f} GiB" in output
 
 
+def test_steps_of_milliseconds_are_told_in_milliseconds(forecast, capsys):
+    time = replace(forecast.chosen.time, by_bound=forecast.chosen.time.by_bound | {"memory traffic": 0.0016})
+    chosen = replace(forecast.chosen, time=time)
+    found = replace(forecast, result=replace(forecast.result, best=chosen), config=replaced(forecast.config, {"optim.steps": 400}))
+    forecast_text.print_forecast(found, {}, explain=True)
+    output = " ".join(capsys.readouterr().out.split())
+    assert f"{1e3 * time.seconds:.1f} ms a step (" in output and "; 400 steps take 0:01 " in output and "memory traffic 1.6 ms" in output
+
+
 def test_what_others_hold_of_a_card_is_said(tiny_config):
     card, held = lookup("4090"), int(23.25 * GIB)
     crowded = planning.forecast(tiny_config(), replace(card, usable_bytes=card.usable_bytes - held, used_by_others_bytes=held))

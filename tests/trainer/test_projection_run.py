@@ -371,7 +371,7 @@ def test_a_run_killed_before_its_first_checkpoint_begins_anew(encoders, tmp_path
         patch.setattr(projection.Saver, "save", lambda *args, **more: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             main(clip(encoders, tmp_path / "run"))
-    with pytest.raises(CheckpointError, match="cannot resume: rank was"):
+    with pytest.raises(CheckpointError, match="cannot resume: --rank was"):
         main(["forget", "--resume", str(tmp_path / "run"), "--rank", "3"])
     main(["forget", "--resume", str(tmp_path / "run")])
     assert caplog.text.count("run ended before its first checkpoint: it begins anew, and arrives at the same") == 1
@@ -384,13 +384,13 @@ def test_a_run_killed_before_its_first_checkpoint_begins_anew(encoders, tmp_path
 
 def test_a_resumed_run_keeps_what_it_trains_on(encoders, tmp_path):
     main(clip(encoders, tmp_path / "run"))
-    for flag, value, said in (("--lr", "0.5", "lr was 0.01"), ("--dtype", "bfloat16", "memory.dtype was 'native'"),
-                              ("--optimizer", "adamw8bit", "memory.optimizer was 'adamw'")):
+    for flag, value, said in (("--lr", "0.5", "--lr was 0.01"), ("--dtype", "bfloat16", "--dtype was 'native'"),
+                              ("--optimizer", "adamw8bit", "--optimizer was 'adamw'")):
         with pytest.raises(CheckpointError, match=f"cannot resume: {said} and is .?{value}.? now"):
             main(["forget", "--resume", str(tmp_path / "run"), flag, value])
     before = (tmp_path / "run" / "findings.json").read_bytes()
     (tmp_path / "run" / "findings.json").write_text("kept")
-    with pytest.raises(CheckpointError, match="cannot resume: rank was"):
+    with pytest.raises(CheckpointError, match="cannot resume: --rank was"):
         main(["forget", "--resume", str(tmp_path / "run"), "--rank", "3"])
     assert (tmp_path / "run" / "findings.json").read_text() == "kept"  # refused before anything is written
     (tmp_path / "run" / "findings.json").write_bytes(before)

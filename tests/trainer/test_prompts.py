@@ -1,6 +1,7 @@
 """Prompts from files, words and the world; embeddings computed once."""
 
 import os
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -337,6 +338,15 @@ def test_a_full_disk_leaves_nothing_half_written_in_the_cache(tmp_path, monkeypa
     monkeypatch.setattr("trainer.cache.save_file", full)
     _embed(_Counting(), ["a"], tmp_path)
     assert not os.listdir(tmp_path)
+
+
+def test_what_a_killed_process_left_in_the_cache_is_removed_a_day_later(tmp_path):
+    left, written = tmp_path / ".a.safetensors.part.17", tmp_path / ".b.safetensors.part.18"  # the latter by another, now
+    for part in (left, written):
+        part.touch()
+    os.utime(left, times=2 * (time.time() - 25 * 3600,))
+    _embed(_Counting(), ["a"], tmp_path)
+    assert not left.exists() and written.exists()
 
 
 @pytest.mark.parametrize("fill, error, why", [

@@ -193,13 +193,15 @@ def test_nothing_comes_from_the_network(run):
 
 @pytest.mark.parametrize("missing", ["config.json", "metrics.jsonl", "findings.json", "evaluation.json", "memory.json",
                                      "before-after.png", "samples"])
-@pytest.mark.parametrize("how", ["absent", "cut", "empty"])
+@pytest.mark.parametrize("how", ["absent", "cut", "empty", "pipe"])
 def test_missing_and_damaged_parts_leave_the_others(run, missing, how):
     path = run / missing
     if path.is_dir():
         shutil.rmtree(path)
-    elif how == "absent":
+    elif how in ("absent", "pipe"):
         path.unlink()
+        if how == "pipe":  # which nobody writes to
+            os.mkfifo(path)
     else:
         path.write_bytes(path.read_bytes()[:len(path.read_bytes()) // 2 if how == "cut" else 0])
     page, text = read(write_report(run))

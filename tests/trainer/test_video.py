@@ -116,3 +116,8 @@ class TestUnwritable:
         with pytest.raises(InputOutputError, match="cannot be written"):
             write(tmp_path / "x", video)
         assert sorted(p.name for p in tmp_path.iterdir()) == ["x.mp4", "x.png"]  # nothing half-written
+
+    def test_on_a_full_disk(self, write, video, tmp_path, full_disk):
+        with full_disk(), pytest.raises(InputOutputError, match=f"^{tmp_path}/x.... cannot be written .File too large.; choose another --out"):
+            write(tmp_path / "x", video)
+        assert not list(tmp_path.iterdir())
