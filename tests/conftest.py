@@ -12,6 +12,7 @@ environment.prepare()
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may reach for the network
 if "PYTEST_XDIST_WORKER" in os.environ:  # tests run side by side: threads that wait for each other's cores take several times as long
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # processes to compile in take longer to start than what is compiled here
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
