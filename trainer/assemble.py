@@ -181,7 +181,7 @@ def assemble(backbone: CogVideoX, model: ModelConfig, plan: MemoryPlan, *, rank:
     dtype = resolve_dtype(backbone, plan, insist=model.force_dtype)
     shape = latent_shape(backbone, model)
     whole = plan.resident_blocks is None and plan.num_shards == 1
-    transformer = backbone.load_transformer(dtype=dtype, device=device if whole else "cpu")
+    transformer = backbone.load_transformer(dtype=dtype, device=device if whole else "cpu", latent_shape=shape)
     blocks = backbone.blocks(transformer)
     if eraser is not None:
         erasers = apply_eraser(transformer, eraser, base_model=backbone.identity())

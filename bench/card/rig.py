@@ -94,7 +94,7 @@ class Rig:
         self.cell, self.gauge, self.bare, self.config = cell, gauge, bare, cell.config()
         config, device, backbone = self.config, gauge.device, backbone_of(cell)
         dtype, shape = resolve_dtype(backbone, config.memory, insist=True), latent_shape(backbone, config.model)
-        transformer = backbone.load_transformer(dtype=dtype, device=device)
+        transformer = backbone.load_transformer(dtype=dtype, device=device, latent_shape=shape)
         blocks = backbone.blocks(transformer)
         self.erasers = Erasers(blocks, config.optim.rank)
         self.applied = None if peer else backbone.apply(config.memory, transformer, device)

@@ -134,9 +134,12 @@ def test_positions_of_another_size_are_made_once(sincos, monkeypatch):
     assert 17 != sincos.config.sample_frames
     transformer = sincos.load_transformer(dtype=torch.float32)
     predict = sincos.predictor(transformer, shape)
+    at_once = sincos.load_transformer(dtype=torch.float32, latent_shape=shape)
     making = Mock(wraps=transformer.patch_embed._get_positional_embeddings)
-    monkeypatch.setattr(transformer.patch_embed, "_get_positional_embeddings", making)
-    predict(torch.randn(1, *shape), torch.tensor([17]), torch.randn(1, sincos.text_length, 16))
+    for each in (transformer, at_once):
+        monkeypatch.setattr(each.patch_embed, "_get_positional_embeddings", making)
+    x, t, text = torch.randn(1, *shape), torch.tensor([17]), torch.randn(1, sincos.text_length, 16)
+    assert torch.equal(predict(x, t, text), sincos.predictor(at_once, shape)(x, t, text))
     assert making.call_count == 0
 
 

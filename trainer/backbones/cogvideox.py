@@ -143,12 +143,13 @@ class CogVideoX:
         c, (f, _, h, w) = self.config, latent_shape
         return f // (c.patch_size_t or 1), h // c.patch_size, w // c.patch_size
 
-    def load_transformer(self, *, dtype: torch.dtype, device: torch.device | str = "cpu") -> nn.Module:
-        """The frozen transformer, in eval mode."""
+    def load_transformer(self, *, dtype: torch.dtype, device: torch.device | str = "cpu",
+                         latent_shape: tuple[int, int, int, int] | None = None) -> nn.Module:
+        """The frozen transformer, in eval mode; `latent_shape` (F, C, H, W): what its positions are made for, in place of the model's own size."""
         with torch.device("meta"):
             model = self._build_transformer()
         self._weighted(model, "transformer", dtype, device)
-        return self._with_positions(model, dtype, device)
+        return self._with_positions(model, dtype, device, latent_shape)
 
     def fake_transformer(self, *, dtype: torch.dtype, num_blocks: int | None = None) -> nn.Module:
         """The transformer without data, for use under FakeTensorMode; `num_blocks`: a shorter one."""
@@ -156,18 +157,22 @@ class CogVideoX:
             model = self._build_transformer(num_layers=num_blocks or self.num_blocks)
         return self._with_positions(allocate(model, dtype=dtype), dtype, "cpu")
 
-    def _with_positions(self, model: nn.Module, dtype: torch.dtype, device: torch.device | str) -> nn.Module:
+    def _with_positions(self, model: nn.Module, dtype: torch.dtype, device: torch.device | str,
+                        latent_shape: tuple[int, int, int, int] | None = None) -> nn.Module:
         """Sin-cos positions are computed, not stored: a model built on meta lacks them."""
-        embed = model.patch_embed
-        if "pos_embedding" in embed._non_persistent_buffers_set:
-            self._set_positions(model, embed.sample_height, embed.sample_width, embed.sample_frames, dtype, device)
+        if "pos_embedding" in model.patch_embed._non_persistent_buffers_set:
+            size = _made_for(model) if latent_shape is None else self._sample_size(latent_shape)
+            self._set_positions(model, size, dtype, device)
         return model
 
-    def _set_positions(self, model: nn.Module, height: int, width: int, frames: int, dtype: torch.dtype,
-                       device: torch.device | str) -> None:
+    def _sample_size(self, latent_shape: tuple[int, int, int, int]) -> tuple[int, int, int]:
+        frames, _, height, width = latent_shape
+        return height, width, (frames - 1) * self.temporal_ratio + 1
+
+    def _set_positions(self, model: nn.Module, size: tuple[int, int, int], dtype: torch.dtype, device: torch.device | str) -> None:
         embed = model.patch_embed
-        embed.sample_height, embed.sample_width, embed.sample_frames = height, width, frames
-        embed.pos_embedding = embed._get_positional_embeddings(height, width, frames).to(device, dtype)
+        embed.sample_height, embed.sample_width, embed.sample_frames = size
+        embed.pos_embedding = embed._get_positional_embeddings(*size).to(device, dtype)
 
     def blocks(self, transformer: nn.Module) -> nn.ModuleList:
         """Its transformer blocks in order of execution."""
@@ -199,12 +204,10 @@ class CogVideoX:
     def predictor(self, transformer: nn.Module, latent_shape: tuple[int, int, int, int]) -> Predict:
         """What predicts velocities for latents of that shape, where the transformer's weights are now."""
         weight = transformer.proj_out.weight
-        rotary = self.rotary(latent_shape, weight.device)
-        frames, _, height, width = latent_shape
-        if rotary is None:  # otherwise diffusers recomputes the table in every forward at another size
+        rotary, size = self.rotary(latent_shape, weight.device), self._sample_size(latent_shape)
+        if rotary is None and _made_for(transformer) != size:  # diffusers would recompute the table in every forward
             embed, before = transformer.patch_embed, transformer.patch_embed.pos_embedding
-            self._set_positions(transformer, height, width, (frames - 1) * self.temporal_ratio + 1,
-                                weight.dtype, weight.device)
+            self._set_positions(transformer, size, weight.dtype, weight.device)
             before.data, embed.pos_embedding = embed.pos_embedding, before  # the buffer that an applied plan knows, to undo it
         ofs = {} if transformer.ofs_embedding is None else {"ofs": torch.full((1,), 2.0, device=weight.device)}
 
@@ -265,6 +268,12 @@ class CogVideoX:
             return frames.div_(2).add_(0.5).clamp_(0, 1)
 
         return decode
+
+
+def _made_for(transformer: nn.Module) -> tuple[int, int, int]:
+    """What it has positions for: height and width of latents, and frames of the video."""
+    embed = transformer.patch_embed
+    return embed.sample_height, embed.sample_width, embed.sample_frames
 
 
 def enable_tiles(vae: nn.Module) -> None:
