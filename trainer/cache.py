@@ -2,7 +2,6 @@
 
 import logging
 import os
-import time
 from collections.abc import Mapping
 from contextlib import suppress
 from functools import lru_cache
@@ -30,23 +29,24 @@ def cache_directory(kind: str) -> Path:
 
 def store(files: Mapping[Path, Mapping[str, Tensor]], what: str) -> None:
     """Write cache files, each whole or not at all. Where that fails, a later run computes `what` again."""
-    for directory in {file.parent for file in files}:
-        _remove_left_overs(directory)
     try:
         for file, tensors in files.items():
             file.parent.mkdir(parents=True, exist_ok=True)
             with part_of(file, f".{os.getpid()}") as part:
                 save_file(dict(tensors), part)
+        for file in {file.parent: file for file in files}.values():
+            _remove_left_overs(file)
     except (OSError, SafetensorError) as e:
         _warn_once("%s are not cached in %s (%s); XDG_CACHE_HOME names another place", what, file.parent,
                    e.strerror if isinstance(e, OSError) else str(e))
 
 
-def _remove_left_overs(directory: Path) -> None:
-    """Remove what killed processes left half written. The directory may be shared by machines, so that age tells, and no process number."""
-    for part in directory.glob(".*.part.*"):
+def _remove_left_overs(file: Path) -> None:
+    """Remove what killed processes left half written beside a file of just now. Machines may share the directory, so that age tells."""
+    now = file.stat().st_mtime  # by the clock that the others' times are of
+    for part in file.parent.glob(".*.part.*"):
         with suppress(OSError):  # another process removes it as well
-            if time.time() - part.stat().st_mtime > _OLD:
+            if now - part.stat().st_mtime > _OLD:
                 part.unlink()
 
 

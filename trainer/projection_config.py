@@ -11,6 +11,7 @@ from memory.plan import MemoryPlan, PlanError
 from trainer.config import at_least, expand, require_seed, require_several
 from trainer.config_file import from_json, typed
 from trainer.errors import CheckpointError, UsageError
+from trainer.lock import refuse_unbegun
 from trainer.run_directory import read_content, resuming
 from trainer.run_files import CONFIG
 
@@ -136,6 +137,7 @@ class ForgetCommand:
 
 def read_forget_config(run_dir: Path) -> ForgetConfig:
     """The settings of a run of this command. Raises CheckpointError if it is none."""
+    refuse_unbegun(run_dir)
     content = read_content(run_dir)
     if content.get("command") != "forget":
         raise CheckpointError(f"{run_dir} is a training run; go on with it by `{resuming(run_dir)}`")

@@ -13,7 +13,6 @@ from memory.plan import PlanError
 from trainer.config import TrainConfig
 from trainer.config_file import as_json, from_json
 from trainer.errors import CheckpointError, InputOutputError, UsageError
-from trainer.lock import refuse_unbegun
 from trainer.run_files import CONFIG, nested, read_bytes, read_metrics, read_object, write_json
 
 
@@ -136,7 +135,6 @@ def read_content(run_dir: Path) -> dict[str, Any]:
     try:
         content = json.loads(read_bytes(run_dir / CONFIG))
     except (OSError, ValueError, RecursionError) as e:
-        refuse_unbegun(run_dir)
         raise CheckpointError(f"{run_dir}: not a run directory ({CONFIG}: {e})") from e
     if not isinstance(nested(content, "config"), dict):
         raise CheckpointError(f"{run_dir}: not a run directory (its {CONFIG} holds no settings of a run)")
