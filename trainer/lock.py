@@ -56,7 +56,11 @@ class RunLock:
 
 def refuse_unbegun(run_dir: Path) -> None:
     """Raises CheckpointError where nothing but the lock is in a directory: nothing is kept yet of that run."""
-    if run_dir.is_dir() and [path.name for path in run_dir.iterdir()] == [LOCK]:
+    try:
+        names = os.listdir(run_dir)
+    except OSError:  # whoever reads the run says why
+        return
+    if names == [LOCK]:
         raise CheckpointError(f"{run_dir}: the run there is still being set up, or was killed while it was; if it is gone, start it again: "
                               "nothing of it is kept")
 
