@@ -210,7 +210,7 @@ def _seconds(works: list[Work], name: str) -> float:
     card = lookup(name)
     card = replace(card, attention_fraction=card.flash_fraction, attention_backward_fraction=card.flash_backward_fraction,
                    memory_fraction=PUBLISHED["element_wise"])
-    return sum(load_of(works, card).compute.values())
+    return load_of(works, card).computing
 
 
 @cache

@@ -45,10 +45,8 @@ def rehearse(backbone: CogVideoX, config: TrainConfig, plan: MemoryPlan, num_blo
     device = torch.device("cpu")
     dtype = resolve_dtype(backbone, plan, insist=True)
     shape = (config.data.batch_size, *latent_shape(backbone, config.model))
-    latents = make_latents(config, backbone.scheduler(), shape, "target", device)
-    preserved = make_latents(config, backbone.scheduler(), shape, "preserved", device) if config.loss.beta > 0 else None
-    for stream in filter(None, (latents, preserved)):
-        stream.rows = slice(shape[0] // num_cards)
+    latents, preserved = (make_latents(config, backbone.scheduler(), shape, stream, device).apart(slice(shape[0] // num_cards))
+                          for stream in ("target", "preserved"))
     applicable = replace(plan, compile=False)  # no trace sees into compiled code
     if plan.num_shards > 1:
         applicable = replace(applicable, num_shards=1, resident_blocks=0, offload_buffers=SHARDING_BUFFERS)
@@ -63,7 +61,7 @@ def rehearse(backbone: CogVideoX, config: TrainConfig, plan: MemoryPlan, num_blo
         columns = {"concept": torch.zeros(1, dtype=torch.int64)} if config.loss.alpha > 0 else None
         # Whichever blocks make the mask: were it only some, blocks would not be alike. A map is (B, N), and its time is small.
         teacher = Teacher(predict, erasers, list(blocks), loss=config.loss, prompts=PROMPTS, embeddings=embeddings,
-                          columns=columns, latents=latents, preserved_latents=preserved, seed=0,
+                          columns=columns, latents=latents, preserved_latents=preserved if config.loss.beta > 0 else None, seed=0,
                           guidance=plan.guidance, trajectory_guidance=config.data.trajectory_guidance)
         optimizer = make_optimizer(erasers.parameters(), kind="adamw", lr=config.optim.lr)
         extra = [backbone.fake_transformer(dtype=dtype) for _ in range(plan.backbone_copies - 1)]

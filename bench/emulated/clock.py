@@ -43,7 +43,7 @@ class Clock(TorchDispatchMode):
         outputs = func(*args, **(kwargs or {}))
         work = work_of(func, args, outputs)
         if work is not None and _on_card(args) and _on_card(outputs):  # else it is the host's, or a copy, which the library sees
-            self._library.emulated_card_work(ctypes.c_double(sum(load_of([work], self.card).compute.values())))
+            self._library.emulated_card_work(ctypes.c_double(load_of([work], self.card).computing))
         return outputs
 
     def activity(self, run: Callable[[], object]) -> dict[str, float]:
