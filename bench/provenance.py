@@ -8,8 +8,9 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Iterable
+from contextlib import suppress
 from datetime import UTC, datetime
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +34,20 @@ def provenance() -> dict[str, Any]:
     module = getattr(sys.modules["__main__"], "__spec__", None)
     program = ["python", "-m", module.name.removesuffix(".__main__")] if module else ["python", Path(sys.argv[0]).name]
     return {
-        "versions": {"python": platform.python_version(), **{p: version(p) for p in _PACKAGES}},
+        "versions": {"python": platform.python_version(), **_versions()},
         "card": card, "num_cores": os.cpu_count(), "system": platform.system(), "machine": platform.machine(),
         "commit": commit, "command": shlex.join([*program, *sys.argv[1:]]),
         "date": datetime.now(UTC).date().isoformat(),
     }
+
+
+def _versions() -> dict[str, str]:
+    """Of the packages that are here: what was measured without one of them must not be lost for want of its number."""
+    found = {}
+    for package in _PACKAGES:
+        with suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found
 
 
 def take_no_arguments(doc: str | None) -> None:

@@ -134,7 +134,7 @@ def _measured(parts: Sequence[str], session: Session, out: Path) -> tuple[dict[s
     failed: list[str] = []
 
     def stop(number: int, frame: Any) -> None:
-        session.deadline = 0.0  # the cell under way is the last, and what was measured is written
+        session.deadline = min(session.deadline, time.monotonic())  # the cell under way is the last, and what was measured is written
 
     before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

@@ -1,10 +1,12 @@
 """What the simulator and the planner say of cells, in worker processes beside the card where there are cores for it."""
 
 import dataclasses
+import math
 import os
 import signal
+import time
 from collections.abc import Callable
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from functools import lru_cache, partial
 from multiprocessing.context import SpawnContext, SpawnProcess
@@ -89,6 +91,11 @@ def _step_back() -> None:
     os.nice(19)
 
 
+def _require_time(until: Callable[[], float]) -> None:
+    if time.monotonic() > until():
+        raise TimeoutError("the forecast did not come in time")
+
+
 class Forecaster:
     """Runs forecasts ahead of need: `ask` starts one, `answer` waits for it. With no workers, when it is needed."""
 
@@ -109,20 +116,27 @@ class Forecaster:
             # A process that this starts sees no card: autograd would make a context, half a GiB of it, in every one that runs a backward. It has
             # to begin so, since what it imports before its first line of ours asks for cards.
             with patch.dict(os.environ, CUDA_VISIBLE_DEVICES=""):
-                self._futures[function, args] = self._pool.submit(function, *args)
+                try:
+                    self._futures[function, args] = self._pool.submit(function, *args)
+                except BrokenProcessPool:  # a worker was killed, as for want of memory
+                    self._pool = None
 
     def num_under_way(self) -> int:
         """Forecasts that were asked for and have not come: with them a host gives the card its kernels more slowly."""
         return sum(not future.done() for future in self._futures.values())
 
-    def answer(self, function: Callable[..., Any], *args: Any) -> Any:
-        """What `function(*args)` returns."""
+    def answer(self, function: Callable[..., Any], *args: Any, until: Callable[[], float] = lambda: math.inf) -> Any:
+        """What `function(*args)` returns. Raises TimeoutError once time.monotonic() is past `until()`, which may change meanwhile."""
         self.ask(function, *args)
-        try:
-            return function(*args) if self._pool is None else self._futures[function, args].result()
-        except BrokenProcessPool:  # a worker was killed, as for want of memory
-            self._pool = None
-            return function(*args)
+        if (future := self._futures.get((function, args))) is not None:
+            while not wait([future], timeout=1).done:
+                _require_time(until)
+            try:
+                return future.result()  # what came before a worker was killed is still there
+            except BrokenProcessPool:
+                self._pool = None
+        _require_time(until)
+        return function(*args)
 
     def close(self) -> None:
         """End the workers, in the middle of a forecast too: nobody waits for it, and a card may be there for minutes only."""

@@ -19,6 +19,8 @@ from memory.plan import MemoryPlan
 from memory.streams import release_pinned
 from trainer.assemble import resolve_dtype
 
+PATIENCE = 30.0
+"""Seconds after the call's time in which a forecast is still waited for."""
 _PUBLISHED = {"2b": "cogvideox-2b", "5b": "cogvideox-5b", "1.5": "cogvideox1.5-5b"}
 _TOY = dict(num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=4, time_embed_dim=16,
             text_embed_dim=16, max_text_seq_length=6, sample_width=4, sample_height=4, sample_frames=9)
@@ -123,8 +125,8 @@ class Session:
         return {"settings": cell.name(), "num_forecasts_beside": beside, **attempt.as_json()}
 
     def forecast(self, function: Callable[..., Any], *args: Any) -> Attempt:
-        """What the forecaster says. One that fails costs no measurement."""
-        return self.gauge.attempt(lambda: self.forecaster.answer(function, *args))
+        """What the forecaster says. One that fails costs no measurement, nor does one that does not end: what was measured has to be written."""
+        return self.gauge.attempt(lambda: self.forecaster.answer(function, *args, until=lambda: self.deadline + PATIENCE))
 
     def plans(self, cell: Cell, cards: tuple[Card, ...], *free: tuple[str, ...]) -> list[tuple[Assessment | None, str]]:
         """For each card the fastest plan (`plans_of`), or None and why there is none."""

@@ -7,13 +7,15 @@ import os
 import signal
 import sys
 import time
+from concurrent.futures import Future
+from importlib.metadata import PackageNotFoundError
 from unittest.mock import patch
 
 import pytest
 import torch
 
 import run
-from bench import test_peaks
+from bench import provenance, test_peaks
 from bench.card import __main__ as suite
 from bench.card import minimum, offload, peaks, rig, speed
 from bench.card.feasibility import came_to
@@ -344,6 +346,43 @@ def test_a_forecast_that_nobody_waits_for_does_not_hold_up_the_end():
     assert other.is_alive()
     other.terminate()
     other.join()
+
+
+def test_a_worker_that_is_killed_takes_no_answer_along():
+    forecaster = Forecaster(1)
+    try:
+        worker = forecaster.answer(os.getpid)
+        forecaster.ask(time.sleep, 60)
+        os.kill(worker, signal.SIGKILL)
+        while forecaster.num_under_way():
+            time.sleep(0.01)
+        forecaster.ask(max, 1, 2)  # ahead of need, where nobody is left to do it
+        assert forecaster.answer(max, 1, 2) == 2
+        assert forecaster.answer(os.getpid) == worker != os.getpid()
+    finally:
+        forecaster.close()
+
+
+def test_a_forecast_that_does_not_end_holds_nothing_up(monkeypatch):
+    monkeypatch.setattr("bench.card.session.PATIENCE", 0.5)
+    session = Session(Gauge(torch.device("cpu")), lookup("4090"), Forecaster(0), deadline=time.monotonic() + 0.5)
+    (done := Future()).set_result(2)
+    session.forecaster._futures |= {(max, (1, 2)): done, (time.sleep, (60,)): Future()}
+    told = session.forecast(time.sleep, 60)
+    assert told.failed == "TimeoutError: the forecast did not come in time" and time.monotonic() > session.deadline + 0.5
+    assert session.forecast(max, 1, 2).value == 2  # what is there is there
+    assert session.forecast(max, 3, 4).failed  # and nothing is begun here
+
+
+def test_what_was_measured_is_written_where_a_package_is_missing(tmp_path, monkeypatch):
+    def version(package):
+        if package == "bitsandbytes":
+            raise PackageNotFoundError(package)
+        return "1.0"
+
+    monkeypatch.setattr(provenance, "version", version)
+    written = json.loads(provenance.write_result("peaks", {"cells": [1]}, tmp_path).read_text())
+    assert written["cells"] == [1] and written["provenance"]["versions"]["torch"] == "1.0" and "bitsandbytes" not in written["provenance"]["versions"]
 
 
 @pytest.mark.parametrize("failed, complete, count", [([], True, None), ([False], False, None), ([False, False], True, 0), ([False, True], False, 1)])
