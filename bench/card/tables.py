@@ -118,11 +118,11 @@ def peaks() -> str:
             sizes = [cell["measured"]["allocated_bytes"] / GIB for cell in cells]
             rows.append([_of(found, result, label), str(len(cells)), f"{min(sizes):.2f} to {max(sizes):.2f} GiB" if len(sizes) > 1 else f"{sizes[0]:.2f} GiB",
                          *(f"{max((cell[f'{kind}_error'] for cell in cells), key=abs):+.{digits}%}" for kind, digits in (("allocated", 3), ("reserved", 1)))])
-    replayed = [snapshot for _, result in found for snapshot in result["snapshots"].values()]
+    replayed = [snapshot for _, result in found for snapshot in result["snapshots"].values() if "num_requests" in snapshot]
     requests, alike = (sum(s[key] for s in replayed) for key in ("num_requests", "num_placed_alike"))
     twins = [(cell["measured"], twin) for _, result in found for cell in result["cells"] if (twin := emulated.get((result["card"], cell["settings"])))]
     equal = sum(all(real.get(key) == twin.get(key) is not None for key in ("allocated_bytes", "reserved_bytes")) for real, twin in twins)
-    fitted = [result["fit"]["reserved_bytes"] for _, result in found]
+    fitted = [fit for _, result in found if (fit := result["fit"]["reserved_bytes"])["num_checked"]]
     fit = " ".join(f"With a constant fitted to the card ({f['offset_bytes'] / 2**20:+.0f} MiB, the median of what {f['num_fitted']} plans "
                    f"reserve more than predicted) reserved bytes of the other {f['num_checked']} are off by {f['largest_error_with_offset']:.2%} at most, without it by "
                    f"{f['largest_error']:.2%}." for f in fitted)

@@ -17,7 +17,7 @@ import torch
 import run
 from bench import provenance, test_peaks
 from bench.card import __main__ as suite
-from bench.card import minimum, offload, peaks, rig, speed
+from bench.card import minimum, offload, peaks, rig, speed, tables
 from bench.card.feasibility import came_to
 from bench.card.forecasts import Forecaster
 from bench.card.gauge import Gauge, covered, overlap
@@ -422,6 +422,17 @@ def test_sizes_that_a_card_cannot_stand_for_are_left_out(monkeypatch):
     ({"ran": False, "out_of_memory": None, "broke_in": "teacher", "failed": "a bug"}, "failed: a bug")])
 def test_a_recipe_that_failed_did_not_break_for_want_of_memory(naive, words):
     assert came_to(naive) == words
+
+
+@pytest.mark.parametrize("num_cells, words", [(0, ""), (1, "| 1 |"), (2, "With a constant fitted to the card")])
+def test_a_part_of_the_peaks_makes_a_table(num_cells, words, monkeypatch):
+    """Where the time ended, and where no snapshot could be taken."""
+    rows = [{"settings": "cogvideox-2b 17f", "allocated_error": 0.01, "reserved_error": 0.02, "measured": {"allocated_bytes": 2**30, "reserved_bytes": 2**30},
+             "predicted": {"allocated_bytes": 2**30, "reserved_bytes": 2**30}}] * num_cells
+    part = {"card": "NVIDIA H200", "cells": rows, "snapshots": {"2b-9f-plain": {"failed": "RuntimeError"}}, "fit": peaks._fit(rows),
+            "provenance": {"card": "NVIDIA H200", "versions": {"torch": "2.11.0"}, "date": "2026-12-01", "commit": ""}}
+    monkeypatch.setattr(tables, "results", lambda *parts: [("peaks", part)])
+    assert words in tables.peaks() and "in 0 recorded runs" in tables.peaks()
 
 
 def test_dry_results_are_of_no_card(tmp_path):
