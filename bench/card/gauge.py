@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from memory.exhaustion import first_line
+from memory.exhaustion import exhausted, first_line
 from memory.meter import resident_bytes
 from memory.timeline import Trace
 
@@ -122,10 +122,9 @@ class Gauge:
         """
         try:
             result = Attempt(run())
-        except (torch.OutOfMemoryError, MemoryError) as e:
-            result = Attempt(out_of_memory=first_line(e))
         except Exception as e:
-            result = Attempt(failed=f"{type(e).__name__}: {first_line(e)}")
+            said = first_line(e)
+            result = Attempt(out_of_memory=said) if exhausted(e) else Attempt(failed=f"{type(e).__name__}: {said}")
         self.release()
         return result
 

@@ -310,6 +310,19 @@ def test_a_cells_peaks_stay_its_own():
     assert peaks == before and set(peaks) == {"teacher"}
 
 
+@pytest.mark.parametrize("error, full", [
+    (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), True), (MemoryError("the host has no more"), True),
+    (RuntimeError("CUDA error: out of memory\nmore"), True),  # the driver's own, as where a kernel is loaded
+    (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True), (RuntimeError("a bug"), False)])
+def test_whoever_says_that_memory_ran_out_is_believed(error, full):
+    def run():
+        raise error
+
+    attempt = Gauge(torch.device("cpu")).attempt(run)
+    assert (attempt.out_of_memory is not None) == full == (attempt.failed is None)
+    assert (attempt.out_of_memory or attempt.failed).endswith(str(error).splitlines()[0])
+
+
 def test_a_cell_whose_dtype_the_card_lacks_is_told_and_not_measured():
     session = Session(Gauge(torch.device("cpu")), lookup("t4"), Forecaster(0))
     bf16, fp16 = session.cell("5b", 9), session.cell("5b", 9, dtype="float16")
