@@ -18,6 +18,7 @@ from memory.cards import GIB, Card
 from memory.plan import MemoryPlan
 from memory.streams import release_pinned
 from trainer.assemble import resolve_dtype
+from trainer.backbones import norm_rotate
 
 PATIENCE = 30.0
 """Seconds after the call's time in which a forecast is still waited for."""
@@ -80,7 +81,9 @@ class Session:
             "total_bytes": gauge.total_bytes(), "assumed_context_bytes": self.card.context_bytes,
             "assumed_cublas_workspace_bytes": self.card.cublas_workspace_bytes,
             "allocator": os.environ.get("PYTORCH_ALLOC_CONF") or os.environ.get("PYTORCH_CUDA_ALLOC_CONF"),
-            "cublas": os.environ.get("CUBLAS_WORKSPACE_CONFIG"), "note": "context: all that is used and not reserved by this process, before its first kernels of size"}
+            "cublas": os.environ.get("CUBLAS_WORKSPACE_CONFIG"),
+            "has_triton_kernels": norm_rotate.working_kernels(gauge.device) is not None,  # torch's operators hold more, and are slower
+            "note": "context: all that is used and not reserved by this process, before its first kernels of size"}
 
     def cell(self, kind: str, frames: int, *, rank: int = 128, student_only: bool = False, **plan: Any) -> Cell:
         """A cell of a published model; in a dry run of the toy of that kind, with everything in its scale."""
