@@ -5,6 +5,7 @@
 """
 
 import json
+import math
 import subprocess
 import sys
 import time
@@ -39,7 +40,8 @@ def measure(model: str, frames: int, name: str) -> dict[str, Any]:
 
 def regret(model: str, frames: int, name: str) -> float | None:
     """By how much the plan's step is slower than that of the fastest plan that fits, found by simulating the allocator for every
-    candidate in order of time that its live bytes do not rule out, of all variants. None: nothing fits. Predicted, both."""
+    candidate in order of time that its live bytes do not rule out, of all variants. None: nothing fits; infinite: only the search found
+    nothing. Predicted, both."""
     from bench.feasibility import settings
     from memory.cards import lookup
     from memory.ranking import Ranking
@@ -53,7 +55,9 @@ def regret(model: str, frames: int, name: str) -> float | None:
     chosen = forecast(config, card).result.best
     with patch.object(Ranking, "_first_that_fits", first_of_all), patch.object(Ranking, "_is_settled", lambda *_: False):
         best = forecast(config, card).result.best
-    return chosen.time.seconds / best.time.seconds - 1 if best else None
+    if best is None:
+        return None
+    return chosen.time.seconds / best.time.seconds - 1 if chosen else math.inf
 
 
 def main() -> None:

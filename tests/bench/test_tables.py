@@ -1,10 +1,12 @@
 """Documents say what the committed results say, and every claim of the source documents has a verdict."""
 
 import json
+import math
+from types import SimpleNamespace
 
 import pytest
 
-from bench import claims, rank, tables
+from bench import claims, planning, rank, tables
 
 CLAIMS = """rank-params rank-total rank-fp16 rank-train 5b-shape 5b-summary rank-delta rank-choice 2b-total 2b-layer tokens offload fp16
     batch train-total infer-total 24gb-oom 96gb-ok 96gb-cfg full-ft step-time fp16-nan wiped latent-shape erase preserve""".split()
@@ -49,3 +51,10 @@ def test_a_result_that_is_not_there_leaves_its_claims_open(tmp_path, monkeypatch
     assert found["offload"]["verdict"] == "open" and "bench.card --only offload" in found["offload"]["figure"]
     assert found["2b-total"] == {"document": "002", "claim": "14,807,040 parameters (2b, rank 128)", "verdict": "holds",
                                  "figure": "14,807,040"}
+
+
+@pytest.mark.parametrize("seconds, regret", [((3.0, 2.0), 0.5), ((None, 2.0), math.inf), ((None, None), None)])
+def test_regret_of_a_search_that_finds_nothing(monkeypatch, seconds, regret):
+    found = iter(None if s is None else SimpleNamespace(time=SimpleNamespace(seconds=s)) for s in seconds)
+    monkeypatch.setattr("trainer.planning.forecast", lambda config, card: SimpleNamespace(result=SimpleNamespace(best=next(found))))
+    assert planning.regret("cogvideox-2b", 9, "4gb") == regret
