@@ -130,14 +130,20 @@ def average(tensors: Sequence[Tensor], *, reduce: Callable[[Tensor], object] = d
 
 
 def agreed(stop: StopFlag) -> bool:
-    """Whether a signal came to any process; `stop` then says so in all. Between hosts: no card is waited for."""
-    if num_ranks() == 1:
-        return bool(stop)
-    number = torch.tensor(stop.signal_number or 0)
-    dist.all_reduce(number, op=dist.ReduceOp.MAX)
+    """Whether a signal came to any process; `stop` then says so in all."""
+    number = largest(stop.signal_number or 0)
     if number and not stop:
-        stop.signal_number = int(number)
+        stop.signal_number = number
     return bool(number)
+
+
+def largest(number: int) -> int:
+    """The largest of all processes' numbers. Between hosts: no card is waited for."""
+    if num_ranks() == 1:
+        return number
+    whole = torch.tensor(number)
+    dist.all_reduce(whole, op=dist.ReduceOp.MAX)
+    return int(whole)
 
 
 def everyones(value: Any) -> list[Any]:

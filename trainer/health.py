@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from memory.optimizers import update_norms
-from trainer.distributed import average, everyones, num_ranks, rank
+from trainer.distributed import average, everyones, largest, num_ranks, rank
 from trainer.erasers import in_backward
 from trainer.findings import Bill, Finding, blocks_text, earlier_findings, finding, keep_findings
 from trainer.inspection import Fingerprint, Subject, adapter_findings, adapter_name
@@ -60,11 +60,12 @@ class Health:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, traceback: TracebackType | None) -> None:
-        """Raises Unhealthy where a backward() found nothing to learn, of which torch says no more than that."""
+        """Raises Unhealthy where the erasers are not what was trained so far, or a backward() found nothing to learn, of which torch says no
+        more than that."""
         for handle in self._handles:
             handle.remove()
-        if isinstance(error, RuntimeError) and "does not require grad" in str(error):
-            self._conclude(self._unlearnt(str(error)), "backward() (no weight was changed)")
+        if isinstance(error, RuntimeError) and (found := list(adapter_findings(self.subject)) or self._unlearnt(str(error))):
+            self._conclude(found, "backward() (no weight was changed)")
 
     def before_training(self) -> None:
         """The pre-flight. Erasers and optimizer must be fresh: call it before a checkpoint is restored.
@@ -96,7 +97,7 @@ class Health:
             return terms
         squares = torch.stack([self._teacher, self._student, *self._eraser, *self._residual]).square() * num_ranks()
         means = [term.clone() for term in terms.values()]
-        # A gradient that is missing here makes the step non-finite everywhere.
+        # Where one is missing here, something as large takes part in the sum; `apply` then refuses the step everywhere.
         gradients = [torch.full_like(p, math.nan) if p.grad is None else p.grad for p in self.erasers.parameters()]
         average([*gradients, *means, squares])
         torch._foreach_mul_(gradients, num_ranks())
@@ -188,14 +189,14 @@ class Health:
         if without and not found:
             found = [finding("detached-eraser", "backward", block=int(without[0].split(".")[0]), step=step + 1,
                              module=adapter_name(without[0]), num_parameters=len(without))]
-        if found:
+        if largest(len(found)):  # of any process: all end
+            found = next(filter(None, everyones(found)))
             self._conclude(found, f"step {step + 1} (no weight was changed)")
 
-    def _unlearnt(self, error: str) -> Iterable[Finding]:
-        """Why nothing in a loss requires a gradient."""
-        found = list(adapter_findings(self.subject))
-        if found or self._last_pass is None:
-            return found
+    def _unlearnt(self, error: str) -> Sequence[Finding]:
+        """Why nothing in a loss requires a gradient, if that is the error."""
+        if "does not require grad" not in error or self._last_pass is None:
+            return []
         code, phase, block = {(True, True): ("detached-eraser", "backward", 0), (True, False): ("no-grad-student", "student", None),
                               (False, True): ("student-without-erasers", "student", 0)}[self._last_pass]
         return [finding(code, phase, block=block, num_blocks=len(self.erasers.adapters), error=error)]

@@ -195,7 +195,11 @@ def held(subject: Subject) -> set[int]:
 
 
 def adapter_findings(subject: Subject) -> Iterator[Finding]:
-    """Dtype, trainability and ownership of the erasers' parameters."""
+    """Whether the erasers are in the model that runs; dtype, trainability and ownership of their parameters."""
+    absent = [i for i, (block, adapter) in enumerate(zip(subject.assembly.blocks, subject.assembly.erasers.adapters))
+              if block.attn1._modules.get("adapter") is not adapter]
+    if absent:  # taken out, others put in their place, or of another model
+        yield finding("student-without-erasers", "student", block=absent[0], module=f"transformer_blocks.{absent[0]}.attn1", num_blocks=len(absent))
     parameters = subject.assembly.erasers.named_parameters()
     owned = held(subject)
     strangers = [n for n, p in parameters if id(p) not in owned]

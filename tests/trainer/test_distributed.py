@@ -225,32 +225,34 @@ def _keep_weights(directory: Path):
     return patch
 
 
-def _nan_gradient(step: int, by: int):
+def _spoiled_gradient(step: int, by: int, spoil):
     def patch(rank: int) -> None:
         original, seen = loop.student_backward, []
 
-        def poisoned(predict, erasers, *args, **kwargs):
+        def spoiled(predict, erasers, *args, **kwargs):
             terms = original(predict, erasers, *args, **kwargs)
             seen.append(1)
             if rank == by and len(seen) == step + 1:
-                erasers.parameters()[-1].grad[0] = float("nan")
+                spoil(erasers.parameters()[-1])
             return terms
 
-        loop.student_backward = poisoned
+        loop.student_backward = spoiled
 
     return patch
 
 
-def test_a_nan_in_one_stops_all_before_any_weight_is_touched(two, tmp_path):
+@pytest.mark.parametrize("spoil, code", [(lambda p: p.grad.fill_(float("nan")), "non-finite-gradient"),
+                                         (lambda p: setattr(p, "grad", None), "detached-eraser")], ids=["nan", "none"])
+def test_a_bad_gradient_in_one_stops_all_before_any_weight_is_touched(two, tmp_path, spoil, code):
     def before(rank: int) -> None:
-        _keep_weights(tmp_path / "nan")(rank)
-        _nan_gradient(2, by=1)(rank)
+        _keep_weights(tmp_path / "bad")(rank)
+        _spoiled_gradient(2, by=1, spoil=spoil)(rank)
 
-    run_dir = two("nan", before, expect=(4, 4), output__save_every=1)
+    run_dir = two("bad", before, expect=(4, 4), output__save_every=1)
     assert _newest(run_dir).name == "step-000002"
     assert [(tmp_path / f"untouched-{rank}").read_text() for rank in (0, 1)] == ["True", "True"]
     codes = [f["code"] for f in json.loads((run_dir / "findings.json").read_text())["findings"]]
-    assert "non-finite-gradient" in codes and not (run_dir / "eraser.safetensors").exists()
+    assert code in codes and not (run_dir / "eraser.safetensors").exists()
 
 
 @pytest.mark.parametrize("num_shards", [1, pytest.param(2, marks=shards)])

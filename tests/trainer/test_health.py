@@ -17,6 +17,7 @@ from bench.watched import one_step
 from trainer.checkpoint import latest_checkpoint
 from trainer.config import TrainConfig
 from trainer.diagnose import prepare
+from trainer.erasers import Erasers
 from trainer.findings import Unhealthy, finding
 from trainer.health import MAX_SKIPS, Health
 from trainer.inspection import Fingerprint
@@ -264,7 +265,7 @@ def test_several_optimizers_are_one_to_the_watcher(tiny_config: Make) -> None:
             assert {"0.up.weight", "1.up.bias"} <= moved if loss is None else not moved
         with pytest.raises(Unhealthy, match="no weight was changed"):
             health.flush()
-    (found,) = Preflight(replace(subject, optimizer=subject.optimizer[:1])).run().fatal
+        (found,) = Preflight(replace(subject, optimizer=subject.optimizer[:1])).run().fatal
     assert found.code == "not-in-optimizer" and found.module.endswith(".bias")
 
 
@@ -432,6 +433,19 @@ def test_erasers_that_are_frozen_in_mid_run_are_named(tiny_config: Make, monkeyp
         train(tiny_config(), {})
     assert "does not require grad" in str(raised.value.__context__)
     assert json.loads((tiny_config().output.out / FINDINGS).read_text())["findings"][-1]["code"] == "frozen-eraser"
+
+
+@pytest.mark.parametrize("alpha", [0.0, 1.0])
+@pytest.mark.parametrize("anew", [False, True])
+def test_erasers_that_are_taken_out_in_mid_run_are_said_to_be_missing(tiny_config: Make, alpha: float, anew: bool) -> None:
+    """With others in their place, too: those would train, and not be what the run saves."""
+    subject = prepare(tiny_config(loss__alpha=alpha))
+    with subject.assembly, pytest.raises(Unhealthy, match=r".no weight was changed.: student-without-erasers .student, block 0"), Health(subject) as health:
+        one_step(subject, health, 0)
+        subject.assembly.erasers.undo()
+        if anew:
+            Erasers(subject.assembly.blocks, 4)
+        one_step(subject, health, 1)
 
 
 def test_an_error_that_no_pass_explains_stays_as_it_is(tiny_config: Make) -> None:
