@@ -98,7 +98,7 @@ def masking_blocks(backbone: CogVideoX, loss: LossConfig) -> Sequence[int]:
     return tuple(dict.fromkeys(loss.mask_blocks)) or range(backbone.num_blocks)
 
 
-def resolve_device(name: str) -> torch.device:
+def chosen_device(name: str) -> torch.device:
     """The device that `--device` means; a card by number is made the current one. Raises UsageError for one that is not there."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -133,7 +133,7 @@ def resolve_dtype(backbone: CogVideoX, plan: MemoryPlan, *, insist: bool) -> tor
 
 def embed_prompts(backbone: CogVideoX, model: ModelConfig, plan: MemoryPlan, prompts: Sequence[str]) -> Embeddings:
     """Embeddings on the host; the text encoder is gone when this returns."""
-    dtype, device = resolve_dtype(backbone, plan, insist=model.force_dtype), resolve_device(model.device)
+    dtype, device = resolve_dtype(backbone, plan, insist=model.force_dtype), chosen_device(model.device)
     backbone.fetch()
     return embed(backbone.text_encoder, prompts, dtype=dtype, device=device)
 
@@ -177,7 +177,7 @@ def assemble(backbone: CogVideoX, model: ModelConfig, plan: MemoryPlan, *, rank:
 
     Erasers come before the plan: what trains must be known before anything frozen is moved, and goes where the blocks compute.
     """
-    device = resolve_device(model.device)
+    device = chosen_device(model.device)
     dtype = resolve_dtype(backbone, plan, insist=model.force_dtype)
     shape = latent_shape(backbone, model)
     whole = plan.resident_blocks is None and plan.num_shards == 1

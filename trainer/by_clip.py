@@ -24,7 +24,7 @@ from torch.nn.functional import normalize
 
 from memory.cards import Card
 from memory.plan import MemoryPlan
-from trainer.assemble import assemble, embed_prompts, is_bundled, latent_shape, resolve_device, resolve_dtype, video_size
+from trainer.assemble import assemble, chosen_device, embed_prompts, is_bundled, latent_shape, resolve_dtype, video_size
 from trainer.backbones.cogvideox import CogVideoX
 from trainer.backbones.location import fingerprint
 from trainer.by_rule import require_own
@@ -101,7 +101,7 @@ def measured(config: EvaluateConfig, model: ModelConfig, concept: str, card: Car
     chosen, labels = labelled_prompts(config, model, concept)
     backbone, plan = opened(model, config.memory, card, eraser=eraser, guidance_scale=config.guidance_scale, does="measures")
     rater = locate("clip", config.rater, flag="--rater", whole=True)  # which may be a download: after what can be refused
-    device = resolve_device(model.device)
+    device = chosen_device(model.device)
     described = [template.format(label) for label in labels for template in TEMPLATES]
     texts = _embed(ClipText(rater), described, device).view(len(labels), len(TEMPLATES), -1)  # (K, templates, E)
     texts = normalize(texts.mean(1), dim=1)  # (K, E)

@@ -55,11 +55,11 @@ def _planned(command: TrainCommand, origins: dict[str, str], card: Card, argv: S
     config = command.settings
     if "profile" not in given(argv) and (card.is_cpu or command.resume):
         return config, None
-    from trainer.assemble import resolve_device
+    from trainer.assemble import chosen_device
     from trainer.distributed import shared
     from trainer.planning import planned
 
-    resolve_device(config.model.device)  # the run's, whatever card is planned for: said before the planner's minutes
+    chosen_device(config.model.device)  # the run's, whatever card is planned for: said before the planner's minutes
     config, chosen, assessment = planned(config, card, fixed(origins))
     origins |= {f"memory.{name}": f"profile {card.name}" for name in chosen}
     return shared(lambda: config), assessment  # every process the same plan

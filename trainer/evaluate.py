@@ -8,7 +8,7 @@ from typing import Any
 
 from memory.cards import Card
 from trainer import by_clip, by_rule
-from trainer.assemble import is_bundled, require_real, resolve_device
+from trainer.assemble import chosen_device, is_bundled, require_real
 from trainer.eraser_files import load_eraser
 from trainer.errors import InputOutputError, UsageError
 from trainer.lock import RunLock
@@ -26,7 +26,7 @@ def evaluate(config: EvaluateConfig, card: Card | None = None) -> dict[str, Any]
     """Measure a run or an eraser file and write evaluation.json, a sheet of samples beside it; returns the content. With a rater, as many
     blocks are resident as `card` holds; None: as configured."""
     require_real(config.memory)
-    resolve_device(config.model.device)  # or it would be said after all that is said before videos are made
+    chosen_device(config.model.device)  # or it would be said after all that is said before videos are made
     eraser = load_eraser(config.run)
     model, directory = eraser.model(config.model), eraser.path.parent
     own = nested(eraser.training, "data", "concept")

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from memory.cards import Card
 from memory.plan import MemoryPlan, PlanError
-from trainer.assemble import (assemble, embed_prompts, latent_shape, named_scheduler, open_backbone, require_real, resolve_device,
+from trainer.assemble import (assemble, chosen_device, embed_prompts, latent_shape, named_scheduler, open_backbone, require_real,
                               resolve_dtype, video_size)
 from trainer.backbones import Predict
 from trainer.backbones.cogvideox import CogVideoX
@@ -170,7 +170,7 @@ def _write(config: GenerateConfig, backbone: CogVideoX, model: ModelConfig, plan
     for i, (prompt, (after, before)) in enumerate(zip(config.prompt, made)):
         path = config.out if len(config.prompt) == 1 else config.out.with_stem(f"{config.out.stem}-{i}")
         torch.cuda.empty_cache()
-        decode = backbone.decoder(video_size(backbone, model)[0], dtype=resolve_dtype(backbone, plan, insist=True), device=resolve_device(model.device))
+        decode = backbone.decoder(video_size(backbone, model)[0], dtype=resolve_dtype(backbone, plan, insist=True), device=chosen_device(model.device))
         video = decode(after)[0]
         if path.suffix == ".mp4":
             write_mp4(path, video, fps=config.fps)

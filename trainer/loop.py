@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from memory.meter import Meter
-from trainer.assemble import assemble, embed_prompts, open_training, resolve_device
+from trainer.assemble import assemble, chosen_device, embed_prompts, open_training
 from trainer.checkpoint import Saver, latest_checkpoint
 from trainer.clock import PhaseClock
 from trainer.config import TrainConfig
@@ -50,7 +50,7 @@ def train(config: TrainConfig, origins: Mapping[str, str], *, resume: Path | Non
     if not resume:
         on_main(require_place, config.output.out)
     backbone, prompts, columns = open_training(config)
-    device = resolve_device(config.model.device)
+    device = chosen_device(config.model.device)
     meter = Meter(device)
     readings = Readings(meter)
 

@@ -14,7 +14,7 @@ from memory.plan import MemoryPlan, is_checkpointed, resolve_keeps
 from memory.ranking import SEARCHED, SearchResult
 from memory.search import search
 from memory.timeline import pinned_bytes
-from trainer.assemble import collect_prompts, latent_shape, masking_blocks, open_backbone, require_guidance, resolve_device, resolve_dtype
+from trainer.assemble import chosen_device, collect_prompts, latent_shape, masking_blocks, open_backbone, require_guidance, resolve_dtype
 from trainer.backbones import published
 from trainer.backbones.cogvideox import CogVideoX
 from trainer.beside import Beside
@@ -219,7 +219,7 @@ def require_sense(config: TrainConfig, on_cpu: Assessment | None = None, *, what
 
     `on_cpu`: what training takes there, if that is known. `what` the command does; a video takes longer than a step of training.
     """
-    if config.model.device != "auto" or resolve_device("auto").type != "cpu":
+    if config.model.device != "auto" or chosen_device("auto").type != "cpu":
         return
     try:
         seconds = (on_cpu or forecast_as_given(config, lookup("cpu"))).time.seconds

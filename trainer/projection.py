@@ -14,7 +14,7 @@ from torch import Tensor
 from memory.advice import flag_of
 from memory.meter import Meter
 from memory.optimizers import make_optimizer
-from trainer.assemble import resolve_device
+from trainer.assemble import chosen_device
 from trainer.checkpoint import Checkpoint, Saver, latest_checkpoint
 from trainer.clock import PhaseClock
 from trainer.config_file import as_json
@@ -163,7 +163,7 @@ def forget(config: ForgetConfig, origins: Mapping[str, str], *,
     Raises UsageError for input that cannot work, NonFinite before any weight is touched, Interrupted after saving (in the main thread
     only: in another one, signals are the calling program's), Unhealthy where the frozen layers have changed.
     """
-    device, started = resolve_device(config.device), time.monotonic()
+    device, started = chosen_device(config.device), time.monotonic()
     if not resume:
         require_place(config.out)
     meter = Meter(device)

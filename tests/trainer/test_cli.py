@@ -17,7 +17,7 @@ from tiny_pipelines import FRAMES, SIDE
 import run
 from trainer import arguments, cli, planning
 from trainer.arguments import chosen_card, positional, resolve
-from trainer.assemble import resolve_device
+from trainer.assemble import chosen_device
 from trainer.config import replaced
 from trainer.errors import DoesNotFit, InputOutputError, Interrupted, TrainerError, UsageError
 from trainer.findings import Bill
@@ -412,9 +412,9 @@ def test_a_card_by_number_becomes_the_current_one(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", current.append)
-    assert resolve_device("cuda:1") == torch.device("cuda:1") == current.pop() and resolve_device("cuda").index is None
+    assert chosen_device("cuda:1") == torch.device("cuda:1") == current.pop() and chosen_device("cuda").index is None
     with pytest.raises(UsageError, match="--device cuda:2: there are 2 cards here"):
-        resolve_device("cuda:2")
+        chosen_device("cuda:2")
     assert not current
 
 
