@@ -213,7 +213,7 @@ class Erasers:
         now = self.enabled, self.enabled and self._mode.localisation is not None
         if not in_backward():
             self._seen[index] = now
-        elif (then := self._seen[index]) != now:
+        elif (then := self._seen.get(index, now)) != now:  # nothing is seen of a forward without gradients: reentrant checkpointing
             of = int(then[0] == now[0])
             what, how, states = (("eraser", "switched", ("off", "on")), ("localisation", "localised", ("left out", "added")))[of]
             raise RuntimeError(f"block {index} is recomputed in backward with its {what} {states[now[of]]}, but its forward ran with the {what} "

@@ -1,6 +1,7 @@
 """Erasers on one frozen backbone: injected, switched, localised, taken out."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -389,6 +390,22 @@ def test_recompute_under_the_same_state_gives_the_plain_gradients_bitwise(model)
         model.predict(*model.inputs).square().mean().backward()
         gradients.append([p.grad for p in erasers.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*gradients))
+
+
+def test_reentrant_recomputation_gives_the_plain_gradients_bitwise(model):
+    """Its forward pass records no graph, and nothing says what it ran with."""
+    erasers, (x, t, text), gradients = model.inject(), model.inputs, []
+    x.requires_grad_()
+    for reentrant in (True, False):
+        for block in model.blocks:
+            def forward(hidden_states, encoder_hidden_states, temb, run=type(block).forward.__get__(block), reentrant=reentrant, **more):
+                return checkpoint(partial(run, **more), hidden_states, encoder_hidden_states, temb, use_reentrant=reentrant)
+
+            block.forward = forward
+        erasers.zero_grad()
+        model.predict(x, t, text).square().mean().backward()
+        gradients.append([p.grad for p in erasers.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients)) and any(g.any() for g in gradients[0])
 
 
 @pytest.mark.parametrize("plan", [None, "all", "every:2"], ids=["plain", "checkpointed", "half"])
