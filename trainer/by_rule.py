@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trainer.assemble import Assembly, assemble, chosen_device, embed_prompts, is_bundled, open_backbone
+from trainer.assemble import Assembly, assemble, embed_prompts, is_bundled, open_backbone
 from trainer.backbones.cogvideox import CogVideoX
 from trainer.config import ModelConfig
 from trainer.errors import UsageError
@@ -93,7 +93,7 @@ def measured(config: EvaluateConfig, model: ModelConfig, concept: str, *, own: s
     backbone = open_backbone(model)
     embeddings = embed_prompts(backbone, model, config.memory, [*(c.prompt for c in chosen), ""])
     with assemble(backbone, model, config.memory, eraser=config.run) as assembly:
-        return _measure(assembly, backbone, embeddings.to(chosen_device(model.device)), concept, chosen, config)
+        return _measure(assembly, backbone, embeddings.to(assembly.device), concept, chosen, config)
 
 
 def _measure(assembly: Assembly, backbone: CogVideoX, embeddings: Embeddings, concept: str, chosen: list[ScenePrompt],

@@ -25,8 +25,8 @@ from trainer.health import Health
 from trainer.inspection import Subject
 from trainer.lock import RunLock
 from trainer.losses import Samples, lockstep_backward, student_backward
-from trainer.metrics import MetricsLog
 from trainer.memory_file import MemoryForecast, keep_forecast
+from trainer.metrics import MetricsLog
 from trainer.monitor import Readings, watch
 from trainer.recovery import Rescue
 from trainer.run_directory import make_run_directory, require_place, resuming, write_config

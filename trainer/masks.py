@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend
 
 from memory.work import register_scratch
-from trainer.backbones.cogvideox import CogVideoX
 from trainer.backbones.attention import project, project_out
+from trainer.backbones.cogvideox import CogVideoX
 from trainer.errors import UsageError
 from trainer.prompts import PromptSet, word
 

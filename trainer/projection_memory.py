@@ -3,8 +3,8 @@
 from pathlib import Path
 
 import torch
-from memory.fake import FakeMode
 
+from memory.fake import FakeMode
 from memory.optimizers import make_optimizer
 from memory.simulate import recording
 from memory.timeline import CATEGORIES, Trace
