@@ -6,6 +6,7 @@ Importable without torch. All figures are from `cards.toml`; those that no datas
 
 import difflib
 import math
+import os
 import re
 import tomllib
 from dataclasses import dataclass, replace
@@ -130,7 +131,10 @@ def lookup(profile: str) -> Card:
         return _named(min(family, key=lambda name: _table()["cards"][name]["mib"]))
     if re.fullmatch(r"\d{1,3}", text):
         raise UnknownCard(f"unknown card {profile!r}; did you mean {text}gb, a size?")
-    near = [keys[key] for key in difflib.get_close_matches(wanted, keys, n=3, cutoff=0.4)]
+    alike = difflib.get_close_matches(wanted, keys, n=10, cutoff=0.4)
+    # A name begins with what matters: of "4090ti" the 4090 is nearer than the 4070ti, whatever letters are alike.
+    alike.sort(key=lambda key: (-len(os.path.commonprefix([wanted, key])), not wanted.startswith(key)))
+    near = [keys[key] for key in alike[:3]]
     hint = f"did you mean {', '.join(near)}?" if near else f"known: {', '.join(card_names())}."
     raise UnknownCard(f"unknown card {profile!r}; {hint} A size (24gb) or auto works too.")
 

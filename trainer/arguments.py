@@ -9,7 +9,7 @@ import io
 import itertools
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
@@ -58,8 +58,9 @@ def parse(kind: type, argv: Sequence[str], command: str, default: Any = None, *,
         hint = f"did you mean {near[0]}?" if near else f"python {program} --help lists them all"
         raise UsageError(f"there is no option {unknown[0]}; {hint}")
     _require_text(parsed)
-    for path in (path for path, value in settings.leaves(parsed).items() if isinstance(value, Path)):
-        early(argv, _flag(path))  # an empty path would be the current directory
+    needed = {_flag(f.name) for f in fields(kind) if f.default is f.default_factory is MISSING}
+    for flag in (_flag(path) for path, value in settings.leaves(parsed).items() if isinstance(value, Path)):
+        early(argv, flag, needed=flag in needed, named=flag == named)  # an empty path would be the current directory
     return parsed
 
 
@@ -108,8 +109,9 @@ _PLAIN = {r"invalid literal for int\(\) with base 10: (.*)": r"\1 is not a whole
           r"invalid choice '(.*)' for argument '(--\S+)'\. Expected one of \((.*)\)": r"\2 \1: one of \3"}
 
 
-def early(argv: Sequence[str], flag: str) -> str | None:
-    """The value of a flag that other defaults depend on, before everything is parsed; of a flag given twice, the last one's."""
+def early(argv: Sequence[str], flag: str, *, needed: bool = False, named: bool = False) -> str | None:
+    """The value of a flag that other defaults depend on, before everything is parsed; of a flag given twice, the last one's. UsageError if it is
+    empty. `needed`: it has no default. `named`: its value may stand alone (`positional`)."""
     value = None
     for word, following in itertools.zip_longest(argv, argv[1:]):
         if word == flag:
@@ -117,7 +119,7 @@ def early(argv: Sequence[str], flag: str) -> str | None:
         elif word.startswith(flag + "="):
             value = word.split("=", 1)[1]
     if value == "":  # as of a shell's variable that is not set
-        raise UsageError(f"{flag}: an empty value; name one, or leave the flag out")
+        raise UsageError(f"{flag[2:].upper() if named else flag}: an empty value; name one" + ("" if needed else ", or leave it out"))
     return value
 
 

@@ -176,7 +176,8 @@ class Saver:
             self.num_failures += 1
             message = f"checkpoint of step {step} was not saved (failure {self.num_failures} of {_MAX_FAILURES}): {error}"
             if final or self.num_failures >= _MAX_FAILURES:
-                raise InputOutputError(f"{message}; older checkpoints in {_root(self.run_dir)} are untouched") from error
+                older = "" if self.last_step is None else f"; older checkpoints in {_root(self.run_dir)} are untouched"
+                raise InputOutputError(message + older) from error
             logger.warning("%s; training goes on and tries again at the next interval", message)
             return None
         self.last_step, self.num_failures = step, 0

@@ -12,7 +12,7 @@ from safetensors import safe_open
 
 from trainer.assemble import assemble, embed_prompts, open_training
 from trainer.checkpoint import latest_checkpoint
-from trainer.config import TrainConfig
+from trainer.config import TrainConfig, leaves
 from trainer.eraser_files import WEIGHTS, EraserFile, load_eraser
 from trainer.errors import CheckpointError, InputOutputError
 from trainer.findings import Bill, Finding, finding, from_json
@@ -23,7 +23,7 @@ from trainer.projection_config import read_forget_config
 from trainer.projection_health import unsound
 from trainer.records import Judge, non_finite
 from trainer.run_directory import read_config, read_content, resuming
-from trainer.run_files import CONFIG, FINDINGS, METRICS, read_bytes, read_metrics
+from trainer.run_files import CONFIG, FINDINGS, METRICS, nested, read_bytes, read_metrics
 
 logger = logging.getLogger(__name__)
 
@@ -75,8 +75,10 @@ def _whole(run_dir: Path) -> list[str]:
     """What was checked of the files that the run would go on from, and of its LoRA. Raises CheckpointError for one that is damaged."""
     checked = []
     if (run_dir / CONFIG).exists():
-        (read_forget_config if read_content(run_dir).get("command") == "forget" else read_config)(run_dir)
-        checked.append(f"{CONFIG}: settings, all known")
+        content = read_content(run_dir)
+        config = read_forget_config(run_dir) if content.get("command") == "forget" else read_config(run_dir)[0]
+        absent = [path for path, value in leaves(config).items() if value is not None and nested(content, "config", *path.split(".")) is None]
+        checked.append(f"{CONFIG}: settings, all known" + (f"; {len(absent)} are not there, and taken at their defaults: {', '.join(absent)}" if absent else ""))
     steps = [int(p.name[5:]) for p in (run_dir / "ckpt").glob("step-*") if p.name[5:].isdecimal()]
     if sound := latest_checkpoint(run_dir, rename_bad=False):  # it says what is wrong with those that it passes over
         if sound.step < max(steps, default=0):

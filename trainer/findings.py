@@ -291,7 +291,7 @@ def print_bill(bill: Bill, file: TextIO, *, as_json: bool = False) -> None:
 
 def evidence_text(evidence: Mapping[str, Any]) -> str:
     """`{"gradient_norm": 0.125}` as `gradient norm 0.125`."""
-    return ", ".join(f"{k.replace('_', ' ')} {f'{v:.4g}' if isinstance(v, float) else v}" for k, v in evidence.items())
+    return ", ".join(f"{k.replace('_', ' ')} {f'{v:.4g}' if isinstance(v, float) else v}" for k, v in evidence.items() if v is not None)
 
 
 def blocks_text(blocks: Sequence[int]) -> str:

@@ -6,6 +6,7 @@ CLIP (modeling_clip.py): `text_projection` (D → E, no bias) takes `final_layer
 
 import functools
 import json
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from trainer.lora import Layer
 from trainer.projection_examples import open_picture
 from trainer.projection_qwen import DEEPSTACK_MERGER, MAIN_MERGER
 
+logger = logging.getLogger(__name__)
 BUNDLED = Path(__file__).parent / "shapes" / "encoders"
 _TYPES = {"clip": ("clip", "clip_text_model"), "qwen3-vl": ("qwen3_vl",)}
 
@@ -87,8 +89,11 @@ class ClipText:
         return part.text_model.encoder.layers
 
     def run(self, part: nn.Module, contents: Sequence[str], device: torch.device) -> list[int]:
-        tokens = load_tokenizer(self.directory)(
-            list(contents), padding=True, truncation=True, max_length=part.config.max_position_embeddings, return_tensors="pt")
+        tokenizer, most = load_tokenizer(self.directory), part.config.max_position_embeddings
+        if longer := [text for text, ids in zip(contents, tokenizer(list(contents), verbose=False).input_ids) if len(ids) > most]:
+            logger.warning("%d of %d texts are longer than what CLIP reads, %d tokens, and end there, as %r", len(longer), len(contents), most,
+                           longer[0][:60])
+        tokens = tokenizer(list(contents), padding=True, truncation=True, max_length=most, return_tensors="pt")
         part(input_ids=tokens.input_ids.to(device), attention_mask=tokens.attention_mask.to(device))
         return [1] * len(contents)
 

@@ -3,6 +3,8 @@
 Legend: B videos, T frames, H W pixels; values in [0, 1].
 """
 
+import functools
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,11 +15,13 @@ from trainer.errors import InputOutputError
 from trainer.run_files import part_of
 
 if TYPE_CHECKING:
-    from PIL import Image
+    from PIL import Image, ImageFont
 
 _CAPTION = 14  # pixels above each row of a sheet
 _NUM_SHOWN = 5  # frames a row
 _SIDE = 96  # of a frame in pixels, about
+# With letters that Pillow's own font, which has those of English, lacks; as files are called on Linux, macOS and Windows.
+_FONTS = ("DejaVuSans.ttf", "NotoSans-Regular.ttf", "NotoSansCJK-Regular.ttc", "Arial Unicode.ttf", "msyh.ttc")
 
 
 def write_mp4(path: Path, video: Tensor, *, fps: int = 8) -> None:
@@ -52,7 +56,8 @@ def contact_sheet(path: Path, rows: list[tuple[str, Tensor]]) -> None:
     sheet = Image.new("RGB", (cell[0] * _NUM_SHOWN + 4, cell[1] * len(rows) + 4), "white")
     draw = ImageDraw.Draw(sheet)
     for r, (caption, video) in enumerate(rows):
-        draw.text((4, r * cell[1] + 2), " ".join(caption.split()), fill="black")
+        caption = " ".join(caption.split())
+        draw.text((4, r * cell[1] + 2), caption, fill="black", font=_font(caption))
         for c, picture in enumerate(stills(video, _NUM_SHOWN)):
             picture = picture.resize((width * factor, height * factor), Image.Resampling.NEAREST)
             sheet.paste(picture, (4 + c * cell[0], r * cell[1] + _CAPTION + 2))
@@ -62,6 +67,26 @@ def contact_sheet(path: Path, rows: list[tuple[str, Tensor]]) -> None:
             sheet.save(part, format="PNG")
     except OSError as e:
         raise InputOutputError(f"{path} cannot be written ({e.strerror or e}); choose another --out") from e
+
+
+def _font(caption: str) -> "ImageFont.FreeTypeFont":
+    """Pillow's own font, or of those in this system the first that lacks the fewest of the caption's letters."""
+    def num_missing(font: "ImageFont.FreeTypeFont") -> int:
+        box = bytes(font.getmask("\uffff"))  # no letter: what is drawn for all that the font lacks
+        return sum(bytes(font.getmask(letter)) == box for letter in caption if not letter.isspace())
+
+    return min(_fonts(), key=num_missing)
+
+
+@functools.cache
+def _fonts() -> "list[ImageFont.FreeTypeFont]":
+    from PIL import ImageFont
+
+    found = [ImageFont.load_default()]
+    for name in _FONTS:
+        with suppress(OSError):  # it is not there
+            found.append(ImageFont.truetype(name, found[0].size))
+    return found
 
 
 def spread(video: Tensor, count: int = _NUM_SHOWN) -> Tensor:

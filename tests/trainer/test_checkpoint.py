@@ -265,7 +265,7 @@ def test_saver_counts_failures_in_a_row(tmp_path, monkeypatch, caplog):
     full_disk(monkeypatch)
     for step in (4, 5):
         assert saver.save(step, tensors=TENSORS, state=STATE) is None
-    with pytest.raises(InputOutputError, match="failure 3 of 3"):
+    with pytest.raises(InputOutputError, match="failure 3 of 3.*; older checkpoints in .*ckpt are untouched"):
         saver.save(6, tensors=TENSORS, state=STATE)
     assert latest_checkpoint(tmp_path).step == 3
 
@@ -274,6 +274,13 @@ def test_saver_does_not_excuse_a_failed_last_save(tmp_path, monkeypatch):
     full_disk(monkeypatch)
     with pytest.raises(InputOutputError, match="step 1 was not saved"):
         Saver(tmp_path).save(1, tensors=TENSORS, state=STATE, final=True)
+
+
+def test_saver_speaks_of_no_checkpoints_where_there_are_none(tmp_path, monkeypatch):
+    full_disk(monkeypatch)
+    with pytest.raises(InputOutputError, match="No space left") as error:
+        Saver(tmp_path).save(1, tensors=TENSORS, state=STATE, final=True)
+    assert "older" not in str(error.value)
 
 
 def test_saver_saves_a_step_once(tmp_path):

@@ -265,13 +265,10 @@ def test_damaged_eraser_files(sincos, call, pipelines, tmp_path, damage, message
     (["evaluate", "runs/a", "--text-encoder-resident"], "--backbone-copies 2 and --text-encoder-resident exist for planning"),
     (["evaluate", "runs/a", "runs/a"], "'runs/a' is one word too many (quotes"),
     (["plan", "--explain", "yes"], "--explain yes: it takes no value; say --explain or --no-explain"),
-    (["--resume", ""], "--resume: an empty value; name one, or leave the flag out"),
+    (["--resume", ""], "--resume: an empty value; name one, or leave it out"),
     (["--config=", "--steps", "3"], "--config: an empty value"),
-    (["report", ""], "--run: an empty value"),
-    (["diagnose", ""], "--target: an empty value"),
-    (["evaluate", "--num-videos", "2", "--run="], "--run: an empty value"),
+    (["diagnose", ""], "--target: an empty value; name one, or leave it out"),
     (["generate", "--prompt", "x", "--eraser", ""], "--eraser: an empty value"),
-    (["export", "", "--out", "x"], "--eraser: an empty value"),
     (["plan", "--prompts", ""], "--prompts: an empty value"),
     (["forget", "--out="], "--out: an empty value"),
     (["plan", "--device", "cuda"], "--device cuda: there is no CUDA card here (python run.py doctor says what is missing); use --device cpu, or plan for"),
@@ -285,6 +282,12 @@ def test_damaged_eraser_files(sincos, call, pipelines, tmp_path, damage, message
 def test_usage_of_other_commands(call, argv, message):
     code, out, lines = call(*argv)
     assert code == 2 and out == "" and len(lines) == 1 and message in lines[0]
+
+
+@pytest.mark.parametrize("argv, name", [(["report", ""], "RUN"), (["evaluate", "--run="], "RUN"), (["export", "", "--out", "x"], "ERASER"),
+                                        (["export", "x", "--out", ""], "--out")])
+def test_what_has_no_default_is_not_said_to_be_left_out(call, argv, name):
+    assert call(*argv) == (2, "", [f"error: {name}: an empty value; name one"])
 
 
 @pytest.mark.parametrize("argv", [["report"], ["diagnose"], ["evaluate"], ["generate", "--prompt", "x", "--eraser"], ["export", "--out", "x", "--eraser"],

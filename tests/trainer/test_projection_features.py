@@ -45,6 +45,15 @@ def test_clip_features_give_the_models_own_embeddings(encoders, private_cache):
     assert torch.allclose(read_layer(encoders["clip"], "text_projection")[0](inputs), expected, atol=1e-5)
 
 
+def test_texts_that_clip_does_not_read_to_their_end_are_told(encoders, private_cache, caplog):
+    tower = ClipText(encoders["clip"])
+    features(tower, [Example("x", "train", "a red circle")], **HOW)
+    assert not caplog.messages
+    features(tower, [Example("x", "train", text) for text in ("a red circle", 100 * "red ")], **HOW)
+    most = tower.load().config.max_position_embeddings
+    assert caplog.messages == [f"1 of 2 texts are longer than what CLIP reads, {most} tokens, and end there, as {15 * 'red '!r}"]
+
+
 def test_clip_vision_features_give_the_models_own_embeddings(encoders, private_cache, shown):
     from transformers import CLIPModel
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil

@@ -8,9 +8,10 @@ import torch
 from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from trainer import video as video_module
 from trainer.errors import InputOutputError
 from trainer.shapes import world
-from trainer.video import contact_sheet, spread, write_mp4
+from trainer.video import _font, contact_sheet, spread, write_mp4
 
 
 @pytest.fixture
@@ -93,6 +94,26 @@ def test_a_caption_of_several_lines_stays_above_its_row(video, tmp_path):
     for name, caption in (("one", "a red circle moving left"), ("two", "a red circle\nmoving\n left")):
         contact_sheet(tmp_path / name, [(caption, video)])
     assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
+
+
+class _Letters(str):
+    """A font that has these letters and draws a box for others."""
+
+    def getmask(self, letter):
+        return letter.encode() if letter in self else b"box"
+
+
+def test_a_caption_is_drawn_by_the_font_that_lacks_the_least(monkeypatch):
+    own, wider, another = _Letters("ab"), _Letters("abé"), _Letters("é猫")
+    monkeypatch.setattr(video_module, "_fonts", lambda: [own, wider, another])
+    assert [_font(caption) for caption in ("a b", "bé", "é猫", "ж")] == [own, wider, another, own]
+
+
+def test_where_no_font_of_the_system_is_known_pillows_own_draws(video, tmp_path, monkeypatch):
+    monkeypatch.setattr(video_module, "_FONTS", ("absent.ttf",))
+    monkeypatch.setattr(video_module, "_fonts", video_module._fonts.__wrapped__)
+    contact_sheet(tmp_path / "x.png", [("a réd 猫", video)])
+    assert len(video_module._fonts()) == 1
 
 
 def test_single_frame_and_large_videos(tmp_path):
