@@ -10,6 +10,8 @@ import sys
 from collections.abc import Mapping, Sequence
 from html import escape
 
+from memory.cards import size_text
+
 Points = Sequence[tuple[float, float]]
 
 _MAX_POINTS = 400
@@ -83,16 +85,17 @@ def heat_map(title: str, steps: Sequence[int], rows: Sequence[Sequence[float]]) 
 
 
 def stacked_area(title: str, points: Sequence[Mapping[str, float]], phases: Sequence[str]) -> str:
-    """GiB by category over the course of a step, with phases as bands. points: bytes by category; phases: of each."""
+    """Memory by category over the course of a step, with phases as bands. points: bytes by category; phases: of each."""
     names, height = list(dict.fromkeys(name for point in points for name in point)), 300
-    totals = [sum(point.values()) / 2**30 for point in points]
-    area = _Area(_FULL, height, 0, max(1, len(points) - 1), 0.0, max(totals) * 1.05 or 1.0, steps=False, bottom=40)
-    body, below = [area.axes("GiB")], [0.0] * len(points)
+    most = max(sum(point.values()) for point in points)
+    scale, unit = memory_unit(most)
+    area = _Area(_FULL, height, 0, max(1, len(points) - 1), 0.0, most / scale * 1.05 or 1.0, steps=False, bottom=40)
+    body, below = [area.axes(unit)], [0.0] * len(points)
     for i, name in enumerate(names):
-        above = [b + point.get(name, 0) / 2**30 for b, point in zip(below, points)]
+        above = [b + point.get(name, 0) / scale for b, point in zip(below, points)]
         outline = [*enumerate(above), *reversed(list(enumerate(below)))]
         body.append(f'<path class="c{i % 8} fill" d="{area.path(outline)}z"><title>{escape(name)}: at most '
-                    f"{max(p.get(name, 0) for p in points) / 2**30:.2f} GiB</title></path>")
+                    f"{size_text(max(p.get(name, 0) for p in points))}</title></path>")
         below = above
     for start, stop in _runs(phases):
         x, end = area.x(start), area.x(min(stop, len(points) - 1))
@@ -103,8 +106,8 @@ def stacked_area(title: str, points: Sequence[Mapping[str, float]], phases: Sequ
     return _svg(title, _FULL, height, "".join(body)) + legend(names)
 
 
-def bars(title: str, rows: Mapping[str, Mapping[str, float]], *, unit: str) -> str:
-    """Groups of horizontal bars: {group: {series: value}}, the same series in every group."""
+def bars(title: str, rows: Mapping[str, Mapping[str, float]]) -> str:
+    """Groups of horizontal bars: {group: {series: bytes}}, the same series in every group."""
     series = list(dict.fromkeys(name for row in rows.values() for name in row))
     most = max((v for row in rows.values() for v in row.values()), default=0) or 1.0
     left, thick, gap = 110, 14, 10
@@ -116,10 +119,15 @@ def bars(title: str, rows: Mapping[str, Mapping[str, float]], *, unit: str) -> s
             length = (_HALF - left - 90) * value / most
             body.append(f'<rect class="c{series.index(name) % 8} fill" x="{left}" y="{y + 1}" width="{length:.1f}" '
                         f'height="{thick - 2}" rx="2"/><text class="tick" x="{left + length + 6:.1f}" y="{y + 11}">'
-                        f"{number(value)} {escape(unit)}</text>")
+                        f"{size_text(value)}</text>")
             y += thick
         y += gap
     return _svg(title, _HALF, y, "".join(body)) + (legend(series) if len(series) > 1 else "")
+
+
+def memory_unit(num_bytes: float) -> tuple[int, str]:
+    """(bytes, name) of the unit in which memory of that size is read best, as `size_text` has it."""
+    return (2**30, "GiB") if num_bytes >= 2**30 // 10 else (2**20, "MiB")
 
 
 def share_bar(title: str, shares: Mapping[str, float]) -> str:

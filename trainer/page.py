@@ -17,11 +17,11 @@ def side_by_side(charts: Sequence[str], otherwise: str) -> str:
     return f'<div class="grid2">{"".join(f"<div>{c}</div>" for c in charts)}</div>' if charts else note(otherwise)
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[str]], *, numbers: Sequence[int] = ()) -> str:
-    """Cells are HTML already."""
+def table(head: Sequence[str], rows: Sequence[Sequence[str]], *, numbers: Sequence[int] = (), stacked: bool = False) -> str:
+    """Cells are HTML already. `stacked`: on a narrow screen those of a row stand below each other."""
     def cell(tag: str, i: int, content: str) -> str:
         return f'<{tag}{" class=num" if i in numbers else ""}>{content}</{tag}>'
 
     lines = ["".join(cell("td", i, c) for i, c in enumerate(row)) for row in rows]
-    return ("<table><tr>" + "".join(cell("th", i, escape(h)) for i, h in enumerate(head)) + "</tr>"
+    return (f"<table{' class=stacked' * stacked}><tr>" + "".join(cell("th", i, escape(h)) for i, h in enumerate(head)) + "</tr>"
             + "".join(f"<tr>{line}</tr>" for line in lines) + "</table>")

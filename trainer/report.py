@@ -14,7 +14,7 @@ from statistics import median
 from typing import Any
 
 from memory.cards import GIB, size_text
-from trainer.charts import bars, heat_map, line_chart, number, share_bar, stacked_area
+from trainer.charts import bars, heat_map, line_chart, memory_unit, number, share_bar, stacked_area
 from trainer.config import TrainConfig, leaves
 from trainer.errors import CheckpointError, InputOutputError, UsageError
 from trainer.findings import evidence_text
@@ -132,7 +132,7 @@ def _findings(files: RunFiles) -> str:
         parts.append(table(("Finding", "Where", "Evidence", "Cause", "Fix"), [
             (f'<b class="{escape(str(f.get("severity")))}">{escape(str(f.get("code")))}</b><br>'
              f'{escape(str(f.get("severity")))}', escape(_where(f)), escape(evidence_text(f.get("evidence") or {})),
-             escape(str(f.get("cause", ""))), f"<code>{escape(str(f.get('fix', '')))}</code>") for f in found]))
+             escape(str(f.get("cause", ""))), f"<code>{escape(str(f.get('fix', '')))}</code>") for f in found], stacked=True))
     if checked:
         items = "".join(f"<li>{escape(str(c))}</li>" for c in checked)
         parts.append(f"<details><summary>What was checked ({len(checked)})</summary><ul>{items}</ul></details>")
@@ -237,13 +237,14 @@ def _memory(files: RunFiles) -> str:
     for label, peaks in (("predicted", predicted.get("peak_bytes_by_phase", {})),
                          (f"measured ({_measured_kind(files)})", files.measured_peaks())):
         for phase, value in peaks.items():
-            rows.setdefault(phase, {})[label] = value / GIB
+            rows.setdefault(phase, {})[label] = value
     if rows:
-        charts.append(bars("Peak by phase, predicted and measured", rows, unit="GiB"))
+        charts.append(bars("Peak by phase, predicted and measured", rows))
     for key, label in (("allocated_bytes", "Allocated"), ("reserved_bytes", "Reserved"),
                        ("device_used_bytes", "Whole device"), ("process_bytes", "Host memory of the process")):
         if points := files.series("memory", key):
-            charts.append(line_chart(f"{label}, measured", [(x, y / GIB) for x, y in points], unit="GiB", zero=True))
+            scale, unit = memory_unit(max(value for _, value in points))
+            charts.append(line_chart(f"{label}, measured", [(x, y / scale) for x, y in points], unit=unit, zero=True))
     parts.append(side_by_side(charts, "Nothing was measured."))
     if needed := predicted.get("needed_bytes"):
         card, budget = str(files.memory.get("card")), files.memory.get("budget_bytes", 0)
@@ -270,7 +271,7 @@ def _settings(files: RunFiles) -> str:
                     f"<td><code>{escape(json.dumps(value, ensure_ascii=False))}</code></td>"
                     f"<td>{escape(str(origins.get(path, 'default')))}</td></tr>")
     facts = {k: v for k, v in files.config.items() if k not in ("config", "origins")}
-    return section("Settings", "<table><tr><th>setting</th><th>value</th><th>from</th></tr>", *rows, "</table>",
+    return section("Settings", "<table class=settings><tr><th>setting</th><th>value</th><th>from</th></tr>", *rows, "</table>",
                     note("Bold: not the default."),
                     f"<details><summary>Facts about the run</summary><pre><code>"
                     f"{escape(json.dumps(facts, indent=2, ensure_ascii=False))}</code></pre></details>")

@@ -37,8 +37,8 @@ def frame(chart):
     line_chart("a", []), line_chart("a", [(0, 1.0)]), line_chart("a", [(0, 0.0), (1, 0.0)]), line_chart("a", [(5, math.nan)]),
     line_chart("a", [(i, -1e9 * i) for i in range(3000)]), line_chart("<&\">", [(0, 1e-30), (1, 2e-30)], unit="<"),
     heat_map("a", [3], [[0.0]]), heat_map("a", [0, 1], [[1.0, math.inf], [2.0]]), share_bar("a", {}),
-    share_bar("<", {"<": 0.0}), stacked_area("a", [{"x": 0}], ["p"]), bars("a", {}, unit="s"),
-    bars("<", {"<": {"&": 0.0}}, unit="<"), interval(0.0, 1.0, -0.1, 1.1)])
+    share_bar("<", {"<": 0.0}), stacked_area("a", [{"x": 0}], ["p"]), bars("a", {}),
+    bars("<", {"<": {"&": 0.0}}), interval(0.0, 1.0, -0.1, 1.1)])
 def test_charts_of_any_data_are_well_formed(chart):
     root = ElementTree.fromstring(f"<div>{chart}</div>")
     assert root[0].tag == "svg" and "nan" not in "".join(e.get("d", "") for e in root.iter())
@@ -168,15 +168,23 @@ def test_categories_lie_upon_each_other():
     assert "at most 2.00 GiB" in chart
 
 
+def test_little_memory_is_told_in_mib():
+    mib = 2**20
+    for most, unit in ((102 * mib, "MiB"), (103 * mib, "GiB")):
+        chart = stacked_area("a", [{"x": most, "y": 0}, {"y": mib}], ["load", "step"])
+        assert f">{unit}</text>" in chart and all(abs(float(y)) >= 0.01 for y in texts(chart, text_anchor="end") if y not in (unit, "0"))
+    assert "y: at most 1.00 MiB" in chart and ">1.50 MiB</text>" in bars("a", {"x": {"s": 1.5 * mib, "t": 2**30}})
+
+
 def test_bars_are_as_long_as_their_values():
-    chart = bars("a", {"all": {"s": 4.0, "t": 2.0}, "one": {"t": 1.0}}, unit="s")
+    chart = bars("a", {"all": {"s": 4.0, "t": 2.0}, "one": {"t": 1.0}})
     drawn = [(a["class"], float(a["width"]), float(a["y"])) for tag, a, _ in elements(chart) if tag == "rect"]
     assert [(name, width) for name, width, _ in drawn] == [("c0 fill", 320), ("c1 fill", 160), ("c1 fill", 80)]
     ys = [y for *_, y in drawn]
     assert ys == sorted(set(ys))
     groups = texts(chart, text_anchor="end")
     assert ys[0] < groups["all"][1] - 4 < ys[1] + 12 and ys[2] < groups["one"][1] - 4 < ys[2] + 12
-    assert "legend" in chart and "legend" not in bars("a", {"all": {"s": 4.0}}, unit="s")
+    assert "legend" in chart and "legend" not in bars("a", {"all": {"s": 4.0}})
 
 
 def test_shares_fill_the_bar():

@@ -84,6 +84,10 @@ def test_what_is_fatal_takes_the_place_of_a_warning_alone() -> None:
     assert Bill(findings=(warned,)).with_findings([fatal, again, warned]).findings == (fatal,)
 
 
+def test_evidence_of_which_nothing_is_known_is_left_out() -> None:
+    assert str(finding("eraser-diverged", "training", step=2, at=None)).count("step 2. Fix:") == 1
+
+
 def test_a_bill_that_is_piped_or_narrow_is_whole() -> None:
     embedding = finding("non-finite-embedding", "embeddings", prompt="x")
     out = io.StringIO()

@@ -121,13 +121,20 @@ def test_a_complete_run(run, caplog):
     page, text = read(path)
     for wanted in ("Erasing red", "60 of 60", "100% → 0%", "dead-gelu", "block 7", "weights are finite", "crimson",
                    "7.5% to 17.5%", "L_unlearn", "Gradient norm by block", "Update norm by block", "teacher 75%",
-                   "One step by category, predicted", "working set", "3.5 GiB", "3 GiB", "optim.rank", "flag",
+                   "One step by category, predicted", "working set", "3.50 GiB", "3.00 GiB", "optim.rank", "flag",
                    "Sample at step 0", "Sample at step 60", "Before and after", "10.0 pixels before, 9.5 after",
                    "shapes · rank 32 · run red-1", "Preserved videos moved by 0.020 (RMS of 0..1).", "First block at the bottom",
                    "Loss, median of the last 20 steps 0.0198 ", "Peak memory, measured (process) 3.00 GiB", "Peak memory, predicted (tensors alone) 3.00 GiB"):
         assert wanted in text, wanted
     assert page.tags.count("img") == 3 and "Cannot be shown" not in text
     assert set(leaves(TrainConfig())) <= set(page.words)
+
+
+def test_tables_that_a_phone_shows_otherwise_are_marked(run):
+    html = write_report(run).read_text()
+    style, body = html.split("</style>")
+    for kind, heading in (("stacked", "Finding"), ("settings", "setting")):
+        assert f"<table class={kind}><tr><th>{heading}</th>" in body and f".{kind} td" in style
 
 
 def test_what_is_expected_is_healthy_and_named_still(run):
