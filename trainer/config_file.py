@@ -68,7 +68,7 @@ def _instead_of(dotted: str, known: Iterable[str]) -> str:
     if inside:
         return f"there are {', '.join(inside)}"
     near = difflib.get_close_matches(section or name, sections, n=1)
-    return f"did you mean {near[0]}, a section?" if near else f"sections are {', '.join(sections)}"
+    return f"did you mean the section [{near[0]}]?" if near else f"sections are {', '.join(sections)}"
 
 
 def read_lines(path: Path, flag: str, what: str) -> list[str]:

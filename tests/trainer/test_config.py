@@ -102,7 +102,8 @@ def test_config_beside_resume_is_not_ignored(toml, tmp_path):
 @pytest.mark.parametrize("text, near", [
     ("[optim]\nrnak = 4\n", "optim.rnak; did you mean optim.rank"),
     ("[optimiser]\nrank = 4\n", "optimiser.rank; did you mean optim.rank"),
-    ("[optm]\n# rank = 4\n", "optm; did you mean optim, a section"),
+    ("[optm]\n# rank = 4\n", r"optm; did you mean the section \[optim\]"),
+    ("[[optim]]\nrank = 4\n", r"optim; did you mean the section \[optim\]"),
     ("model = 'cogvideox-5b'\n", "model; did you mean model.model"),
     ("profile = '24gb'\n", "profile; --profile is a flag only"),
     ("[optim]\nlearning_rate = 1e-4\n", "optim.learning_rate; there are optim.rank, .*optim.lr"),
