@@ -78,7 +78,8 @@ def _whole(run_dir: Path) -> list[str]:
         content = read_content(run_dir)
         config = read_forget_config(run_dir) if content.get("command") == "forget" else read_config(run_dir)[0]
         absent = [path for path, value in leaves(config).items() if value is not None and nested(content, "config", *path.split(".")) is None]
-        checked.append(f"{CONFIG}: settings, all known" + (f"; {len(absent)} are not there, and taken at their defaults: {', '.join(absent)}" if absent else ""))
+        defaults = f"; {len(absent)} are not there, and taken at their defaults: {', '.join(absent)}" if absent else ""
+        checked.append(f"{CONFIG}: settings, all known{defaults}")
     steps = [int(p.name[5:]) for p in (run_dir / "ckpt").glob("step-*") if p.name[5:].isdecimal()]
     if sound := latest_checkpoint(run_dir, rename_bad=False):  # it says what is wrong with those that it passes over
         if sound.step < max(steps, default=0):

@@ -29,7 +29,8 @@ def evaluation(files: RunFiles) -> str:
         rows.append((f"<b>{escape(', '.join(synonyms.get('names', [])) or 'other wordings')}</b>", "synonyms", synonyms))
     rows += [(escape(str(r.get("name"))), escape(str(r.get("kind"))), r) for r in result.get("preserved", [])]
     counted, baseline = "examples" if measured else "videos", _baseline(result)
-    rates = table(("", "kind", counted, "before", "after", "after, 95 %", *["null space"] * bool(baseline), "before ○\u2003after ●\u20030 to 100 %"), [
+    axis = "before ○\u2003after ●\u20030 to 100 %"
+    rates = table(("", "kind", counted, "before", "after", "after, 95 %", *["null space"] * bool(baseline), axis), [
         (name, kind, escape(str(row["num_images" if measured else "num_videos"])), f"{row['before']:.1%}", f"{row['after']:.1%}",
          "{:.1%} to {:.1%}".format(*row["after_interval"]), *[f"{rate:.1%}" for rate in baseline[i:i + 1]],
          interval(row["before"], row["after"], *row["after_interval"]))

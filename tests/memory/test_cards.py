@@ -78,8 +78,9 @@ def test_unknown_names_suggest_the_nearest(profile, suggestion):
         lookup(profile)
 
 
-@pytest.mark.parametrize("profile, first", [("4090ti", "rtx-4090"), ("4090-24gb", "rtx-4090"), ("h200nvl", "h200"), ("4060ti-8gb", "rtx-4060ti"),
-                                            ("a100-40", "a100-40gb"), ("rtx 4070 tis", "rtx-4070ti-super"), ("rxt4090", "rtx-4090"), ("4009", "rtx-4090")])
+@pytest.mark.parametrize("profile, first", [("4090ti", "rtx-4090"), ("4090-24gb", "rtx-4090"), ("h200nvl", "h200"),
+                                            ("4060ti-8gb", "rtx-4060ti"), ("a100-40", "a100-40gb"),
+                                            ("rtx 4070 tis", "rtx-4070ti-super"), ("rxt4090", "rtx-4090"), ("4009", "rtx-4090")])
 def test_of_names_that_are_alike_the_one_that_begins_alike_comes_first(profile, first):
     with pytest.raises(UnknownCard, match=f"did you mean {first}, "):
         lookup(profile)

@@ -292,7 +292,8 @@ def test_settings_that_are_not_there_are_named(run_dir: Path) -> None:
     del content["config"]["output"], content["config"]["optim"]["rank"]
     (run_dir / CONFIG).write_text(json.dumps(content))
     (line,) = (line for line in diagnose_run(run_dir).checked if line.startswith(CONFIG))
-    assert line.startswith("config.json: settings, all known; ") and " are not there, and taken at their defaults: optim.rank, output.save_every, " in line
+    assert line.startswith("config.json: settings, all known; ")
+    assert " are not there, and taken at their defaults: optim.rank, output.save_every, " in line
 
 
 def test_findings_that_may_not_be_read_are_said_to_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
