@@ -213,7 +213,7 @@ def apply_eraser(transformer: nn.Module, path: Path | str, *, base_model: Mappin
     file = load_eraser(path)
     blocks = getattr(transformer, "transformer_blocks", ())
     if not len(blocks) or not _joins_video_and_text(blocks[0]):
-        raise UsageError(f"a {type(transformer).__name__} is no CogVideoX transformer; with a pipeline say "
+        raise UsageError(f"{type(transformer).__name__} is no CogVideoX transformer; with a pipeline say "
                          f"apply_eraser(pipe.transformer, {str(path)!r})")
     if any(map(_streamed_by_diffusers, blocks)):
         raise UsageError("this transformer's blocks are offloaded with a stream, which knows their weights by now; apply the eraser first, "

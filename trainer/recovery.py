@@ -2,7 +2,7 @@
 
 The plan to try next comes from the planner, which predicts what the phase that failed would need under each step down
 (memory/advice.py). The batch is never touched: results keep their meaning, and where only the memory plan differs the
-run is, on the CPU to the bit, what it would have been with memory enough.
+run is what it would have been with memory enough: on the CPU to the bit, or to rounding where passes change their order.
 
 Going on means starting `train` again in the same process, once the frames of the error, which hold tensors, are gone.
 It starts at the last optimizer step, which is saved first; where the error came while the optimizer was moving weights,
