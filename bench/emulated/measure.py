@@ -117,7 +117,8 @@ def main() -> int:
     content.pop("provenance", None)
     for part in options.only or PARTS:
         content[part] = PARTS[part](session)
-        content["measured"] = content.get("measured", {}) | {part: {key: provenance()[key] for key in ("date", "commit")}}
+        source = provenance()
+        content["measured"] = content.get("measured", {}) | {part: {key: source[key] for key in ("date", "commit")} | {"torch": source["versions"]["torch"]}}
         if options.toy and "goals" in content[part]:  # a toy's figure reaches no goal and misses none
             content[part]["goals"] = [g | {"reached": None} for g in content[part]["goals"]]
         write_result(name, content, options.out, command=command)  # without the options, which name a path

@@ -176,11 +176,11 @@ def _missed(*results: dict[str, Any], part: str) -> str:
 
 
 def _source(*results: dict[str, Any], parts: Sequence[str]) -> str:
-    p, cards = results[0]["provenance"], ", ".join(result["card"] for result in results)
-    dates = sorted({result["measured"][part]["date"] for result in results for part in parts if part in result})
+    made = [(result["card"], result["measured"][part]) for result in results for part in parts if part in result]
+    cards = " and ".join(dict.fromkeys(f"torch {m['torch']} ({card})" for card, m in made))
+    dates = " and ".join(sorted({m["date"] for _, m in made}))
     commands = " and ".join(f"`{command}`" for command in dict.fromkeys(result["provenance"]["command"] for result in results))
-    return (f"\nNot measured on a card: torch {p['versions']['torch']} on a card that computes nothing ({cards}), "
-            f"by {commands}, {' and '.join(dates)}.\n")
+    return f"\nNot measured on a card: {cards} on a card that computes nothing, by {commands}, {dates}.\n"
 
 
 TABLES: dict[str, Callable[[], str]] = {"emulated-peaks": peaks, "emulated-caps": caps, "emulated-runs": runs,
