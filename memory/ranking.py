@@ -83,7 +83,7 @@ class Ranking:
             self.num_unknown += variant.num_unknown
             candidates += found
             best = self._first_that_fits(sorted(candidates), limits)
-            if best is not None and self._is_settled(variant, best.plan):
+            if best is not None and self._is_settled(best.plan):
                 break
         smallest = self._smallest(candidates, limits)
         if best is None and smallest.fits:  # what was seen of faster ones made it look too large
@@ -150,15 +150,13 @@ class Ranking:
             num_traces=self.num_traces,
         )
 
-    def _is_settled(self, variant: Variant, plan: MemoryPlan) -> bool:
+    def _is_settled(self, plan: MemoryPlan) -> bool:
         """Whether the variants to come are not worth their traces: they save memory and never time.
 
         Once no attention is recomputed, they could buy a block or two that keep everything. Feed-forward chunks, which
         come last, cost half a feed-forward in such a block.
         """
-        num_recomputed = resolve_keeps(plan, self.workload.num_blocks).count("inputs")
-        allowed = self.workload.num_blocks // 2 if variant.base.boundaries == "host" else 0
-        return num_recomputed <= allowed
+        return "inputs" not in resolve_keeps(plan, self.workload.num_blocks)
 
     # ---- traces --------------------------------------------------------------------------------------------------
 
