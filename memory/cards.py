@@ -148,7 +148,13 @@ def size_bytes(text: str) -> int | None:
 
 def size_text(num_bytes: float) -> str:
     """Bytes for a message, in GiB or MiB."""
-    return f"{num_bytes / GIB:.2f} GiB" if num_bytes >= GIB // 10 else f"{num_bytes / 2**20:.2f} MiB"
+    scale, unit = size_unit(num_bytes)
+    return f"{num_bytes / scale:.2f} {unit}"
+
+
+def size_unit(num_bytes: float) -> tuple[int, str]:
+    """(bytes, name) of the unit in which memory of that size is read best."""
+    return (GIB, "GiB") if num_bytes >= GIB // 10 else (2**20, "MiB")
 
 
 def detect(index: int = 0) -> Card:

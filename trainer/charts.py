@@ -10,7 +10,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from html import escape
 
-from memory.cards import size_text
+from memory.cards import size_text, size_unit
 
 Points = Sequence[tuple[float, float]]
 
@@ -88,7 +88,7 @@ def stacked_area(title: str, points: Sequence[Mapping[str, float]], phases: Sequ
     """Memory by category over the course of a step, with phases as bands. points: bytes by category; phases: of each."""
     names, height = list(dict.fromkeys(name for point in points for name in point)), 300
     most = max(sum(point.values()) for point in points)
-    scale, unit = memory_unit(most)
+    scale, unit = size_unit(most)
     area = _Area(_FULL, height, 0, max(1, len(points) - 1), 0.0, most / scale * 1.05 or 1.0, steps=False, bottom=40)
     body, below = [area.axes(unit)], [0.0] * len(points)
     for i, name in enumerate(names):
@@ -123,11 +123,6 @@ def bars(title: str, rows: Mapping[str, Mapping[str, float]]) -> str:
             y += thick
         y += gap
     return _svg(title, _HALF, y, "".join(body)) + (legend(series) if len(series) > 1 else "")
-
-
-def memory_unit(num_bytes: float) -> tuple[int, str]:
-    """(bytes, name) of the unit in which memory of that size is read best, as `size_text` has it."""
-    return (2**30, "GiB") if num_bytes >= 2**30 // 10 else (2**20, "MiB")
 
 
 def share_bar(title: str, shares: Mapping[str, float]) -> str:

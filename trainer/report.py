@@ -13,8 +13,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from memory.cards import GIB, size_text
-from trainer.charts import bars, heat_map, line_chart, memory_unit, number, share_bar, stacked_area
+from memory.cards import GIB, size_text, size_unit
+from trainer.charts import bars, heat_map, line_chart, number, share_bar, stacked_area
 from trainer.config import TrainConfig, leaves
 from trainer.errors import CheckpointError, InputOutputError, UsageError
 from trainer.findings import evidence_text
@@ -243,7 +243,7 @@ def _memory(files: RunFiles) -> str:
     for key, label in (("allocated_bytes", "Allocated"), ("reserved_bytes", "Reserved"),
                        ("device_used_bytes", "Whole device"), ("process_bytes", "Host memory of the process")):
         if points := files.series("memory", key):
-            scale, unit = memory_unit(max(value for _, value in points))
+            scale, unit = size_unit(max(value for _, value in points))
             charts.append(line_chart(f"{label}, measured", [(x, y / scale) for x, y in points], unit=unit, zero=True))
     parts.append(side_by_side(charts, "Nothing was measured."))
     if needed := predicted.get("needed_bytes"):
