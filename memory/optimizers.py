@@ -53,18 +53,20 @@ def _require_known(kind: str) -> None:
 
 @torch.no_grad()
 def create_state(optimizer: torch.optim.Optimizer) -> None:
-    """Make the state that a first step would make, all zero, before it: a step of rate 0 with gradients of 0, which changes no weight."""
-    rates = [group["lr"] for group in optimizer.param_groups]
+    """Make the state that a first step would make, all zero, before it: steps of rate 0 with gradients of 0, which change no weight.
+
+    One parameter at a time: a gradient for each would leave a gap between the parameters and the state, as large as all of them.
+    """
     for group in optimizer.param_groups:
-        group["lr"] = 0.0
-        for parameter in group["params"]:
-            parameter.grad = torch.zeros_like(parameter)
-    try:
-        optimizer.step()
-    finally:
-        for group, rate in zip(optimizer.param_groups, rates):
+        rate, group["lr"] = group["lr"], 0.0
+        try:
+            for parameter in group["params"]:
+                parameter.grad = torch.zeros_like(parameter)
+                optimizer.step()
+                parameter.grad = None
+        finally:
             group["lr"] = rate
-        optimizer.zero_grad(set_to_none=True)
+            optimizer.zero_grad(set_to_none=True)
     reset_state(optimizer)
 
 

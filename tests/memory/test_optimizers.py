@@ -55,6 +55,15 @@ def test_state_made_ahead_is_that_of_a_first_step(kind):
     assert all(map(torch.equal, params, ahead))
 
 
+def test_state_is_made_with_one_gradient_at_a_time(monkeypatch):
+    params = make_params()
+    optimizer, num_gradients = make_optimizer(params, kind="adamw", lr=1e-3), []
+    step = optimizer.step
+    monkeypatch.setattr(optimizer, "step", lambda: (num_gradients.append(sum(p.grad is not None for p in params)), step()))
+    create_state(optimizer)
+    assert num_gradients == [1] * len(params)
+
+
 def test_where_state_cannot_be_made_the_optimizer_is_as_it_was(monkeypatch):
     params = make_params()
     optimizer = make_optimizer(params, kind="adamw", lr=1e-3, weight_decay=0.1)
