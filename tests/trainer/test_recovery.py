@@ -60,6 +60,7 @@ def config(tiny_config):
     return make
 
 
+NUM_STATES = 8  # adapter tensors of the pipeline's 2 blocks: each has its state made by a call of the optimizer
 # Calls are counted from the start: the optimizer makes its state, the pre-flight takes one step, and tries the optimizer once.
 # phase -> (what fails, finished steps, newest checkpoint afterwards)
 PHASES = {
@@ -67,15 +68,15 @@ PHASES = {
     "optimizer": (lambda: _failing(torch.optim.AdamW, "step", call=1), None, None),
     "teacher of the pre-flight": (lambda: _failing(losses.Teacher, "passes", call=1), 0, None),
     "backward of the pre-flight": (lambda: _failing(torch.autograd, "backward", call=1), 0, None),
-    "optimizer of the pre-flight": (lambda: _failing(torch.optim.AdamW, "step", call=2), 0, None),
+    "optimizer of the pre-flight": (lambda: _failing(torch.optim.AdamW, "step", call=NUM_STATES + 1), 0, None),
     "teacher": (lambda: _failing(losses.Teacher, "passes", call=5), 3, 3),
     "teacher, latents already moved": (lambda: _failing(TrajectoryLatents, "advance", call=9, after=True), 3, 3),
     "student": (lambda: _failing(F, "mse_loss", call=10), 3, 3),
     "backward": (lambda: _failing(torch.autograd, "backward", call=10), 3, 3),
     "backward, first step": (lambda: _failing(torch.autograd, "backward", call=4), 0, None),
     "optimizer, before": (lambda: _failing(torch.nn.utils, "clip_grads_with_norm_", call=4), 3, 3),
-    "optimizer, while it moves weights": (lambda: _failing(torch.optim.AdamW, "step", call=6), 3, 2),
-    "optimizer, after": (lambda: _failing(torch.optim.AdamW, "step", call=6, after=True), 3, 2),
+    "optimizer, while it moves weights": (lambda: _failing(torch.optim.AdamW, "step", call=NUM_STATES + 5), 3, 2),
+    "optimizer, after": (lambda: _failing(torch.optim.AdamW, "step", call=NUM_STATES + 5, after=True), 3, 2),
     "save": (lambda: _failing(checkpoint, "_to_host", call=1), 2, 2),
 }
 
