@@ -27,6 +27,7 @@ from torch import Tensor
 from memory.cards import size_text
 from trainer.errors import CheckpointError, InputOutputError
 from trainer.manifest import NewerFormat, read_json, verify, write_manifest
+from trainer.run_files import sync
 
 logger = logging.getLogger(__name__)
 
@@ -212,7 +213,7 @@ def _sync_files(save: _Save) -> None:
     mode = stat.S_IMODE((save.temporary / STATE).stat().st_mode)  # what the umask makes of a new file; safetensors leaves 0600
     for path in sorted(save.temporary.iterdir()):
         path.chmod(mode)
-        _fsync(path)
+        sync(path)
 
 
 def _write_manifest(save: _Save) -> None:
@@ -220,7 +221,7 @@ def _write_manifest(save: _Save) -> None:
 
 
 def _sync_temporary(save: _Save) -> None:
-    _fsync(save.temporary)
+    sync(save.temporary)
 
 
 def _commit(save: _Save) -> None:
@@ -228,7 +229,7 @@ def _commit(save: _Save) -> None:
 
 
 def _sync_root(save: _Save) -> None:
-    _fsync(save.final.parent)
+    sync(save.final.parent)
 
 
 def _verify_and_prune(save: _Save) -> None:
@@ -264,7 +265,7 @@ def _root(run_dir: Path) -> Path:
 def _make_root(root: Path) -> None:
     if not root.is_dir():
         root.mkdir(parents=True)
-        _fsync(root.parent)
+        sync(root.parent)
 
 
 def _steps(root: Path) -> list[tuple[int, Path]]:
@@ -300,14 +301,6 @@ def _set_aside(path: Path) -> None:
         path.rename(target)
     except OSError as error:
         logger.warning("cannot rename %s to %s: %s", path, target.name, error)
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _to_host(group: Mapping[str, Tensor]) -> dict[str, Tensor]:

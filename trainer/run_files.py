@@ -150,12 +150,23 @@ def write_tensors(path: Path, tensors: "Mapping[str, Tensor]") -> None:
         mode = stat.S_IMODE(part.stat().st_mode)  # what the umask makes of a new file; safetensors leaves 0600
         save_file(dict(tensors), part, metadata={"format": "pt"})
         part.chmod(mode)
+        sync(part)
 
 
 def write_whole(path: Path, text: str) -> None:
     """Write a text file, whole or not at all. Raises OSError."""
     with part_of(path) as part:
         part.write_text(text, encoding="utf-8")
+        sync(part)
+
+
+def sync(path: Path) -> None:
+    """Bring a file's content, or a directory's entries, to the disk: what is renamed before that may be empty after a power cut. Raises OSError."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 @contextmanager

@@ -304,6 +304,20 @@ def test_a_prompt_file_at_another_place_is_the_same_run(straight, tiny_config, t
     assert not differences(expected, train(replace(config, data=replace(config.data, prompts=moved)), {}, resume=first))
 
 
+def test_a_run_goes_on_after_a_power_cut(straight, tiny_config, monkeypatch):
+    """Which may leave every file empty whose content was not brought to the disk. Records are not: numbers are not worth a wait in every step."""
+    synced, config = set(), tiny_config()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", lambda descriptor: synced.add(os.fstat(descriptor).st_ino))
+        _stop_after(patch, 4)
+        with pytest.raises(Interrupted):
+            train(config, {})
+    empty = {path.name for path in config.output.out.rglob("*") if path.is_file() and path.stat().st_ino not in synced}
+    assert empty == {"metrics.jsonl", "run.lock"}
+    (config.output.out / "metrics.jsonl").write_text("")
+    assert differences(straight(), train(read_config(config.output.out)[0], {}, resume=config.output.out)) == ["metrics"]
+
+
 def test_run_without_a_checkpoint_cannot_resume(straight, tiny_config):
     config = tiny_config()
     config.output.out.mkdir()
