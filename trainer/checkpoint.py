@@ -235,10 +235,14 @@ def _sync_root(save: _Save) -> None:
 def _verify_and_prune(save: _Save) -> None:
     try:
         verify(save.final, save.step)
-    except CheckpointError as error:  # an error of looking does not condemn it
+        older = _steps(save.final.parent)[:-_NUM_KEPT]
+    except CheckpointError as error:
         shutil.rmtree(save.final, ignore_errors=True)
         raise InputOutputError(f"{save.final} does not read back as it was written: {error}; suspect the disk") from error
-    for _, path in _steps(save.final.parent)[:-_NUM_KEPT]:
+    except InputOutputError as error:  # of looking: it is committed all the same, and those before it stay
+        logger.warning("checkpoint %s was saved and not looked at: %s", save.final, error)
+        return
+    for _, path in older:
         try:
             # Renamed first: a kill half-way through must not leave a `step-…` that is not whole.
             doomed = path.rename(path.with_name(f".tmp-{path.name.removeprefix('step-')}-{os.getpid()}"))
