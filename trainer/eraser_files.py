@@ -93,7 +93,7 @@ def save_released(directory: Path, state: Mapping[str, Tensor], rank: int) -> No
         with part_of(directory / RELEASED_WEIGHTS) as part:
             torch.save(weights, content := io.BytesIO())  # of a disk that is full torch's own writer says nothing that is understood
             part.write_bytes(content.getbuffer())
-            (directory / RELEASED_CONFIG).write_text(json.dumps({"eraser_type": "adapter", "eraser_rank": rank}) + "\n")
+            write_whole(directory / RELEASED_CONFIG, json.dumps({"eraser_type": "adapter", "eraser_rank": rank}) + "\n")
     except OSError as e:
         raise InputOutputError(f"--out {directory}: cannot be written ({e.strerror}); choose another directory") from e
 

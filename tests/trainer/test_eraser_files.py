@@ -393,12 +393,21 @@ def test_whoever_may_read_new_files_may_read_an_eraser(saved):
         assert all((directory / name).stat().st_mode & 0o777 == 0o666 & ~umask for name in (WEIGHTS, DESCRIPTION))
 
 
-def test_a_failed_export_leaves_the_former_one_whole(saved, tmp_path, full_disk):
+def test_a_failed_export_leaves_the_former_one_whole(saved, tmp_path, full_disk, monkeypatch):
     eraser, tmp_path = load_eraser(saved[0]), tmp_path / "released"
     save_released(tmp_path, eraser.state, eraser.rank)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
 
     with full_disk(), pytest.raises(InputOutputError, match="cannot be written .File too large.; choose another directory"):
+        save_released(tmp_path, eraser.state, eraser.rank)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+    def fail(path, *args, **kwargs):
+        path.open("w").close()  # what is left of a file for which there was no room
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", fail)  # there is room for the weights alone
+    with pytest.raises(InputOutputError, match="No space left"):
         save_released(tmp_path, eraser.state, eraser.rank)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
