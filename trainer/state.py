@@ -191,11 +191,11 @@ def _digest(prompts: PromptSet) -> str:
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:
-    """Learning rate of a step (from 0): linear warm-up, then constant or a cosine to zero after the last step."""
+    """Learning rate of a step (from 0, below --steps): linear warm-up, then constant or a cosine to zero after the last step."""
     o = config.optim
     if step < o.warmup:
         return o.lr * (step + 1) / o.warmup
     if o.schedule == "constant":
         return o.lr
-    done = (step - o.warmup) / max(1, o.steps - o.warmup)
-    return o.lr * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+    done = (step - o.warmup) / (o.steps - o.warmup)
+    return o.lr * 0.5 * (1 + math.cos(math.pi * done))
