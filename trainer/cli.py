@@ -3,6 +3,7 @@
 import gc
 import json
 import logging
+import shlex
 import sys
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
@@ -142,14 +143,15 @@ def _after_training(run_dir: Path, *, resumed: bool, measures: bool) -> None:
     if untouched:
         more = "--steps asks for more" if config.optim.schedule == "constant" else f"a {config.optim.schedule} schedule ends there"
         print(f"nothing was left to train: {run_dir} has its {config.optim.steps} steps; {more}", file=sys.stderr)
+    evaluating = shlex.join(["python", "run.py", "evaluate", str(run_dir)])  # to be pasted
     print(f"eraser: {run_dir / 'eraser.safetensors'}")
     print(f"run: {run_dir}", flush=True)  # whatever becomes of the measurement
     if measures and untouched and (run_dir / EVALUATION).exists():
-        print(f"nothing was left to measure: {run_dir / EVALUATION} is there; python run.py evaluate {run_dir} measures anew", file=sys.stderr)
+        print(f"nothing was left to measure: {run_dir / EVALUATION} is there; {evaluating} measures anew", file=sys.stderr)
     elif measures:
         _measure(EvaluateConfig(run=run_dir, model=config.model))
     elif config.output.evaluate and config.model.model != "shapes" and config.model.weights != "random":
-        print(f"whether it erases: python run.py evaluate {run_dir} --rater openai/clip-vit-large-patch14", file=sys.stderr)
+        print(f"whether it erases: {evaluating} --rater openai/clip-vit-large-patch14", file=sys.stderr)
 
 
 def _plan(argv: Sequence[str]) -> None:

@@ -9,6 +9,7 @@ import io
 import json
 import logging
 import os
+import shlex
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -66,7 +67,7 @@ class EraserFile:
         """Raises CheckpointError for weights that would make every video black."""
         if spoiled := next((name for name, tensor in self.state.items() if not tensor.isfinite().all()), None):
             raise CheckpointError(f"{self.path}: {spoiled} holds NaN or infinity, and so would every video; copy it again, or let "
-                                  f"`python run.py diagnose {self.path}` look at it")
+                                  f"`python run.py diagnose {shlex.quote(str(self.path))}` look at it")
 
 
 def save_eraser(directory: Path, erasers: Erasers, *, base_model: Mapping[str, str],
@@ -136,7 +137,7 @@ def refuse_forgetting(path: Path) -> None:
     """Raises CheckpointError for a run of `forget` where an eraser is needed."""
     if nested(read_object(path / CONFIG), "command") == "forget":
         raise CheckpointError(f"{path} is a run of forget: it holds a LoRA, which peft loads, and no eraser; "
-                              f"`python run.py diagnose {path}` looks at it")
+                              f"`python run.py diagnose {shlex.quote(str(path))}` looks at it")
 
 
 def _read_safetensors(file: Path) -> dict[str, Tensor]:

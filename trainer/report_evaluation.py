@@ -1,5 +1,6 @@
 """Parts of a report's page that say what an evaluation measured, of an eraser or of a run of `forget`."""
 
+import shlex
 from collections.abc import Mapping
 from html import escape
 from typing import Any
@@ -15,8 +16,8 @@ def evaluation(files: RunFiles) -> str:
     """Rates before and after, with their intervals; of a run that is not measured, how to."""
     result = files.evaluation
     if "target" not in result:
-        how = (f"python run.py evaluate {files.path} does it; of other models than the bundled one it wants a --rater, a CLIP model that looks at "
-               "the videos.")
+        how = (f"python run.py evaluate {shlex.quote(str(files.path))} does it; of other models than the bundled one it wants a --rater, "
+               "a CLIP model that looks at the videos.")
         if files.forgets:
             how = f"{resuming(files.path)} does it at its end."
         elif not (files.path / "eraser.safetensors").exists():  # as of a run that was killed, or that a fatal finding stopped

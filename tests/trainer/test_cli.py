@@ -12,6 +12,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiny_pipelines import FRAMES, SIDE
 
 import run
@@ -159,6 +160,24 @@ def test_a_finished_run_is_not_measured_again(trained, call, monkeypatch):
     assert f"nothing was left to measure: {trained / 'evaluation.json'} is there; python run.py evaluate {trained} measures anew" in lines
     call("--resume", trained, "--steps", "2")
     assert measure.call_count == 2
+
+
+def test_commands_to_paste_hold_names_with_spaces(settings, call, tmp_path, monkeypatch):
+    run_dir = tmp_path / "my run"
+    code, _, said = call(*settings, "--out", run_dir)
+    assert code == 0 and said[-1] == f"whether it erases: python run.py evaluate '{run_dir}' --rater openai/clip-vit-large-patch14"
+    (run_dir / "evaluation.json").write_text("{}")
+    monkeypatch.setattr(cli, "_will_measure", lambda config: True)
+    _, _, said = call("--resume", run_dir)
+    assert said[-1].endswith(f"python run.py evaluate '{run_dir}' measures anew")
+    weights = load_file(run_dir / "eraser.safetensors")
+    weights[min(weights)][0] = float("nan")
+    save_file(weights, run_dir / "eraser.safetensors")
+    code, _, said = call("export", run_dir, "--out", tmp_path / "released")
+    assert code == 5 and f"`python run.py diagnose '{run_dir / 'eraser.safetensors'}'`" in said[-1]
+    (run_dir / "config.json").write_text('{"command": "forget"}')
+    code, _, said = call("export", run_dir, "--out", tmp_path / "released")
+    assert code == 5 and f"`python run.py diagnose '{run_dir}'`" in said[-1]
 
 
 WRONG = {

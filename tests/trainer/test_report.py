@@ -164,6 +164,8 @@ def test_a_run_that_is_not_measured_says_how(run):
     assert "Not measured. There is no eraser.safetensors yet." in write_report(run).read_text()
     (run / "eraser.safetensors").touch()
     assert f"run.py evaluate {run} does it; of other models than the bundled one it wants a --rater" in write_report(run).read_text()
+    _, text = read(write_report(run.rename(run.with_name("my run"))))
+    assert f"run.py evaluate '{run.with_name('my run')}' does it" in text
 
 
 def test_a_run_with_steps_left_says_how_it_goes_on(run):
