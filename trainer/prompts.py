@@ -64,7 +64,7 @@ def collect(data: DataConfig, *, bundled: bool, templates: Sequence[str] = TEMPL
 
     On the bundled model these are the world's own captions. Raises UsageError for unreadable or empty files.
     """
-    concepts = list(data.preserve) + (_lines(data.preserve_file, "--preserve-file") if data.preserve_file else [])
+    concepts = list(data.preserve) + (_kept(data.preserve_file) if data.preserve_file else [])
     if not all(map(str.strip, concepts)):
         raise UsageError("--preserve: an empty word names nothing; leave it out")
     pairs = _pairs(data.prompts) if data.prompts else None
@@ -179,6 +179,13 @@ def _lines(path: Path, flag: str) -> list[str]:
     if os.path.exists(path) and not (os.path.isfile(path) or os.path.isdir(path)):
         raise UsageError(f"{flag} {path}: is a pipe or a device, and prompts are read more than once; write them to a file")
     return read_lines(path, flag, "prompt")
+
+
+def _kept(path: Path) -> list[str]:
+    """What a text file lists. The columns of a table would be kept as one sentence, its head as another."""
+    if what := {".csv": "a table", ".tsv": "a table", ".json": "JSON", ".jsonl": "JSON"}.get(path.suffix.lower()):
+        raise UsageError(f"--preserve-file {path}: is {what}; write a text file, with one word or prompt to keep a line")
+    return _lines(path, "--preserve-file")
 
 
 def _pairs(path: Path) -> list[tuple[str, str]]:

@@ -121,6 +121,15 @@ def test_preserved_concepts_from_flags_and_file(tmp_path):
     assert found.preserved == ("a green ball", "a blue square")
 
 
+@pytest.mark.parametrize("name, what", [("p.csv", "a table"), ("p.TSV", "a table"), ("p.json", "JSON"), ("p.jsonl", "JSON")])
+@pytest.mark.parametrize("bundled", [True, False])
+def test_what_is_kept_is_a_plain_list(tmp_path, name, what, bundled):
+    """Its columns would be kept as one sentence."""
+    path = _file(tmp_path, name, "prompt,safe\na blue square,\n")
+    with pytest.raises(UsageError, match=f"--preserve-file .*{name}: is {what}; write a text file, with one word or prompt to keep a line"):
+        collect(DataConfig(preserve_file=path), bundled=bundled)
+
+
 def test_bundled_model_takes_the_worlds_captions_and_keeps_the_siblings():
     found = collect(DataConfig(concept="red"), bundled=True)
     assert list(zip(found.prompts, found.safe)) == world.erasure_pairs("red")
