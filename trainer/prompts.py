@@ -122,6 +122,8 @@ def _instead(pairs: list[tuple[str, str]], concept: str, instead: str) -> list[t
     if not instead:
         return pairs
     words = word(concept)
+    if words.fullmatch(instead):
+        raise UsageError(f"--instead {instead}: that is what is to be erased")
     for prompt, safe in pairs:
         if not safe and not words.search(prompt):
             raise UsageError(f"--instead {instead}: the prompt {prompt!r} does not hold {concept!r}; give it a safe prompt of its own, "

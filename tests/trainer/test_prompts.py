@@ -245,6 +245,15 @@ def test_the_plural_is_the_concept_too(tmp_path, instead, several, caplog):
         collect(DataConfig(concept="golf ball", preserve=("Golf balls",)), bundled=False)
 
 
+@pytest.mark.parametrize("bundled", [True, False])
+def test_what_stands_in_the_concepts_place_is_not_the_concept(tmp_path, bundled):
+    path = _file(tmp_path, "p.txt", "a golf ball\n")
+    for instead in ("golf ball", "Golf balls"):
+        with pytest.raises(UsageError, match=f"--instead {instead}: that is what is to be erased"):
+            collect(DataConfig(concept="golf ball", instead=instead, prompts=path), bundled=bundled)
+    assert collect(DataConfig(concept="golf ball", instead="red golf ball", prompts=path), bundled=bundled).safe == ("a red golf ball",)
+
+
 def test_spaces_around_words_do_not_matter():
     data = DataConfig(concept=" red", instead="blue ", preserve=(" green ",))
     assert collect(data, bundled=True) == collect(DataConfig(concept="red", instead="blue", preserve=("green",)), bundled=True)
