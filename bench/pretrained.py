@@ -16,7 +16,7 @@ import tyro
 from bench.provenance import RESULTS, write_result
 from memory.plan import MemoryPlan
 from trainer.assemble import assemble, embed_prompts, open_backbone
-from trainer.config import ModelConfig
+from trainer.config import ModelConfig, at_least
 from trainer.generate import generate_latents
 from trainer.rates import wilson
 from trainer.shapes import world
@@ -34,6 +34,9 @@ class Pretrained:
     """First seed."""
     out: Path = RESULTS
     """Directory of the result."""
+
+    def __post_init__(self):
+        at_least(self, 1, "num_videos", "num_steps")
 
 
 def accuracy(config: Pretrained) -> dict[str, Any]:

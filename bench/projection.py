@@ -19,6 +19,7 @@ from pathlib import Path
 import tyro
 
 from bench.provenance import RESULTS, ROOT, require_known, write_result
+from trainer.shapes import pictures
 
 TARGETS = {"clip": ("empty", "random", "mean"), "qwen3-vl": ("random", "mean")}
 
@@ -36,6 +37,7 @@ class Projection:
 
     def __post_init__(self):
         require_known("--encoders", self.encoders, TARGETS)
+        require_known("--forget", self.forget, pictures.CLASSES)
 
 
 def _cpu_seconds() -> float:
