@@ -335,6 +335,14 @@ def test_incomplete_directory_names_what_it_lacks(copied, part):
         CogVideoX(str(directory))
 
 
+@pytest.mark.parametrize("part", ["transformer/config.json", "vae/config.json", "model_index.json"])
+def test_damaged_configuration_is_named(copied, part):
+    file = copied("2b") / part
+    file.write_text(file.read_text()[:-9])
+    with pytest.raises(UsageError, match=f"^{file} cannot be read .*; copy the model again$"):
+        CogVideoX(str(file.parents[part.count("/")]))
+
+
 @pytest.mark.parametrize("part, name, message", [
     ("transformer/config.json", "WanTransformer3DModel", "transformer is a WanTransformer3DModel; CogVideoXTransformer3DModel is needed"),
     ("vae/config.json", "AutoencoderKLWan", "vae is a AutoencoderKLWan; AutoencoderKLCogVideoX is needed"),

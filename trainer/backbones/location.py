@@ -105,7 +105,7 @@ def _read_object(file: Path) -> dict[str, Any]:
     try:
         content = json.loads(file.read_text())
     except (OSError, ValueError) as e:
-        raise UsageError(f"{file} cannot be read: {e}") from e
+        raise UsageError(f"{file} cannot be read ({e}); copy the model again") from e
     if not isinstance(content, dict):
         raise UsageError(f"{file} is not a configuration; copy the model again")
     return content

@@ -82,12 +82,12 @@ def assign(model: nn.Module, directory: Path, *, dtype: torch.dtype, device: tor
     for file, names in files.items():
         with open_shard(file) as f:
             for name in names:
-                _place(model, name, f.get_tensor(name), expected[name], dtype_of(model, name, dtype), device)
+                _place(model, name, f.get_tensor(name), expected[name], dtype_of(model, name, dtype), device, file)
     if hasattr(model, "tie_weights"):
         model.tie_weights(missing_keys=expected.keys() - where.keys())  # to whichever of them the file has
     unset = [n for n, t in {**dict(model.named_parameters()), **_persistent_buffers(model)}.items() if t.is_meta]
     if unset:
-        raise CheckpointError(f"{directory} lacks {unset[0]} of {type(model).__name__}")
+        raise CheckpointError(f"{directory} lacks {unset[0]} of {type(model).__name__}; copy the model again")
     return model.requires_grad_(False).eval()
 
 
@@ -103,11 +103,12 @@ def _persistent_buffers(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def _place(model: nn.Module, name: str, tensor: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype,
-           device: torch.device | str) -> None:
+           device: torch.device | str, file: Path) -> None:
     if tensor.shape != expected.shape:
-        raise CheckpointError(f"{name} has shape {tuple(tensor.shape)}, the configuration says {tuple(expected.shape)}")
+        raise CheckpointError(f"{file}: {name} has shape {tuple(tensor.shape)}, config.json says {tuple(expected.shape)}; "
+                              "copy the model again")
     if tensor.is_floating_point() != expected.is_floating_point():
-        raise CheckpointError(f"{name} is stored in {str(tensor.dtype).removeprefix('torch.')}; name the model as it was before that")
+        raise CheckpointError(f"{file}: {name} is stored in {str(tensor.dtype).removeprefix('torch.')}; name the model as it was before that")
     tensor = tensor.to(device, dtype if tensor.is_floating_point() else None)
     path, _, leaf = name.rpartition(".")
     module = model.get_submodule(path)
