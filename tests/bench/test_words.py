@@ -21,7 +21,11 @@ def test_every_benchmark_looks_at_its_words(file):
                                                (["bench", "rank", "nonsense"], 2, "unrecognized arguments: nonsense"),
                                                (["bench", "rank", "--help"], 0, "python -m bench.rank"),
                                                (["bench", "planning", "x"], 2, "unrecognized arguments: x"),
-                                               (["bench", "main_run", "--only", "nonsense"], 2, "--only nonsense: one of red, ")])
+                                               (["bench", "main_run", "--only", "nonsense"], 2, "--only nonsense: one of red, "),
+                                               (["bench", "projection", "--encoders", "vit"], 2, "--encoders vit: one of clip, "),
+                                               (["bench", "projection", "--forget", "red dog"], 2, "--forget red dog: one of red circle, "),
+                                               (["bench", "pretrained", "--num-videos", "0"], 2, "--num-videos 0: must be 1 or more"),
+                                               (["bench", "pretrained", "--num-steps", "-1"], 2, "--num-steps -1: must be 1 or more")])
 def test_words_that_are_not_known_end_before_anything_is_measured(words, code, said, monkeypatch, capsys):
     results = {file: file.stat().st_mtime_ns for file in (ROOT / "bench" / "results").rglob("*.json")}
     monkeypatch.delitem(sys.modules, f"bench.{words[1]}", raising=False)  # as in a process of its own
