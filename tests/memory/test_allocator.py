@@ -143,6 +143,20 @@ def test_expandable_best_fit_counts_the_room_to_grow():
     assert allocator.malloc(3 * MIB) == hole  # although the 4 MiB block at the end is the smaller one
 
 
+def test_of_equal_holes_in_an_expandable_segment_the_lower_one_is_taken():
+    allocator = CachingAllocator(expandable_segments=True)
+    lower, _, upper, _ = (allocator.malloc(12 * MIB) for _ in range(4))
+    allocator.free(lower)
+    allocator.free(upper)
+    assert allocator.malloc(12 * MIB) == lower
+
+
+def test_large_expandable_blocks_split_from_512_bytes_on():
+    allocator = CachingAllocator(expandable_segments=True)
+    allocator.malloc(20 * MIB - 512)
+    assert allocator.stats.allocated_bytes == 20 * MIB - 512
+
+
 def test_empty_cache_unmaps_whole_pages_only():
     allocator = CachingAllocator(expandable_segments=True)
     hole, _ = allocator.malloc(50 * MIB), allocator.malloc(10 * MIB)
@@ -162,6 +176,12 @@ def test_pages_are_unmapped_behind_a_live_block_and_mapped_where_they_were():
     assert allocator.stats.reserved_bytes == 40 * MIB  # the first page holds 10 MiB live and 10 MiB free
     assert allocator.malloc(10 * MIB) == hole and allocator.malloc(30 * MIB) == hole + 10 * MIB
     assert allocator.stats.reserved_bytes == 80 * MIB
+
+
+def test_a_segment_found_in_use_has_no_pieces_that_would_not_have_been_split_off():
+    allocator = CachingAllocator()
+    allocator.adopt(0, 40 * MIB, {0: 10 * MIB, 12 * MIB: 8 * MIB, 21 * MIB: 19 * MIB}, is_small=False, stream=0)
+    assert allocator.blocks() == [(0, 10 * MIB, True), (10 * MIB, 2 * MIB, False), (12 * MIB, 9 * MIB, True), (21 * MIB, 19 * MIB, True)]
 
 
 def test_replay_frees_what_it_names():
