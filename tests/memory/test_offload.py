@@ -182,6 +182,11 @@ def test_slots_are_never_reallocated():
     assert [buffer.data_ptr() for buffer in handle.device_buffers] == before
 
 
+def test_there_are_no_more_slots_than_streamed_blocks():
+    handle = offload_blocks(make_blocks(), device="cpu", num_resident=3, num_buffers=5)
+    assert len(handle.device_buffers) == 3
+
+
 def test_undo_frees_the_masters():
     blocks = make_blocks()
     handle = offload_blocks(blocks, device="cpu")

@@ -149,6 +149,32 @@ def test_garbage_collected_in_the_middle_of_a_copy_waits_on_the_stream_that_comp
     assert set(waiting) == {detector.compute}  # whoever takes the time of a wait records its ends on the current stream
 
 
+def test_a_load_under_way_is_waited_for_where_a_model_is_dropped_as_it_is(monkeypatch):
+    tiny, detector = make_tiny("rope"), RaceDetector()
+    emulate(monkeypatch, detector)
+    with detector:
+        applied = apply(tiny, MemoryPlan(resident_blocks=0), "cpu")
+        detector.declare_host(applied.host_buffers)
+        with torch.no_grad():
+            tiny.predict(tiny.embeds[:1])  # which sends for the first block again
+        del tiny, applied
+        gc.collect()
+    assert detector.num_copies_beside > 0 and detector.races == []
+
+
+def test_the_host_waits_for_no_copy(monkeypatch):
+    copy, are_beside = torch.Tensor.copy_, []
+
+    def seen(destination, source, non_blocking=False):
+        are_beside.append(non_blocking)
+        return copy(destination, source, non_blocking)
+
+    emulate(monkeypatch, RaceDetector())
+    monkeypatch.setattr(torch.Tensor, "copy_", seen)
+    EmulatedLane(torch.device("cpu")).copy([(torch.empty(8), torch.ones(8))] * 2, Event())
+    assert are_beside == [True, True]
+
+
 def test_a_load_that_is_interrupted_is_waited_for(monkeypatch):
     tiny, detector = make_tiny("rope"), RaceDetector()
     emulate(monkeypatch, detector)
