@@ -4,9 +4,10 @@ import weakref
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny_transformer import BOUNDARY_NAMES, Tiny, assert_equal, make_tiny, plain_run
+from tiny_transformer import BOUNDARY_NAMES, Tiny, _make, assert_equal, make_tiny, plain_run
 from torch import nn
 
+import memory.activations
 from memory.activations import _alive, _Parked, offload_activations
 from memory.checkpointing import checkpoint_blocks
 from memory.masters import is_dense
@@ -117,10 +118,11 @@ def test_device_memory_of_a_boundary_is_given_up_when_the_next_block_has_run():
     assert on_device == [[True, True], [False, False], [False, False]]
 
 
-def test_what_a_block_parked_has_the_next_two_blocks_time_to_arrive():
+@pytest.mark.parametrize("block", [3, 4])  # of which the first parks, too, and the second keeps its own
+def test_what_a_block_parked_has_the_next_two_blocks_time_to_arrive(block):
     """Two of three blocks in a row keep more than the link carries in their time, and the third makes up for it."""
-    tiny = make_tiny("sincos")
-    handle = apply(tiny, keeps=["everything"] * 5, boundaries=False, kept=True)
+    tiny = _make(rotary=False, num_blocks=6)
+    handle = apply(tiny, keeps=["everything"] * 6, boundaries=False, kept=True)
     seen = []
 
     def look(*_):
@@ -131,17 +133,25 @@ def test_what_a_block_parked_has_the_next_two_blocks_time_to_arrive():
         held = sum(parked.num_bytes for parked in leaving + now if parked.tensor is not None)
         seen.append((sum(on_device), held <= sum(parked.num_bytes for parked in leaving)))
 
-    tiny.blocks[3].norm1.register_forward_hook(look)
-    tiny.blocks[3].norm2.register_forward_hook(look)
-    tiny.blocks[3].register_forward_hook(look)
+    tiny.blocks[block].norm1.register_forward_hook(look)
+    tiny.blocks[block].norm2.register_forward_hook(look)
+    tiny.blocks[block].register_forward_hook(look)
     tiny.predict(tiny.embeds[:1])
     (early, _), (late, _), (end, _) = seen
     assert early > late > end == 0 and all(bounded for _, bounded in seen)
 
 
-def test_backward_sends_for_one_block_ahead():
+@pytest.mark.parametrize(("keeps", "boundaries", "expected"), [
+    # Block 4 is at hand; each recomputation begins with the two boundaries of the block before it on their way.
+    (["inputs"] * 5, True, ["load", "load", "compute"] * 4 + ["compute"]),
+    # Attention's two outputs are asked for within a recomputation. Blocks 4 and 3 are at hand.
+    (["attention"] * 5, False, ["compute", "compute", "load", "load", "compute", "load", "load", "compute", "load", "load", "compute"]),
+    # Block 1, which parks nothing, is not in the way.
+    (["attention", "inputs", "attention", "attention", "attention"], False, ["compute", "compute", *["load", "load", "compute"] * 2, "compute"]),
+])  # fmt: skip
+def test_backward_sends_for_one_block_ahead(keeps, boundaries, expected):
     tiny = make_tiny("sincos")
-    handle = apply(tiny)
+    handle = apply(tiny, keeps, boundaries=boundaries, kept=not boundaries)
     order = []
     load_copy = handle.load_lane.copy
     handle.load_lane.copy = lambda *args, **kwargs: (order.append("load"), load_copy(*args, **kwargs))
@@ -150,8 +160,7 @@ def test_backward_sends_for_one_block_ahead():
     loss = tiny.predict(tiny.embeds[:1]).sum()
     order.clear()
     loss.backward()
-    # Block 4 is at hand; each recomputation begins with the two boundaries of the block before it on their way.
-    assert order == ["load", "load", "compute"] * 4 + ["compute"]
+    assert order == expected
 
 
 def test_host_memory_is_allocated_in_the_first_step_only():
@@ -328,9 +337,42 @@ class _Saving(nn.Module):
 
 
 def test_one_memory_in_two_dtypes_comes_back_as_both():
-    blocks = nn.Sequential(_Saving(), _Saving())
-    offload_activations(blocks, device="cpu", boundaries=False, kept=True, min_bytes=0)
+    blocks = nn.Sequential(_Saving(), _Saving(), _Saving())
+    handle = offload_activations(blocks, device="cpu", boundaries=False, kept=True, min_bytes=0)
     blocks(torch.randn(8, requires_grad=True)).sum().backward()
+    assert handle.bytes_loaded == 2 * 32
+
+
+class _Transposing(nn.Module):
+    def forward(self, hidden):
+        hidden = 2 * hidden
+        return hidden.sin() + hidden.t().cos()
+
+
+class _Skipping(nn.Module):
+    """Saves every second number of tensors that are gone at once, each perhaps to where the one before was."""
+
+    def forward(self, hidden):
+        for factor in range(1, 9):
+            hidden = (factor / 4 * hidden.repeat(1, 2))[:, ::2].sin()
+        return hidden
+
+
+def assert_comes_back(block):
+    blocks = nn.Sequential(block(), block(), block())
+    hidden = torch.linspace(-1, 1, 256).view(16, 16).requires_grad_()
+    expected = torch.autograd.grad(blocks(hidden).sum(), hidden)
+    offload_activations(blocks, device="cpu", boundaries=False, kept=True, min_bytes=0)
+    assert_equal(torch.autograd.grad(blocks(hidden).sum(), hidden), expected)
+
+
+def test_one_memory_in_two_orders_comes_back_as_both():
+    assert_comes_back(_Transposing)
+
+
+def test_what_was_packed_is_not_taken_for_a_later_tensor_in_the_same_place(monkeypatch):
+    monkeypatch.setattr(memory.activations, "_identity", lambda tensor: (tensor.shape, tensor.dtype))  # as if all were there
+    assert_comes_back(_Skipping)
 
 
 class _Sharing(nn.Module):
