@@ -117,6 +117,8 @@ def test_a_resident_block_gives_time_to_load_two():
 
 def test_parameters_point_at_aligned_masters_and_at_slots_only_while_running():
     blocks = make_blocks()
+    for block in blocks:
+        block.after_a_bias = nn.Linear(8, 8).requires_grad_(False)
     handle = offload_blocks(blocks, device="cpu")
     masters = {buffer.untyped_storage().data_ptr() for buffer in handle.host_buffers}
     slots = {buffer.untyped_storage().data_ptr() for buffer in handle.device_buffers}

@@ -162,6 +162,18 @@ def test_a_load_under_way_is_waited_for_where_a_model_is_dropped_as_it_is(monkey
     assert detector.num_copies_beside > 0 and detector.races == []
 
 
+def test_a_copy_out_is_waited_for_where_forward_fails(monkeypatch):
+    tiny, detector = make_tiny("rope"), RaceDetector()
+    emulate(monkeypatch, detector)
+    with detector:
+        apply(tiny, MemoryPlan(kept="host", checkpoint="none"), "cpu")
+        tiny.blocks[1].register_forward_pre_hook(lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            tiny.predict(tiny.embeds[:1])
+        gc.collect()
+    assert detector.num_copies_beside > 0 and detector.races == []
+
+
 def test_the_host_waits_for_no_copy(monkeypatch):
     copy, are_beside = torch.Tensor.copy_, []
 
