@@ -54,6 +54,13 @@ def test_kept_attention_is_not_run_again(keep, num_recomputed):
     assert_equal(gradients(blocks), expected)
 
 
+def test_several_attentions_of_a_block_are_kept_apart():
+    blocks = nn.Sequential(make_blocks(2), make_blocks(2))
+    expected = gradients(blocks)
+    checkpoint_blocks(blocks, ["attention"] * 2)
+    assert_equal(gradients(blocks), expected)
+
+
 @pytest.mark.parametrize("keep", ["inputs", "attention"])
 @pytest.mark.parametrize("training", [False, True])
 def test_random_numbers_are_replayed_where_there_are_any(keep, training):

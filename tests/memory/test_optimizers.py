@@ -77,6 +77,7 @@ def test_bytes_a_parameter():
     numel = 2**20
     assert predict_state_bytes([numel], "adamw") == 8 * numel + 4
     assert predict_state_bytes([numel], "adamw8bit") == 2.03125 * numel + 2048
+    assert predict_state_bytes([4096], "adamw8bit") == 2.03125 * 4096 + 2048  # the smallest in 8 bits
     # Biases are too small for 8 bits.
     assert predict_state_bytes([1920], "adamw8bit") == 8 * 1920
 
