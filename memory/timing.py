@@ -29,6 +29,8 @@ STREAMING_OVERHEAD = 0.002
 """Share of a walk's time lost when all blocks stream: events and slots that are not ideally filled (assumed)."""
 PARKING_OVERHEAD = 0.002
 """The same for activations on the host (assumed)."""
+LAUNCH_S = 20e-6
+"""The host's time to give a card an operator, Python included (assumed, of a fast one)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +45,11 @@ class StepTime:
     @property
     def seconds(self) -> float:
         return sum(self.by_bound.values())
+
+    @property
+    def launching(self) -> float:
+        """Seconds of the host to give all operators to a card: no step is shorter. Plans are not ranked by it, as hosts are not known."""
+        return LAUNCH_S * self.num_operators
 
     @property
     def bottleneck(self) -> str:

@@ -82,7 +82,7 @@ def print_forecast(found: Forecast, origins: dict[str, str], *, explain: bool) -
     more = compiled_fragmentation(a.plan) - 1
     uncompiled = f", as if no block were compiled, but for {more:.0%} that compiled ones reserve more" if a.plan.compile else ""
     num_steps = found.config.optim.steps
-    total = f"; {num_steps} steps take {duration(math.ceil(num_steps * a.time.seconds))}" if found.result.best else ""
+    total = f"; {num_steps} steps take {duration(math.ceil(num_steps * found.step_seconds))}" if found.result.best else ""
     console.print(Text(verdict(found) + total, style="bold"))
     console.print(f"(all figures predicted{uncompiled}; {found.result.num_candidates} plans compared; times that others measured differ from such "
                   f"predictions by {TYPICAL_ERROR:.0%} (root mean square), {LARGEST_ERROR:.0%} at most; short steps take longer where the host is the limit)",

@@ -14,6 +14,7 @@ from memory.plan import MemoryPlan, is_checkpointed, resolve_keeps
 from memory.ranking import SEARCHED, SearchResult
 from memory.search import search
 from memory.timeline import pinned_bytes
+from memory.timing import LAUNCH_S
 from trainer.assemble import chosen_device, collect_prompts, latent_shape, masking_blocks, open_backbone, require_guidance, resolve_dtype
 from trainer.backbones import published
 from trainer.backbones.cogvideox import CogVideoX
@@ -55,6 +56,12 @@ class Forecast:
     def chosen(self) -> Assessment:
         """The fastest plan that fits, or, if none does, the one that needs least."""
         return self.result.best or self.result.smallest
+
+    @property
+    def step_seconds(self) -> float:
+        """What a step of that takes: of a card's at least what its host takes to launch it."""
+        time = self.chosen.time
+        return time.seconds if self.card.is_cpu else max(time.seconds, time.launching)
 
     @property
     def host_may_help(self) -> bool:
@@ -236,13 +243,21 @@ def _room(found: Assessment, card: Card) -> str:
     return f"{math.ceil(free / GIB)} GiB free would do"
 
 
+def _step_text(found: Forecast) -> str:
+    """How long a step takes, and what most of that is."""
+    time = found.chosen.time
+    if found.step_seconds > time.seconds:
+        return f"{seconds_text(found.step_seconds)} a step (its host gives the card {time.num_operators:,.0f} operators, {1e6 * LAUNCH_S:.0f} µs for each assumed)"
+    return f"{seconds_text(time.seconds)} a step (largest part: {time.bottleneck})"
+
+
 def verdict(found: Forecast) -> str:
     """One sentence: whether it fits, and what would."""
     c, a, others = found.card, found.chosen, found.card.used_by_others_bytes
     if found.result.best:
         beside = f" beside the {others / GIB:.2f} GiB of other processes" if others else ""
         return (f"{found.config.model.model} fits {c.label}: predicted {a.needed_bytes / GIB:.2f} GiB of "
-                f"{c.usable_bytes / GIB:.2f} GiB usable{beside}, {seconds_text(a.time.seconds)} a step (largest part: {a.time.bottleneck})")
+                f"{c.usable_bytes / GIB:.2f} GiB usable{beside}, {_step_text(found)}")
     room = _room(a, c) + f" for each of the {found.num_cards} cards' processes" * (found.num_cards > 1)
     if a.fits_card or c.is_cpu:  # whose memory is the host's
         would_do = room

@@ -15,11 +15,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench.card.gauge import covered, overlap
 from memory.cards import Card
-from memory.timing import load_of
+from memory.timing import LAUNCH_S, load_of
 from memory.work import work_of
 
-LAUNCH_S = 20e-6
-"""The host's time for a kernel or a copy, Python included (assumed): about what it takes on the two cores that `steps` was counted on."""
 _ENGINES = ("compute", "to device", "to host")
 
 
