@@ -36,7 +36,7 @@ def naive(config: TrainConfig) -> dict[str, Any]:
     for name in CARDS:
         card = lookup(name)
         load = add_loads(load_of(span.work, card) for span in trace.spans)
-        time = step_time(StepLoad(add_loads(()), load, ()), card, weight_bytes=0, streamed_share=0.0)
+        time = step_time(StepLoad(add_loads(()), load, ()), card)
         plan = MemoryPlan(dtype="float32", checkpoint="none", backbone_copies=2, text_encoder_resident=True, guidance="batched")
         a = assess_trace(run, plan, trace, time, Limits(card))
         found[name] = {"fits": a.fits, "reason": a.reason, "needed_bytes": a.needed_bytes, "step_seconds": time.seconds}

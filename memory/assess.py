@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 
 from memory import environment
 from memory.cards import GIB, Card
-from memory.plan import SHARDING_BUFFERS, MemoryPlan, resolve_keeps
+from memory.plan import SHARDING_BUFFERS, MemoryPlan, resident_indices, resolve_keeps
 from memory.timeline import Prediction, Trace, shown
-from memory.timing import StepLoad, StepTime, load_of, step_time
+from memory.timing import Ring, StepLoad, StepTime, load_of, step_time
 
 MARGIN = 0.03
 _PHASE_FRAGMENTATION = 1.06  # reserved over allocated of phases that are given as a figure (assumed)
@@ -156,12 +156,17 @@ def assess_in_full(workload: Workload, plan: MemoryPlan, limits: Limits) -> Asse
     trace = workload.trace(plan, workload.num_blocks)
     load = StepLoad.of(((span.phase, span.visit, span.records_graph, load_of(span.work, limits.card)) for span in trace.spans),
                        teacher_share=workload.teacher_share)
-    streamed = 0 if plan.resident_blocks is None else workload.num_blocks - plan.resident_blocks
-    streamed_bytes = trace.standing_bytes("weights", "pinned")
-    if plan.num_shards > 1:  # what the other cards hold comes over the same link; blocks are alike
-        streamed = workload.num_blocks
-        block_bytes = trace.standing_bytes("transfer buffers", "device") // min(SHARDING_BUFFERS, streamed)
-        streamed_bytes = streamed * block_bytes * (plan.num_shards - 1) // plan.num_shards
-    time = step_time(load, limits.card, weight_bytes=streamed_bytes, streamed_share=streamed / workload.num_blocks,
-                     repeats=workload.repeats)
+    time = step_time(load, limits.card, ring=_ring(plan, trace, workload.num_blocks, limits.card), repeats=workload.repeats)
     return assess_trace(workload, plan, trace, time, limits)
+
+
+def _ring(plan: MemoryPlan, trace: Trace, num_blocks: int, card: Card) -> Ring | None:
+    """How weights stream under a plan of which the trace is. Blocks are alike."""
+    if plan.num_shards > 1:  # what the other cards hold comes over the same link
+        num_slots = min(SHARDING_BUFFERS, num_blocks)
+        num_bytes = trace.standing_bytes("transfer buffers", "device") // num_slots * (plan.num_shards - 1) // plan.num_shards
+        return Ring(num_bytes / card.host_link_bandwidth, frozenset(range(num_blocks)), num_slots)
+    streamed = frozenset(range(num_blocks)) - resident_indices(num_blocks, plan.resident_blocks)
+    if not streamed:
+        return None
+    return Ring(trace.standing_bytes("weights", "pinned") / len(streamed) / card.host_link_bandwidth, streamed, plan.offload_buffers)

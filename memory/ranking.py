@@ -19,6 +19,7 @@ from memory.variants import Candidate, Variant
 
 SEARCHED = (
     "resident_blocks",
+    "offload_buffers",
     "passes",
     "num_keep_attention",
     "num_keep_everything",
@@ -29,6 +30,8 @@ SEARCHED = (
 )
 """Fields of the plan that the search sets, unless they are fixed; `kept` only where it is known what the host has."""
 COUNTS = ("num_keep_attention", "num_keep_everything")
+BUFFERS = (2, 3, 4)
+"""Where blocks stay on the device between those that stream, the link carries two in the time of one, if there is room for them to wait."""
 CHUNKS = 8
 MAX_REPLAYS = 30
 SPREAD = ((7, 3), (7, 4), (7, 5), (7, 6), (8, 2), (8, 6), (9, 3))
@@ -106,7 +109,7 @@ class Ranking:
         plan = dataclasses.replace(self.base, checkpoint="none", kept="host")
         self.workload.prepare(self._traces_of_recipe(self._resident(plan)), [self.base])
         every = self._resident_variant(plan)
-        candidates = list(every.candidates([plan], self._residents()))
+        candidates = list(every.candidates([plan], *self._places()))
         best = self._first_that_fits(sorted(candidates), limits)
         if best is None or best.time.waits_for_link:  # else none that keep less are faster
             candidates += self._partly_parked("device", every, below)
@@ -126,7 +129,8 @@ class Ranking:
         self.workload.prepare(self._traces_of_recipe(resident), [self.base])
         variant = self._resident_variant(plan)
         attention, everything = (v.load(resolve_keeps(v.base, num_blocks)) for v in (variant, every))
-        if min(variant.time(attention.towards(everything, number / num_blocks), None).seconds for number in range(num_blocks)) >= below:
+        mixtures = (attention.towards(everything, number / num_blocks) for number in range(num_blocks))
+        if min(variant.time(mixture, None, self.base.offload_buffers).seconds for mixture in mixtures) >= below:
             return  # not worth the other traces
         mixed = [(dataclasses.replace(resident, num_keep_attention=n - number, num_keep_everything=number), n)
                  for n, number in SPREAD if n <= num_blocks]
@@ -134,7 +138,7 @@ class Ranking:
         for wanted in mixed:
             variant.recipe.learn(*self._trace(*wanted))
         yield from variant.candidates([dataclasses.replace(plan, num_keep_attention=num_blocks - number, num_keep_everything=number)
-                                       for number in range(num_blocks)], self._residents())  # fmt: skip
+                                       for number in range(num_blocks)], *self._places())  # fmt: skip
 
     def _result(self, candidates: list[Candidate], best: Assessment | None, smallest: Assessment, limits: Limits) -> SearchResult:
         faster = self._faster(sorted(candidates), best, limits)  # replays some more
@@ -230,7 +234,7 @@ class Ranking:
             short, _ = self._trace(self._resident(plain.base), self.short)
             recipe = plain.recipe.with_visits_of(short, *self._trace(resident, self.short)) or self._recipe(resident)
         found = Variant(self.workload, self.card, plan, recipe)
-        found.fits = found.least_bytes(self._residents()) <= limits.reservable_bytes
+        found.fits = found.least_bytes(*self._places()) <= limits.reservable_bytes
         return found
 
     def _savings(self) -> list[dict]:
@@ -263,28 +267,28 @@ class Ranking:
 
     # ---- candidates ----------------------------------------------------------------------------------------------
 
-    def _residents(self) -> list[int | None]:
-        if "resident_blocks" in self.fixed:
-            return [self.base.resident_blocks]
-        return [None, *range(self.workload.num_blocks)]
+    def _places(self) -> tuple[Sequence[int | None], Sequence[int]]:
+        """Numbers of resident blocks, and of buffers for the others."""
+        residents = [self.base.resident_blocks] if "resident_blocks" in self.fixed else [None, *range(self.workload.num_blocks)]
+        return residents, [self.base.offload_buffers] if "offload_buffers" in self.fixed else BUFFERS
 
     def _candidates_of(self, variant: Variant, limits: Limits) -> Iterator[Candidate]:
         plan, num_blocks = variant.base, self.workload.num_blocks
         if self._keeps_fixed() or not variant.fits:
-            yield from variant.candidates([plan], self._residents())
+            yield from variant.candidates([plan], *self._places())
             return
         # Attention outputs first: they save most for their size. Then everything, block by block.
         counts = [(number, 0) for number in range(num_blocks + 1)]
         counts += [(num_blocks - number, number) for number in range(1, num_blocks)]
         counts += [(0, number) for number in range(1, num_blocks)]
         plans = [dataclasses.replace(plan, num_keep_attention=a, num_keep_everything=e) for a, e in counts]
-        found = list(variant.candidates(plans, self._residents()))
+        found = list(variant.candidates(plans, *self._places()))
         yield from found
         nearly = [c.device_bytes for c in found if c.plan.num_keep_everything == num_blocks - 1]
         if plan.boundaries == "device" and plan.feed_forward_chunks == 1 and nearly and min(nearly) <= limits.reservable_bytes:
             # Without any recomputation what blocks share lives differently: a trace of its own.
             nothing = dataclasses.replace(plan, checkpoint="none")
-            yield from self._resident_variant(nothing).candidates([nothing], self._residents())
+            yield from self._resident_variant(nothing).candidates([nothing], *self._places())
 
     def _assess(self, candidate: Candidate, limits: Limits) -> Assessment:
         if candidate.plan not in self._assessed:

@@ -1,11 +1,12 @@
 """How long a step takes, predicted: a roofline over the recorded work, and transfers beside it.
 
 An operator takes the longer of computing and moving its bytes, at the fractions of the card's rates that were measured on such
-cards, by others (bench/published.toml) or by us (`memory.cards`). Weights and activations cross the host link beside the computation: each walk over
-the blocks takes the longer of the two, and longer still where blocks in a row store more than the link carries meanwhile. Good for ranking
-plans; not a promise.
+cards, by others (bench/published.toml) or by us (`memory.cards`). Weights and activations cross the host link beside the computation, which waits
+where a block's weights, or what it keeps on the host, have not arrived, and where blocks in a row store more than the link carries meanwhile. Good
+for ranking plans; not a promise.
 """
 
+import itertools
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -84,11 +85,24 @@ class Load:
 
 
 @dataclass(frozen=True)
+class Ring:
+    """How weights pass through slots on the card (`memory.offload`)."""
+
+    seconds: float
+    """For which a block's weights take the host link."""
+    streamed: frozenset[int]
+    """Numbers of the blocks whose weights do."""
+    num_slots: int
+
+
+@dataclass(frozen=True)
 class Walk:
     """One walk over the blocks."""
 
     visits: Sequence[Load]
     """In order."""
+    blocks: Sequence[int]
+    """Whose visits they are."""
     recording: Sequence[bool]
     """Which of them record a graph, or go back through one."""
     share: float = 1.0
@@ -98,6 +112,23 @@ class Walk:
     def total(self) -> Load:
         """Of all visits."""
         return add_loads(self.visits)
+
+    @cached_property
+    def calls(self) -> list[tuple[int, float, float]]:
+        """(block, seconds of computing, seconds of the link to the device) of all visits of a block in a row."""
+        grouped = itertools.groupby(zip(self.blocks, self.visits, strict=True), key=lambda visit: visit[0])
+        totals = ((block, add_loads(load for _, load in visits)) for block, visits in grouped)
+        return [(block, total.computing, total.to_device) for block, total in totals]
+
+    @cached_property
+    def shortest(self) -> float:
+        """Seconds of computing in the shortest call."""
+        return min(computing for _, computing, _ in self.calls)
+
+    @property
+    def turns(self) -> bool:
+        """Whether the next walk goes back over this one."""
+        return self.recording[-1] and self.blocks[0] <= self.blocks[-1]
 
     @cached_property
     def held_up(self) -> float:
@@ -119,7 +150,7 @@ class Walk:
     def towards(self, other: "Walk", share: float) -> "Walk":
         """One in which each visit does `share` of what it does in `other`, and the rest of what it does here."""
         visits = [add_loads((here.times(1 - share), there.times(share))) for here, there in zip(self.visits, other.visits, strict=True)]
-        return Walk(visits, self.recording, self.share)
+        return Walk(visits, self.blocks, self.recording, self.share)
 
 
 @dataclass(frozen=True)
@@ -138,8 +169,9 @@ class StepLoad:
         for phase, visit, records, load in stretches:
             share = teacher_share if phase == TEACHER else 1.0
             if visit is not None:
-                walk = walks.setdefault(visit.walk, Walk([], [], share))
+                walk = walks.setdefault(visit.walk, Walk([], [], [], share))
                 walk.visits.append(load)
+                walk.blocks.append(visit.block)
                 walk.recording.append(records)
             elif phase == OPTIMIZER:
                 optimizer.append(load)
@@ -196,20 +228,61 @@ def add_loads(loads: Iterable[Load]) -> Load:
     return Load(compute, to_device, to_host, num_operators)
 
 
-def step_time(step: StepLoad, card: Card, *, weight_bytes: int, streamed_share: float, repeats: float = 1.0) -> StepTime:
-    """The time of a step, in each walk of which `weight_bytes` stream; all but the optimizer's work counts `repeats` times."""
+def arrival_waits(walks: Sequence[Walk], ring: Ring | None) -> list[float]:
+    """For how many seconds each walk of a step waits for what crosses the host link to the card, sent for as the program does.
+
+    A block's weights are sent for when a slot is left (`memory.offload`), what it keeps on the host when the one after it that
+    keeps something there is reached (`memory.activations`).
+    """
+    parks = any(walk.total.to_device for walk in walks)
+    if not parks and (ring is None or ring.seconds <= min((walk.shortest for walk in walks), default=0.0)):
+        return [0.0] * len(walks)
+    seconds, streamed, num_slots = (ring.seconds, ring.streamed, min(ring.num_slots, len(ring.streamed))) if ring else (0.0, frozenset(), 0)
+    now = free = 0.0  # when computing and the link are through with all that they were given
+    arrivals, is_slot_left, waits = deque([0.0] * num_slots), False, []  # the first blocks were sent for at the end of the step before
+    for walk in walks:
+        num_loads = len(streamed) - (num_slots if walk.turns else 0)
+        parked, arrived = deque(to_device for *_, to_device in walk.calls if to_device), deque()
+        waited = 0.0
+        if parked:
+            free = max(free, now) + parked.popleft()
+            arrived.append(free)
+        for block, computing, to_device in walk.calls:
+            ready = now
+            if to_device:
+                ready = max(ready, arrived.popleft())
+                if parked:
+                    free = max(free, now) + parked.popleft()
+                    arrived.append(free)
+            if is_slot_left:
+                free = max(free, now) + seconds
+                arrivals.append(free)
+                is_slot_left = False
+            if block in streamed:
+                ready = max(ready, arrivals.popleft())
+                num_loads -= 1
+                is_slot_left = num_loads >= 0
+            waited += ready - now
+            now = ready + computing
+        if walk.turns:  # the last blocks forward are the first ones backward, and still there
+            arrivals.extend([now] * num_slots)
+        waits.append(waited)
+    return waits
+
+
+def step_time(step: StepLoad, card: Card, *, ring: Ring | None = None, repeats: float = 1.0) -> StepTime:
+    """The time of a step, with weights that stream through `ring`; all but the optimizer's work counts `repeats` times."""
     # Activations stored outside any walk find nothing to hide behind.
     once, total = ({**load.compute, "host link": load.to_device + load.to_host} for load in (step.optimizer, step.between))
     num_operators = step.between.num_operators
-    streaming = weight_bytes / card.host_link_bandwidth
-    for walk in step.walks:
+    for walk, waited in zip(step.walks, arrival_waits(step.walks, ring)):
         load, share = walk.total, walk.share
         num_operators += share * load.num_operators
         for bound, seconds in load.compute.items():
             total[bound] += share * seconds
-        total["host link"] += share * max(streaming + load.to_device - load.computing, walk.held_up)
-        if weight_bytes:
-            total["overhead"] += share * load.computing * STREAMING_OVERHEAD * streamed_share
+        total["host link"] += share * max(waited, walk.held_up)
+        if ring:
+            total["overhead"] += share * load.computing * STREAMING_OVERHEAD * len(ring.streamed) / len(walk.calls)
         if load.to_device or load.to_host:
             total["overhead"] += share * load.computing * PARKING_OVERHEAD
     return StepTime(by_bound={bound: once[bound] + repeats * total[bound] for bound in BOUNDS},

@@ -6,11 +6,11 @@ from dataclasses import dataclass, field
 
 from memory.assess import Assessment, Limits, Workload, assess_trace, other_phases
 from memory.cards import Card
-from memory.plan import MemoryPlan, resolve_keeps
+from memory.plan import MemoryPlan, resident_indices, resolve_keeps
 from memory.pools import round_request
 from memory.splice import Cell, Recipe, SpliceError
 from memory.timeline import pinned_bytes
-from memory.timing import Load, StepLoad, StepTime, load_of, step_time
+from memory.timing import Load, Ring, StepLoad, StepTime, load_of, step_time
 
 
 @dataclass(frozen=True, order=True)
@@ -32,6 +32,7 @@ class Variant:
         self.workload, self.card, self.base, self.recipe = workload, card, base, recipe
         self.workspace = round_request(card.cublas_workspace_bytes) if card.cublas_workspace_bytes else 0
         self._loads: dict[int, Load] = {}
+        self._rings: dict[tuple[int | None, int], Ring | None] = {}
         self.num_unknown = 0
         self.fits = True
         """Whether some of its plans may: the live bytes of the one that keeps least do."""
@@ -49,14 +50,19 @@ class Variant:
             load = self._loads[id(cell)] = load_of(cell.work, self.card)
         return load
 
-    def time(self, load: StepLoad, num_resident: int | None) -> StepTime:
-        """Of a step with `num_resident` blocks resident (None: all)."""
-        num_streamed = 0 if num_resident is None else len(self.flats) - num_resident
-        return step_time(load, self.card, weight_bytes=num_streamed * max(self.flats, default=0),
-                         streamed_share=num_streamed / max(1, len(self.flats)), repeats=self.workload.repeats)
+    def time(self, load: StepLoad, num_resident: int | None, num_buffers: int) -> StepTime:
+        """Of a step with `num_resident` blocks resident (None: all), the others streamed through `num_buffers` slots."""
+        return step_time(load, self.card, ring=self._ring(num_resident, num_buffers), repeats=self.workload.repeats)
 
-    def candidates(self, plans: Sequence[MemoryPlan], residents: Sequence[int | None]) -> Iterator[Candidate]:
-        """Every plan with every number of resident blocks, as far as the recipe knows it."""
+    def _ring(self, num_resident: int | None, num_buffers: int) -> Ring | None:
+        if (num_resident, num_buffers) not in self._rings:
+            streamed = frozenset(range(len(self.flats))) - resident_indices(len(self.flats), num_resident)
+            self._rings[num_resident, num_buffers] = Ring(max(self.flats) / self.card.host_link_bandwidth, streamed, num_buffers) if streamed else None
+        return self._rings[num_resident, num_buffers]
+
+    def candidates(self, plans: Sequence[MemoryPlan], residents: Sequence[int | None], buffers: Sequence[int]) -> Iterator[Candidate]:
+        """Every plan with every number of resident blocks, as far as the recipe knows it, and with as many of `buffers` as it takes until
+        it does not wait for the link."""
         standing, needs = {}, self.workload.phases(self.base)
         for plan in plans:
             keeps = resolve_keeps(plan, self.recipe.num_blocks)
@@ -66,33 +72,37 @@ class Variant:
                 self.num_unknown += 1
                 continue
             for num_resident in residents:
-                if num_resident not in standing:
-                    standing[num_resident] = self._standing_bytes(num_resident)
-                device, host = standing[num_resident]
-                chosen = dataclasses.replace(plan, resident_blocks=num_resident)
-                others = other_phases(
-                    needs,
-                    streams=num_resident is not None,
-                    standing_bytes=device,
-                    workspace_bytes=self.workspace,
-                    masters_bytes=host + slabs,
-                )
-                yield Candidate(
-                    self.time(load, num_resident).seconds,
-                    device + gain,
-                    others.reserved_bytes,
-                    max(host + slabs, others.host_bytes) + self.workload.host_bytes,
-                    chosen,
-                    self,
-                )
+                for num_buffers in buffers:
+                    place = num_resident, num_buffers
+                    if place not in standing:
+                        standing[place] = self._standing_bytes(*place)
+                    device, host = standing[place]
+                    others = other_phases(
+                        needs,
+                        streams=num_resident is not None,
+                        standing_bytes=device,
+                        workspace_bytes=self.workspace,
+                        masters_bytes=host + slabs,
+                    )
+                    time = self.time(load, *place)
+                    yield Candidate(
+                        time.seconds,
+                        device + gain,
+                        others.reserved_bytes,
+                        max(host + slabs, others.host_bytes) + self.workload.host_bytes,
+                        dataclasses.replace(plan, resident_blocks=num_resident, offload_buffers=num_buffers),
+                        self,
+                    )
+                    if not time.waits_for_link:
+                        break
 
-    def least_bytes(self, residents: Sequence[int | None]) -> int:
-        """Live bytes of the step as the plan stands, with as few resident blocks as may be."""
-        standing = min(self._standing_bytes(num_resident)[0] for num_resident in residents)
+    def least_bytes(self, residents: Sequence[int | None], buffers: Sequence[int]) -> int:
+        """Live bytes of the step as the plan stands, with as few resident blocks and buffers as may be."""
+        standing = min(self._standing_bytes(num_resident, min(buffers))[0] for num_resident in residents)
         return standing + self.recipe.peak_bytes(resolve_keeps(self.base, self.recipe.num_blocks))
 
-    def _standing_bytes(self, num_resident: int | None) -> tuple[int, int]:
-        storages = self.recipe.standing(num_resident, self.base.offload_buffers)
+    def _standing_bytes(self, num_resident: int | None, num_buffers: int) -> tuple[int, int]:
+        storages = self.recipe.standing(num_resident, num_buffers)
         device = self.workspace
         device += sum(round_request(s.num_bytes) for s in storages if s.place == "device" and s.num_bytes)
         host = sum(pinned_bytes(s.num_bytes) for s in storages if s.place == "pinned" and s.category == "weights")
@@ -101,5 +111,5 @@ class Variant:
     def assess(self, plan: MemoryPlan, limits: Limits) -> Assessment:
         keeps = resolve_keeps(plan, self.recipe.num_blocks)
         trace = self.recipe.splice(keeps, num_resident=plan.resident_blocks, num_buffers=plan.offload_buffers)
-        time = self.time(self.load(keeps), plan.resident_blocks)
+        time = self.time(self.load(keeps), plan.resident_blocks, plan.offload_buffers)
         return assess_trace(self.workload, plan, trace, time, limits)

@@ -7,7 +7,8 @@ import torch
 
 from memory.cards import lookup
 from memory.timeline import OPTIMIZER, Visit
-from memory.timing import CONVOLUTION_FRACTION, FP32_FRACTION, PARKING_OVERHEAD, STREAMING_OVERHEAD, Load, StepLoad, Walk, add_loads, load_of, step_time
+from memory.timing import (CONVOLUTION_FRACTION, FP32_FRACTION, PARKING_OVERHEAD, STREAMING_OVERHEAD, Load, Ring, StepLoad, Walk, add_loads,
+                           arrival_waits, load_of, step_time)
 from memory.work import Work, work_of
 
 CARD = replace(
@@ -53,20 +54,60 @@ def test_loads_add_up():
     assert total.computing == total.compute["matrix products"] == 1.5 and (total.to_device, total.to_host) == (6.0, 8.0)
 
 
-@pytest.mark.parametrize(("walk", "weight_bytes", "waited", "overhead"), [
-    (_load(2.0), 0, 0.0, 0.0),
-    (_load(2.0), 3 * 10**10, 0.0, 2.0 * STREAMING_OVERHEAD / 2),  # 1.5 s hide behind 2
-    (_load(2.0), 6 * 10**10, 1.0, 2.0 * STREAMING_OVERHEAD / 2),
-    (_load(2.0, to_device=1.0), 4 * 10**10, 1.0, 2.0 * (STREAMING_OVERHEAD / 2 + PARKING_OVERHEAD)),  # one way, one lane
-    (_load(2.0, to_host=1.0), 3 * 10**10, 0.0, 2.0 * (STREAMING_OVERHEAD / 2 + PARKING_OVERHEAD)),  # the other way beside it
+def _walk(visits, *, records=False, back=False, share=1.0):
+    blocks = range(len(visits))
+    return Walk(visits, blocks[::-1] if back else blocks, [records or back] * len(visits), share)
+
+
+def _ring(seconds, num_blocks, num_slots=2, resident=()):
+    return Ring(seconds, frozenset(range(num_blocks)) - set(resident), num_slots)
+
+
+@pytest.mark.parametrize(("walk", "seconds", "waited", "overhead"), [
+    (_load(2.0), 0.0, 0.0, 20 * STREAMING_OVERHEAD),
+    (_load(2.0), 2.0, 0.0, 20 * STREAMING_OVERHEAD),
+    (_load(2.0), 3.0, 8.0, 20 * STREAMING_OVERHEAD),  # all but the first two, which are there
+    (_load(2.0, to_host=1.0), 2.0, 0.0, 20 * (STREAMING_OVERHEAD + PARKING_OVERHEAD)),  # the other way beside it
 ])  # fmt: skip
-def test_a_walk_takes_the_longer_of_computing_and_moving(walk, weight_bytes, waited, overhead):
-    step = StepLoad(_load(0.0), _load(0.25, to_device=0.5, to_host=0.5), [Walk([walk.times(0.5)] * 2, [True] * 2)])
-    time = step_time(step, CARD, weight_bytes=weight_bytes, streamed_share=0.5)
-    assert time.by_bound["matrix products"] == pytest.approx(2.25)
+def test_a_walk_takes_the_longer_of_computing_and_moving(walk, seconds, waited, overhead):
+    step = StepLoad(_load(0.0), _load(0.25, to_device=0.5, to_host=0.5), [_walk([walk] * 10)])
+    time = step_time(step, CARD, ring=_ring(seconds, 10))
+    assert time.by_bound["matrix products"] == pytest.approx(20.25)
     assert time.by_bound["host link"] == pytest.approx(1.0 + waited)  # between walks nothing hides
     assert time.by_bound["overhead"] == pytest.approx(overhead)
-    assert time.seconds == pytest.approx(3.25 + waited + overhead) and time.bottleneck == "matrix products"
+    assert time.seconds == pytest.approx(21.25 + waited + overhead) and time.bottleneck == "matrix products"
+
+
+@pytest.mark.parametrize(("num_slots", "waited"), [(2, 3 * 0.2), (3, 0.0)])
+def test_where_blocks_stay_between_those_that_stream_a_third_slot_lets_the_link_run_ahead(num_slots, waited):
+    """Of three that stream in a row the last is sent for when the first is through. On average the link has 4 seconds for every 3.6."""
+    ring = _ring(1.2, 12, num_slots, resident=(3, 7, 11))
+    assert arrival_waits([_walk([_load(1.0)] * 12)], ring) == pytest.approx([waited])
+
+
+def test_the_last_blocks_forward_are_still_there_when_backward_begins():
+    """The other two are waited for, half a second each, either way; after that, all four of the next walk."""
+    walks = [_walk([_load(1.0)] * 4, records=True), _walk([_load(1.0)] * 4, back=True)]
+    assert arrival_waits(walks, _ring(1.5, 4)) == pytest.approx([1.0, 1.0])
+    assert arrival_waits([*walks, walks[0]], _ring(1.5, 4)) == pytest.approx([1.0, 1.0, 4 * 0.5])
+    assert arrival_waits(walks, _ring(1.5, 4, num_slots=9)) == [0.0, 0.0]
+
+
+def test_what_a_block_keeps_on_the_host_is_sent_for_at_the_one_after_it():
+    parked = [_load(1.0, to_device=seconds) for seconds in (0.0, 0.0, 2.0, 2.0)]  # blocks 3 to 0
+    assert arrival_waits([_walk(parked, back=True)], None) == pytest.approx([1.0])
+    apart = [_load(1.0, to_device=seconds) for seconds in (0.0, 2.0, 0.0, 2.0)]  # it has the time of blocks between that keep nothing there
+    assert arrival_waits([_walk(apart, back=True)], None) == pytest.approx([1.0])
+
+
+def test_weights_and_what_blocks_keep_share_the_link():
+    walk = _walk([_load(1.0), _load(1.0), _load(1.0, to_device=2.0)], back=True)
+    assert arrival_waits([walk], _ring(1.5, 3)) == pytest.approx([1.5])  # they are there in second 2, and its weights in 3.5
+
+
+def test_calls_of_a_block_in_a_row_fetch_its_weights_once():
+    walk = Walk([_load(0.5, to_device=0.25)] * 8, [0, 0, 1, 1, 2, 2, 3, 3], [False] * 8)
+    assert walk.calls == [(block, 1.0, 0.5) for block in range(4)] and not walk.turns
 
 
 @pytest.mark.parametrize(("stored", "held_up"), [
@@ -79,29 +120,31 @@ def test_a_walk_takes_the_longer_of_computing_and_moving(walk, weight_bytes, wai
     ([0.0, 0.0, 0.0, 0.0, 9.0, 9.0], 0.0),  # nobody waits for what the last two leave
 ])  # fmt: skip
 def test_a_block_waits_for_what_the_last_but_one_before_it_stored(stored, held_up):
-    walk = Walk([_load(1.0, to_host=seconds) for seconds in stored], [True] * 6)
+    walk = _walk([_load(1.0, to_host=seconds) for seconds in stored], records=True)
     assert walk.held_up == pytest.approx(held_up)
-    assert step_time(StepLoad(_load(0.0), _load(0.0), [walk]), CARD, weight_bytes=0, streamed_share=0.0).by_bound["host link"] == walk.held_up
+    assert step_time(StepLoad(_load(0.0), _load(0.0), [walk]), CARD).by_bound["host link"] == walk.held_up
 
 
 def test_in_lockstep_calls_without_a_graph_only_pass_time():
     """A teacher's call of a second before each of the student's."""
-    walk = Walk([_load(1.0), _load(1.0, to_host=4.0)] * 4, [False, True] * 4)
+    walk = Walk([_load(1.0), _load(1.0, to_host=4.0)] * 4, [0, 0, 1, 1, 2, 2, 3, 3], [False, True] * 4)
     assert walk.held_up == pytest.approx(1.0)  # the second one's, stored from second 5 on, is there in 9, when the fourth could have ended in 8
 
 
 def test_a_walk_towards_another_is_between_them_at_each_block():
-    here, there = (Walk(loads, [True] * 2, 0.5) for loads in ([_load(1.0), _load(3.0, to_host=2.0)], [_load(2.0, to_device=4.0), _load(1.0)]))
-    assert here.towards(there, 0.25) == Walk([_load(1.25, to_device=1.0), _load(2.5, to_host=1.5)], [True] * 2, 0.5)
+    here, there = (_walk(loads, records=True, share=0.5) for loads in ([_load(1.0), _load(3.0, to_host=2.0)], [_load(2.0, to_device=4.0), _load(1.0)]))
+    assert here.towards(there, 0.25) == _walk([_load(1.25, to_device=1.0), _load(2.5, to_host=1.5)], records=True, share=0.5)
 
 
 def test_all_but_the_optimizers_work_is_repeated():
-    spans = [("teacher", None, False, _load(0.25)), ("teacher", Visit(0, 0), False, _load(1.0)), ("student forward", Visit(1, 0), True, _load(2.0)),
-             ("student backward", Visit(2, 0), True, _load(0.5)), ("student backward", Visit(2, 1), True, _load(0.5)), (OPTIMIZER, None, False, _load(0.125))]
+    spans = [("teacher", None, False, _load(0.25)), *((phase, Visit(walk, block), walk > 0, _load(seconds)) for walk, phase, seconds, blocks in (
+        (0, "teacher", 1.0, range(4)), (1, "student forward", 2.0, range(4)), (2, "student backward", 0.5, range(3, -1, -1))) for block in blocks),
+             (OPTIMIZER, None, False, _load(0.125))]
     step = StepLoad.of(spans)
-    assert step == StepLoad(_load(0.125), _load(0.25), [Walk([_load(1.0)], [False]), Walk([_load(2.0)], [True]), Walk([_load(0.5)] * 2, [True] * 2)])
-    once, often = (step_time(step, CARD, weight_bytes=5 * 10**10, streamed_share=1.0, repeats=repeats) for repeats in (1, 4))
-    assert once.by_bound["host link"] == pytest.approx(1.5 + 0.5 + 1.5)
+    walks = [Walk([_load(1.0)] * 4, [0, 1, 2, 3], [False] * 4), Walk([_load(2.0)] * 4, [0, 1, 2, 3], [True] * 4), Walk([_load(0.5)] * 4, [3, 2, 1, 0], [True] * 4)]
+    assert step == StepLoad(_load(0.125), _load(0.25), walks) and [walk.turns for walk in walks] == [False, True, False]
+    once, often = (step_time(step, CARD, ring=_ring(2.5, 4), repeats=repeats) for repeats in (1, 4))
+    assert once.by_bound["host link"] == sum(arrival_waits(walks, _ring(2.5, 4))) > 0
     assert often.seconds - 0.125 == pytest.approx(4 * (once.seconds - 0.125))
 
 
@@ -111,16 +154,17 @@ def test_operators_are_counted_as_often_as_they_run():
     spans = [("teacher", None, False, _load(0.25, num_operators=10)), ("teacher", Visit(0, 0), False, _load(1.0, num_operators=100)),
              ("student forward", Visit(1, 0), True, _load(2.0, num_operators=1000)), ("student forward", None, False, _load(2.0, num_operators=5)),
              (OPTIMIZER, None, False, _load(0.125, num_operators=7))]
-    time = step_time(StepLoad.of(spans, teacher_share=0.1), CARD, weight_bytes=0, streamed_share=0.0, repeats=3)
+    time = step_time(StepLoad.of(spans, teacher_share=0.1), CARD, repeats=3)
     assert time.num_operators == pytest.approx(3 * (1 + 10 + 1000 + 5) + 7)
 
 
 def test_a_teacher_whose_samples_are_kept_counts_as_often_as_it_is_asked():
-    spans = [("teacher", None, False, _load(0.25, to_device=0.5)), ("teacher", Visit(0, 0), False, _load(1.0)), ("student forward", Visit(1, 0), True, _load(2.0)),
-             ("student forward", None, False, _load(0.5)), (OPTIMIZER, None, False, _load(0.125))]
-    whole, without = (step_time(StepLoad.of(spans, teacher_share=share), CARD, weight_bytes=4 * 10**10, streamed_share=1.0) for share in (1.0, 0.0))
-    teacher, tenth = whole.seconds - without.seconds, step_time(StepLoad.of(spans, teacher_share=0.1), CARD, weight_bytes=4 * 10**10, streamed_share=1.0)
-    assert teacher == pytest.approx(0.25 + 0.5 + 1.0 + 1.0 + 1.0 * STREAMING_OVERHEAD)  # a second of its weights' two hides
+    spans = [("teacher", None, False, _load(0.25, to_device=0.5)), *(("teacher", Visit(0, block), False, _load(1.0)) for block in range(4)),
+             *(("student forward", Visit(1, block), True, _load(9.0)) for block in range(4)), ("student forward", None, False, _load(0.5)),
+             (OPTIMIZER, None, False, _load(0.125))]
+    whole, without, tenth = (step_time(StepLoad.of(spans, teacher_share=share), CARD, ring=_ring(2.0, 4)) for share in (1.0, 0.0, 0.1))
+    teacher = whole.seconds - without.seconds
+    assert teacher == pytest.approx(0.25 + 0.5 + 4.0 + 2.0 + 4.0 * STREAMING_OVERHEAD)  # two of its four blocks are waited for
     assert tenth.seconds == pytest.approx(without.seconds + teacher / 10)
 
 
