@@ -6,7 +6,7 @@
                                                    anything else that Python runs, on that card
 
 Allocations are those of torch's own allocator and operators; no kernel runs, so there are no values, and times are those of a clock
-that takes rates from cards.toml (part schedule). Needs a CUDA build of torch (Linux, x86-64) and a C++ compiler; about an hour
+that takes rates from cards.toml (parts schedule and buffers). Needs a CUDA build of torch (Linux, x86-64) and a C++ compiler; about an hour
 on two cores.
 """
 
@@ -27,7 +27,7 @@ def main() -> int:
     parser.add_argument("--gib", type=float, default=96, help="its memory (%(default)s)")
     parser.add_argument("--out", type=Path, default=RESULTS, help="directory of the result")
     parser.add_argument("--only", nargs="+", metavar="PART", default=[],
-                        help="some of peaks, minimum, feasibility, drawn, runs, steps, compiled, schedule; the others stay as they are in the result")
+                        help="some of peaks, minimum, feasibility, drawn, runs, steps, compiled, schedule, buffers; the others stay as they are in the result")
     parser.add_argument("--toy", action="store_true", help="toy models: the code runs, the figures mean nothing")
     parser.add_argument("python", nargs="*", help="after --: arguments for Python, in place of measuring")
     options = parser.parse_args()

@@ -134,7 +134,8 @@ def main() -> int:
 PARTS: dict[str, Callable[[Session], Any]] = {
     "peaks": partial(part_of_suite, peaks), "minimum": partial(part_of_suite, minimum), "feasibility": partial(part_of_suite, feasibility),
     "drawn": drawn.measure, "runs": runs.measure, "steps": steps, "compiled": compiled,
-    "schedule": lambda session: without((*_MEANINGLESS, "peaks"), schedule.measure(session))}
+    "schedule": lambda session: without((*_MEANINGLESS, "peaks"), schedule.measure(session)),
+    "buffers": lambda session: without((*_MEANINGLESS, "peaks"), schedule.buffers(session))}
 
 if __name__ == "__main__":
     sys.exit(main())

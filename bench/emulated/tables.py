@@ -157,6 +157,25 @@ def schedule() -> str:
         f"{len(choices[0]['grid'])} plans.\n" + _missed(result, part="schedule") + _source(result, parts=("schedule",)))
 
 
+def buffers() -> str:
+    """What a third buffer for streamed blocks is worth on the emulated card's clock, by card and cap."""
+    result = load("emulated")
+    by_card = result["buffers"]["cards"]
+    rows = [[cap, *(_two_and_chosen(caps[cap]) for caps in by_card.values())] for cap in next(iter(by_card.values()))]
+    cells = [cell for caps in by_card.values() for pair in caps.values() for cell in pair.values() if "step_seconds" in cell]
+    errors = [cell["predicted_step_seconds"] / cell["step_seconds"] - 1 for cell in cells]
+    return markdown(["5b, 17 frames, under", *by_card], rows) + (
+        f"\nThe fastest plan with two buffers → the planner's. Predicted seconds of these {len(cells)} plans are off by {min(errors):+.1%} to {max(errors):+.1%}.\n"
+        + _missed(result, part="buffers") + _source(result, parts=("buffers",)))
+
+
+def _two_and_chosen(pair: dict[str, Any]) -> str:
+    two, chosen = (cell.get("step_seconds") for cell in (pair["two"], pair["chosen"]))
+    if two is None or chosen is None:
+        return "fails"
+    return f"{two:.3f} s → {chosen:.3f} s ({chosen / two - 1:+.1%}, {pair['chosen']['num_buffers']} buffers)"
+
+
 def _allocated(cell: dict[str, Any]) -> str:
     return f"{cell['allocated_bytes'] / GIB:.2f} GiB" if "allocated_bytes" in cell else "fails"
 
@@ -184,4 +203,4 @@ def _source(*results: dict[str, Any], parts: Sequence[str]) -> str:
 
 
 TABLES: dict[str, Callable[[], str]] = {"emulated-peaks": peaks, "emulated-caps": caps, "emulated-runs": runs,
-                                       "emulated-steps": steps, "emulated-compiled": compiled, "emulated-schedule": schedule}
+                                       "emulated-steps": steps, "emulated-compiled": compiled, "emulated-schedule": schedule, "emulated-buffers": buffers}

@@ -121,6 +121,16 @@ def test_passes_walk_together_where_the_link_is_what_limits(workload, bandwidth,
     assert full.fits and full.prediction == found.best.prediction
 
 
+def test_blocks_that_stream_between_resident_ones_get_a_third_buffer_where_that_saves_time(workload):
+    card = fixed_card(255 * MIB, host_link_bandwidth=1.2e10)
+    fixed = [name for name in SEARCHED if name not in ("resident_blocks", "offload_buffers")]
+    free, two = (search(workload, card, margin=0.0, host_bytes=GIB, fixed=(*fixed, *more)).best for more in ((), ("offload_buffers",)))
+    assert free.plan.offload_buffers == 3 and two.plan.offload_buffers == 2 and free.plan.resident_blocks < two.plan.resident_blocks
+    assert free.time.seconds < two.time.seconds and not free.time.waits_for_link
+    full = assess(workload, free.plan, card, margin=0.0, host_bytes=GIB)
+    assert (full.time.seconds, full.prediction) == (pytest.approx(free.time.seconds), free.prediction)
+
+
 def test_where_the_host_has_room_nothing_is_computed_twice(workload):
     """On cards too small to keep everything. What the host has must be known, and some of it is left free."""
     card = fixed_card(300 * MIB, host_link_bandwidth=1e12)
