@@ -50,6 +50,21 @@ def test_attention_outputs_move_on_request_but_for_the_last_two_calls(step, num_
     assert handle.bytes_stored == handle.bytes_loaded == 2 * num_moved * attention_bytes
 
 
+def test_attention_outputs_that_move_leave_the_device(monkeypatch):
+    tiny, sdpa, made = make_tiny("rope"), F.scaled_dot_product_attention, []
+
+    def noted(*args, **kwargs):
+        output = sdpa(*args, **kwargs)
+        made.append(weakref.ref(output.untyped_storage()))
+        return output
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", noted)
+    apply(tiny, keeps=["attention"] * 5, boundaries=False, kept=True)
+    loss = tiny.predict(tiny.embeds[:1]).sum()
+    assert [storage() is not None for storage in made] == [False] * 3 + [True] * 2
+    del loss
+
+
 def test_small_tensors_stay():
     tiny = make_tiny("rope")
     checkpoint_blocks(tiny.blocks, ["attention"] * 5)

@@ -70,6 +70,17 @@ def test_random_numbers_are_replayed_where_there_are_any(keep, training):
     assert_equal(gradients(blocks), expected)
 
 
+def test_random_numbers_that_no_module_of_a_block_draws_are_replayed_in_train_mode():
+    class Functional(nn.Linear):
+        def forward(self, hidden):
+            return F.dropout(super().forward(hidden), 0.5, self.training).sin()
+
+    blocks = nn.Sequential(Functional(8, 8), Functional(8, 8))
+    expected = gradients(blocks)
+    checkpoint_blocks(blocks, ["inputs"] * 2)
+    assert_equal(gradients(blocks), expected)
+
+
 def test_attention_that_drops_is_replayed_in_a_block_in_eval_mode():
     block = nn.ModuleDict({"attention": nn.MultiheadAttention(8, 2, dropout=0.5, batch_first=True)})
     block.forward = lambda x: block["attention"](x, x, x, need_weights=False)[0]

@@ -3,6 +3,7 @@
 import sys
 
 import pytest
+import torch
 
 from memory import saving
 
@@ -35,3 +36,20 @@ def test_an_interrupt_on_the_way_in_leaves_nothing_in_force(name):
             sys.settrace(tracing)
         assert vars(saving._state) == before, f"line {line}"
     assert interrupted >= 2
+
+
+@pytest.mark.parametrize("name", CONTEXTS)
+def test_what_was_in_force_around_it_is_so_again(name):
+    with CONTEXTS[name]():
+        around = dict(vars(saving._state))
+        with CONTEXTS[name]():
+            pass
+        assert vars(saving._state) == around
+
+
+def test_what_the_inner_packer_does_not_want_goes_to_the_one_around_it():
+    """As activations do in a block whose weights stream."""
+    asked = []
+    with saving.packing(lambda tensor: asked.append("outer")), saving.packing(lambda tensor: asked.append("inner")):
+        torch.ones(3, requires_grad=True).sin()
+    assert asked == ["inner", "outer"]
