@@ -90,7 +90,6 @@ class Lockstep:
                         outputs = block(**waiting[number])
                     outputs = outputs if len(self._boundary_names) > 1 else (outputs,)
                     waiting[number].update(zip(self._boundary_names, outputs, strict=True))
-                    del outputs  # it must not outlive the next block
         return [self._rest(each, waiting) for each in passes]
 
     def _first_block(self, each: Pass) -> _Reached:

@@ -113,7 +113,8 @@ def test_nothing_is_held_once_the_results_are_gone():
 def test_arguments_that_a_block_collects_arrive():
     class Scaled(nn.Linear):
         def forward(self, hidden, **more):
-            return super().forward(hidden) * more["scale"]
+            (scale,) = more.values()
+            return super().forward(hidden) * scale
 
     class Chain(nn.Module):
         def __init__(self):
