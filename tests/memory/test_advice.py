@@ -72,9 +72,24 @@ def test_steps_are_taken_until_the_prediction_is_within_the_limit():
     def needed(plan):
         return 30 if plan.resident_blocks is None else plan.resident_blocks
 
+    for limit in (5, 3):
+        advice = next_cheaper(MemoryPlan(), 30, needed_bytes=needed, limit_bytes=limit)
+        assert advice.plan.resident_blocks == 3 and advice.needed_bytes == 3
+        assert advice.why == "27 of 30 blocks stream from host memory"
+
+
+def test_each_of_several_steps_needs_less_than_the_one_before():
+    def needed(plan):
+        return 4 if plan.boundaries == "host" else {None: 30, 15: 10}.get(plan.resident_blocks, 20)
+
     advice = next_cheaper(MemoryPlan(), 30, needed_bytes=needed, limit_bytes=5)
-    assert advice.plan.resident_blocks == 3 and advice.needed_bytes == 3
-    assert advice.why == "27 of 30 blocks stream from host memory"
+    assert advice.change == {"resident_blocks": 15, "boundaries": "host"}
+
+
+def test_what_fewer_blocks_keep_is_kept_on_the_device():
+    assert one_step(MemoryPlan(num_keep_attention=3, num_keep_everything=6)).change == {"num_keep_attention": 6, "num_keep_everything": 3}
+    parked = MemoryPlan(resident_blocks=0, boundaries="host", kept="host", num_keep_attention=8)
+    assert one_step(parked).change == {"num_keep_attention": 4, "kept": "device"}
 
 
 @pytest.mark.parametrize(
@@ -93,6 +108,7 @@ def test_the_command_can_be_pasted(command, expected):
 
 def test_fields_that_are_fixed_stay():
     assert one_step(MemoryPlan(), fixed=["resident_blocks"]).change == {"boundaries": "host"}
+    assert one_step(MemoryPlan(checkpoint="none"), fixed=["kept"]).change == {"checkpoint": "all"}
     frugal = MemoryPlan(resident_blocks=0, boundaries="host", feed_forward_chunks=8)
     assert one_step(frugal).change == {"optimizer": "adamw8bit"}
     assert one_step(frugal, fixed=["optimizer"]) is None

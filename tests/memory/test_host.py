@@ -48,7 +48,7 @@ def test_the_limit_may_be_of_any_group_around(machine, inner, outer, left):
 
 
 def test_version_1_is_read_beside_others_and_its_unlimited_is_a_huge_number(machine):
-    machine.lists("5:cpu,cpuacct:/user", "4:memory:/slurm/job_7", "0::/")
+    machine.lists("5:cpu,cpuacct:/user", "4:hugetlb,memory:/slurm/job_7", "0::/")
     machine("memory", V1, None, 90)
     machine("memory/slurm/job_7", V1, 32, 30, inactive_file=20)
     assert available_host_bytes() == 22 * GIB

@@ -191,6 +191,20 @@ def test_where_the_link_is_slow_as_many_blocks_as_it_keeps_up_with_are_not_compu
     assert NUM_BLOCKS > numbers[0] > numbers[1] > 0
 
 
+def test_repeats_and_the_teachers_share_count_in_every_time(workload):
+    """In that of a full trace, and in that of the search."""
+    def seconds(repeats=1.0, share=1.0):
+        busy, card = dataclasses.replace(workload, repeats=repeats, teacher_share=share), fixed_card(4096 * MIB)
+        found = search(busy, card, margin=0.0, base=MemoryPlan(resident_blocks=4), fixed=SEARCHED).best.time.seconds
+        assert assess(busy, MemoryPlan(resident_blocks=4), card).time.seconds == pytest.approx(found)
+        return found
+
+    once = seconds()
+    assert seconds(repeats=3.0) - once == pytest.approx(2 * (seconds(repeats=2.0) - once)) and 2.5 * once < seconds(repeats=3.0) < 3 * once
+    teacher = once - seconds(share=0.0)
+    assert teacher > 0.05 * once and teacher == pytest.approx(2 * (once - seconds(share=0.5)))
+
+
 def test_fixed_settings_are_kept(workload):
     base = MemoryPlan(resident_blocks=4, num_keep_attention=3)
     result = plan_for(workload, 4096, base=base, fixed={"resident_blocks", "num_keep_attention"})

@@ -364,6 +364,15 @@ def test_autograd_adds_nothing_in_place_to_a_view(shape, num_in_place):
     assert sum(event.name == "aten::add_" for event in profile.events()) == num_in_place
 
 
+def test_what_blocks_keep_waits_where_the_plan_says():
+    def moved(**fields):
+        trace = tiny_trace(keeping(8, 0, **fields))
+        return sum(work.num_bytes for work in trace.work if work.kind == "to host")
+
+    boundaries, kept = moved(boundaries="host"), moved(kept="host")
+    assert moved() == 0 < min(boundaries, kept) and moved(boundaries="host", kept="host") == boundaries + kept
+
+
 def test_a_card_keeps_the_statistics_of_a_norm_in_float32():
     def statistics(device):
         with FakeTensorMode(), recording(device=device) as recorder:

@@ -159,12 +159,12 @@ def test_operators_are_counted_as_often_as_they_run():
 
 
 def test_a_teacher_whose_samples_are_kept_counts_as_often_as_it_is_asked():
-    spans = [("teacher", None, False, _load(0.25, to_device=0.5)), *(("teacher", Visit(0, block), False, _load(1.0)) for block in range(4)),
+    spans = [("teacher", None, False, _load(0.25, to_device=0.5)), *(("teacher", Visit(0, block), False, _load(1.0, to_host=0.5)) for block in range(4)),
              *(("student forward", Visit(1, block), True, _load(9.0)) for block in range(4)), ("student forward", None, False, _load(0.5)),
              (OPTIMIZER, None, False, _load(0.125))]
     whole, without, tenth = (step_time(StepLoad.of(spans, teacher_share=share), CARD, ring=_ring(2.0, 4)) for share in (1.0, 0.0, 0.1))
     teacher = whole.seconds - without.seconds
-    assert teacher == pytest.approx(0.25 + 0.5 + 4.0 + 2.0 + 4.0 * STREAMING_OVERHEAD)  # two of its four blocks are waited for
+    assert teacher == pytest.approx(0.25 + 0.5 + 4.0 + 2.0 + 4.0 * (STREAMING_OVERHEAD + PARKING_OVERHEAD))  # two of its four blocks are waited for
     assert tenth.seconds == pytest.approx(without.seconds + teacher / 10)
 
 
