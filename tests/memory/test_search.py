@@ -253,6 +253,12 @@ def test_nothing_fits_a_card_that_is_too_small(workload):
     assert plan_for(workload, result.smallest.needed_bytes / MIB).best is not None
 
 
+def test_what_needs_least_is_looked_at_even_where_faster_ones_made_all_look_too_large(workload, monkeypatch):
+    needed = plan_for(workload, 100).smallest.needed_bytes
+    monkeypatch.setattr(Ranking, "_first_that_fits", lambda *args: None)
+    assert plan_for(workload, needed / MIB).best is not None
+
+
 def test_a_plan_that_does_not_fit_is_not_among_the_faster_ones_that_do_not(workload):
     alone = plan_for(workload, 100, base=MemoryPlan(checkpoint="none"), fixed=SEARCHED)
     assert alone.best is None and alone.near_misses == ()
