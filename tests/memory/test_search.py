@@ -13,6 +13,7 @@ from memory.cards import GIB, lookup
 from memory.plan import MemoryPlan, PlanError, resolve_keeps
 from memory.ranking import SEARCHED, Ranking
 from memory.search import HOST_GAIN, HOST_SHARE, search
+from memory.splice import SpliceError
 
 MIB = 1 << 20
 NUM_BLOCKS = 12
@@ -373,6 +374,18 @@ def test_a_model_of_many_blocks_is_planned_from_traces_of_few(workload, mib):
     """Where they are found not to tell, all blocks are traced: the same plan, later. So no other test would see it."""
     plan_for(workload, mib)
     assert {num_blocks for _, num_blocks in workload.trace.asked} == {5, 6}
+
+
+@pytest.mark.parametrize("name", ["memory.ranking.grow", "memory.splice.Recipe.splice"])
+def test_where_few_blocks_do_not_tell_all_are_traced_and_the_plan_is_the_same(workload, name, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise SpliceError("trace this plan in full")
+
+    expected = plan_for(workload, 600)
+    monkeypatch.setattr(name, refuse)
+    found = plan_for(workload, 600)
+    assert found.best.plan == expected.best.plan and found.best.prediction == expected.best.prediction
+    assert found.num_traces > expected.num_traces and NUM_BLOCKS in {num_blocks for _, num_blocks in workload.trace.asked}
 
 
 def test_ranking_a_thousand_candidates_is_quick(workload):

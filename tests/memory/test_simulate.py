@@ -1,5 +1,6 @@
 """Recorded traces against the allocator's own account of a real run, and spliced traces against full ones."""
 
+import dataclasses
 from contextlib import nullcontext
 from functools import cache, partial
 
@@ -12,14 +13,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from bench.card.gauge import predicted_peak, profiled_peak
 from memory.checkpointing import _KeepAttention
 from memory.fake import FakeMode
-from memory.growth import grow
+from memory.growth import _carried_on, grow
 from memory.lockstep import Pass
 from memory.plan import MemoryPlan, apply_plan, resolve_keeps
 from memory.simulate import recording
 from memory.ranking import SPREAD
-from memory.splice import Recipe, SpliceError, _keys
+from memory.splice import Cell, Recipe, SpliceError, _keys
 from memory.timeline import BACKWARD, CATEGORIES, FORWARD, OPTIMIZER, Visit, pinned_bytes
-from memory.work import column_sum_scratch_bytes, flash_backward_scratch_bytes
+from memory.work import Work, column_sum_scratch_bytes, flash_backward_scratch_bytes
 
 MIB = 1 << 20
 
@@ -478,10 +479,19 @@ def test_the_trace_of_a_long_model_grows_from_two_short_ones(kind, keep, fields)
         grow(longer, short, keep, 9)
 
 
-def test_a_trace_does_not_grow_where_one_more_block_changes_more_than_counts():
-    short, other = tiny_trace(MemoryPlan(), 5), tiny_trace(MemoryPlan(passes="lockstep"), 6)
-    with pytest.raises(SpliceError, match="one more block changes what is walked over"):
+@pytest.mark.parametrize("fields, message", [({"passes": "lockstep"}, "one more block changes what is walked over"),
+                                             ({"feed_forward_chunks": 2}, "blocks differ in walk 0")])  # fmt: skip
+def test_a_trace_does_not_grow_where_one_more_block_changes_more_than_counts(fields, message):
+    short, other = tiny_trace(MemoryPlan(), 5), tiny_trace(MemoryPlan(**fields), 6)
+    with pytest.raises(SpliceError, match=message):
         grow(short, other, "inputs", 9)
+
+
+def test_work_grows_where_storages_do_not():
+    """As a fused optimizer's does."""
+    short, longer = (Cell(storages=(), deaths=(), work=(Work("memory", 0.0, num_bytes),), phase=OPTIMIZER, records_graph=False,
+                          net_bytes=0, peak_bytes=0) for num_bytes in (500, 600))  # fmt: skip
+    assert _carried_on(short, longer, 4, []).work == (Work("memory", 0.0, 900),)
 
 
 def test_a_plan_that_was_traced_in_full_is_known_whatever_others_are_like():
@@ -544,6 +554,15 @@ def test_splicing_refuses_what_it_has_not_seen():
         recipe.splice(["inputs"] * 4 + ["attention"])
     with pytest.raises(SpliceError, match="trace this plan in full"):
         recipe.splice(["everything"] * 5)
+
+
+@pytest.mark.parametrize("changed", [lambda deaths: deaths[:-1], lambda deaths: deaths[:-2] + 2 * deaths[-1:]], ids=["not freed", "freed twice"])
+def test_a_splice_that_does_not_free_all_just_once_is_refused(changed):
+    recipe = Recipe.of(tiny_trace(MemoryPlan(), 5), ["inputs"] * 5)
+    at, (visit, cell) = next((at, entry) for at, entry in enumerate(recipe._layout) if len(entry[1].deaths) > 1)
+    recipe._layout[at] = visit, dataclasses.replace(cell, deaths=changed(cell.deaths))
+    with pytest.raises(SpliceError, match="not all that is made is freed once"):
+        recipe.splice(["inputs"] * 5)
 
 
 def test_what_follows_backward_is_no_part_of_a_visit():
