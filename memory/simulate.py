@@ -94,9 +94,7 @@ class Recorder(TorchDispatchMode):
         owners = {id(tensor): index for index, block in enumerate(blocks) for tensor in block.parameters()}
         for tensor in (*model.parameters(), *model.buffers()):
             trainable = tensor.requires_grad
-            if self._find(tensor) is None:
-                block = None if trainable else owners.get(id(tensor))
-                self.adopt([tensor], "adapters" if trainable else "weights", block=block)
+            self.adopt([tensor], "adapters" if trainable else "weights", block=None if trainable else owners.get(id(tensor)))
             if trainable:
                 self._hooks.append(tensor.register_post_accumulate_grad_hook(self._settle_gradient))
 

@@ -151,6 +151,37 @@ def test_every_event_is_paired_and_spans_cover_the_step():
     assert walks == {0: there, 1: there, 2: back, 3: there, 4: back}
 
 
+def test_passes_in_lockstep_are_one_walk_there_and_one_back():
+    """A walk more would be taken to stream all blocks once more. Of three passes the first records no graph."""
+    walks = {}
+    for span in tiny_trace(MemoryPlan(passes="lockstep")).spans:
+        if span.visit:
+            walks.setdefault(span.visit.walk, []).append(span.visit[1:])
+    there = [(block, part) for block in range(8) for part in (0, 1, 2)]
+    assert walks == {0: there, 1: [(block, part) for block, part in reversed(there) if part > 0]}
+
+
+def test_what_forward_leaves_to_backward_is_saved_and_what_it_frees_is_not():
+    with FakeTensorMode(), recording() as recorder:
+        x = torch.empty(100, requires_grad=True)
+        recorder.adopt([x], "other")
+        with recorder.phase(FORWARD):
+            loss = (x * 2).sin().sum()
+        with recorder.phase(BACKWARD):
+            loss.backward()
+    trace = recorder.trace()
+    doubled, *others = [trace.storages[event].category for event in trace.events if event >= 0]
+    assert doubled == "saved activations" and set(others) == {"working set"}
+
+
+def test_work_that_makes_nothing_is_counted():
+    with FakeTensorMode():
+        x = torch.empty(100)
+        with recording() as recorder, recorder.phase(OPTIMIZER):
+            x.mul_(2)
+    assert [(span.phase, span.work) for span in recorder.trace().spans] == [(OPTIMIZER, (Work("memory", 0.0, 800),))]
+
+
 PLANS = [
     MemoryPlan(checkpoint="none"),
     MemoryPlan(),
