@@ -118,6 +118,7 @@ def test_passes_walk_together_where_the_link_is_what_limits(workload, bandwidth,
     assert alone.best.plan.passes == "sequential"
     assert (found.best.time.seconds < 0.9 * alone.best.time.seconds) == (passes == "lockstep")
     assert (found.num_candidates > alone.num_candidates) == (passes == "lockstep")
+    assert found.smallest.needed_bytes == alone.smallest.needed_bytes  # side by side passes need more
     full = assess(workload, found.best.plan, card, margin=0.0, host_bytes=GIB)
     assert full.fits and full.prediction == found.best.prediction
 
