@@ -226,6 +226,14 @@ def test_a_plan_fixed_as_a_whole_is_predicted_as_a_full_trace_predicts_it(worklo
     assert found.time.seconds == pytest.approx(full.time.seconds)
 
 
+def test_blocks_may_keep_everything_where_inputs_are_told_to_wait_on_the_host(workload):
+    base = MemoryPlan(boundaries="host")
+    found = plan_for(workload, 300, base=base, fixed={"boundaries", "passes", "kept"})
+    assert found.best.plan.num_keep_everything > 0 and found.num_unknown < 10
+    full = assess(workload, found.best.plan, fixed_card(300 * MIB), margin=0.0, host_bytes=GIB)
+    assert full.fits and full.prediction == found.best.prediction
+
+
 def test_a_model_told_to_keep_everything_is_not_asked_where_inputs_wait(workload):
     found = plan_for(workload, 4096, base=MemoryPlan(num_keep_everything=NUM_BLOCKS), fixed={"num_keep_everything"})
     assert found.best.plan == MemoryPlan(num_keep_everything=NUM_BLOCKS)
