@@ -239,33 +239,35 @@ def arrival_waits(walks: Sequence[Walk], ring: Ring | None) -> list[float]:
         return [0.0] * len(walks)
     seconds, streamed, num_slots = (ring.seconds, ring.streamed, min(ring.num_slots, len(ring.streamed))) if ring else (0.0, frozenset(), 0)
     now = free = 0.0  # when computing and the link are through with all that they were given
-    arrivals, is_slot_left, waits = deque([0.0] * num_slots), False, []  # the first blocks were sent for at the end of the step before
+
+    def send(seconds: float, arrivals: deque[float]) -> None:
+        nonlocal free
+        free = max(free, now) + seconds
+        arrivals.append(free)
+
+    weights, is_slot_left, waits = deque([0.0] * num_slots), False, []  # the first blocks' were sent for at the end of the step before
     for walk in walks:
-        num_loads = len(streamed) - (num_slots if walk.turns else 0)
+        num_loads, waited = len(streamed) - (num_slots if walk.turns else 0), 0.0
         parked, arrived = deque(to_device for *_, to_device in walk.calls if to_device), deque()
-        waited = 0.0
         if parked:
-            free = max(free, now) + parked.popleft()
-            arrived.append(free)
+            send(parked.popleft(), arrived)
         for block, computing, to_device in walk.calls:
             ready = now
             if to_device:
                 ready = max(ready, arrived.popleft())
                 if parked:
-                    free = max(free, now) + parked.popleft()
-                    arrived.append(free)
+                    send(parked.popleft(), arrived)
             if is_slot_left:
-                free = max(free, now) + seconds
-                arrivals.append(free)
+                send(seconds, weights)
                 is_slot_left = False
             if block in streamed:
-                ready = max(ready, arrivals.popleft())
+                ready = max(ready, weights.popleft())
                 num_loads -= 1
                 is_slot_left = num_loads >= 0
             waited += ready - now
             now = ready + computing
         if walk.turns:  # the last blocks forward are the first ones backward, and still there
-            arrivals.extend([now] * num_slots)
+            weights.extend([now] * num_slots)
         waits.append(waited)
     return waits
 
