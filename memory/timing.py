@@ -231,8 +231,8 @@ def add_loads(loads: Iterable[Load]) -> Load:
 def arrival_waits(walks: Sequence[Walk], ring: Ring | None) -> list[float]:
     """For how many seconds each walk of a step waits for what crosses the host link to the card, sent for as the program does.
 
-    A block's weights are sent for when a slot is left (`memory.offload`), what it keeps on the host when the one after it that
-    keeps something there is reached (`memory.activations`).
+    A block's weights are sent for when a slot is left (`memory.offload`), what it keeps on the host when backward reaches the one after it
+    that keeps something there (`memory.activations`): that one's visit has the load.
     """
     parks = any(walk.total.to_device for walk in walks)
     if not parks and (ring is None or ring.seconds <= min((walk.shortest for walk in walks), default=0.0)):
@@ -240,30 +240,30 @@ def arrival_waits(walks: Sequence[Walk], ring: Ring | None) -> list[float]:
     seconds, streamed, num_slots = (ring.seconds, ring.streamed, min(ring.num_slots, len(ring.streamed))) if ring else (0.0, frozenset(), 0)
     now = free = 0.0  # when computing and the link are through with all that they were given
 
-    def send(seconds: float, arrivals: deque[float]) -> None:
+    def sent(at: float, seconds: float) -> float:
+        """When it arrives."""
         nonlocal free
-        free = max(free, now) + seconds
-        arrivals.append(free)
+        free = max(free, at) + seconds
+        return free
 
     weights, is_slot_left, waits = deque([0.0] * num_slots), False, []  # the first blocks' were sent for at the end of the step before
     for walk in walks:
-        num_loads, waited = len(streamed) - (num_slots if walk.turns else 0), 0.0
-        parked, arrived = deque(to_device for *_, to_device in walk.calls if to_device), deque()
-        if parked:
-            send(parked.popleft(), arrived)
+        num_loads, num_parked = len(streamed) - (num_slots if walk.turns else 0), sum(to_device > 0 for *_, to_device in walk.calls)
+        parked = waited = 0.0
         for block, computing, to_device in walk.calls:
             ready = now
-            if to_device:
-                ready = max(ready, arrived.popleft())
-                if parked:
-                    send(parked.popleft(), arrived)
+            if to_device or not num_parked:
+                ready, parked = max(ready, parked), 0.0
             if is_slot_left:
-                send(seconds, weights)
+                weights.append(sent(now, seconds))
                 is_slot_left = False
             if block in streamed:
                 ready = max(ready, weights.popleft())
                 num_loads -= 1
                 is_slot_left = num_loads >= 0
+            if to_device:  # is what the next one has parked
+                parked = sent(ready, to_device)
+                num_parked -= 1
             waited += ready - now
             now = ready + computing
         if walk.turns:  # the last blocks forward are the first ones backward, and still there

@@ -93,16 +93,19 @@ def test_the_last_blocks_forward_are_still_there_when_backward_begins():
     assert arrival_waits(walks, _ring(1.5, 4, num_slots=9)) == [0.0, 0.0]
 
 
-def test_what_a_block_keeps_on_the_host_is_sent_for_at_the_one_after_it():
-    parked = [_load(1.0, to_device=seconds) for seconds in (0.0, 0.0, 2.0, 2.0)]  # blocks 3 to 0
-    assert arrival_waits([_walk(parked, back=True)], None) == pytest.approx([1.0])
-    apart = [_load(1.0, to_device=seconds) for seconds in (0.0, 2.0, 0.0, 2.0)]  # it has the time of blocks between that keep nothing there
-    assert arrival_waits([_walk(apart, back=True)], None) == pytest.approx([1.0])
+@pytest.mark.parametrize(("sends", "waited"), [
+    ((0.0, 2.0, 2.0, 0.0), 2.0),  # blocks 3 and 2 are at hand; 1 and 0 are sent for one block ahead
+    ((2.0, 0.0, 2.0, 0.0, 0.0), 1.0),  # it has the time of a block between that keeps nothing there
+])  # fmt: skip
+def test_what_a_block_keeps_on_the_host_is_sent_for_at_the_one_after_it(sends, waited):
+    walk = _walk([_load(1.0, to_device=seconds) for seconds in sends], back=True)
+    assert arrival_waits([walk], None) == pytest.approx([waited])
 
 
 def test_weights_and_what_blocks_keep_share_the_link():
-    walk = _walk([_load(1.0), _load(1.0), _load(1.0, to_device=2.0)], back=True)
-    assert arrival_waits([walk], _ring(1.5, 3)) == pytest.approx([1.5])  # they are there in second 2, and its weights in 3.5
+    walk = _walk([_load(1.0, to_device=2.0), _load(1.0), _load(1.0)], back=True)
+    assert arrival_waits([walk], None) == pytest.approx([1.0])
+    assert arrival_waits([walk], _ring(1.5, 3)) == pytest.approx([1.5])  # of block 0 they are there in second 3.5, not 2.5
 
 
 def test_calls_of_a_block_in_a_row_fetch_its_weights_once():
