@@ -6,7 +6,6 @@ where a block's weights, or what it keeps on the host, have not arrived, and whe
 for ranking plans; not a promise.
 """
 
-import itertools
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -115,14 +114,12 @@ class Walk:
 
     @cached_property
     def calls(self) -> list[tuple[int, float, float]]:
-        """(block, seconds of computing, seconds of the link to the device) of all visits of a block in a row."""
-        grouped = itertools.groupby(zip(self.blocks, self.visits, strict=True), key=lambda visit: visit[0])
-        totals = ((block, add_loads(load for _, load in visits)) for block, visits in grouped)
-        return [(block, total.computing, total.to_device) for block, total in totals]
+        """(block, seconds of computing, seconds of the link to the device) of each visit."""
+        return [(block, load.computing, load.to_device) for block, load in zip(self.blocks, self.visits, strict=True)]
 
     @cached_property
     def shortest(self) -> float:
-        """Seconds of computing in the shortest call."""
+        """Seconds of computing in the shortest visit."""
         return min(computing for _, computing, _ in self.calls)
 
     @property
@@ -249,18 +246,19 @@ def arrival_waits(walks: Sequence[Walk], ring: Ring | None) -> list[float]:
     weights, is_slot_left, waits = deque([0.0] * num_slots), False, []  # the first blocks' were sent for at the end of the step before
     for walk in walks:
         num_loads, num_parked = len(streamed) - (num_slots if walk.turns else 0), sum(to_device > 0 for *_, to_device in walk.calls)
-        parked = waited = 0.0
+        parked, waited, before = 0.0, 0.0, None
         for block, computing, to_device in walk.calls:
             ready = now
             if to_device or not num_parked:
                 ready, parked = max(ready, parked), 0.0
-            if is_slot_left:
+            if block != before and is_slot_left:
                 weights.append(sent(now, seconds))
                 is_slot_left = False
-            if block in streamed:
+            if block != before and block in streamed:
                 ready = max(ready, weights.popleft())
                 num_loads -= 1
                 is_slot_left = num_loads >= 0
+            before = block
             if to_device:  # is what the next one has parked
                 parked = sent(ready, to_device)
                 num_parked -= 1
@@ -284,7 +282,7 @@ def step_time(step: StepLoad, card: Card, *, ring: Ring | None = None, repeats: 
             total[bound] += share * seconds
         total["host link"] += share * max(waited, walk.held_up)
         if ring:
-            total["overhead"] += share * load.computing * STREAMING_OVERHEAD * len(ring.streamed) / len(walk.calls)
+            total["overhead"] += share * load.computing * STREAMING_OVERHEAD * len(ring.streamed) / len(set(walk.blocks))
         if load.to_device or load.to_host:
             total["overhead"] += share * load.computing * PARKING_OVERHEAD
     return StepTime(by_bound={bound: once[bound] + repeats * total[bound] for bound in BOUNDS},

@@ -108,9 +108,13 @@ def test_weights_and_what_blocks_keep_share_the_link():
     assert arrival_waits([walk], _ring(1.5, 3)) == pytest.approx([1.5])  # of block 0 they are there in second 3.5, not 2.5
 
 
-def test_calls_of_a_block_in_a_row_fetch_its_weights_once():
-    walk = Walk([_load(0.5, to_device=0.25)] * 8, [0, 0, 1, 1, 2, 2, 3, 3], [False] * 8)
-    assert walk.calls == [(block, 1.0, 0.5) for block in range(4)] and not walk.turns
+def test_in_lockstep_a_blocks_calls_fetch_its_weights_once_and_what_each_parked_by_itself():
+    def waits(**loads):
+        walk = Walk([_load(0.5, **loads)] * 8, [3, 3, 2, 2, 1, 1, 0, 0], [True] * 8)
+        return step_time(StepLoad(_load(0.0), _load(0.0), [walk]), CARD, ring=_ring(1.5, 4)).by_bound["host link"]
+
+    assert waits() == pytest.approx(sum(arrival_waits([_walk([_load(1.0)] * 4, back=True)], _ring(1.5, 4)))) == pytest.approx(1.0)
+    assert waits(to_device=1.0) > 7 * 0.5  # each is sent for at the one before it
 
 
 @pytest.mark.parametrize(("stored", "held_up"), [
