@@ -183,9 +183,14 @@ def _lines(path: Path, flag: str) -> list[str]:
     return read_lines(path, flag, "prompt")
 
 
+_SEPARATORS = {".csv": (",", "commas"), ".tsv": ("\t", "tabs")}
+_JSON = (".json", ".jsonl")
+
+
 def _kept(path: Path) -> list[str]:
     """What a text file lists. The columns of a table would be kept as one sentence, its head as another."""
-    if what := {".csv": "a table", ".tsv": "a table", ".json": "JSON", ".jsonl": "JSON"}.get(path.suffix.lower()):
+    if path.suffix.lower() in (*_SEPARATORS, *_JSON):
+        what = "JSON" if path.suffix.lower() in _JSON else "a table"
         raise UsageError(f"--preserve-file {path}: is {what}; write a text file, with one word or prompt to keep a line")
     return _lines(path, "--preserve-file")
 
@@ -193,9 +198,9 @@ def _kept(path: Path) -> list[str]:
 def _pairs(path: Path) -> list[tuple[str, str]]:
     """(prompt, safe prompt) from a text file, a CSV or a TSV."""
     lines = _lines(path, "--prompts")
-    if path.suffix.lower() in (".json", ".jsonl"):
+    if path.suffix.lower() in _JSON:
         raise UsageError(f"--prompts {path}: is JSON; write one prompt a line, or a CSV with a column prompt and, if you can, a column safe")
-    separator, between = {".csv": (",", "commas"), ".tsv": ("\t", "tabs")}.get(path.suffix.lower(), (None, None))
+    separator, between = _SEPARATORS.get(path.suffix.lower(), (None, None))
     if separator is None:
         return [(line, "") for line in lines]
     with path.open(newline="", encoding="utf-8-sig") as f:

@@ -68,10 +68,13 @@ def buffers(session: Session) -> dict[str, Any]:
         gauge = _Gauge(session.gauge.device, clock)
         for way, free in ways.items():
             for capped, (best, why) in zip(small, session.plans(plain, tuple(small), free)):
-                with clock:
-                    cell = replace(session, card=capped, gauge=gauge).measure(replace(plain, plan=best.plan), num_steps=1, num_warm=2) if best else {"failed": why}
-                told = {"num_buffers": best.plan.offload_buffers, "predicted_step_seconds": best.time.seconds} if best else {}
-                found.setdefault(name, {}).setdefault(f"{capped.capacity_bytes / GIB:.0f} GB", {})[way] = cell | told
+                if best is None:
+                    cell = {"failed": why}
+                else:
+                    with clock:
+                        cell = replace(session, card=capped, gauge=gauge).measure(replace(plain, plan=best.plan), num_steps=1, num_warm=2)
+                    cell |= {"num_buffers": best.plan.offload_buffers, "predicted_step_seconds": best.time.seconds}
+                found.setdefault(name, {}).setdefault(f"{capped.capacity_bytes / GIB:.0f} GB", {})[way] = cell
     cells = [cell for caps in found.values() for pair in caps.values() for cell in pair.values()]
     errors = [cell["predicted_step_seconds"] / cell["step_seconds"] - 1 for cell in cells if "step_seconds" in cell]
     return {"cards": found, "goals": [goal("steps that failed", failures(["step_seconds" not in cell for cell in cells], complete=True), 0),
