@@ -5,6 +5,7 @@ import io
 import json
 import logging
 import math
+import re
 import string
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -132,7 +133,7 @@ def _findings(files: RunFiles) -> str:
         parts.append(table(("Finding", "Where", "Evidence", "Cause", "Fix"), [
             (f'<b class="{escape(str(f.get("severity")))}">{escape(str(f.get("code")))}</b><br>'
              f'{escape(str(f.get("severity")))}', escape(_where(f)), escape(evidence_text(f.get("evidence") or {})),
-             escape(str(f.get("cause", ""))), f"<code>{escape(str(f.get('fix', '')))}</code>") for f in found], stacked=True))
+             re.sub("`(.+?)`", r"<code>\1</code>", escape(str(f.get("cause", "")))), f"<code>{escape(str(f.get('fix', '')))}</code>") for f in found], stacked=True))
     if checked:
         items = "".join(f"<li>{escape(str(c))}</li>" for c in checked)
         parts.append(f"<details><summary>What was checked ({len(checked)})</summary><ul>{items}</ul></details>")
@@ -248,10 +249,10 @@ def _memory(files: RunFiles) -> str:
     parts.append(side_by_side(charts, "Nothing was measured."))
     if needed := predicted.get("needed_bytes"):
         card, budget = str(files.memory.get("card")), files.memory.get("budget_bytes", 0)
-        parts.append(note(f"Predicted for {card}: {needed / GIB:.2f} GiB of {budget / GIB:.2f} GiB usable, what the allocator "
-                          "reserves and the card's context included."))
+        besides = "interpreter and libraries (assumed)" if card == "cpu" else "what the allocator reserves and the card's context"
+        parts.append(note(f"Predicted for {card}: {needed / GIB:.2f} GiB of {budget / GIB:.2f} GiB usable, {besides} included."))
     if rows and _measured_kind(files) == "process":
-        parts.append(note("Without a card the whole process is measured, interpreter and libraries included; what is predicted "
+        parts.append(note("Without a card the whole process is measured, interpreter and libraries included; by phase, what is predicted "
                           "are the run's own tensors."))
     if not predicted:
         parts.append(note("No prediction is stored with this run."))

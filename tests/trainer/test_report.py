@@ -281,6 +281,22 @@ def test_what_a_run_says_is_text(run):
     assert all(a.startswith("data:image/png") for a in page.addresses)
 
 
+def test_names_of_code_in_a_cause_are_set_as_code(run):
+    bill = Bill(findings=(finding("zero-down-gradient", "backward", up=1.0, down=0.0),), checked=())
+    (run / "findings.json").write_text(json.dumps(bill.as_json()))
+    content = write_report(run).read_text()
+    assert "<code>up</code> starts at zero" in content and "`" not in content
+
+
+def test_what_a_prediction_counts_besides_depends_on_the_device(run):
+    content = json.loads((run / "memory.json").read_text())
+    content["predicted"]["needed_bytes"], content["budget_bytes"] = 4 * GIB, 16 * GIB
+    for card, besides in (("rtx-4090", "what the allocator reserves and the card's context included."),
+                          ("cpu", "interpreter and libraries (assumed) included.")):
+        (run / "memory.json").write_text(json.dumps(content | {"card": card}))
+        assert f"Predicted for {card}: 4.00 GiB of 16.00 GiB usable, {besides}" in read(write_report(run))[1]
+
+
 def test_numbers_that_are_text_are_shown_as_text(run):
     script = "<script>alert(1)</script>"
     records = [r | {"step": script} for r in read_metrics(run)]
