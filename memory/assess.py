@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from memory import environment
 from memory.cards import GIB, Card
-from memory.plan import SHARDING_BUFFERS, MemoryPlan, resident_indices, resolve_keeps
+from memory.plan import SHARDING_BUFFERS, MemoryPlan, resolve_keeps, streamed_indices
 from memory.timeline import Prediction, Trace, shown
 from memory.timing import Ring, StepLoad, StepTime, load_of, step_time
 
@@ -163,10 +163,10 @@ def assess_in_full(workload: Workload, plan: MemoryPlan, limits: Limits) -> Asse
 def _ring(plan: MemoryPlan, trace: Trace, num_blocks: int, card: Card) -> Ring | None:
     """How weights stream under a plan of which the trace is. Blocks are alike."""
     if plan.num_shards > 1:  # what the other cards hold comes over the same link
-        num_slots = min(SHARDING_BUFFERS, num_blocks)
-        num_bytes = trace.standing_bytes("transfer buffers", "device") // num_slots * (plan.num_shards - 1) // plan.num_shards
-        return Ring(num_bytes / card.host_link_bandwidth, frozenset(range(num_blocks)), num_slots)
-    streamed = frozenset(range(num_blocks)) - resident_indices(num_blocks, plan.resident_blocks)
+        streamed, num_slots, share = streamed_indices(num_blocks, 0), SHARDING_BUFFERS, 1 - 1 / plan.num_shards
+    else:
+        streamed, num_slots, share = streamed_indices(num_blocks, plan.resident_blocks), plan.offload_buffers, 1.0
     if not streamed:
         return None
-    return Ring(trace.standing_bytes("weights", "pinned") / len(streamed) / card.host_link_bandwidth, streamed, plan.offload_buffers)
+    slot_bytes = trace.standing_bytes("transfer buffers") / min(num_slots, len(streamed))
+    return Ring(share * slot_bytes / card.host_link_bandwidth, streamed, num_slots)

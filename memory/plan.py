@@ -196,6 +196,11 @@ def resident_indices(num_blocks: int, num_resident: int | None) -> frozenset[int
     return _spread(num_blocks, num_resident)
 
 
+def streamed_indices(num_blocks: int, num_resident: int | None) -> frozenset[int]:
+    """Which blocks do not stay on the device. Raises PlanError as `resident_indices` does."""
+    return frozenset(range(num_blocks)) - resident_indices(num_blocks, num_resident)
+
+
 def _spread(num_blocks: int, count: int) -> frozenset[int]:
     """`count` of so many blocks at distances that differ by one at most, the last block among them."""
     return frozenset(num_blocks - 1 - position * num_blocks // count for position in range(count))
@@ -285,7 +290,7 @@ def _apply(applied: AppliedPlan, model, blocks, device, boundary_names, feed_for
     if plan.num_shards > 1:
         applied.sharding = shard_blocks(model, blocks, num_shards=plan.num_shards, device=device)
         applied._undos.append(applied.sharding.undo)
-    if len(resident_indices(len(blocks), plan.resident_blocks)) < len(blocks):
+    if streamed_indices(len(blocks), plan.resident_blocks):
         applied.offload = offload_blocks(blocks, device=device, num_resident=plan.resident_blocks, num_buffers=plan.offload_buffers)
         applied._undos.append(applied.offload.undo)
         streamed = [p for index in applied.offload.streamed for p in blocks[index].parameters() if not p.requires_grad]

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from memory.assess import Assessment, Limits, Workload, assess_trace, other_phases
 from memory.cards import Card
-from memory.plan import MemoryPlan, resident_indices, resolve_keeps
+from memory.plan import MemoryPlan, resolve_keeps, streamed_indices
 from memory.pools import round_request
 from memory.splice import Cell, Recipe, SpliceError
 from memory.timeline import pinned_bytes
@@ -32,12 +32,11 @@ class Variant:
         self.workload, self.card, self.base, self.recipe = workload, card, base, recipe
         self.workspace = round_request(card.cublas_workspace_bytes) if card.cublas_workspace_bytes else 0
         self._loads: dict[int, Load] = {}
-        self._rings: dict[tuple[int | None, int], Ring | None] = {}
         self.num_unknown = 0
         self.fits = True
         """Whether some of its plans may: the live bytes of the one that keeps least do."""
-        weights = recipe.standing(0, base.offload_buffers)
-        self.flats = [s.num_bytes for s in weights if s.place == "pinned" and s.category == "weights"]
+        masters = [s.num_bytes for s in recipe.standing(0, base.offload_buffers) if s.place == "pinned" and s.category == "weights"]
+        self._loading = max(masters) / card.host_link_bandwidth  # seconds of a block's weights
 
     def load(self, keeps: Sequence[str]) -> StepLoad:
         """What the step asks for when the blocks keep `keeps`, streaming excepted."""
@@ -52,13 +51,9 @@ class Variant:
 
     def time(self, load: StepLoad, num_resident: int | None, num_buffers: int) -> StepTime:
         """Of a step with `num_resident` blocks resident (None: all), the others streamed through `num_buffers` slots."""
-        return step_time(load, self.card, ring=self._ring(num_resident, num_buffers), repeats=self.workload.repeats)
-
-    def _ring(self, num_resident: int | None, num_buffers: int) -> Ring | None:
-        if (num_resident, num_buffers) not in self._rings:
-            streamed = frozenset(range(len(self.flats))) - resident_indices(len(self.flats), num_resident)
-            self._rings[num_resident, num_buffers] = Ring(max(self.flats) / self.card.host_link_bandwidth, streamed, num_buffers) if streamed else None
-        return self._rings[num_resident, num_buffers]
+        streamed = streamed_indices(self.recipe.num_blocks, num_resident)
+        ring = Ring(self._loading, streamed, num_buffers) if streamed else None
+        return step_time(load, self.card, ring=ring, repeats=self.workload.repeats)
 
     def candidates(self, plans: Sequence[MemoryPlan], residents: Sequence[int | None], buffers: Sequence[int]) -> Iterator[Candidate]:
         """Every plan with every number of resident blocks, as far as the recipe knows it, and with as many of `buffers` as it takes until
