@@ -73,7 +73,7 @@ class Ranking:
         self.short = min(_SHORT, workload.num_blocks)
         self.base = dataclasses.replace(base, **free)
         resident_indices(workload.num_blocks, self.base.resident_blocks)
-        self.num_traces = self.num_replays = self.num_candidates = self.num_unknown = 0
+        self.num_traces = self.num_replays = 0
         self._announced: set[tuple[MemoryPlan, int]] = set()
         self._assessed: dict[MemoryPlan, Assessment] = {}
 
@@ -81,10 +81,7 @@ class Ranking:
         """The fastest plan that fits, the faster ones that do not, and the smallest."""
         candidates: list[Candidate] = []
         for variant in self._variants(limits):
-            found = list(self._candidates_of(variant, limits))
-            self.num_candidates += len(found)
-            self.num_unknown += variant.num_unknown
-            candidates += found
+            candidates += self._candidates_of(variant, limits)
             best = self._first_that_fits(sorted(candidates), limits)
             if best is not None and self._is_settled(best.plan):
                 break
@@ -117,7 +114,6 @@ class Ranking:
             if best is None or best.plan.resident_blocks is not None:  # then smaller ones may be
                 candidates += self._partly_parked("host", every, below)
                 best = self._first_that_fits(sorted(candidates), limits)
-        self.num_candidates = len(candidates)
         smallest = self._assess(min(candidates, key=lambda c: c.device_bytes), limits)
         return self._result(candidates, best, smallest, limits)
 
@@ -148,8 +144,8 @@ class Ranking:
             best=best,
             near_misses=tuple(sorted(misses, key=lambda miss: miss.needed_bytes)),
             smallest=smallest,
-            num_candidates=self.num_candidates,
-            num_unknown=self.num_unknown,
+            num_candidates=len(candidates),
+            num_unknown=sum(variant.num_unknown for variant in {candidate.variant for candidate in candidates}),
             num_replays=self.num_replays,
             num_traces=self.num_traces,
         )
