@@ -13,8 +13,8 @@ LARGE_ROUND_BYTES = 2 << 20
 
 
 def round_request(num_bytes: int) -> int:
-    """Bytes a request of `num_bytes` occupies in its block: multiples of 512, at least 512."""
-    return max(MIN_BLOCK_BYTES, -(-num_bytes // MIN_BLOCK_BYTES) * MIN_BLOCK_BYTES)
+    """Bytes a request of `num_bytes` occupies in its block: multiples of 512. An empty tensor requests nothing."""
+    return -(-num_bytes // MIN_BLOCK_BYTES) * MIN_BLOCK_BYTES
 
 
 def segment_bytes(rounded_bytes: int) -> int:

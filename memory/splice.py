@@ -225,10 +225,8 @@ class Recipe:
         streamed = [flats[block] for block in range(self.num_blocks) if block not in resident]
         slot = Storage(num_bytes=max(streamed, default=0), category="transfer buffers", place="device")
         storages += [slot] * min(num_buffers, len(streamed))
-        for storage in self._standing:
-            if storage.block is None and (storage.place == "device" or storage.category == "other") and storage.category != "transfer buffers":
-                storages.append(storage)
-        return storages
+        slabs = ("saved activations", "pinned")
+        return storages + [s for s in self._standing if s.block is None and (s.category, s.place) != slabs]
 
     def slabs(self, keeps: Sequence[str]) -> list[int]:
         """Sizes of the host slabs that activation offload will take: as `memory.slabs` fills them."""
@@ -288,7 +286,7 @@ class Recipe:
 
 def device_bytes(storage: Storage) -> int:
     """What the allocator takes for a storage on the device; 0 for one on the host."""
-    return round_request(storage.num_bytes) if storage.place == "device" and storage.num_bytes else 0
+    return round_request(storage.num_bytes) if storage.place == "device" else 0
 
 
 def _kind(storage: Storage) -> tuple[int, str]:

@@ -126,7 +126,7 @@ class Trace:
         The dict is one and the same throughout, and changes. `rounded`: as the allocator rounds requests.
         """
         live = dict.fromkeys(CATEGORIES, 0)
-        size = [round_request(s.num_bytes) if rounded and s.num_bytes else s.num_bytes for s in self.storages]
+        size = [round_request(s.num_bytes) if rounded else s.num_bytes for s in self.storages]
         total = 0
         for index in self.standing:
             storage = self.storages[index]
@@ -169,7 +169,7 @@ class Trace:
             by_phase[phase] = max(by_phase.get(phase, 0), total)
             if total > peak:
                 peak, at_peak = total, dict(live)
-        workspace = 2 * round_request(workspace_bytes // 2) if workspace_bytes else 0
+        workspace = 2 * round_request(workspace_bytes // 2)
         at_peak["other"] += workspace
         events, sizes = self.device_events(num_steps=2, workspace_bytes=workspace_bytes)
         stats = replay(events, sizes, expandable_segments=expandable_segments)

@@ -8,7 +8,7 @@ from memory.assess import Assessment, Limits, Workload, assess_trace, other_phas
 from memory.cards import Card
 from memory.plan import MemoryPlan, resolve_keeps, streamed_indices
 from memory.pools import round_request
-from memory.splice import Cell, Recipe, SpliceError
+from memory.splice import Cell, Recipe, SpliceError, device_bytes
 from memory.timeline import pinned_bytes
 from memory.timing import Load, Ring, StepLoad, StepTime, load_of, step_time
 
@@ -30,7 +30,7 @@ class Variant:
 
     def __init__(self, workload: Workload, card: Card, base: MemoryPlan, recipe: Recipe):
         self.workload, self.card, self.base, self.recipe = workload, card, base, recipe
-        self.workspace = round_request(card.cublas_workspace_bytes) if card.cublas_workspace_bytes else 0
+        self.workspace = round_request(card.cublas_workspace_bytes)
         self._loads: dict[int, Load] = {}
         self.num_unknown = 0
         self.fits = True
@@ -98,8 +98,7 @@ class Variant:
 
     def _standing_bytes(self, num_resident: int | None, num_buffers: int) -> tuple[int, int]:
         storages = self.recipe.standing(num_resident, num_buffers)
-        device = self.workspace
-        device += sum(round_request(s.num_bytes) for s in storages if s.place == "device" and s.num_bytes)
+        device = self.workspace + sum(map(device_bytes, storages))
         host = sum(pinned_bytes(s.num_bytes) for s in storages if s.place == "pinned" and s.category == "weights")
         return device, host
 

@@ -13,7 +13,7 @@ from memory.pools import round_request, segment_bytes
 KIB, MIB = 1 << 10, 1 << 20
 
 
-@pytest.mark.parametrize("requested, rounded", [(1, 512), (512, 512), (513, 1024), (MIB, MIB), (MIB + 1, MIB + 512)])
+@pytest.mark.parametrize("requested, rounded", [(0, 0), (1, 512), (512, 512), (513, 1024), (MIB, MIB), (MIB + 1, MIB + 512)])
 def test_requests_round_up_to_512_bytes(requested, rounded):
     assert round_request(requested) == rounded
 
