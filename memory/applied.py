@@ -20,7 +20,7 @@ class AppliedPlan(Handle):
     def __init__(self, plan: MemoryPlan, keeps: tuple[Keep, ...]):
         super().__init__()
         self.plan, self.keeps = plan, keeps
-        self.sharding = self.offload = self.checkpointing = self.activations = None
+        self.offload = self.checkpointing = self.activations = None
         self.lockstep = None
         """Runs several passes together (memory.lockstep), where the plan has them run so."""
 

@@ -154,7 +154,7 @@ def size_text(num_bytes: float) -> str:
 
 def size_unit(num_bytes: float) -> tuple[int, str]:
     """(bytes, name) of the unit in which memory of that size is read best."""
-    return (GIB, "GiB") if num_bytes >= GIB // 10 else (2**20, "MiB")
+    return (GIB, "GiB") if num_bytes >= GIB // 10 else (_MIB, "MiB")
 
 
 def detect(index: int = 0) -> Card:

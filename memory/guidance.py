@@ -36,12 +36,11 @@ def predict_pair(
         raise ValueError(f"guidance {mode} needs the embedding of the empty prompt; give it, or use guidance none")
     if mode == "sequential":
         return predict(latents, timestep, conditional), predict(latents, timestep, unconditional)
-    both = predict(
+    return predict(
         torch.cat([latents, latents]),  # (2B, F, C, H, W)
         torch.cat([timestep, timestep]),  # (2B,)
         torch.cat([conditional, unconditional]),  # (2B, N, D)
-    )
-    return tuple(both.chunk(2))
+    ).chunk(2)
 
 
 def guide(conditional: torch.Tensor, unconditional: torch.Tensor | None, scale: float) -> torch.Tensor:

@@ -46,14 +46,14 @@ class _Reached(Exception):
 class _Gate(nn.Module):
     """Stands where the blocks were. Shut, it stops a pass and takes its arguments; open, it gives what the blocks returned."""
 
-    def __init__(self, names: inspect.Signature, outputs: Any = None):
+    def __init__(self, signature: inspect.Signature, outputs: Any = None):
         super().__init__()
-        self._names, self._outputs = names, outputs
+        self._signature, self._outputs = signature, outputs
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if self._outputs is None:
-            arguments = self._names.bind(*args, **kwargs).arguments
-            for parameter in self._names.parameters.values():
+            arguments = self._signature.bind(*args, **kwargs).arguments
+            for parameter in self._signature.parameters.values():
                 if parameter.kind == parameter.VAR_KEYWORD:
                     arguments |= arguments.pop(parameter.name, {})
             raise _Reached(arguments)
@@ -74,8 +74,8 @@ class Lockstep:
         lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and list(m) == self._blocks]
         if not lists:
             raise ValueError("lockstep matched nothing: no ModuleList of the model holds just these blocks in this order")
-        self._list, self._names = lists[0], inspect.signature(self._blocks[0].forward)
-        for parameter in self._names.parameters.values():
+        self._list, self._signature = lists[0], inspect.signature(self._blocks[0].forward)
+        for parameter in self._signature.parameters.values():
             if parameter.kind in (parameter.POSITIONAL_ONLY, parameter.VAR_POSITIONAL):
                 raise ValueError(f"lockstep gives a block's arguments by name, and {parameter} has none")
 
@@ -93,7 +93,7 @@ class Lockstep:
         return [self._rest(each, waiting) for each in passes]
 
     def _first_block(self, each: Pass) -> _Reached:
-        with self._gated(_Gate(self._names)):
+        with self._gated(_Gate(self._signature)):
             try:
                 each()
             except _Reached as reached:
@@ -103,7 +103,7 @@ class Lockstep:
     def _rest(self, each: Pass, waiting: list[dict[str, Any]]) -> Any:
         arguments = waiting.pop(0)
         outputs = tuple(arguments[name] for name in self._boundary_names)
-        with self._gated(_Gate(self._names, outputs if len(outputs) > 1 else outputs[0])):
+        with self._gated(_Gate(self._signature, outputs if len(outputs) > 1 else outputs[0])):
             return each()
 
     @contextmanager

@@ -288,8 +288,7 @@ def _apply(applied: AppliedPlan, model, blocks, device, boundary_names, feed_for
     #    be on it; and inside checkpointing, so that a recomputation fetches its weights again.
     streamed = []
     if plan.num_shards > 1:
-        applied.sharding = shard_blocks(model, blocks, num_shards=plan.num_shards, device=device)
-        applied._undos.append(applied.sharding.undo)
+        applied._undos.append(shard_blocks(model, blocks, num_shards=plan.num_shards, device=device).undo)
     if streamed_indices(len(blocks), plan.resident_blocks):
         applied.offload = offload_blocks(blocks, device=device, num_resident=plan.resident_blocks, num_buffers=plan.offload_buffers)
         applied._undos.append(applied.offload.undo)

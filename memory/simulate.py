@@ -35,9 +35,6 @@ from memory.timeline import CATEGORIES, PLACES, Trace, Visit
 from memory.walks import Walks
 from memory.work import Work, copied_bytes, scratch_bytes, work_of
 
-OUTSIDE = "other"
-
-
 class Recorder(TorchDispatchMode):
     """Records births and deaths of storages while it is active: `with FakeMode(), recording() as recorder`.
 
@@ -54,7 +51,7 @@ class Recorder(TorchDispatchMode):
         self._work: list[Work] = []
         self._copies: dict[int, tuple[int, int, int]] = {}  # number of a copy's work -> (to record, from record, bytes)
         self._live: dict[int, tuple[int, weakref.ref]] = {}  # storage's C++ address -> (record, its weak reference)
-        self._phase = OUTSIDE
+        self._phase = "other"  # outside of any
         self._sum: tuple[int, int] | None = None  # records of what torch's C++ sums up and of its first summand, until something else happens
         self._product: int | None = None  # record of what the operator before has reshaped, as a matrix product's result is
         self._marks: list[Mark] = []

@@ -67,7 +67,6 @@ _FLASH_BACKWARD = (
     aten._scaled_dot_product_flash_attention_for_cpu_backward.default,
 )
 
-
 # Operators that only make an uninitialised tensor or an alias (whose schema may not say so).
 _IDLE = {aten.empty.memory_format, aten.empty_strided.default, aten.empty_like.default, aten.new_empty.default, aten.new_empty_strided.default,
          aten.detach.default, aten._unsafe_view.default}
@@ -85,8 +84,7 @@ def work_of(func, args, outputs) -> Work | None:
         read = args[1:] if func in _UNREAD else args
         return Work("memory", 0.0, _bytes(read) + _bytes(outputs))
     kind, count = entry
-    first = args[0]
-    if first.dtype == torch.float32 and kind != "convolution":
+    if args[0].dtype == torch.float32 and kind != "convolution":
         kind += "32"
     return Work(kind, count(args, outputs), _bytes(args) + _bytes(outputs))
 
