@@ -56,7 +56,8 @@ class Recorder(TorchDispatchMode):
         self._product: int | None = None  # record of what the operator before has reshaped, as a matrix product's result is
         self._marks: list[Mark] = []
         self._num_blocks = 0
-        self._hooks: list = []
+        self.hooks: list = []
+        """On the model and its blocks; `recording` removes them."""
         self._mark(None)
 
     @classmethod
@@ -93,7 +94,7 @@ class Recorder(TorchDispatchMode):
             trainable = tensor.requires_grad
             self.adopt([tensor], "adapters" if trainable else "weights", block=None if trainable else owners.get(id(tensor)))
             if trainable:
-                self._hooks.append(tensor.register_post_accumulate_grad_hook(self._settle_gradient))
+                self.hooks.append(tensor.register_post_accumulate_grad_hook(self._settle_gradient))
 
     def watch(self, blocks: Sequence[nn.Module], *, together: bool = False) -> None:
         """Mark the visits of `blocks`, which run in this order, forward and backward.
@@ -101,7 +102,7 @@ class Recorder(TorchDispatchMode):
         `together`: several passes run in lockstep (memory.lockstep), one walk in parts.
         """
         self._num_blocks = len(blocks)
-        self._hooks += Walks(blocks, self._mark, together=together).hooks
+        self.hooks += Walks(blocks, self._mark, together=together).hooks
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -116,14 +117,11 @@ class Recorder(TorchDispatchMode):
             self._mark(None)
 
     def trace(self) -> Trace:
-        """What was recorded. Call it once, after leaving the recorder; its hooks are removed.
+        """What was recorded. Call it once, after leaving the recorder.
 
         Storages that the step made and left behind (optimizer state, host buffers) count as standing: they are there
         in every later step.
         """
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks.clear()
         survivors = {index for index, _ in self._live.values()}
         self._mark(None)  # the end
         return settled(self._records, self._events, self._work, self._marks, survivors=survivors, copies=self._copies, num_blocks=self._num_blocks)
@@ -234,12 +232,14 @@ class Recorder(TorchDispatchMode):
 @contextlib.contextmanager
 def recording(*, device: str = "cuda") -> Iterator[Recorder]:
     """A recorder with the garbage collector out of the way, which would make deaths depend on its timing."""
-    enabled = gc.isenabled()
+    enabled, recorder = gc.isenabled(), Recorder(device)
     gc.disable()
     try:
-        with Recorder(device) as recorder:
+        with recorder:
             yield recorder
     finally:
+        for hook in recorder.hooks:
+            hook.remove()
         if enabled:
             gc.enable()
 

@@ -433,6 +433,16 @@ def test_wrong_declarations_are_refused():
         recorder.adopt([torch.empty(1)], "wieghts")
 
 
+def test_a_step_that_fails_leaves_no_hook_behind():
+    layer = nn.Linear(2, 2)
+    with pytest.raises(ZeroDivisionError), recording() as recorder:
+        recorder.adopt_model(layer)
+        recorder.watch([layer])
+        raise ZeroDivisionError
+    assert not layer._forward_hooks and not layer._forward_pre_hooks
+    assert not any(parameter._post_accumulate_grad_hooks for parameter in layer.parameters())
+
+
 # ---- splicing ----------------------------------------------------------------------------------------------------------
 
 
