@@ -164,11 +164,9 @@ class Trace:
 
         `workspace_bytes` (cuBLAS) are taken from the same allocator, as "other".
         """
-        peak, at_peak, by_phase = -1, {}, {}
-        for phase, total, live in self.timeline():
-            by_phase[phase] = max(by_phase.get(phase, 0), total)
-            if total > peak:
-                peak, at_peak = total, dict(live)
+        by_phase = self.peaks()
+        peak = max(by_phase.values())
+        at_peak = next(dict(live) for _, total, live in self.timeline() if total == peak)
         workspace = 2 * round_request(workspace_bytes // 2)
         at_peak["other"] += workspace
         events, sizes = self.device_events(num_steps=2, workspace_bytes=workspace_bytes)

@@ -234,7 +234,8 @@ def arrival_waits(walks: Sequence[Walk], ring: Ring | None) -> list[float]:
     parks = any(walk.total.to_device for walk in walks)
     if not parks and (ring is None or ring.seconds <= min((walk.shortest for walk in walks), default=0.0)):
         return [0.0] * len(walks)
-    seconds, streamed, num_slots = (ring.seconds, ring.streamed, min(ring.num_slots, len(ring.streamed))) if ring else (0.0, frozenset(), 0)
+    ring = ring or Ring(0.0, frozenset(), 0)
+    num_slots = min(ring.num_slots, len(ring.streamed))
     now = free = 0.0  # when computing and the link are through with all that they were given
 
     def sent(at: float, seconds: float) -> float:
@@ -245,19 +246,20 @@ def arrival_waits(walks: Sequence[Walk], ring: Ring | None) -> list[float]:
 
     weights, is_slot_left, waits = deque([0.0] * num_slots), False, []  # the first blocks' were sent for at the end of the step before
     for walk in walks:
-        num_loads, num_parked = len(streamed) - (num_slots if walk.turns else 0), sum(to_device > 0 for *_, to_device in walk.calls)
+        num_leaving = len(ring.streamed) - (num_slots if walk.turns else 0)  # blocks that leave their slots to others
+        num_parked = sum(to_device > 0 for *_, to_device in walk.calls)
         parked, waited, before = 0.0, 0.0, None
         for block, computing, to_device in walk.calls:
             ready = now
             if to_device or not num_parked:
                 ready, parked = max(ready, parked), 0.0
             if block != before and is_slot_left:
-                weights.append(sent(now, seconds))
+                weights.append(sent(now, ring.seconds))
                 is_slot_left = False
-            if block != before and block in streamed:
+            if block != before and block in ring.streamed:
                 ready = max(ready, weights.popleft())
-                num_loads -= 1
-                is_slot_left = num_loads >= 0
+                num_leaving -= 1
+                is_slot_left = num_leaving >= 0
             before = block
             if to_device:  # is what the next one has parked
                 parked = sent(ready, to_device)
