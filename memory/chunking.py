@@ -31,7 +31,7 @@ def chunk_feed_forwards(modules: Sequence[nn.Module], num_chunks: int) -> Handle
 
     Apply it before strategies around the blocks. Raises ValueError for no modules, fewer than two chunks, or
     trainable parameters inside (backward gives gradients to the input only); RuntimeError if applied already, and in
-    forward if dropout (a module's) is active.
+    forward if dropout (a module's) is active or, where a graph is recorded, autocast.
     """
     modules = require_modules(modules, "feed-forward chunks")
     if num_chunks < 2:
@@ -59,6 +59,8 @@ def _chunked_forward(module: nn.Module, num_chunks: int, inner):
         original.training = module.training
         if not (torch.is_grad_enabled() and hidden.requires_grad):
             return _run_chunks(original, hidden, num_chunks)
+        if torch.is_autocast_enabled(hidden.device.type):  # backward, which computes anew, runs outside of it
+            raise RuntimeError("a feed-forward in chunks cannot compute as under autocast again; cast the frozen model instead (dtype)")
         parameters = dict(module.named_parameters())
         # Weights are saved tensors, too: under block offload, backward must find them again through autograd, because the
         # parameters point to the host by then.

@@ -144,6 +144,16 @@ def test_active_dropout_is_refused():
         module(torch.randn(1, 4, 16))
 
 
+def test_autocast_is_refused_where_backward_follows():
+    module, hidden = make(), torch.randn(1, 4, 16)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = module(hidden)
+        chunk_feed_forwards([module], 2)
+        assert torch.equal(module(hidden), expected)
+        with pytest.raises(RuntimeError, match="autocast"):
+            module(hidden.requires_grad_())
+
+
 def test_the_whole_model_stays_close(kind):
     tiny = make_tiny(kind)
     chunk_feed_forwards(tiny.feed_forwards, 9)
