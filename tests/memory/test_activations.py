@@ -309,6 +309,16 @@ def test_arena_slabs_are_powers_of_two_and_shared():
     beside, after = arena.take(5000), arena.take(6000)  # what is left of the first slab has room for the one only
     assert beside.flat.data_ptr() == arena.slabs[0].data_ptr() + 10 * 1024 + 512
     assert after.flat.data_ptr() == arena.slabs[1].data_ptr() + 6144
+    arena.take(65536 - 2 * 6144)  # all that is left of the second
+    assert len(arena.slabs) == 2
+
+
+def test_slabs_do_not_grow_beyond_a_size_but_hold_one_tensor_at_least(monkeypatch):
+    monkeypatch.setattr("memory.slabs.MAX_SLAB_BYTES", 4096)
+    arena = Arena(Lane(CPU), num_blocks=10)
+    for num_bytes in (1024, 8192):
+        arena.take(num_bytes)
+    assert [slab.numel() for slab in arena.slabs] == [4096, 8192]
 
 
 def test_equal_to_the_plain_run_without_checkpointing(kind):

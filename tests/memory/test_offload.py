@@ -291,6 +291,7 @@ def test_weights_keep_the_order_of_their_dimensions(gathered):
     blocks, seen = make_blocks(3), []
     weights = [block.linear.weight for block in blocks]
     weights[1].data = weights[1].data.t().contiguous().t()
+    blocks[1].before = nn.Parameter(torch.ones(3), requires_grad=False)  # in the buffer, too
     weights[2].data = torch.randn(8, 16)[:, ::2]  # with gaps, which nobody needs
     expected = blocks[:2](torch.ones(2, 8))
     handle = offload_blocks(blocks, device="cpu", gathered=gathered)
@@ -298,7 +299,7 @@ def test_weights_keep_the_order_of_their_dimensions(gathered):
         block.linear.register_forward_pre_hook(lambda module, _: seen.append(module.weight.stride()))
     assert torch.equal(blocks[:2](torch.ones(2, 8)), expected)
     blocks[2](expected)
-    assert seen == [(8, 1), (1, 8), (8, 1)]
+    assert seen == [(8, 1), (1, 8), (8, 1)] and torch.equal(blocks[1].before, torch.ones(3))
     handle.undo()
     assert [weight.stride() for weight in weights[:2]] == [(8, 1), (1, 8)]
 
