@@ -35,6 +35,7 @@ from memory.timeline import CATEGORIES, PLACES, Trace, Visit
 from memory.walks import Walks
 from memory.work import Work, copied_bytes, scratch_bytes, work_of
 
+
 class Recorder(TorchDispatchMode):
     """Records births and deaths of storages while it is active: `with FakeMode(), recording() as recorder`.
 
