@@ -20,7 +20,7 @@ On the CPU the same code runs with plain copies: slots are real buffers, differe
 import dataclasses
 import functools
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 
 import torch
@@ -173,7 +173,8 @@ def offload_blocks(
     Blocks run in the order given. `num_buffers` slots of one block each are allocated on the device. `gathered`: a block's weights
     lie in one pinned buffer, from where copies run beside the computation. Otherwise they are read from where they are, such as
     a file that is mapped into memory: slower, and for passes so few that pinning would take longer.
-    While it is applied, streamed weights must not be changed: copies on the device would not follow. Loading them is refused.
+    While it is applied, streamed weights must not be changed: copies on the device would not follow. Loading, casting and moving them
+    is refused.
     Masters are built block by block, so the model may be larger than the device. Parameters that are trainable
     now, buffers and resident blocks move to the device. Checkpointing, if any, goes on top of this.
     Raises ValueError for no blocks, meta tensors, a parameter that two blocks share, fewer than two buffers,
@@ -195,7 +196,7 @@ def offload_blocks(
             if streamed:
                 ring.masters[index] = Master(block, streamed, gathered=gathered, pin=device.type == "cuda")
                 handle._undos.append(ring.masters[index].release)
-                handle._undos.append(block.register_load_state_dict_pre_hook(_refuse_to_load(block, streamed)).remove)
+                handle._undos.append(_refuse_changes(block, streamed))
             handle._undos.append(place(block, device, skip=streamed))
         ring.allocate(num_buffers)
         for index, block in enumerate(blocks):
@@ -207,15 +208,30 @@ def offload_blocks(
     return handle
 
 
-def _refuse_to_load(block: nn.Module, streamed: Sequence[nn.Parameter]):
+def _refuse_changes(block: nn.Module, streamed: Sequence[nn.Parameter]) -> Callable[[], None]:
+    """Refuse to load, cast or move what streams, as `.to()` and layerwise casting would; returns the undo function."""
     held = {id(parameter) for parameter in streamed}
     names = [name for name, parameter in block.named_parameters(remove_duplicate=False) if id(parameter) in held]
+    holders = [module for module in block.modules() if any(id(parameter) in held for parameter in module._parameters.values())]
 
-    def refuse(module: nn.Module, state: dict, prefix: str, *_: object) -> None:
+    def load(module: nn.Module, state: dict, prefix: str, *_: object) -> None:
         if loaded := next((name for name in names if prefix + name in state), None):
             raise RuntimeError(f"{prefix + loaded} is streamed, and its copy on the device would stay as it is; undo() the offload first")
 
-    return refuse
+    def cast_or_move(*_: object, **__: object) -> None:
+        raise RuntimeError("weights that are streamed cannot be cast or moved, their copies on the device would not follow; "
+                           "do so before the offload, or undo() it first")
+
+    hook = block.register_load_state_dict_pre_hook(load)
+    for module in holders:
+        module._apply = cast_or_move
+
+    def undo() -> None:
+        hook.remove()
+        for module in holders:
+            del module._apply
+
+    return undo
 
 
 def _check(blocks: list[nn.Module], frozen: list[list[nn.Parameter]], resident: frozenset[int]) -> None:

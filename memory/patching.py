@@ -1,7 +1,7 @@
 """Replace a module's forward, and take the replacement back.
 
 The replacement is an instance attribute: no wrapper module, so `state_dict` keys, `named_modules` and the
-Parameter objects stay what they were. Copy a model before strategies are applied: a copy made later would run the original's.
+Parameter objects stay what they were. A deep copy is refused meanwhile: it would run the original's.
 """
 
 import functools
@@ -9,6 +9,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import nn
+
+
+class _NotCopied:
+    def __deepcopy__(self, memo: dict) -> None:
+        raise RuntimeError("a copy would run the original, since memory strategies are applied to it; copy the model before, or undo() them first")
 
 
 def replace_forward(module: nn.Module, strategy: str, wrap: Callable[[Callable], Callable]) -> Callable[[], None]:
@@ -22,7 +27,7 @@ def replace_forward(module: nn.Module, strategy: str, wrap: Callable[[Callable],
     had_own = "forward" in module.__dict__
     forward = functools.wraps(inner)(wrap(inner))
     forward.strategy, forward.inner = strategy, inner
-    module.forward = forward
+    module.forward, module.not_copied = forward, _NotCopied()
 
     def undo() -> None:
         if module.__dict__.get("forward") is not forward:
@@ -34,6 +39,8 @@ def replace_forward(module: nn.Module, strategy: str, wrap: Callable[[Callable],
             module.forward = inner
         else:
             del module.forward
+        if not applied_strategies(module):
+            del module.not_copied
 
     return undo
 

@@ -149,6 +149,26 @@ def test_weights_are_not_loaded_past_what_is_on_the_device():
     assert all(torch.equal(tensor, more[name]) for name, tensor in blocks.state_dict().items())
 
 
+@pytest.mark.parametrize("change", [lambda m: m.to(torch.float64), lambda m: m[1].linear.half(), lambda m: m[1].linear.to_empty(device="cpu")])
+def test_weights_are_not_cast_or_moved_past_what_is_on_the_device(change):
+    blocks, expected = make_blocks(), make_blocks()
+    handle = offload_blocks(blocks, device="cpu")
+    with pytest.raises(RuntimeError, match=r"cannot be cast or moved, .*undo\(\) it first"):
+        change(blocks)
+    hidden = torch.randn(2, 8)
+    assert torch.equal(blocks(hidden), expected(hidden))
+    handle.undo()
+    change(blocks)
+
+
+def test_weights_are_not_cast_layer_by_layer_while_a_block_runs():
+    blocks = make_blocks()
+    blocks[1].linear.register_forward_pre_hook(lambda module, _: module.half() and None)  # as diffusers' layerwise casting does
+    offload_blocks(blocks, device="cpu")
+    with pytest.raises(RuntimeError, match="cannot be cast or moved"):
+        blocks(torch.ones(2, 8))
+
+
 def test_a_first_pass_in_inference_mode_leaves_training_alone():
     blocks, hidden = make_blocks(), torch.randn(2, 8)
     offload_blocks(blocks, device="cpu")

@@ -1,3 +1,4 @@
+import copy
 import subprocess
 import sys
 
@@ -146,6 +147,15 @@ def test_a_failure_while_applying_leaves_the_model_as_it_was():
     assert not any("forward" in module.__dict__ for module in tiny.model.modules())
     with pytest.raises(ValueError, match="matched nothing"):
         apply_plan(tiny.model, tiny.blocks, MemoryPlan(feed_forward_chunks=2), device="cpu")
+
+
+def test_a_model_is_copied_before_or_after():
+    tiny = make_tiny()
+    applied = apply_plan(tiny.model, tiny.blocks, MemoryPlan(resident_blocks=0), device="cpu")
+    with pytest.raises(RuntimeError, match=r"a copy would run the original, .*undo\(\)"):
+        copy.deepcopy(tiny.model)
+    applied.undo()
+    copy.deepcopy(tiny.model)
 
 
 def test_a_weight_that_streams_is_not_used_outside_of_the_blocks():
