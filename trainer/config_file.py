@@ -71,6 +71,18 @@ def _instead_of(dotted: str, known: Iterable[str]) -> str:
     return f"did you mean the section [{near[0]}]?" if near else f"sections are {', '.join(sections)}"
 
 
+SEPARATORS = {".csv": (",", "commas"), ".tsv": ("\t", "tabs")}
+"""By a table's ending: what separates its columns, and the word for it."""
+JSON = (".json", ".jsonl")
+
+
+def require_list(path: Path, flag: str, what: str) -> None:
+    """Raises UsageError where the ending tells of no plain list: a table's columns would be taken for one line, its head for another."""
+    if path.suffix.lower() in (*SEPARATORS, *JSON):
+        kind = "JSON" if path.suffix.lower() in JSON else "a table"
+        raise UsageError(f"{flag} {path}: is {kind}; write a text file, with one {what} a line")
+
+
 def read_lines(path: Path, flag: str, what: str) -> list[str]:
     """The lines of a text file that are not empty, stripped. Raises UsageError where there are none, in words for `what` each names."""
     lines = [composed(line) for line in read_text(path, flag).split("\n") if line.strip()]  # not splitlines(): it cuts at U+2028 and others

@@ -11,7 +11,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from memory.advice import flag_of
 from trainer.config import composed
-from trainer.config_file import read_lines
+from trainer.config_file import read_lines, require_list
 from trainer.errors import UsageError
 from trainer.projection_config import ForgetConfig
 from trainer.shapes import pictures
@@ -77,7 +77,9 @@ def classes(config: ForgetConfig) -> tuple[str, tuple[str, ...]]:
     kept = [composed(name) for name in config.preserve]
     if not all(kept):
         raise UsageError("--preserve: an empty class names nothing; leave it out")
-    kept += read_lines(config.preserve_file, "--preserve-file", "class") if config.preserve_file else []
+    if config.preserve_file:
+        require_list(config.preserve_file, "--preserve-file", "class")
+        kept += read_lines(config.preserve_file, "--preserve-file", "class")
     if bundled:
         for flag, name in (("forget", forget), *(("preserve", name) for name in kept)):
             if name not in pictures.CLASSES:

@@ -18,7 +18,7 @@ from memory.streams import pinning
 from trainer.backbones.text_encoder import TextEncoder
 from trainer.cache import cache_directory, recall, store
 from trainer.config import DataConfig, composed
-from trainer.config_file import read_lines
+from trainer.config_file import JSON, SEPARATORS, read_lines, require_list
 from trainer.errors import CheckpointError, NonFinite, UsageError
 
 logger = logging.getLogger(__name__)
@@ -183,24 +183,18 @@ def _lines(path: Path, flag: str) -> list[str]:
     return read_lines(path, flag, "prompt")
 
 
-_SEPARATORS = {".csv": (",", "commas"), ".tsv": ("\t", "tabs")}
-_JSON = (".json", ".jsonl")
-
-
 def _kept(path: Path) -> list[str]:
-    """What a text file lists. The columns of a table would be kept as one sentence, its head as another."""
-    if path.suffix.lower() in (*_SEPARATORS, *_JSON):
-        what = "JSON" if path.suffix.lower() in _JSON else "a table"
-        raise UsageError(f"--preserve-file {path}: is {what}; write a text file, with one word or prompt to keep a line")
+    """What a text file lists."""
+    require_list(path, "--preserve-file", "word or prompt to keep")
     return _lines(path, "--preserve-file")
 
 
 def _pairs(path: Path) -> list[tuple[str, str]]:
     """(prompt, safe prompt) from a text file, a CSV or a TSV."""
     lines = _lines(path, "--prompts")
-    if path.suffix.lower() in _JSON:
+    if path.suffix.lower() in JSON:
         raise UsageError(f"--prompts {path}: is JSON; write one prompt a line, or a CSV with a column prompt and, if you can, a column safe")
-    separator, between = _SEPARATORS.get(path.suffix.lower(), (None, None))
+    separator, between = SEPARATORS.get(path.suffix.lower(), (None, None))
     if separator is None:
         return [(line, "") for line in lines]
     with path.open(newline="", encoding="utf-8-sig") as f:

@@ -521,6 +521,7 @@ def test_wrong_pictures_are_one_clear_line(encoders, folders, damage, message):
     (["--mergers", "main"], "--mergers is not for --encoder clip"), (["--num-answers", "0"], "--num-answers is not for --encoder clip"),
     (["--forget", ""], "--forget is empty; name the class to forget"), (["--forget", " "], "--forget is empty"),
     (["--preserve-file", "absent.txt"], "--preserve-file absent.txt: cannot be read"),
+    (["--preserve-file", "keep.CSV"], "--preserve-file keep.CSV: is a table; write a text file, with one class a line"),
     (["--rank", "0"], "--rank 0: must be 1 or more"), (["--rank", "500"], "--rank 500: text_projection is"),
     (["--acceptance", "1"], "--acceptance 1.0: from 0 to below 1"), (["--model", "absent"], "no model in transformers' layout")])
 def test_wrong_settings_are_one_clear_line(encoders, tmp_path, monkeypatch, words, message):
