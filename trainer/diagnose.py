@@ -88,6 +88,8 @@ def _whole(run_dir: Path) -> list[str]:
         checked.append(f"{sound.path.relative_to(run_dir)}: every byte is what was written")
     if (run_dir / LORA).is_file():
         checked.append(f"{LORA}: a LoRA of {', '.join(load_updates(run_dir))}")
+    if (run_dir / CONFIG).exists() and not sound and not any((run_dir / name).is_file() for name in (WEIGHTS, LORA)):
+        logger.warning("%s: nothing was saved so far, no checkpoint and no weights", run_dir)
     return checked
 
 

@@ -322,6 +322,15 @@ def test_a_run_without_what_it_found_itself_is_said_to_be(run_dir: Path, caplog:
     assert not any(METRICS in line for line in bill.checked)
 
 
+def test_a_run_that_saved_nothing_is_said_to_have(run_dir: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for name in ("ckpt", "eraser.safetensors"):
+        diagnose_run(run_dir)
+        assert not caplog.records
+        shutil.rmtree(run_dir / name) if name == "ckpt" else (run_dir / name).unlink()
+    assert diagnose_run(run_dir).healthy
+    assert caplog.messages == [f"{run_dir}: nothing was saved so far, no checkpoint and no weights"]
+
+
 def test_what_a_run_found_and_measured_is_told_again(run_dir: Path) -> None:
     (run_dir / FINDINGS).write_text(json.dumps(Bill(findings=(finding("dead-gelu", "training", severity="warning", block=1),)).as_json()))
     records = read_metrics(run_dir)
