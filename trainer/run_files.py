@@ -106,9 +106,9 @@ def read_bytes(path: Path) -> bytes:
 
 def read_object(path: Path) -> dict[str, Any]:
     """The object in a JSON file; empty if there is none that can be read."""
-    if not path.exists():
-        return {}
     try:
+        if not path.exists():
+            return {}
         content = json.loads(read_bytes(path))
         if not isinstance(content, dict):
             raise ValueError("it holds no object")

@@ -27,7 +27,7 @@ from trainer.errors import CheckpointError, InputOutputError, UsageError
 from trainer.findings import Bill, finding
 from trainer.report import write_report
 from trainer.run_directory import require_place, write_config
-from trainer.run_files import RunFiles, read_metrics
+from trainer.run_files import RunFiles, read_metrics, read_object
 
 GIB = 2**30
 
@@ -237,6 +237,11 @@ def test_metrics_that_cannot_be_read_leave_the_other_parts(run, caplog):
     (run / "metrics.jsonl").mkdir()
     assert "crimson" in read(write_report(run))[1]
     assert caplog.messages[0].startswith(f"{run / 'metrics.jsonl'}: left out, it cannot be read (") and len(caplog.messages) == 1
+
+
+def test_a_file_that_cannot_be_looked_at_is_left_out(tmp_path, caplog):
+    assert read_object(tmp_path / ("x" * 300)) == {}
+    assert "left out, it cannot be read ([Errno 36] File name too long" in caplog.text
 
 
 def test_a_file_that_holds_no_object_is_said_to_be_left_out(run, caplog):
