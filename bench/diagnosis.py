@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import tyro
 from rich.console import Console
 from rich.table import Column, Table
 
 from bench.faults import FAULTS, run_fault
-from bench.provenance import RESULTS, write_result
+from bench.provenance import RESULTS, settings_of, write_result
 from bench.watched import PIPELINES, Outcome, healthy_settings, settings, tiny_pipeline, watch
+from trainer.config import at_least
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +32,10 @@ class Diagnosis:
     """Steps of each sound run."""
     out: Path = RESULTS
     """Directory of the result."""
+
+    def __post_init__(self):
+        at_least(self, 0, "num_healthy")
+        at_least(self, 1, "num_steps")
 
 
 def _case(name: str, code: str, block: int | None, at: int, outcome: Outcome) -> dict[str, Any]:
@@ -89,4 +93,4 @@ def main(config: Diagnosis) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Diagnosis))
+    main(settings_of(Diagnosis))

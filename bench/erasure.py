@@ -15,10 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import tyro
-
-from bench.provenance import RESULTS, ROOT, require_known, write_result
-from trainer.config import SHAPES, TrainConfig, replaced
+from bench.provenance import RESULTS, ROOT, require_known, settings_of, write_result
+from trainer.config import SHAPES, TrainConfig, at_least, replaced
 from trainer.evaluate import evaluate
 from trainer.loop import train
 from trainer.video_config import EvaluateConfig
@@ -51,6 +49,7 @@ class Erasure:
 
     def __post_init__(self):
         require_known("--only", self.only, VARIANTS)
+        at_least(self, 1, "num_videos")
 
 
 PICTURED = ("two-steps", "unlearn-noise", "unlearn-trajectory", "all-trajectory")
@@ -112,4 +111,4 @@ def main(config: Erasure) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Erasure))
+    main(settings_of(Erasure))

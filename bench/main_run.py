@@ -15,9 +15,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import tyro
-
-from bench.provenance import RESULTS, ROOT, require_known, write_result
+from bench.provenance import RESULTS, ROOT, require_known, settings_of, write_result
 
 RUNS: dict[str, tuple[str, ...]] = {
     "red": ("--concept", "red"),
@@ -63,4 +61,4 @@ def main(config: MainRun) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(MainRun))
+    main(settings_of(MainRun))

@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import tyro
 
-from bench.provenance import RESULTS, write_result
+from bench.provenance import RESULTS, settings_of, write_result
 from memory.plan import MemoryPlan
 from trainer.assemble import assemble, embed_prompts, open_backbone
 from trainer.config import ModelConfig, at_least
@@ -60,7 +59,7 @@ def accuracy(config: Pretrained) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    settings = tyro.cli(Pretrained)
+    settings = settings_of(Pretrained)
     content = accuracy(settings)
     path = write_result("pretrained", content, settings.out)
     for kind, row in content["accuracy"].items():

@@ -16,9 +16,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import tyro
-
-from bench.provenance import RESULTS, ROOT, require_known, write_result
+from bench.provenance import RESULTS, ROOT, require_known, settings_of, write_result
 from trainer.shapes import pictures
 
 TARGETS = {"clip": ("empty", "random", "mean"), "qwen3-vl": ("random", "mean")}
@@ -67,4 +65,4 @@ def main(config: Projection) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Projection))
+    main(settings_of(Projection))

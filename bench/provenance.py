@@ -14,6 +14,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import tyro
+
+from trainer.errors import UsageError
 from trainer.run_files import write_whole
 
 ROOT = Path(__file__).parent.parent
@@ -31,14 +34,19 @@ def provenance() -> dict[str, Any]:
                                 cwd=ROOT).stdout.strip()
     except FileNotFoundError:  # a copy of the tree on a machine without git
         commit = ""
-    module = getattr(sys.modules["__main__"], "__spec__", None)
-    program = ["python", "-m", module.name.removesuffix(".__main__")] if module else ["python", Path(sys.argv[0]).name]
+    words = (program() or f"python {Path(sys.argv[0]).name}").split()
     return {
         "versions": {"python": platform.python_version(), **_versions()},
         "card": card, "num_cores": os.cpu_count(), "system": platform.system(), "machine": platform.machine(),
-        "commit": commit, "command": shlex.join([*program, *sys.argv[1:]]),
+        "commit": commit, "command": shlex.join([*words, *sys.argv[1:]]),
         "date": datetime.now(UTC).date().isoformat(),
     }
+
+
+def program() -> str | None:
+    """`python -m MODULE`, where this process was started so."""
+    module = getattr(sys.modules["__main__"], "__spec__", None)
+    return f"python -m {module.name.removesuffix('.__main__')}" if module else None
 
 
 def _versions() -> dict[str, str]:
@@ -52,17 +60,23 @@ def _versions() -> dict[str, str]:
 
 def take_no_arguments(doc: str | None) -> None:
     """For benchmarks without options: --help says what it is, and any other word is refused before anything is measured."""
-    module = getattr(sys.modules["__main__"], "__spec__", None)
-    argparse.ArgumentParser(prog=f"python -m {module.name}" if module else None, description=doc,
-                            formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    argparse.ArgumentParser(prog=program(), description=doc, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+
+
+def settings_of(kind: type) -> Any:
+    """A benchmark's settings from the command line. Leaves the program, with argparse's code for it, where they make no sense."""
+    try:
+        return tyro.cli(kind, prog=program())
+    except UsageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
 
 
 def require_known(flag: str, names: Iterable[str], known: Iterable[str]) -> None:
-    """Leaves the program at the first name that is not known, with argparse's code for it."""
+    """Raises UsageError at the first name that is not known."""
     for name in names:
         if name not in known:
-            print(f"error: {flag} {name}: one of {', '.join(known)}", file=sys.stderr)
-            sys.exit(2)
+            raise UsageError(f"{flag} {name}: one of {', '.join(known)}")
 
 
 def of_cards(part: str, directory: Path = RESULTS) -> list[Path]:

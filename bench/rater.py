@@ -10,10 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import tyro
-
-from bench.provenance import RESULTS, require_known, write_result
-from trainer.config import SHAPES, TrainConfig, replaced
+from bench.provenance import RESULTS, require_known, settings_of, write_result
+from trainer.config import SHAPES, TrainConfig, at_least, replaced
 from trainer.evaluate import evaluate
 from trainer.loop import train
 from trainer.video_config import EvaluateConfig
@@ -36,6 +34,7 @@ class Rater:
 
     def __post_init__(self):
         require_known("--concepts", self.concepts, CONCEPTS)
+        at_least(self, 1, "num_videos")
 
 
 def measure(config: Rater, concept: str) -> dict[str, Any]:
@@ -55,4 +54,4 @@ def main(config: Rater) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Rater))
+    main(settings_of(Rater))

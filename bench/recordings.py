@@ -29,7 +29,7 @@ from unittest.mock import patch
 
 import torch
 
-from bench.provenance import write_result
+from bench.provenance import program, write_result
 from memory.allocator import replay
 from memory.environment import cublas_workspace_bytes
 from memory.fake import FakeMode
@@ -136,7 +136,7 @@ def _train(model: torch.nn.Module, num_tokens: int) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(prog=program(), description=__doc__.split("\n\n")[0])
     parser.add_argument("--clones", type=Path, default=cache_directory("recordings"), help="where clones are or go (%(default)s)")
     clones = parser.parse_args().clones
     if missing := [name for name in ("einops", "einx", "jaxtyping") if importlib.util.find_spec(name) is None]:
