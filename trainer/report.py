@@ -42,7 +42,7 @@ def write_report(run: Path, out: Path | None = None) -> Path:
     Raises CheckpointError if `run` is no run directory, InputOutputError if the file cannot be written.
     """
     files, out = RunFiles.read(run), out or run / REPORT
-    if not out.name:
+    if out.name in ("", "-"):  # a page is for a browser, not for a pipe
         raise UsageError(f"--out {out}: name a file, such as {REPORT}")
     builders = (_tiles, _unfinished, _findings, evaluation, answers, attempts, _pictures, _losses, _norms, _time, _memory, _settings)
     page = string.Template(_TEMPLATE.read_text(encoding="utf-8")).substitute(

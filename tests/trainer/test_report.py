@@ -356,6 +356,14 @@ def test_no_run_and_no_place(run, tmp_path):
             write_report(run, place / "page.html")
 
 
+@pytest.mark.parametrize("out", ["", ".", "-"])
+def test_a_page_needs_a_name(run, tmp_path, monkeypatch, out):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError, match=f"--out {Path(out)}: name a file, such as report.html"):
+        write_report(run, Path(out))
+    assert sorted(tmp_path.iterdir()) == [run]
+
+
 def test_a_device_or_a_pipe_is_not_replaced_and_a_link_is_followed(run, tmp_path):
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "to pipe").symlink_to(tmp_path / "pipe")
