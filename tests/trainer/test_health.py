@@ -146,6 +146,17 @@ def test_an_unsound_step_is_not_applied(optimizer: str, what: str, tiny_config: 
     assert code not in caplog.text  # it is said once, by whoever catches it
 
 
+def test_a_gradient_that_does_not_come_ends_the_run_before_its_step(tiny_config: Make) -> None:
+    subject = prepare(tiny_config())
+    erasers = subject.assembly.erasers
+    with subject.assembly, Health(subject) as health:
+        terms = student_backward(subject.assembly.predict, erasers, subject.teacher.sample(0), subject.config.loss)
+        erasers.adapters[1].down.weight.grad, before = None, erasers.state_dict()
+        with pytest.raises(Unhealthy, match="^step 3 .no weight was changed.: detached-eraser .backward, block 1, .*down.weight.: .* step 3, num"):
+            health.apply(2, terms)
+        assert all(torch.equal(tensor, before[name]) for name, tensor in erasers.state_dict().items())
+
+
 def _half(tiny_config: Make, **overrides):
     subject = prepare(tiny_config(memory__dtype="float16", **overrides))
     subject.scaler.scale(torch.ones(()))  # the scale exists from here on
@@ -263,7 +274,7 @@ def test_several_optimizers_are_one_to_the_watcher(tiny_config: Make) -> None:
             whole.zero_grad(set_to_none=True)
             moved = {name for name, tensor in erasers.state_dict().items() if not torch.equal(tensor, before[name])}
             assert {"0.up.weight", "1.up.bias"} <= moved if loss is None else not moved
-        with pytest.raises(Unhealthy, match="no weight was changed"):
+        with pytest.raises(Unhealthy, match="^step 2 .no weight was changed"):
             health.flush()
         (found,) = Preflight(replace(subject, optimizer=subject.optimizer[:1])).run().fatal
     assert found.code == "not-in-optimizer" and found.module.endswith(".bias")

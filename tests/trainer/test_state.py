@@ -8,6 +8,7 @@ import shutil
 import signal
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -132,6 +133,18 @@ def test_interrupted_and_resumed_equals_straight_bitwise(straight, tiny_config, 
     assert raised.value.exit_code == 143
     assert len(numbers(config.output.out)) == stop
     assert not differences(one, train(config, {}, resume=config.output.out), pooled=config.data.pool > 0)
+
+
+def test_the_loss_scale_goes_on_where_it_was(straight, tiny_config, monkeypatch):
+    scaler = partial(torch.amp.GradScaler, "cpu", growth_interval=2)  # of 2000 steps otherwise
+    monkeypatch.setattr("trainer.inspection.make_scaler", lambda dtype, device: scaler())
+    config = tiny_config(memory__dtype="float16")
+    one = straight(memory__dtype="float16")
+    assert [r["loss_scale"] / 2**16 for r in numbers(one)] == [1, 1, 2, 2, 4, 4]
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        _stop_after(patch, 3)
+        train(config, {})
+    assert not differences(one, train(config, {}, resume=config.output.out))
 
 
 def test_a_run_stopped_before_its_first_step_is_saved_as_it_says(straight, tiny_config, monkeypatch, caplog):
