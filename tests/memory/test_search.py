@@ -92,6 +92,27 @@ def test_the_chosen_plan_is_the_fastest_that_fits_and_its_prediction_that_of_a_f
         assert not again.fits and again.reason == miss.reason
 
 
+@pytest.mark.parametrize("needs", [
+    [PhaseNeed(name="sample", device_bytes=GIB, with_backbone=True)],
+    [PhaseNeed(name="encode", device_bytes=GIB, with_backbone=False, host_bytes=GIB)],
+    [PhaseNeed(name="save", device_bytes=GIB, with_backbone=True, host_bytes=GIB)],
+], ids=lambda needs: needs[0].name)  # fmt: skip
+def test_what_plans_are_ranked_by_is_what_is_assessed(workload, needs):
+    """Of the step the live bytes, on the device and on the host; of the other phases, larger here than the step, all."""
+    workload = dataclasses.replace(workload, host_bytes=5 * MIB, phases=lambda plan: needs)
+    card = dataclasses.replace(fixed_card(2 * GIB), cublas_workspace_bytes=8 * MIB)
+    base, residents = MemoryPlan(boundaries="host"), (None, 0, 5)
+    for bandwidth, buffers in ((1e15, (2,)), (1e6, (2, 3))):  # more buffers are of use where the link is waited for
+        there = dataclasses.replace(card, host_link_bandwidth=bandwidth)
+        variant = Ranking(workload, there, base, frozenset({"boundaries"}))._resident_variant(base)
+        candidates = list(variant.candidates([base], residents, (2, 3)))
+        assert [(c.plan.resident_blocks, c.plan.offload_buffers) for c in candidates] == list(itertools.product(residents, buffers))
+        for candidate in candidates:
+            found = variant.assess(candidate.plan, Limits(there))
+            assert (candidate.seconds, candidate.device_bytes) == (found.time.seconds, found.prediction.peak_bytes)
+            assert (candidate.phases_bytes, candidate.host_bytes) == (found.needed_bytes, found.host_bytes)
+
+
 @pytest.mark.parametrize("mib", [150, 210])
 def test_of_all_plans_looked_at_the_fastest_that_fits_is_chosen(workload, mib, monkeypatch):
     seen, look = [], Ranking._assess
