@@ -14,8 +14,6 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import tyro
-
 from trainer.errors import UsageError
 from trainer.run_files import write_whole
 
@@ -65,6 +63,8 @@ def take_no_arguments(doc: str | None) -> None:
 
 def settings_of(kind: type) -> Any:
     """A benchmark's settings from the command line. Leaves the program, with argparse's code for it, where they make no sense."""
+    import tyro  # slow to import, and most benchmarks have no settings
+
     try:
         return tyro.cli(kind, prog=program())
     except UsageError as error:
