@@ -13,7 +13,7 @@ from memory.plan import PlanError
 from trainer.config import TrainConfig
 from trainer.config_file import as_json, from_json
 from trainer.errors import CheckpointError, InputOutputError, UsageError
-from trainer.run_files import CONFIG, nested, read_bytes, read_metrics, read_object, write_json
+from trainer.run_files import CONFIG, nearest, nested, read_bytes, read_metrics, read_object, write_json
 
 
 def require_place(out: Path | None) -> None:
@@ -22,10 +22,10 @@ def require_place(out: Path | None) -> None:
     if any("\udc80" <= letter <= "\udcff" for letter in str(place)):  # bytes that are no UTF-8, which safetensors does not open
         raise UsageError(f"--out {str(out).encode(errors='replace').decode()}: the name is not UTF-8; choose another directory")
     try:
+        there = nearest(place)
         if out is not None and (out / CONFIG).exists():
             whose = f"a run already; go on with it by {resuming(out)}, or" if is_run(out) else f"a {CONFIG} that is no run's;"
             raise CheckpointError(f"{out} holds {whose} choose another --out")
-        there = next(p for p in (place, *place.absolute().parents) if p.exists())
     except OSError as e:  # a name that is too long
         raise _cannot_write(out, e.strerror) from e
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):

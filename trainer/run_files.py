@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 CONFIG, METRICS, FINDINGS, MEMORY = "config.json", "metrics.jsonl", "findings.json", "memory.json"
 EVALUATION, PICTURES = "evaluation.json", "before-after.png"
+_ABSENT = (FileNotFoundError, NotADirectoryError)  # Path.exists() takes also what cannot be looked at for absent, from Python 3.14 on
 logger = logging.getLogger(__name__)
 
 
@@ -98,6 +99,15 @@ def nested(value: Any, *keys: str) -> Any:
     return value
 
 
+def nearest(path: Path) -> Path:
+    """`path`, or the first directory above it that is there. Raises OSError where that cannot be told, as of a name that is too long."""
+    try:
+        path.stat()
+        return path
+    except _ABSENT:
+        return nearest(path.absolute().parent)
+
+
 def read_bytes(path: Path) -> bytes:
     """What a file holds. Raises OSError, for a pipe or a device too, which might be waited for without end."""
     _require_file(path)
@@ -107,12 +117,12 @@ def read_bytes(path: Path) -> bytes:
 def read_object(path: Path) -> dict[str, Any]:
     """The object in a JSON file; empty if there is none that can be read."""
     try:
-        if not path.exists():
-            return {}
         content = json.loads(read_bytes(path))
         if not isinstance(content, dict):
             raise ValueError("it holds no object")
         return content
+    except _ABSENT:
+        return {}
     except (OSError, ValueError, RecursionError) as e:
         logger.warning("%s: left out, it cannot be read (%s)", path, e)
         return {}
@@ -121,7 +131,11 @@ def read_object(path: Path) -> dict[str, Any]:
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
     """All records of a run, in order. A line that a crash or a full disk cut short, or whose step is no whole number, is left out."""
     path, records = run_dir / METRICS, []
-    for line in read_bytes(path).decode(errors="replace").splitlines() if path.exists() else ():
+    try:
+        text = read_bytes(path).decode(errors="replace")
+    except _ABSENT:
+        text = ""
+    for line in text.splitlines():
         try:
             record = json.loads(line)
         except (ValueError, RecursionError):
