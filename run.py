@@ -74,7 +74,7 @@ def _train() -> int:
 def _guarded(command: Callable[[], int]) -> int:
     """Its exit code, and that of what it raises, said in a line."""
     try:
-        from memory.exhaustion import card_lost, exhausted, first_line
+        from memory.exhaustion import card_lost, driver_failed, exhausted, first_line
         from memory.plan import PlanError
         from trainer.errors import InputOutputError, TrainerError
     except KeyboardInterrupt:
@@ -103,11 +103,21 @@ def _guarded(command: Callable[[], int]) -> int:
         if card_lost(e):
             return _say(6, f"error: the card is lost ({first_line(e)}); what is saved is good: go on with python run.py "
                         f"{'forget ' * (sys.argv[1:2] == ['forget'])}--resume RUN once nvidia-smi shows it again")
+        if driver_failed(e) and environment.expandable_segments():
+            return _say(6, f"error: the card's driver fails ({first_line(e)}), as some do where memory grows; put {environment.FIXED_SEGMENTS} "
+                        "before the command")
         if not (whose := exhausted(e)):
             raise
-        less = ("a smaller --batch-size, --resident-blocks 0 or --device cpu needs less" if sys.argv[1:2] == ["forget"] else
-                "fewer --frames, a smaller --height and --width or --resident-blocks 0 need less; python run.py plan says how much")
-        return _say(3, f"error: out of memory on the {whose} ({first_line(e)}); {less}")
+        return _say(3, f"error: out of memory on the {whose} ({first_line(e)}); {_less_memory(whose)}")
+
+
+def _less_memory(whose: str) -> str:
+    if sys.argv[1:2] == ["forget"]:
+        return "a smaller --batch-size, --resident-blocks 0 or --device cpu needs less"
+    if whose == "host":
+        return ("fewer --frames, a smaller --height and --width need less, and beside a card a larger --resident-blocks; or close what else "
+                "uses it")
+    return "fewer --frames, a smaller --height and --width or --resident-blocks 0 need less; python run.py plan says how much"
 
 
 def _another_speaks(*, wait: bool) -> bool:

@@ -73,14 +73,15 @@ def next_cheaper(
                 break
         else:
             return best
-        why[frozenset(_difference(current, cheaper))] = reason
+        why[frozenset(difference(current, cheaper))] = reason
         current, before = cheaper, needed
-        best = Advice(plan=current, change=_difference(plan, current), why="; ".join(why.values()), needed_bytes=needed)
+        best = Advice(plan=current, change=difference(plan, current), why="; ".join(why.values()), needed_bytes=needed)
         if limit_bytes is None or needed <= limit_bytes:
             return best
 
 
-def _difference(old: MemoryPlan, new: MemoryPlan) -> dict[str, object]:
+def difference(old: MemoryPlan, new: MemoryPlan) -> dict[str, object]:
+    """The fields in which `new` differs, with its values."""
     values = dataclasses.asdict(new)
     return {name: value for name, value in values.items() if value != getattr(old, name)}
 

@@ -15,6 +15,7 @@ from memory.timing import Ring, StepLoad, StepTime, load_of, step_time
 
 MARGIN = 0.03
 _PHASE_FRAGMENTATION = 1.06  # reserved over allocated of phases that are given as a figure (assumed)
+_FIXED_FRAGMENTATION = 0.3  # of what such a phase needs itself, as much more where segments do not grow (assumed; an emulated card found 0.28)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,9 +110,10 @@ def other_phases(needs: Sequence[PhaseNeed], *, streams: bool, standing_bytes: i
     """The needs of all phases but the step. `streams`: whether blocks do; `standing_bytes`: what the plan leaves on the device between
     steps; `workspace_bytes`: both workspaces of matrix products, of which the one of backward is not there before the transformer is."""
     by_phase = {need.name: need.device_bytes + (standing_bytes if need.with_backbone else workspace_bytes // 2) for need in needs}
+    more = 0 if environment.expandable_segments() else _FIXED_FRAGMENTATION
+    reserved = [by_phase[need.name] * _PHASE_FRAGMENTATION + need.device_bytes * more for need in needs]
     hosts = [need.host_bytes + (masters_bytes if need.with_backbone else 0) for need in needs if streams or not need.of_streaming]
-    return OtherPhases(by_phase=by_phase, reserved_bytes=int(max(by_phase.values(), default=0) * _PHASE_FRAGMENTATION),
-                       host_bytes=max(hosts, default=0))
+    return OtherPhases(by_phase=by_phase, reserved_bytes=int(max(reserved, default=0)), host_bytes=max(hosts, default=0))
 
 
 def assess_trace(workload: Workload, plan: MemoryPlan, trace: Trace, time: StepTime, limits: Limits) -> Assessment:

@@ -6,8 +6,12 @@ Importable without torch, and to be called before torch is imported.
 import os
 import re
 
+from memory.host import under_wsl
+
 _ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")  # the first that is set holds
 _CUBLAS_KIB = 2 * 4096 + 8 * 16
+FIXED_SEGMENTS = "PYTORCH_ALLOC_CONF=expandable_segments:False"
+"""For drivers that fail where segments grow."""
 
 
 def prepare() -> None:
@@ -15,11 +19,13 @@ def prepare() -> None:
     cards are counted as NVML and nvidia-smi count them, and MKL's products on the CPU do not depend on where their operands lie, which every plan
     does in its own way.
 
+    Under WSL segments do not grow: drivers there fail in what that asks of them, at once or under load (pytorch/pytorch#192330 and others).
+
     CUBLAS_WORKSPACE_CONFIG is not for us to set: torch 2.11 parses it for every product, which takes the host longer than
     all else that a product does (`python -m bench.emulated`).
     """
     if not any(name in os.environ for name in _ALLOCATOR):
-        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
+        os.environ["PYTORCH_ALLOC_CONF"] = _segments_here()
     os.environ.setdefault("TORCH_CUBLAS_WORKSPACE_CACHE", "1")  # else torch takes them anew for every product, from 2.15 on
     os.environ.setdefault("TORCH_CUBLASLT_UNIFIED_WORKSPACE", "1")  # else products with a bias keep a MiB a thread besides
     os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # as up to Triton 3.9, which warns that 3.10 rounds otherwise
@@ -29,8 +35,12 @@ def prepare() -> None:
 
 def expandable_segments() -> bool:
     """Whether the caching allocator's segments grow: as `prepare` has them, unless whoever runs this says otherwise."""
-    text = next((os.environ[name] for name in _ALLOCATOR if name in os.environ), "expandable_segments:True")
+    text = next((os.environ[name] for name in _ALLOCATOR if name in os.environ), _segments_here())
     return re.findall(r"expandable_segments\s*:\s*(\w+)", text)[-1:] == ["True"]
+
+
+def _segments_here() -> str:
+    return f"expandable_segments:{not under_wsl()}"
 
 
 def cublas_workspace_bytes(default_kib: int = _CUBLAS_KIB) -> int:

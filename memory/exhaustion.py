@@ -1,4 +1,4 @@
-"""Which errors mean that memory ran out or that the card is lost: torch, CUDA's libraries and the host each word them differently.
+"""Which errors mean that memory ran out, that the card is lost or its driver at a loss: torch, CUDA's libraries and the host each word them differently.
 
 Importable without torch.
 """
@@ -15,6 +15,7 @@ _LOST = re.compile(
     r"|system not yet initialized|the launch timed out)|GPU is lost|fallen off the bus",
     re.IGNORECASE,
 )
+_DRIVER = re.compile(r"CUDA driver error: (?!out of memory)")
 _UNITS = {"bytes": 1, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30}
 
 
@@ -44,3 +45,8 @@ def requested_bytes(error: BaseException) -> int | None:
 def card_lost(error: BaseException) -> bool:
     """Whether `error` says that the card does not answer any more. From the driver's own messages; no card has been lost here."""
     return isinstance(error, RuntimeError) and bool(_LOST.search(str(error)))
+
+
+def driver_failed(error: BaseException) -> bool:
+    """Whether the card's driver failed in what torch asks of it directly, which is memory that grows: those of virtual cards do not have it."""
+    return isinstance(error, RuntimeError) and bool(_DRIVER.search(str(error)))

@@ -4,6 +4,7 @@ Importable without torch.
 """
 
 import os
+import platform
 from pathlib import Path
 
 _PROCESS = Path("/proc/self/cgroup")
@@ -11,6 +12,12 @@ _MEMINFO = Path("/proc/meminfo")
 _GROUPS = Path("/sys/fs/cgroup")
 _V2 = ("memory.max", "memory.current", "")
 _V1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_")  # limit, usage, prefix of what descendants hold, too
+_WINDOWS_CARD = Path("/dev/dxg")
+
+
+def under_wsl() -> bool:
+    """Whether this is Linux inside of Windows, through whose driver a card is reached."""
+    return "microsoft" in platform.release().lower() or _WINDOWS_CARD.exists()
 
 
 def machine_bytes() -> int:

@@ -10,6 +10,18 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 
+from memory.cards import size_text
+from memory.host import under_wsl
+
+
+class PinningRefused(MemoryError):
+    """No more of the host's memory can be pinned than the `pinned_bytes` that this process has."""
+
+    def __init__(self, pinned_bytes: int):
+        hint = "; WSL limits it, and its setting memory= may raise that" if under_wsl() else ""
+        super().__init__(f"no more of the host's memory can be pinned than the {size_text(pinned_bytes)} that are{hint}")
+        self.pinned_bytes = pinned_bytes
+
 
 def resolve_device(device: torch.device | str) -> torch.device:
     """`device` with its index filled in, as tensors report it."""
@@ -21,7 +33,7 @@ def resolve_device(device: torch.device | str) -> torch.device:
 
 @contextmanager
 def pinning() -> Iterator[None]:
-    """Around what pins host memory. Raises MemoryError if the host cannot give it: torch says that as if the card were full."""
+    """Around what pins host memory. Raises PinningRefused if the host cannot give it: torch says that as if the card were full."""
     try:
         yield
     except torch.OutOfMemoryError:
@@ -29,7 +41,7 @@ def pinning() -> Iterator[None]:
     except RuntimeError as e:
         if "out of memory" not in str(e):
             raise
-        raise MemoryError("the host has no more memory that can be pinned") from e
+        raise PinningRefused(torch.cuda.host_memory_stats().get("allocated_bytes.current", 0)) from e
 
 
 def release_pinned() -> None:

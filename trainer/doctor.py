@@ -22,12 +22,14 @@ from pathlib import Path
 from typing import Any, Literal, TextIO
 
 from memory.cards import GIB, Card, detect
-from memory.exhaustion import card_lost, exhausted, first_line
-from memory.host import available_host_bytes, host_limit_bytes, machine_bytes
+from memory.environment import FIXED_SEGMENTS, expandable_segments
+from memory.exhaustion import card_lost, driver_failed, exhausted, first_line
+from memory.host import available_host_bytes, host_limit_bytes, machine_bytes, under_wsl
 from memory.nvml import CardUnreadable
 from trainer.cache import cache_directory
 from trainer.config import ModelConfig
 from trainer.errors import TrainerError, UsageError
+from trainer.run_files import nearest
 
 LEAST_HOST_BYTES = 4 * GIB  # interpreter and libraries take about 3
 LEAST_DISK_BYTES = 2 * GIB  # two checkpoints of the 5b at rank 128 and one being written
@@ -81,7 +83,7 @@ def examine() -> list[Check]:
 def python() -> Check:
     fine = sys.version_info >= (3, 11)
     return Check(name="python", status="ok" if fine else "problem", found=f"{platform.python_version()} on {platform.system()} "
-                 f"{platform.machine()}", fix="" if fine else "use Python 3.11 or newer: make PYTHON=python3.12", exit_code=2)
+                 f"{platform.machine()}{' under WSL' * under_wsl()}", fix="" if fine else "use Python 3.11 or newer: make PYTHON=python3.12", exit_code=2)
 
 
 def packages() -> Iterator[Check]:
@@ -145,10 +147,11 @@ def the_card() -> tuple[Card | None, Check]:
 
 
 def _refused(name: str, error: Exception) -> Check:
-    """A check that was not made: memory has run out, as on a card that others fill, or the card does not answer."""
+    """A check that was not made: memory has run out, as on a card that others fill, or the card or its driver does not answer."""
     full = exhausted(error) is not None
+    fix = "end what else holds memory of the card, which nvidia-smi shows, or of the host" if full else _LOST
     return Check(name=name, status="problem", found=f"cannot be tried ({first_line(error)})", exit_code=3 if full else 6,
-                 fix="end what else holds memory of the card, which nvidia-smi shows, or of the host" if full else _LOST)
+                 fix=f"export {FIXED_SEGMENTS}" if driver_failed(error) and expandable_segments() else fix)
 
 
 def kernels() -> Check:
@@ -206,8 +209,8 @@ def _pinned(available: int) -> Check:
     try:
         torch.empty(size, dtype=torch.uint8, pin_memory=True)
     except RuntimeError as e:
-        return Check(name="pinned memory", status="problem", found=f"{size / GIB:.1f} GiB cannot be pinned: {first_line(e)}",
-                     fix="raise the container's memory limit; under WSL, its memory= setting", exit_code=3)
+        return Check(name="pinned memory", status="warning", found=f"{size / GIB:.1f} GiB cannot be pinned: {first_line(e)}",
+                     fix="raise the container's memory limit; under WSL, its setting memory=. A run that is refused more names a plan that pins less")
     return Check(name="pinned memory", status="ok", found=f"{size / GIB:.1f} GiB can be pinned", values={"tried_bytes": size})
 
 
@@ -224,7 +227,7 @@ def disk() -> Iterator[Check]:
         places.append(("disk for models", Path(HF_HUB_CACHE), LEAST_MODEL_BYTES, "set HF_HOME (--model DIR needs nothing there)"))
     for name, directory, least, elsewhere in places:
         try:
-            there = next(path for path in (directory.absolute(), *directory.absolute().parents) if path.exists())
+            there = nearest(directory.absolute())
             free, writable = shutil.disk_usage(there).free, os.access(there, os.W_OK | os.X_OK) and there.is_dir()
         except OSError as e:  # a name that is too long, or one that may not be looked at
             yield Check(name=name, status="problem", found=f"{directory} cannot be looked at ({e.strerror})", exit_code=6, fix=elsewhere)
@@ -271,7 +274,7 @@ def bundled_model() -> Check:
     try:
         finite, shape = _generate_once()
     except Exception as e:  # whatever it is, it is what was asked for
-        if exhausted(e) or card_lost(e):
+        if exhausted(e) or card_lost(e) or driver_failed(e):
             return _refused("bundled model", e)
         return Check(name="bundled model", status="problem", found=f"does not run ({type(e).__name__}: {first_line(e)})",
                      fix="git checkout trainer/shapes/pipeline, or train it anew: make pretrain", exit_code=getattr(e, "exit_code", 5))

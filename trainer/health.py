@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from memory.optimizers import update_norms
+from memory.streams import pinning
 from trainer.distributed import average, everyones, largest, num_ranks, rank
 from trainer.erasers import in_backward
 from trainer.findings import Bill, Finding, blocks_text, earlier_findings, finding, keep_findings
@@ -244,7 +245,8 @@ class Health:
         if packed.device.type != "cuda":
             return packed, None
         if self._host is None:
-            self._host = torch.empty(packed.shape, pin_memory=True)
+            with pinning():
+                self._host = torch.empty(packed.shape, pin_memory=True)
         self._host.copy_(packed, non_blocking=True)
         event = torch.cuda.Event()
         event.record()

@@ -200,9 +200,25 @@ def forecast_as_given(config: TrainConfig, card: Card) -> Assessment:
     check_attention(config, card, num_ranks())
     if config.memory.num_shards > 1:  # which no short trace tells
         return assess(run, config.memory, card)
-    alone = replace(run, prepare=lambda traces, phases: None)  # no fork: the run may have begun, and have threads
-    found = search(alone, card, base=config.memory, fixed=SEARCHED)  # of one plan: short traces do, where its blocks are alike
+    found = search(_alone(run), card, base=config.memory, fixed=SEARCHED)  # of one plan: short traces do, where its blocks are alike
     return found.best or found.smallest
+
+
+def forecast_pinning(config: TrainConfig, card: Card, pinned_bytes: int, fixed: Collection[str]) -> Assessment | None:
+    """The fastest plan of a run on `card` that pins no more than `pinned_bytes` of the host's memory, which is all that its `host_bytes`
+    count; None if there is none. Fields named in `fixed` stay as configured. Raises as `forecast` does."""
+    config = without_weights(config)
+    if config.memory.num_shards > 1:
+        return None
+    run = _alone(workload(config))
+    pinning = replace(run, host_bytes=run.host_bytes - Workload.host_bytes,
+                      phases=lambda plan: tuple(replace(need, host_bytes=0) for need in run.phases(plan)))
+    return search(pinning, card, base=config.memory, fixed=fixed, host_bytes=pinned_bytes).best
+
+
+def _alone(run: Workload) -> Workload:
+    """Without a fork: the run may have begun, and have threads."""
+    return replace(run, prepare=lambda traces, phases: None)
 
 
 def planned(config: TrainConfig, card: Card, fixed: Collection[str]) -> tuple[TrainConfig, list[str], Assessment]:

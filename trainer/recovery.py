@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from memory.advice import Advice, next_cheaper
+from memory.advice import Advice, difference, next_cheaper
 from memory.cards import GIB, Card, size_text
 from memory.exhaustion import exhausted, first_line, requested_bytes
 from memory.meter import Meter, PhasePeak
@@ -33,7 +33,7 @@ from trainer.config import TrainConfig
 from trainer.distributed import num_ranks, rank
 from trainer.errors import DoesNotFit, OutOfMemory, TrainerError
 from trainer.health import Health
-from trainer.planning import forecast_as_given
+from trainer.planning import forecast_as_given, forecast_pinning
 from trainer.run_files import CONFIG
 from trainer.state import TrainState
 
@@ -85,6 +85,8 @@ class Failure:
     said: str
     """The first line of the error."""
     requested_bytes: int | None
+    pinned_bytes: int | None = None
+    """What was pinned of the host's memory, where no more of it could be."""
     step: int = 0
     """Finished optimizer steps."""
     run_dir: Path | None = None
@@ -96,7 +98,7 @@ class Failure:
     def of(cls, error: BaseException, **more: Any) -> "Failure":
         """What an error that `exhausted` knows says of itself; `more`: what is known of the run."""
         return cls(phase=phase_of(error.__traceback__), whose=exhausted(error), said=first_line(error),
-                   requested_bytes=requested_bytes(error), **{"peaks": {}, **more})
+                   requested_bytes=requested_bytes(error), pinned_bytes=getattr(error, "pinned_bytes", None), **{"peaks": {}, **more})
 
     def __str__(self) -> str:
         return f"out of memory on the {self.whose} in {self.phase}, after {self.step} steps: {self.said}"
@@ -202,11 +204,11 @@ def _steps_done(resume: Path | None) -> int:
 def cheaper(config: TrainConfig, card: Card, failure: Failure) -> Advice | None:
     """The least costly plan that needs so much less in the failed phase that the failed request would have been met.
 
-    None if no plan is predicted to lower that phase, or if it is the host whose memory is short while a card is there:
-    all these steps move bytes from the card to the host.
+    None if no plan is predicted to lower that phase. All these steps move bytes from the card to the host: where that is short, while a card
+    is there, it is the fastest plan that pins no more than could be pinned; None, too, if it was not pinning that failed.
     """
     if failure.whose == "host" and not card.is_cpu:
-        return None
+        return _pinning_less(config, card, failure.pinned_bytes) if failure.pinned_bytes else None
 
     def needed(plan: MemoryPlan) -> int:
         found = forecast_as_given(replace(config, memory=plan), card)
@@ -216,6 +218,14 @@ def cheaper(config: TrainConfig, card: Card, failure: Failure) -> Advice | None:
 
     limit = None if failure.requested_bytes is None else needed(config.memory) - failure.requested_bytes
     return next_cheaper(config.memory, open_backbone(config.model).num_blocks, needed_bytes=needed, limit_bytes=limit, fixed=_KEPT)
+
+
+def _pinning_less(config: TrainConfig, card: Card, pinned_bytes: int) -> Advice | None:
+    best = forecast_pinning(config, card, pinned_bytes, _KEPT)
+    if best is None or best.plan == config.memory:
+        return None
+    return Advice(plan=best.plan, change=difference(config.memory, best.plan), why="the fastest plan that pins no more of the host's memory",
+                  needed_bytes=best.host_bytes)
 
 
 def command_of(advice: Advice, command: Sequence[str], *, begun: bool) -> str:
@@ -233,10 +243,12 @@ def described(failure: Failure, advice: Advice | None, command: str | None, *, o
     if failure.peaks:
         lines.append(failure.table())
     if advice is None:
-        said = _LAST_RESORT.get(failure.planned_phase, _LAST_RESORT["device" if on_cpu else failure.whose])
+        what = failure.planned_phase if failure.pinned_bytes is None else "host"
+        said = _LAST_RESORT.get(what, _LAST_RESORT["device" if on_cpu else failure.whose])
         lines.append(said.removesuffix(_ON_THE_CPU) if on_cpu else said)
     else:
-        lines.append(f"cheaper: {advice.why} (predicted: {size_text(advice.needed_bytes)} in {shown(failure.planned_phase)})")
+        where = f"in {shown(failure.planned_phase)}" if failure.pinned_bytes is None else "pinned"
+        lines.append(f"cheaper: {advice.why} (predicted: {size_text(advice.needed_bytes)} {where})")
         lines.append(command or "going on with that")
     return "\n".join(lines)
 

@@ -6,6 +6,8 @@ import random
 import torch
 from torch import Tensor
 
+from memory.streams import pinning
+
 
 def generator(seed: int, purpose: str, *index: int) -> torch.Generator:
     """A CPU generator that depends on its arguments alone."""
@@ -20,7 +22,11 @@ def noise(shape: tuple[int, ...], seed: int, purpose: str, *index: int) -> Tenso
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     """A host tensor on `device` without waiting for the device: through pinned memory on a card."""
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+    if device.type != "cuda":
+        return tensor.to(device)
+    with pinning():
+        pinned = tensor.pin_memory()
+    return pinned.to(device, non_blocking=True)
 
 
 def order(count: int, batch_size: int, seed: int, purpose: str, index: int) -> list[int]:

@@ -14,6 +14,7 @@ from typing import Any
 from unittest.mock import patch
 
 from bench.card.rig import Cell, backbone_of
+from memory import environment
 from memory.assess import Assessment, Workload, assess
 from memory.cards import GIB, Card, detect, lookup
 from memory.host import available_host_bytes
@@ -55,7 +56,7 @@ def shrunk(card: Card, gib: float, *, with_host: bool = False) -> Card:
 def peaks_of(cell: Cell, workspace_bytes: int) -> tuple[Prediction, float]:
     """The simulator's word on a step of `cell`, and the matrix and attention FLOPs of that step."""
     trace = _trace(cell, cell.plan, backbone_of(cell).num_blocks)
-    return trace.prediction(workspace_bytes=workspace_bytes, expandable_segments=True), sum(work.flops for work in trace.work)
+    return trace.prediction(workspace_bytes=workspace_bytes, expandable_segments=environment.expandable_segments()), sum(work.flops for work in trace.work)
 
 
 def seconds_of(cell: Cell, card: Card) -> float:

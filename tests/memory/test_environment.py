@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from memory import environment
+from memory import environment, host
 from memory.cards import lookup
 
 MIB = 1 << 20
@@ -24,6 +24,17 @@ def test_what_was_not_set_is_set(monkeypatch):
     environment.prepare()
     assert os.environ["PYTORCH_ALLOC_CONF"] == "expandable_segments:True" and os.environ["CUDA_DEVICE_ORDER"] == "PCI_BUS_ID"
     assert environment.cublas_workspace_bytes() == 2 * 8.125 * MIB
+
+
+@pytest.mark.parametrize("release, card, grow", [("6.12.9-generic", False, True), ("6.6.87.2-microsoft-standard-WSL2", False, False),
+                                                 ("5.15.167.4-Microsoft", False, False), ("6.1.0-my-own-kernel", True, False)])
+def test_segments_do_not_grow_under_wsl(release, card, grow, monkeypatch, tmp_path):
+    monkeypatch.setattr(host.platform, "release", lambda: release)
+    monkeypatch.setattr(host, "_WINDOWS_CARD", tmp_path if card else tmp_path / "none")
+    monkeypatch.setattr(os, "environ", {})
+    assert environment.expandable_segments() is grow
+    environment.prepare()
+    assert os.environ["PYTORCH_ALLOC_CONF"] == f"expandable_segments:{grow}" and environment.expandable_segments() is grow
 
 
 def test_nothing_is_set_that_every_product_would_parse(monkeypatch):

@@ -6,8 +6,9 @@ import sys
 import pytest
 import torch
 
-from memory.exhaustion import card_lost, exhausted, requested_bytes
-from memory.streams import pinning
+from memory import streams
+from memory.exhaustion import card_lost, driver_failed, exhausted, requested_bytes
+from memory.streams import PinningRefused, pinning
 
 
 @pytest.mark.parametrize("error, whose, num_bytes", [
@@ -51,6 +52,22 @@ def test_where_host_memory_is_pinned_it_is_the_hosts_that_ran_out(error, whose):
     with pytest.raises((RuntimeError, MemoryError)) as raised, pinning():
         raise error
     assert exhausted(raised.value) == whose
+
+
+@pytest.mark.parametrize("wsl, hint", [(False, "1.50 GiB that are"), (True, "1.50 GiB that are; WSL limits it, and its setting memory= may raise that")])
+def test_a_host_that_pins_no_more_says_how_much_it_has_pinned(wsl, hint, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "host_memory_stats", lambda: {"allocated_bytes.current": 3 << 29})
+    monkeypatch.setattr(streams, "under_wsl", lambda: wsl)
+    with pytest.raises(PinningRefused, match=f"no more of the host's memory can be pinned than the {hint}$") as raised, pinning():
+        raise RuntimeError("CUDA error: out of memory")
+    assert raised.value.pinned_bytes == 3 << 29
+
+
+@pytest.mark.parametrize("message, failed", [
+    ("CUDA driver error: operation not supported", True), ("CUDA driver error: device not ready", True), ("CUDA driver error: unknown error", True),
+    ("CUDA driver error: out of memory", False), ("CUDA error: operation not supported", False)])
+def test_a_driver_that_fails_is_told_from_a_card_that_is_full(message, failed):
+    assert driver_failed(RuntimeError(message)) == failed and not driver_failed(ValueError(message))
 
 
 def test_what_the_cpu_really_says():

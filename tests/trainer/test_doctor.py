@@ -145,6 +145,35 @@ def test_a_lost_card_ends_training_in_one_line(monkeypatch, capsys):
     assert capsys.readouterr().err.startswith("error: the card is lost (CUDA error: unknown error); what is saved is good: go on with python run.py --resume RUN once")
 
 
+@pytest.mark.parametrize("segments, code", [("expandable_segments:True", 6), ("expandable_segments:False", None)])
+def test_a_driver_that_fails_where_memory_grows_ends_in_one_line(segments, code, monkeypatch, capsys):
+    def fail(argv):
+        raise RuntimeError("CUDA driver error: operation not supported")
+
+    monkeypatch.setenv("PYTORCH_ALLOC_CONF", segments)
+    monkeypatch.setattr(cli, "main", fail)
+    monkeypatch.setattr(sys, "argv", ["run.py"])
+    if code is None:  # whatever it is then, it is nothing that is known
+        with pytest.raises(RuntimeError, match="not supported"):
+            run.main()
+        return
+    assert run.main() == code
+    assert capsys.readouterr().err == ("error: the card's driver fails (CUDA driver error: operation not supported), as some do where memory grows; "
+                                       "put PYTORCH_ALLOC_CONF=expandable_segments:False before the command\n")
+    check = doctor._refused("link", RuntimeError("CUDA driver error: operation not supported"))
+    assert (check.exit_code, check.fix) == (6, "export PYTORCH_ALLOC_CONF=expandable_segments:False")
+
+
+@pytest.mark.parametrize("argv, advice", [
+    (["generate"], "beside a card a larger --resident-blocks"), (["forget"], "a smaller --batch-size")])
+def test_a_host_without_memory_ends_in_one_line(argv, advice, monkeypatch, capsys):
+    monkeypatch.setattr(cli, "main", lambda argv: (_ for _ in ()).throw(MemoryError("no more")))
+    monkeypatch.setattr(sys, "argv", ["run.py", *argv])
+    assert run.main() == 3
+    said = capsys.readouterr().err
+    assert said.startswith("error: out of memory on the host (no more); ") and advice in said
+
+
 def test_read_only_places_end_in_one_line(monkeypatch, capsys):
     def refuse(argv):
         raise OSError(errno.EROFS, os.strerror(errno.EROFS), "/somewhere/report.html")

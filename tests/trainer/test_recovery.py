@@ -17,6 +17,7 @@ import run
 from memory.cards import lookup
 from memory.plan import MemoryPlan
 from trainer import checkpoint, loop, losses, recovery, samples, tracing
+from trainer.arguments import resolve
 from trainer.assemble import Assembly
 from trainer.backbones.cogvideox import CogVideoX
 from trainer.backbones.text_encoder import TextEncoder
@@ -153,6 +154,36 @@ def test_a_step_down_from_lockstep_ends_with_the_same_bits(phase, fault, config,
         run_dir = _in_memory(config(memory__passes="lockstep"), step_down=True)
     said = next(r.getMessage() for r in caplog.records if r.name == "trainer.recovery")
     assert f"out of memory on the device in {phase}, after 2 steps" in said and read_config(run_dir)[0].memory != MemoryPlan(passes="lockstep")
+    expected, found = (load_eraser(run).state for run in (straight, run_dir))
+    assert all(expected[name].equal(found[name]) for name in expected)
+
+
+def test_where_the_host_pins_no_more_the_plan_that_needs_less_of_it_goes_on(config, reference, tmp_path_factory, monkeypatch, caplog):
+    """Of two streamed blocks one finds room. Where the card has room for both they go there."""
+    straight = reference(config(output__out=tmp_path_factory.getbasetemp() / "recovery-straight"))
+    settings, real, made = config(memory__resident_blocks=0, memory__boundaries="host"), torch.empty, []
+
+    def refusing(*args, **kwargs):
+        if kwargs.get("device") == "cpu" and "pin_memory" in kwargs:  # as masters are made
+            made.append(1)
+            if len(made) == 2:
+                raise RuntimeError("CUDA error: out of memory")
+        return real(*args, **kwargs)
+
+    def run_on_a_card(**how):
+        made.clear()
+        return train_in_memory(train, settings, {}, resume=None, card=lookup("8gb"), command=("python", "run.py"), **how)
+
+    monkeypatch.setattr(torch.cuda, "host_memory_stats", lambda: {"allocated_bytes.current": 1 << 20})
+    monkeypatch.setattr(torch, "empty", refusing)
+    with pytest.raises(DoesNotFit, match="out of memory on the host in load, after 0 steps: no more of the host's memory can be pinned than the 1.00 MiB") as raised:
+        run_on_a_card(step_down=False)
+    *_, cheaper, command = str(raised.value).splitlines()
+    assert re.fullmatch(r"cheaper: the fastest plan that pins no more of the host's memory \(predicted: 0\.\d\d MiB pinned\)", cheaper)
+    assert resolve(shlex.split(command)[2:])[0].settings.memory == MemoryPlan(checkpoint="none")
+    with caplog.at_level(logging.WARNING, "trainer.recovery"):
+        run_dir = run_on_a_card(step_down=True)
+    assert "going on with that" in caplog.text and read_config(run_dir)[0].memory.resident_blocks is None
     expected, found = (load_eraser(run).state for run in (straight, run_dir))
     assert all(expected[name].equal(found[name]) for name in expected)
 
