@@ -35,6 +35,7 @@ size_t setting(const char* name) {
 constexpr size_t MIB = size_t(1) << 20, PAGE = 2 * MIB, HOST_PAGE = 4096, CARRIED = 64 << 10;
 const size_t CONTEXT = setting("EMULATED_CARD_CONTEXT_MIB") * MIB;
 size_t card_bytes = setting("EMULATED_CARD_MIB") * MIB;
+size_t pinnable_bytes = SIZE_MAX;  // of the host's memory
 const int MAJOR = setting("EMULATED_CARD_CAPABILITY") / 10, MINOR = setting("EMULATED_CARD_CAPABILITY") % 10;
 const int NUM_PROCESSORS = 128, THREADS = 1536, SHARED_KIB = 99;
 
@@ -140,9 +141,10 @@ cudaError_t allocate(void** p, size_t size, size_t page, cudaMemoryType type) {
     std::lock_guard<std::mutex> guard(lock);
     size = (size + page - 1) / page * page;
     *p = nullptr;
-    if (type == cudaMemoryTypeDevice && !take(size)) return failed(cudaErrorMemoryAllocation);
+    if (type == cudaMemoryTypeDevice ? !take(size) : size > pinnable_bytes) return failed(cudaErrorMemoryAllocation);
     *p = reserve(size, page, PROT_READ | PROT_WRITE);
     if (!*p) return failed(cudaErrorMemoryAllocation);
+    if (type == cudaMemoryTypeHost) pinnable_bytes -= size;
     spans[(uintptr_t)*p] = {size, type};
     return cudaSuccess;
 }
@@ -154,6 +156,7 @@ cudaError_t give_back(void* p, cudaMemoryType type) {
     auto it = spans.find((uintptr_t)p);
     if (it == spans.end() || it->second.type != type) return failed(cudaErrorInvalidValue);
     if (type == cudaMemoryTypeDevice) used -= it->second.size;
+    else pinnable_bytes += it->second.size;
     munmap(p, it->second.size);
     spans.erase(it);
     return cudaSuccess;
@@ -184,6 +187,12 @@ API void emulated_card_product() { num_products++; host_works(clock_.launch); }
 API void emulated_card_resize(size_t bytes) {
     std::lock_guard<std::mutex> guard(lock);
     card_bytes = bytes;
+}
+
+// From here on so many bytes of the host's memory can be pinned, beside those that are.
+API void emulated_card_pins(size_t bytes) {
+    std::lock_guard<std::mutex> guard(lock);
+    pinnable_bytes = bytes;
 }
 
 // From here on copies take as long as a link of so many bytes a second needs, and the host takes so many seconds for whatever it gives

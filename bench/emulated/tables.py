@@ -79,12 +79,12 @@ def runs() -> str:
             step = max((peak for name, peak in run["phases"].items() if name not in (*phases, "load")), key=lambda peak: peak["allocated_bytes"])
             cells = [*(_beside(peak["allocated_bytes"], peak["predicted_bytes"], 2) for peak in (*map(run["phases"].get, phases), step)),
                      _beside(run["reserved_bytes"], run["predicted_reserved_bytes"], 1), _video(run["video"])]
-        model, frames, size = run_of.split()
-        rows.append([f"{model} {frames} for {size}", f"{run['cap_bytes'] / GIB:.2f} GiB", *cells,
+        rows.append([run_of, f"{run['cap_bytes'] / GIB:.2f} GiB", *cells,
                      f"ends, retries: {run['num_retries']}" if "phases" in run else _outcome(run)[0]])
     header = ["a run of", "reservable", *phases, "steps", "reserved in all", "a video with it: reserved", ""]
     return (markdown(header, rows) + "\nAllocated at peak, in brackets by how much the prediction is off. A video (`generate`): with as many blocks on the "
-            "card as are said to fit.\n" + _source(result, parts=("runs",)))
+            "card as are said to fit. Segments fixed: the allocator's do not grow; rests of up to a MiB then count as allocated.\n"
+            + _source(result, parts=("runs",)))
 
 
 def _video(made: dict[str, Any]) -> str:

@@ -54,7 +54,9 @@ def test_toy_models_allocate_what_is_predicted(tmp_path):
     ran = [cell for cell in result["peaks"]["cells"] if "allocated_error" in cell]
     assert ran and max(abs(cell["allocated_error"]) for cell in ran) < 0.01
     assert all(s["num_placed_alike"] == s["num_requests"] > 0 for s in result["peaks"]["snapshots"].values())
-    phases = {name: phase for run in result["runs"]["runs"].values() for name, phase in run["phases"].items() if "predicted_bytes" in phase}
+    growing, fixed = result["runs"]["runs"].values()
+    assert growing["segments_grow"] and not fixed["segments_grow"] and all(run["num_retries"] == 0 and run["video"]["reserved_bytes"] > 0 for run in (growing, fixed))
+    phases = {name: phase for name, phase in growing["phases"].items() if "predicted_bytes" in phase}
     assert len(phases) == 8 and all(0.99 < phase["predicted_bytes"] / phase["allocated_bytes"] < 1.01 for phase in phases.values())
     assert all(abs(cell["allocated_error"]) < 0.01 for cell in result["drawn"]["cells"])
     assert all("allocated_error" in cell for cell in result["compiled"]["cells"])  # Triton and Inductor take the card for one
@@ -62,3 +64,27 @@ def test_toy_models_allocate_what_is_predicted(tmp_path):
         seconds = {name: cell["step_seconds"] for name, cell in parts["offload"]["cells"].items()}
         assert seconds["2b-17f sequential, layer by layer"] > seconds["2b-17f ring"] >= 0.99 * seconds["2b-17f all resident"] > 0
     assert all(step["num_waits"] == step["num_driver_allocations"] == step["num_pageable_copies"] == 0 for step in result["steps"])
+
+
+PINNING = """
+import ctypes, torch
+from memory.streams import PinningRefused, pinning, release_pinned
+torch.zeros(1, device="cuda")
+ctypes.CDLL(None).emulated_card_pins(ctypes.c_size_t(1 << 30))
+held = []
+try:
+    while True:
+        with pinning():
+            held.append(torch.empty(200 << 20, dtype=torch.uint8, pin_memory=True))
+except PinningRefused as refused:
+    assert len(held) == 4 and refused.pinned_bytes == 4 << 28, refused  # torch rounds up to powers of two
+del held
+release_pinned()
+with pinning():
+    assert torch.empty(900 << 20, dtype=torch.uint8, pin_memory=True).is_pinned()
+"""
+
+
+@pytest.mark.skipif(torch.version.cuda is None, reason="torch is built without CUDA")
+def test_what_torch_says_where_a_host_pins_no_more():
+    subprocess.run([sys.executable, "-m", "bench.emulated", "--", "-c", PINNING], check=True)
