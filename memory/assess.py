@@ -68,8 +68,8 @@ class Assessment:
     by_phase: dict[str, int]
     """Device bytes of every phase of the run, allocated."""
     needed_bytes: int
-    """Reserved at the peak of the whole run, plus the context: the least a card must have usable, margin excluded. On a CPU, host memory
-    included."""
+    """Reserved at the peak of the whole run, plus the context: the least a card must have usable, margin excluded. Where it
+    shares the host's memory, what the host needs included."""
     host_bytes: int
     time: StepTime
     trace: Trace = field(repr=False, compare=False)
@@ -91,8 +91,8 @@ class Limits:
         self.host_bytes = card.host_bytes if host_bytes is None else host_bytes
 
     def shortage(self, reserved_bytes: int, host_bytes: int) -> tuple[int, int]:
-        """(device bytes, host bytes) missing. On a CPU both are of the same memory."""
-        reserved_bytes += host_bytes if self.card.is_cpu else 0
+        """(device bytes, host bytes) missing. Where card and host share one memory both are of that."""
+        reserved_bytes += host_bytes if self.card.unified else 0
         host = 0 if self.host_bytes is None else host_bytes - self.host_bytes
         return max(0, reserved_bytes - self.reservable_bytes), max(0, host)
 
@@ -129,7 +129,7 @@ def assess_trace(workload: Workload, plan: MemoryPlan, trace: Trace, time: StepT
     reason = ""
     if device_short:
         tightest = prediction.by_phase if step == reserved else others.by_phase  # not by what is allocated: shares differ
-        where = "of this machine's memory" if limits.card.is_cpu else "on the card"
+        where = "of this machine's memory" if limits.card.unified else "on the card"
         reason = f"needs {device_short / GIB:.2f} GiB more {where} in {shown(max(tightest, key=tightest.get))}"
     elif host_short:
         reason = f"needs {host_short / GIB:.2f} GiB more of host memory"
@@ -140,7 +140,7 @@ def assess_trace(workload: Workload, plan: MemoryPlan, trace: Trace, time: StepT
         fits_card=not device_short,
         prediction=prediction,
         by_phase=prediction.by_phase | others.by_phase,
-        needed_bytes=reserved + (host if limits.card.is_cpu else limits.card.context_bytes),
+        needed_bytes=reserved + limits.card.context_bytes + (host if limits.card.unified else 0),
         host_bytes=host,
         time=time,
         trace=trace,

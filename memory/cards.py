@@ -16,7 +16,7 @@ from typing import Any
 
 from memory import environment
 from memory.host import available_host_bytes, host_bytes
-from memory.nvml import BF16_SINCE, read_nvml
+from memory.nvml import BF16_SINCE, CardUnreadable, Reading, read_nvml, read_torch
 
 GIB = 1 << 30
 _MIB = 1 << 20
@@ -88,6 +88,8 @@ class Card:
     """Already held by other processes, and so not usable (`auto` only)."""
     host_bytes: int | None = None
     """Host memory available; None where nobody said (a card by name)."""
+    unified: bool = False
+    """Whether it shares the host's memory, so that nothing is gained by moving anything there."""
 
     @property
     def is_cpu(self) -> bool:
@@ -158,18 +160,28 @@ def size_unit(num_bytes: float) -> tuple[int, str]:
 
 
 def detect(index: int = 0) -> Card:
-    """The card in this machine, with what other processes hold now, by NVML; the host itself if there is none."""
-    reading = read_nvml(index)
+    """The card in this machine, with what other processes hold now; the host itself if there is none. Raises CardUnreadable."""
+    reading, own_context = _reading(index)
     if reading is None:
         return _cpu()
-    label, capability, total, others = reading
-    return replace(
-        _by_label(label, capability, total),
-        capacity_bytes=total,
-        usable_bytes=max(0, _usable(total) - others),
-        used_by_others_bytes=others,
-        host_bytes=available_host_bytes(),
-    )
+    card, available = _by_label(reading.label, reading.capability, reading.total_bytes), available_host_bytes()
+    usable, others = _usable(reading.total_bytes), max(0, reading.others_bytes - own_context * card.context_bytes)
+    if unified := card.unified or reading.integrated:  # what others hold the host knows, who can do without its cached files
+        usable, others = min(usable, available), 0
+    return replace(card, capacity_bytes=reading.total_bytes, usable_bytes=max(0, usable - others), used_by_others_bytes=others, host_bytes=available,
+                   unified=unified)
+
+
+def _reading(index: int) -> tuple[Reading | None, bool]:
+    """What is known of card `index`, and whether a context of this process is in it."""
+    try:
+        if reading := read_nvml(index):
+            return reading, False
+    except CardUnreadable:
+        if (reading := read_torch(index)) is None:
+            raise
+        return reading, True
+    return read_torch(index), True
 
 
 @cache
@@ -215,6 +227,7 @@ def _named(name: str) -> Card:
         cublas_workspace_bytes=environment.cublas_workspace_bytes(kind["cublas_kib"]),
         source=row["source"],
         assumed=_assumed_of(row, kind, link),
+        unified=row.get("unified", False),
     )
 
 
@@ -298,4 +311,5 @@ def _cpu() -> Card:
         source="assumed; plans for a CPU are for trying things out",
         assumed=_ASSUMED + ("tensor_rate", "fp32_rate", "memory_bandwidth"),
         host_bytes=available,
+        unified=True,
     )

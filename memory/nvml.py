@@ -1,8 +1,9 @@
-"""The card in this machine, as NVML knows it: with neither torch nor a context of CUDA's."""
+"""The card in this machine, as NVML knows it: with neither torch nor a context of CUDA's. Where NVML is not there, as in containers without the
+driver's utilities, or does not tell, as of a card that shares the host's memory, as torch knows it."""
 
 import os
 from itertools import takewhile
-from typing import Any
+from typing import Any, NamedTuple
 
 BF16_SINCE = (8, 0)  # compute capability
 
@@ -11,8 +12,20 @@ class CardUnreadable(RuntimeError):
     """There is a card, but its driver does not answer."""
 
 
-def read_nvml(index: int) -> tuple[str, tuple[int, int], int, int] | None:
-    """(label, compute capability, total bytes, bytes held by other processes) of card `index`; None: no driver or no card.
+class Reading(NamedTuple):
+    """What a card says of itself."""
+
+    label: str
+    capability: tuple[int, int]
+    total_bytes: int
+    others_bytes: int
+    """Held by other processes."""
+    integrated: bool = False
+    """Whether its memory is the host's."""
+
+
+def read_nvml(index: int) -> Reading | None:
+    """Card `index`; None: no driver or no card.
 
     Raises: CardUnreadable, when there is a card but the driver does not answer for it.
     """
@@ -41,7 +54,17 @@ def read_nvml(index: int) -> tuple[str, tuple[int, int], int, int] | None:
     ours = sum(process.usedGpuMemory or 0 for process in processes if process.pid == os.getpid())
     # What the driver reserves for itself is nobody's; `memory.cards` knows of it.
     others = max(0, memory.total - memory.free - memory.reserved - ours)
-    return label, capability, memory.total, others
+    return Reading(label, capability, memory.total, others)
+
+
+def read_torch(index: int) -> Reading | None:
+    """Card `index`, or None: no card that torch can use. Makes a context of CUDA's, which counts as held by others."""
+    import torch
+
+    if not torch.cuda.is_available() or index >= torch.cuda.device_count():
+        return None
+    card, (free, total) = torch.cuda.get_device_properties(index), torch.cuda.mem_get_info(index)
+    return Reading(card.name, (card.major, card.minor), total, max(0, total - free - torch.cuda.memory_reserved(index)), bool(card.is_integrated))
 
 
 def _processes(pynvml: Any, handle: Any) -> list[Any]:

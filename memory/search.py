@@ -40,7 +40,7 @@ def search(
     Raises PlanError, when `base` with its fixed fields cannot be.
     """
     base, fixed, limits = base or MemoryPlan(), frozenset(fixed), Limits(card, margin=margin, host_bytes=host_bytes)
-    if card.is_cpu:  # it has one memory, in which nothing is gained by moving
+    if card.unified:
         fixed |= {"resident_blocks", "passes", "boundaries", "kept"}
 
     ranking = functools.partial(Ranking, workload, card)

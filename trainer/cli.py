@@ -178,7 +178,7 @@ def _forecast(command: PlanCommand, origins: dict[str, str]) -> None:
                          "former; leave one of the two out")
     if command.host:
         free = size_bytes(command.host)
-        own = {"capacity_bytes": free, "usable_bytes": free} if card.is_cpu else {}  # it has one memory
+        own = {"capacity_bytes": free, "usable_bytes": free} if card.unified else {}
         card = replace(card, host_bytes=free, **own)
     found = planning.forecast(config, card, fixed(origins), num_cards=command.cards)
     if command.json:

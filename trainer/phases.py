@@ -46,11 +46,11 @@ def phases_around(backbone: CogVideoX, config: TrainConfig, plan: MemoryPlan) ->
 
 def fit_to_generate(backbone: CogVideoX, config: TrainConfig, card: Card, *, beside: bool = False) -> MemoryPlan:
     """The configured plan with as many resident blocks as `card` holds while a video is made, and feed-forwards in chunks if no other
-    fits. On the CPU, which has one memory, all blocks are resident. `beside`: whether the transformer is still there when a video is
+    fits. Where card and host share one memory all blocks are resident. `beside`: whether the transformer is still there when a video is
     decoded. Raises DoesNotFit.
     """
     plan, num_blocks = config.memory, backbone.num_blocks
-    if card.is_cpu:
+    if card.unified:
         return replace(plan, resident_blocks=None)
     with FakeMode():
         transformer = backbone.fake_transformer(dtype=resolve_dtype(backbone, plan, insist=True))

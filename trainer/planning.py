@@ -67,7 +67,7 @@ class Forecast:
     def host_may_help(self) -> bool:
         """Whether plans were left out that keep on the host what the best one recomputes, as nobody said what the host has."""
         best = self.result.best
-        return bool(self.card.host_bytes is None and best and self.result.near_misses
+        return bool(self.card.host_bytes is None and not self.card.unified and best and self.result.near_misses
                     and is_checkpointed(resolve_keeps(best.plan, _opened(self.config.model).num_blocks)))
 
 
@@ -255,7 +255,7 @@ def require_sense(config: TrainConfig, on_cpu: Assessment | None = None, *, what
 
 
 def _room(found: Assessment, card: Card) -> str:
-    free = found.needed_bytes / (1 - MARGIN) if card.is_cpu else found.host_bytes
+    free = found.needed_bytes / (1 - MARGIN) if card.unified else found.host_bytes
     return f"{math.ceil(free / GIB)} GiB free would do"
 
 
@@ -275,7 +275,7 @@ def verdict(found: Forecast) -> str:
         return (f"{found.config.model.model} fits {c.label}: predicted {a.needed_bytes / GIB:.2f} GiB of "
                 f"{c.usable_bytes / GIB:.2f} GiB usable{beside}, {_step_text(found)}")
     room = _room(a, c) + f" for each of the {found.num_cards} cards' processes" * (found.num_cards > 1)
-    if a.fits_card or c.is_cpu:  # whose memory is the host's
+    if a.fits_card or c.unified:
         would_do = room
     elif others and a.needed_bytes <= (1 - MARGIN) * (c.usable_bytes + others):
         would_do = f"it would if other processes did not hold {others / GIB:.2f} GiB, which nvidia-smi shows"
@@ -292,6 +292,6 @@ def smallest_card(found: Forecast) -> str:
     ours, cards = found.card.context_bytes + found.card.cublas_workspace_bytes, []
     for card in map(lookup, card_names()):
         needed = found.result.smallest.needed_bytes - ours + card.context_bytes + card.cublas_workspace_bytes
-        if card.usable_bytes * (1 - MARGIN) >= needed and card.supports(_dtype_name(found.config)):
+        if not card.unified and card.usable_bytes * (1 - MARGIN) >= needed and card.supports(_dtype_name(found.config)):
             cards.append(card)
     return min(cards, key=lambda card: card.capacity_bytes).name if cards else "none"

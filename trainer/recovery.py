@@ -204,16 +204,16 @@ def _steps_done(resume: Path | None) -> int:
 def cheaper(config: TrainConfig, card: Card, failure: Failure) -> Advice | None:
     """The least costly plan that needs so much less in the failed phase that the failed request would have been met.
 
-    None if no plan is predicted to lower that phase. All these steps move bytes from the card to the host: where that is short, while a card
-    is there, it is the fastest plan that pins no more than could be pinned; None, too, if it was not pinning that failed.
+    None if no plan is predicted to lower that phase. All these steps move bytes from the card to the host: where that is short, and is
+    another memory, it is the fastest plan that pins no more than could be pinned; None, too, if it was not pinning that failed.
     """
-    if failure.whose == "host" and not card.is_cpu:
+    if failure.whose == "host" and not card.unified:
         return _pinning_less(config, card, failure.pinned_bytes) if failure.pinned_bytes else None
 
     def needed(plan: MemoryPlan) -> int:
         found = forecast_as_given(replace(config, memory=plan), card)
-        # Without a card, what is moved to the host is in the same memory still.
-        moved = found.prediction.host_bytes if failure.whose == "host" else 0
+        # What is moved to the host may be in the same memory still.
+        moved = found.prediction.host_bytes if card.unified else 0
         return moved + found.by_phase.get(failure.planned_phase, max(found.by_phase.values()))
 
     limit = None if failure.requested_bytes is None else needed(config.memory) - failure.requested_bytes

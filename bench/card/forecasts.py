@@ -16,9 +16,7 @@ from unittest.mock import patch
 from bench.card.rig import Cell, backbone_of
 from memory import environment
 from memory.assess import Assessment, Workload, assess
-from memory.cards import GIB, Card, detect, lookup
-from memory.host import available_host_bytes
-from memory.nvml import CardUnreadable
+from memory.cards import Card, detect, lookup
 from memory.plan import MemoryPlan
 from memory.ranking import SEARCHED
 from memory.search import search
@@ -28,18 +26,7 @@ from trainer.rehearse import rehearse, teacher_share
 
 def card_here(*, dry: bool) -> Card:
     """The card of this machine as the planner knows it; a dry run plans for a small one."""
-    import torch
-
-    if dry:
-        return lookup("8gb")
-    try:
-        card = detect()
-    except CardUnreadable:
-        card = lookup("cpu")
-    if card.is_cpu:  # NVML does not answer: torch knows the size
-        size = lookup(f"{torch.cuda.get_device_properties().total_memory / GIB:.0f}gb")
-        card = dataclasses.replace(size, host_bytes=available_host_bytes())
-    return card
+    return lookup("8gb") if dry else detect()
 
 
 def shrunk(card: Card, gib: float, *, with_host: bool = False) -> Card:

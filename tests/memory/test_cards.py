@@ -10,7 +10,7 @@ import torch
 
 from memory import cards
 from memory.cards import GIB, UnknownCard, card_names, detect, lookup
-from memory.nvml import CardUnreadable
+from memory.nvml import CardUnreadable, Reading
 
 
 @pytest.fixture(autouse=True)
@@ -118,7 +118,7 @@ def test_nonsense_is_refused(profile):
 )
 def test_the_card_in_the_machine_is_recognised(monkeypatch, label, mib, name):
     capability = {"turing": (7, 5), "volta": (7, 0)}.get(lookup(name).architecture, (8, 6))
-    monkeypatch.setattr(cards, "read_nvml", lambda index: (label, capability, mib << 20, 3 * GIB))
+    monkeypatch.setattr(cards, "read_nvml", lambda index: Reading(label, capability, mib << 20, 3 * GIB))
     card = lookup("auto")
     assert card.name == name
     assert card.label.startswith(label) and card.capacity_bytes == mib << 20
@@ -132,7 +132,7 @@ def test_the_card_in_the_machine_is_recognised(monkeypatch, label, mib, name):
     ("Quadro RTX 8000", (7, 5), 49152, "titan-rtx"), ("NVIDIA TITAN V", (7, 0), 12288, "rtx-2080ti"),
     ("NVIDIA TITAN Xp", (6, 1), 12288, "rtx-2080ti"), ("Tesla P40", (6, 1), 24576, "titan-rtx")])
 def test_a_card_from_before_ampere_has_no_bf16_whatever_its_size(monkeypatch, label, capability, mib, rates_of):
-    monkeypatch.setattr(cards, "read_nvml", lambda index: (label, capability, mib << 20, 0))
+    monkeypatch.setattr(cards, "read_nvml", lambda index: Reading(label, capability, mib << 20, 0))
     card, rates = detect(), lookup(rates_of)
     assert card.fp16 and not card.bf16 and not card.fp8 and card.name not in card_names() and card.capacity_bytes == mib << 20
     assert card.memory_bandwidth == rates.memory_bandwidth and card.label == f"{label} (assumed rates of {rates.label})"
@@ -165,19 +165,19 @@ def test_of_a_divided_card_the_first_slice_is_taken_unless_another_is_named(monk
 
 
 def test_what_others_hold_may_be_more_than_is_usable(monkeypatch):
-    monkeypatch.setattr(cards, "read_nvml", lambda index: ("NVIDIA GeForce RTX 4090", (8, 9), 24564 << 20, 24564 << 20))
+    monkeypatch.setattr(cards, "read_nvml", lambda index: Reading("NVIDIA GeForce RTX 4090", (8, 9), 24564 << 20, 24564 << 20))
     assert detect().usable_bytes == 0 and detect().available_bytes < 0
 
 
 def test_a_laptops_card_is_not_the_desktops(monkeypatch):
-    monkeypatch.setattr(cards, "read_nvml", lambda index: ("NVIDIA GeForce RTX 4090 Laptop GPU", (8, 9), 16376 << 20, 0))
+    monkeypatch.setattr(cards, "read_nvml", lambda index: Reading("NVIDIA GeForce RTX 4090 Laptop GPU", (8, 9), 16376 << 20, 0))
     card = detect()
     assert card.name == "16gb" and card.label.startswith("NVIDIA GeForce RTX 4090 Laptop GPU (assumed rates of")
     assert card.tensor_rate < lookup("4090").tensor_rate / 2 and "tensor_rate" in card.assumed
 
 
 def test_a_card_of_less_than_half_a_gib_is_one_that_holds_nothing(monkeypatch):
-    monkeypatch.setattr(cards, "read_nvml", lambda index: ("NVIDIA GeForce GT 710", (3, 5), 256 << 20, 0))
+    monkeypatch.setattr(cards, "read_nvml", lambda index: Reading("NVIDIA GeForce GT 710", (3, 5), 256 << 20, 0))
     card = lookup("auto")
     assert card.name == "0.25gb" and card.capacity_bytes == 256 << 20 and card.available_bytes < 0
 
@@ -263,6 +263,46 @@ def test_a_card_that_does_not_answer_is_reported(monkeypatch):
     monkeypatch.setitem(sys.modules, "pynvml", fake_nvml(nvmlDeviceGetMemoryInfo=raising))
     with pytest.raises(CardUnreadable, match="--profile"):
         detect()
+
+
+@pytest.fixture
+def torchs_card(monkeypatch):
+    """A card that torch can use, of which 3 of 20 GiB are held, 1 of them by this process."""
+    def make(name="NVIDIA GeForce RTX 4090", integrated=0):
+        properties = SimpleNamespace(name=name, major=8, minor=9, is_integrated=integrated)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda index: (17 * GIB, 20 * GIB))
+        monkeypatch.setattr(torch.cuda, "memory_reserved", lambda index: GIB)
+
+    return make
+
+
+@pytest.mark.parametrize("nvml", [None, {"nvmlInit": raising}, {"nvmlDeviceGetMemoryInfo": raising}], ids=["not installed", "no library", "not supported"])
+def test_where_nvml_does_not_tell_torch_does(monkeypatch, torchs_card, nvml):
+    """As in containers without the driver's utilities; of memory that card and host share NVML says that it is not supported."""
+    monkeypatch.setitem(sys.modules, "pynvml", nvml and fake_nvml(**nvml))
+    torchs_card()
+    card, named = detect(), lookup("4090")
+    assert (card.name, card.capacity_bytes, card.unified) == ("rtx-4090", 20 * GIB, False)
+    assert card.used_by_others_bytes == 2 * GIB - named.context_bytes  # this process' context is in it
+
+
+def test_a_card_that_torch_does_not_see_either_is_none(monkeypatch, torchs_card):
+    monkeypatch.setitem(sys.modules, "pynvml", None)
+    torchs_card()
+    assert detect(1).is_cpu
+
+
+@pytest.mark.parametrize("name, integrated", [("NVIDIA GB10", 1), ("Orin", 1), ("NVIDIA GB10", 0)])
+def test_a_card_that_shares_the_hosts_memory_has_what_is_available_there(monkeypatch, torchs_card, name, integrated):
+    monkeypatch.setitem(sys.modules, "pynvml", fake_nvml(nvmlDeviceGetMemoryInfo=raising))
+    monkeypatch.setattr(cards, "available_host_bytes", lambda: 12 * GIB)
+    torchs_card(name, integrated)
+    card = detect()
+    assert card.unified and card.usable_bytes == card.host_bytes == 12 * GIB and card.used_by_others_bytes == 0 and not card.is_cpu
+    assert (card.name == "gb10") == (name == "NVIDIA GB10")
 
 
 def test_cards_do_not_import_torch():

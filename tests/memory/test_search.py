@@ -382,18 +382,20 @@ def test_the_margin_is_kept_free():
     assert Limits(card).host_bytes is None and Limits(card).shortage(0, 1 << 60) == (0, 0)
 
 
-def test_a_cpu_has_one_memory():
-    cpu = dataclasses.replace(lookup("cpu"), usable_bytes=100 * MIB)
-    assert Limits(cpu, margin=0).shortage(60 * MIB, 30 * MIB) == (0, 0) and Limits(cpu, margin=0).shortage(60 * MIB, 50 * MIB)[0] == 10 * MIB
+@pytest.mark.parametrize("name", ["cpu", "gb10"])
+def test_where_card_and_host_share_one_memory_both_are_counted(name):
+    card = dataclasses.replace(lookup(name), usable_bytes=100 * MIB, context_bytes=0)
+    assert Limits(card, margin=0).shortage(60 * MIB, 30 * MIB) == (0, 0) and Limits(card, margin=0).shortage(60 * MIB, 50 * MIB)[0] == 10 * MIB
 
 
-def test_nothing_is_moved_within_a_cpus_memory(workload):
+@pytest.mark.parametrize("name", ["cpu", "gb10"])
+def test_nothing_is_moved_within_one_memory(workload, name):
     """Where it does not suffice, what is recomputed frees some, and what would stream does not."""
-    roomy, tight = (search(workload, dataclasses.replace(lookup("cpu"), usable_bytes=size, host_bytes=size)) for size in (64 * GIB, 3400 * MIB))
+    roomy, tight = (search(workload, dataclasses.replace(lookup(name), usable_bytes=size, host_bytes=size)) for size in (64 * GIB, 3400 * MIB))
     for found in (roomy, tight):
         plan = (found.best or found.smallest).plan
         assert plan.resident_blocks is None and plan.boundaries == plan.kept == "device" and plan.passes == "sequential"
-    assert roomy.best.needed_bytes == int(roomy.best.prediction.reserved_bytes) + roomy.best.host_bytes
+    assert roomy.best.needed_bytes == int(roomy.best.prediction.reserved_bytes) + roomy.best.host_bytes + lookup(name).context_bytes
 
 
 def test_impossible_plans_are_refused(workload):

@@ -83,7 +83,7 @@ PHASES = {
 
 
 def _in_memory(config, *, step_down: bool, command=("python", "run.py", "--rank", "4")):
-    return train_in_memory(train, config, {}, resume=None, card=lookup("cpu"), step_down=step_down, command=command)
+    return train_in_memory(train, config, {}, resume=None, card=lookup("24gb"), step_down=step_down, command=command)
 
 
 @pytest.fixture(scope="module")
@@ -137,7 +137,7 @@ def test_a_step_down_gives_pinned_memory_back_before_it_goes_on(config, monkeypa
         return tmp_path
 
     monkeypatch.setattr(recovery, "release_pinned", lambda: told.append("release"))
-    assert train_in_memory(train, config(), {}, resume=None, card=lookup("cpu"), step_down=True, command=("python", "run.py")) == tmp_path
+    assert train_in_memory(train, config(), {}, resume=None, card=lookup("24gb"), step_down=True, command=("python", "run.py")) == tmp_path
     assert told == ["train", "release", "train"]
 
 
