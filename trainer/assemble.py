@@ -3,8 +3,11 @@
 Nothing here decides; it only keeps the order: text encoder first and gone, then the transformer.
 """
 
+import re
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from memory.applied import AppliedPlan
+from memory.nvml import CardUnreadable, read_nvml
 from memory.plan import MemoryPlan
 from trainer.backbones import Predict
 from trainer.backbones.cogvideox import CogVideoX
@@ -114,7 +118,31 @@ def chosen_device(name: str) -> torch.device:
         if device.index >= torch.cuda.device_count():
             raise UsageError(f"--device {name}: there are {torch.cuda.device_count()} cards here, counted from 0")
         torch.cuda.set_device(device)  # events are recorded on the current card's stream, and a counter asked for does not start CUDA
+    if device.type == "cuda":
+        _require_kernels(device.index or 0)
     return device
+
+
+@lru_cache
+def _require_kernels(index: int) -> None:
+    """Raises UsageError for a card that this torch has no kernels for: its first one may run after a download of gigabytes."""
+    with suppress(CardUnreadable):
+        card = read_nvml(index)  # without a context, which a planner's fork must not share
+        if card and not has_kernels(card.capability):
+            raise UsageError(f"{card.label} is there, but {kernels_text(card.capability)}; or use --device cpu")
+
+
+def has_kernels(capability: tuple[int, int]) -> bool:
+    """Whether this torch was built for cards of that compute capability, or one that they are compatible with."""
+    built = re.findall(r"(sm|compute)_(\d+)(\d)", " ".join(torch.cuda.get_arch_list()))
+    return not built or any((int(major) == capability[0] if kind == "sm" else int(major) <= capability[0])
+                            and (int(major), int(minor)) <= capability for kind, major, minor in built)
+
+
+def kernels_text(capability: tuple[int, int]) -> str:
+    """That this torch has no kernels for such a card, and what would do."""
+    return (f"torch {torch.__version__} has no kernels for compute capability {'.'.join(map(str, capability))}, only for "
+            f"{' '.join(torch.cuda.get_arch_list())}; install one that has them: for cards before Turing one built for CUDA 12.6")
 
 
 def is_bundled(model: ModelConfig) -> bool:

@@ -125,6 +125,8 @@ def the_card() -> tuple[Card | None, Check]:
                            "CUDA_VISIBLE_DEVICES")
     import torch
 
+    from trainer.assemble import has_kernels, kernels_text
+
     values = {"name": card.name, "label": card.label, "capacity_bytes": card.capacity_bytes, "usable_bytes": card.usable_bytes,
               "used_by_others_bytes": card.used_by_others_bytes, "built_for_cuda": torch.version.cuda}
     if not torch.cuda.is_available():
@@ -138,6 +140,9 @@ def the_card() -> tuple[Card | None, Check]:
         return None, _refused("card", e)
     values |= {"compute_capability": f"{major}.{minor}", "driver": _driver(),
                "dtypes": [d for d in ("float32", "bfloat16", "float16", "float8") if card.supports(d)]}
+    if not has_kernels((major, minor)):
+        return None, Check(name="card", status="problem", found=f"{card.label} is there, but torch has no kernels for it", values=values, exit_code=2,
+                           fix=kernels_text((major, minor)))
     crowded = card.used_by_others_bytes > card.capacity_bytes // 4
     return card, Check(
         name="card", status="warning" if crowded else "ok", values=values,

@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 from tiny_pipelines import FRAMES, SIDE
 
 import run
-from trainer import arguments, cli, planning
+from memory.nvml import Reading
+from trainer import arguments, assemble, cli, planning
 from trainer.arguments import chosen_card, positional, resolve
 from trainer.assemble import chosen_device
 from trainer.config import replaced
@@ -438,6 +439,24 @@ def test_a_card_by_number_becomes_the_current_one(monkeypatch):
     with pytest.raises(UsageError, match="--device cuda:2: there are 2 cards here"):
         chosen_device("cuda:2")
     assert not current
+
+
+BUILT = ["sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "compute_120"]  # torch for CUDA 13, and what is compiled for later ones
+
+
+@pytest.mark.parametrize("capability, built, fits", [
+    ((7, 0), BUILT, False), ((6, 1), BUILT, False), ((7, 5), BUILT, True), ((8, 7), BUILT, True), ((8, 9), BUILT, True), ((10, 3), BUILT, True),
+    ((12, 1), BUILT, True), ((13, 0), BUILT, True), ((13, 0), BUILT[:-1], False), ((7, 0), ["sm_70", "sm_90a"], True), ((11, 0), ["gfx1100"], True)])
+def test_a_card_without_kernels_is_refused_before_anything_is_loaded(monkeypatch, capability, built, fits):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: built)
+    monkeypatch.setattr(assemble, "read_nvml", lambda index: Reading("Some card", capability, 1, 0))
+    monkeypatch.setattr(assemble, "_require_kernels", assemble._require_kernels.__wrapped__)  # each time anew
+    if fits:
+        assert chosen_device("cuda").type == "cuda"
+        return
+    with pytest.raises(UsageError, match=rf"^Some card is there, but torch .* has no kernels for compute capability {capability[0]}\.{capability[1]}, only for sm_75 "):
+        chosen_device("auto")
 
 
 def test_what_is_looked_at_may_stand_last():

@@ -213,6 +213,16 @@ def test_whether_tritons_kernels_work(monkeypatch):
     assert "not installed" in found[1].found and "no compiler" in found[2].found and "gcc" in found[2].fix
 
 
+def test_a_card_that_torch_was_not_built_for(monkeypatch):
+    monkeypatch.setattr(doctor, "detect", lambda: lookup("v100-16gb"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 0))
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_75", "sm_120"])
+    card, check = doctor.the_card()
+    assert card is None and check.status == "problem" and check.exit_code == 2
+    assert "no kernels for compute capability 7.0, only for sm_75 sm_120; install one" in check.fix
+
+
 def test_a_card_that_others_fill_ends_no_examination(quick, monkeypatch):
     from trainer.backbones import norm_rotate
 
