@@ -23,7 +23,7 @@ from trainer.projection_config import read_forget_config
 from trainer.projection_health import unsound
 from trainer.records import Judge, non_finite
 from trainer.run_directory import read_config, read_content, resuming
-from trainer.run_files import CONFIG, FINDINGS, METRICS, nested, read_bytes, read_metrics
+from trainer.run_files import CONFIG, FINDINGS, MEMORY, METRICS, nested, read_bytes, read_metrics, read_object
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +55,8 @@ def diagnose_run(run_dir: Path) -> Bill:
             raise CheckpointError(f"{run_dir / FINDINGS} cannot be read ({e})") from e
     records = [record for record in written if "blocks" in record]
     try:
-        bill = bill.with_findings(_judged(records, named=bool(bill.fatal)))
+        judge = Judge(nested(read_object(run_dir / MEMORY), "predicted", "step_seconds"))
+        bill = bill.with_findings(_judged(records, judge, named=bool(bill.fatal)))
         if records:
             checked.append(f"{METRICS}: {len(records)} steps, loss terms, gradients, updates and erasers by block")
         elif written:  # a run of `forget`, which has no blocks
@@ -93,9 +94,9 @@ def _whole(run_dir: Path) -> list[str]:
     return checked
 
 
-def _judged(records: Sequence[dict], *, named: bool) -> list[Finding]:
+def _judged(records: Sequence[dict], judge: Judge, *, named: bool) -> list[Finding]:
     """`named`: the run itself said what stopped it, of which a record that is not finite only shows what followed."""
-    judge, found = Judge(), []
+    found = []
     for record in records:
         gradients = () if record.get("skipped") else record["blocks"]["gradient"]
         if not all(map(math.isfinite, [record["loss"], *gradients])):

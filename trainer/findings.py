@@ -118,6 +118,10 @@ CODES: dict[str, Code] = {
     "checkpointing-off": Code("warning",
         "checkpointed blocks were not recomputed: checkpointing is silently off and saves no memory",
         "--checkpoint all; do not make it depend on module.training, the frozen model is in eval mode"),
+    "slow-steps": Code("warning",
+        "steps take more than three times as long as predicted: something else uses the card, it is throttled or another one than was planned for, its "
+        "link to the host is slow, or its driver moves what does not fit to the host, as under WSL",
+        "look at nvidia-smi; python run.py doctor measures the link and tries Triton's kernels; a run goes on with --resume RUN --profile auto"),
     # Latents, losses and gradients.
     "trajectory-not-advanced": Code("fatal",
         "the sampler step is skipped: every timestep trains on the same latents, pure noise",

@@ -47,7 +47,7 @@ class Health:
         self._pending: Pending | None = None
         self._last_pass: tuple[bool, bool] | None = None  # that was not the teacher's: (with erasers, with gradients)
         self._host: Tensor | None = None  # pinned, where the device copies to
-        self._judge, self._handles, self._fingerprint, self._skips = Judge(), [], None, 0
+        self.judge, self._handles, self._fingerprint, self._skips = Judge(), [], None, 0
 
     def __enter__(self) -> "Health":
         assembly = self.subject.assembly
@@ -150,7 +150,7 @@ class Health:
             del record["loss_scale"]
         for sink in self.sinks:
             sink(record)
-        before, found = self.bill, self._judge.see(record) if sound else [self._locate(record)]
+        before, found = self.bill, self.judge.see(record) if sound else [self._locate(record)]
         self.bill = before.with_findings(map(self.subject.fitted, found))
         where = f"step {record['step'] + 1}"
         new = [f for f in self.bill.findings if f not in before.findings]

@@ -92,7 +92,9 @@ def gib(num_bytes: float) -> str:
 
 def _progress(state: Mapping[str, Any], room: int) -> list[Row]:
     done, total = state["done"], max(1, state["num_steps"])
-    speed = [pace(state["seconds_per_step"])] if state["seconds_per_step"] else []
+    predicted = state["facts"].get("predicted_step_seconds")
+    beside = f" ({seconds_text(predicted)} predicted)" if predicted else ""
+    speed = [pace(state["seconds_per_step"]) + beside] if state["seconds_per_step"] else []
     eta = f"ETA {duration(state['eta'])}" if state["eta"] is not None else "ETA after warm-up"
     if state["stopping"]:
         eta = "stopping: this step, then saving"

@@ -97,6 +97,7 @@ def train(config: TrainConfig, origins: Mapping[str, str], *, resume: Path | Non
         if log:
             files.callback(log.close)
         monitor.facts |= shared(keep_forecast, run_dir, config, forecast)
+        health.judge.expected_seconds = monitor.facts.get("predicted_step_seconds")
         monitor.done, monitor.findings, health.sinks = state.step, health.findings, (log.write, monitor.step) if log else ()
         if sampling.due(state.step) and not shared(picture(run_dir, state.step).exists):
             sampling.run(run_dir, state.step, assembly, embeddings, stop)

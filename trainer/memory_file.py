@@ -1,6 +1,6 @@
 """RUN/memory.json: what a run is predicted to need, for the live view and the report. Everything in it is predicted.
 
-{"card", "budget_bytes", "plan": {...}, "guidance_scale", "predicted": {"needed_bytes", "peak_bytes", "peak_bytes_by_phase": {phase: bytes},
+{"card", "budget_bytes", "plan": {...}, "guidance_scale", "predicted": {"step_seconds", "needed_bytes", "peak_bytes", "peak_bytes_by_phase": {phase: bytes},
 "categories": [name, ...], "timeline": [[phase, [bytes of each category]], ...]}}: the timeline is one step, in order, thinned.
 """
 
@@ -39,6 +39,8 @@ class MemoryForecast:
             "card": self.card.name, "budget_bytes": self.card.usable_bytes, "plan": asdict(found.plan),
             "guidance_scale": config.output.guidance_scale,  # of samples, which a run may go on with another of
             "predicted": {
+                # Of a CPU the rates are guesses, and where the host is the limit they are those of a usual one.
+                "step_seconds": None if self.card.is_cpu or found.time.launching > found.time.seconds else found.time.seconds,
                 "needed_bytes": found.needed_bytes, "peak_bytes": max(found.by_phase.values()),
                 "peak_bytes_by_phase": peaks,
                 "categories": list(CATEGORIES), "timeline": thinned(found.trace)}}
@@ -75,6 +77,7 @@ def keep_forecast(run_dir: Path, config: TrainConfig, forecast: MemoryForecast |
 
 
 def facts(content: Mapping[str, Any]) -> dict[str, float]:
-    """What the live view's memory bar shows of memory.json."""
-    shown = {"budget_bytes": nested(content, "budget_bytes"), "predicted_peak_bytes": nested(content, "predicted", "needed_bytes")}
+    """What the live view shows of memory.json."""
+    shown = {"budget_bytes": nested(content, "budget_bytes"), "predicted_peak_bytes": nested(content, "predicted", "needed_bytes"),
+             "predicted_step_seconds": nested(content, "predicted", "step_seconds")}
     return {name: value for name, value in shown.items() if value is not None}

@@ -6,7 +6,9 @@ the sum of squares over the batch).
 """
 
 import math
-from collections.abc import Mapping
+from collections import deque
+from collections.abc import Iterator, Mapping
+from statistics import median
 from typing import Any
 
 from torch import Tensor
@@ -15,6 +17,7 @@ from trainer.erasers import LEAVES
 from trainer.findings import Finding, finding
 
 BLOCK_NORMS = ("gradient", "update", "weight", "eraser", "residual")
+NUM_TIMED, SLOW = 10, 3.0  # of so many steps the median time, over what was predicted; what others published differs by a third at most
 LARGEST_ERASER = 10.0  # of the residual stream that its output is added to; the bundled model's reach 1
 
 
@@ -63,8 +66,11 @@ def non_finite(record: Mapping[str, Any], **evidence: Any) -> Finding:
 class Judge:
     """What records say, live or read back from metrics.jsonl: trouble that is finite. Show it records in order."""
 
-    def __init__(self):
+    def __init__(self, expected_seconds: float | None = None):
+        self.expected_seconds = expected_seconds
+        """What a step was predicted to take, if that is known."""
         self._moved = False
+        self._seconds: deque[float] = deque(maxlen=NUM_TIMED)
 
     def see(self, record: Mapping[str, Any]) -> list[Finding]:
         """Warnings about one step. Nothing here is about the very first update, when `up` is still zero."""
@@ -92,4 +98,14 @@ class Judge:
             found.append(finding("eraser-diverged", "training", block=away[0][0], **phase, eraser_over_residual=max(share for _, share in away),
                                  num_blocks=len(away)))
         self._moved = self._moved or update > 0
-        return found
+        return [*found, *self._slow(record, phase)]
+
+    def _slow(self, record: Mapping[str, Any], where: Mapping[str, Any]) -> Iterator[Finding]:
+        """Whether steps take far longer than was predicted."""
+        if "seconds" in record:
+            self._seconds.append(record["seconds"])
+        if not self.expected_seconds or len(self._seconds) < NUM_TIMED or (seconds := median(self._seconds)) <= SLOW * self.expected_seconds:
+            return
+        phases = record.get("phase_seconds") or {}
+        yield finding("slow-steps", "training", **where, seconds=seconds, predicted_seconds=self.expected_seconds,
+                      longest_phase=max(phases, key=phases.get, default=None))

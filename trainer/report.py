@@ -100,6 +100,8 @@ def _tiles(files: RunFiles) -> str:
     if seconds:
         scale, unit = _time_unit(seconds)
         shown.append((f"{unit} a step, median", f"{scale * median(seconds):.3g}"))
+        if predicted := nested(files.memory, "predicted", "step_seconds"):
+            shown.append((f"{unit} a step, predicted", f"{scale * predicted:.3g}"))
     if measured := _measured_peak(files):
         shown.append((f"Peak memory, measured ({measured[0]})", size_text(measured[1])))
     if predicted := files.memory.get("predicted", {}).get("peak_bytes"):

@@ -13,7 +13,7 @@ from memory.compiling import compile_blocks
 from trainer.findings import CODES
 
 NUM_HEALTHY, NUM_HEALTHY_SLOW = 52, 150
-NOT_INJECTED = {"frozen-weights-changed", "non-finite-loss", "zero-down-gradient"}  # see tests/trainer
+NOT_INJECTED = {"frozen-weights-changed", "non-finite-loss", "slow-steps", "zero-down-gradient"}  # see tests/trainer
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -479,6 +479,19 @@ def test_judge_explains_the_first_update_and_warns_later() -> None:
         assert [(f.code, f.severity, f.block, f.evidence["eraser_over_residual"]) for f in found] == diverged
 
 
+@pytest.mark.parametrize("expected, seconds, says", [
+    (1.0, [9.0] * 9, False), (1.0, [3.1] * 10, True), (1.0, [3.0] * 10, False), (1.0, [99.0] * 4 + [1.0] * 20, False), (1.0, [1.0] * 9 + [9.0] * 6, True),
+    (None, [9.0] * 20, False)])
+def test_judge_warns_of_steps_that_take_far_longer_than_predicted(expected: float | None, seconds: list[float], says: bool) -> None:
+    judge = Judge(expected)
+    record = {"step": 0, "loss": 1.0, "lr": 1e-3, "blocks": {"gradient": [1.0], "update": [0.1], "eraser": [1.0], "residual": [2.0]}}
+    for step, value in enumerate(seconds):
+        found = judge.see(record | {"step": step, "seconds": value, "phase_seconds": {"teacher": 0.3 * value, "waiting for transfers": 0.7 * value}})
+    judge.see(record)  # of a step whose time is not known yet
+    assert [(f.code, f.severity, f.evidence["seconds"] > 3 * expected, f.evidence["longest_phase"]) for f in found] == says * [
+        ("slow-steps", "warning", True, "waiting for transfers")]
+
+
 @pytest.mark.parametrize("change, code, block", [
     ({"prediction_norms": {"teacher": 1.0, "student": math.nan}, "loss": math.nan}, "non-finite-activation", None),
     ({"loss": math.inf}, "non-finite-loss", None), ({}, "non-finite-gradient", 1)])

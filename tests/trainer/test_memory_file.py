@@ -10,6 +10,7 @@ from memory.cards import lookup
 from memory.plan import MemoryPlan
 from memory.timeline import CATEGORIES
 from trainer.clock import WAITING
+from trainer.diagnose import diagnose_run
 from trainer.errors import InputOutputError
 from trainer.findings import finding
 from trainer.health import Health
@@ -84,6 +85,7 @@ def test_a_run_keeps_prediction_peaks_and_waiting_time(streamed, monkeypatch):
     files, records = RunFiles.read(run_dir), read_metrics(run_dir)
     predicted = files.memory["predicted"]
     assert files.memory["card"] == "rtx-4090" and files.memory["budget_bytes"] == CARD.usable_bytes
+    assert predicted["step_seconds"] is None  # of so small a model the host is the limit
     assert monitors[0].facts == {"budget_bytes": CARD.usable_bytes, "predicted_peak_bytes": predicted["needed_bytes"],
                                  "trajectory_steps": streamed.data.trajectory_steps}
     assert predicted["peak_bytes"] == max(predicted["peak_bytes_by_phase"].values()) <= predicted["needed_bytes"]
@@ -98,6 +100,23 @@ def test_a_run_keeps_prediction_peaks_and_waiting_time(streamed, monkeypatch):
     for wanted in ("One step by category, predicted", "measured (process)", "Without a card the whole process", "rtx-4090",
                    "transfer buffers", "waiting for transfers"):
         assert wanted in page, wanted
+
+
+def test_a_run_that_is_far_slower_than_predicted_says_so(tiny_config, monkeypatch):
+    monkeypatch.setattr("memory.timing.LAUNCH_S", 0.0)  # a host that is no limit, so that the card's time is the prediction
+    run_dir = train(tiny_config(optim__steps=12), {}, forecast=MemoryForecast(CARD))
+    expected = json.loads((run_dir / "memory.json").read_text())["predicted"]["step_seconds"]
+    found, = (f for f in json.loads((run_dir / "findings.json").read_text())["findings"] if f["code"] == "slow-steps")
+    assert found["evidence"]["predicted_seconds"] == expected < found["evidence"]["seconds"] / 3 and found["evidence"]["step"] >= 10
+    assert "a step, predicted" in write_report(run_dir).read_text()
+    (run_dir / "findings.json").unlink()
+    assert "slow-steps" in {f.code for f in diagnose_run(run_dir).findings}
+    (run_dir / "memory.json").unlink()
+    assert "slow-steps" not in {f.code for f in diagnose_run(run_dir).findings}
+
+
+def test_nothing_is_expected_of_a_cpus_steps(tiny_config):
+    assert MemoryForecast(lookup("cpu"))(tiny_config())["predicted"]["step_seconds"] is None
 
 
 def test_a_steps_time_is_that_of_all_its_phases(tiny_config, monkeypatch):

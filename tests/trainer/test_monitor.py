@@ -215,6 +215,7 @@ def test_a_step_that_takes_less_than_a_tenth_of_a_second_is_not_said_to_take_non
         monitor.step(record(0) | {"seconds": 0.0015})
     assert "  1.5 ms/step" in stream.getvalue()
     assert "  1.5 ms/step" in drawn(state([record(0)], seconds_per_step=0.0015), 120).splitlines()[0]
+    assert "  2.00 s/step (1.80 s predicted)  " in drawn(state([record(0)], facts={"predicted_step_seconds": 1.8}), 120).splitlines()[0]
 
 
 def test_off_is_silent():
