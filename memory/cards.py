@@ -18,6 +18,8 @@ from memory import environment
 from memory.host import available_host_bytes, host_bytes
 from memory.nvml import BF16_SINCE, CardUnreadable, Reading, read_nvml, read_torch
 
+_LANE = {1: 0.25, 2: 0.5, 3: 0.985, 4: 1.969, 5: 3.938, 6: 7.563}  # GB/s one way that a generation of PCIe names
+_REACHED = 0.79  # of that, by a pinned copy, as in cards.toml (assumed)
 GIB = 1 << 30
 _MIB = 1 << 20
 _ASSUMED = (
@@ -169,7 +171,16 @@ def detect(index: int = 0) -> Card:
     if unified := card.unified or reading.integrated:  # what others hold the host knows, who can do without its cached files
         usable, others = min(usable, available), 0
     return replace(card, capacity_bytes=reading.total_bytes, usable_bytes=max(0, usable - others), used_by_others_bytes=others, host_bytes=available,
-                   unified=unified)
+                   unified=unified, host_link_bandwidth=min(card.host_link_bandwidth, _slot_bandwidth(card, reading.slot)))
+
+
+def _slot_bandwidth(card: Card, slot: tuple[int, int] | None) -> float:
+    """What a pinned copy reaches over PCIe of that generation and so many lanes; no limit where neither is known, or the link is another."""
+    links, (generation, lanes) = _table()["links"], slot or (0, 0)
+    if card.host_link_bandwidth > links["pcie5-x16"]["effective"] * 1e9 or generation not in _LANE or lanes < 1:
+        return math.inf
+    known = links.get(f"pcie{generation}-x{lanes}")
+    return 1e9 * (known["effective"] if known else _REACHED * _LANE[generation] * lanes)
 
 
 def _reading(index: int) -> tuple[Reading | None, bool]:

@@ -22,6 +22,8 @@ class Reading(NamedTuple):
     """Held by other processes."""
     integrated: bool = False
     """Whether its memory is the host's."""
+    slot: tuple[int, int] | None = None
+    """Generation and lanes of PCIe that it and where it sits have in common, if that is known."""
 
 
 def read_nvml(index: int) -> Reading | None:
@@ -46,7 +48,7 @@ def read_nvml(index: int) -> Reading | None:
         # A slice's handle is not a card's; no card before Ampere can be split.
         capability = BF16_SINCE if " MIG " in label else tuple(pynvml.nvmlDeviceGetCudaComputeCapability(handle))
         memory = pynvml.nvmlDeviceGetMemoryInfo(handle, version=pynvml.nvmlMemory_v2)
-        processes = _processes(pynvml, handle)
+        processes, slot = _processes(pynvml, handle), _slot(pynvml, handle)
     except pynvml.NVMLError as error:
         raise CardUnreadable(f"card {index} does not answer ({error}); name it instead, e.g. --profile 4090") from error
     finally:
@@ -54,7 +56,7 @@ def read_nvml(index: int) -> Reading | None:
     ours = sum(process.usedGpuMemory or 0 for process in processes if process.pid == os.getpid())
     # What the driver reserves for itself is nobody's; `memory.cards` knows of it.
     others = max(0, memory.total - memory.free - memory.reserved - ours)
-    return Reading(label, capability, memory.total, others)
+    return Reading(label, capability, memory.total, others, slot=slot)
 
 
 def read_torch(index: int) -> Reading | None:
@@ -73,6 +75,15 @@ def _processes(pynvml: Any, handle: Any) -> list[Any]:
         return pynvml.nvmlDeviceGetComputeRunningProcesses(handle)
     except pynvml.NVMLError:
         return []
+
+
+def _slot(pynvml: Any, handle: Any) -> tuple[int, int] | None:
+    """As `Reading.slot`. What is the case now is less where the card saves power, and more where a virtual machine's port says less than there is."""
+    try:
+        return (max(pynvml.nvmlDeviceGetMaxPcieLinkGeneration(handle), pynvml.nvmlDeviceGetCurrPcieLinkGeneration(handle)),
+                max(pynvml.nvmlDeviceGetMaxPcieLinkWidth(handle), pynvml.nvmlDeviceGetCurrPcieLinkWidth(handle)))
+    except pynvml.NVMLError:
+        return None
 
 
 def _handle(pynvml: Any, index: int) -> Any | None:

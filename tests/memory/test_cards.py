@@ -207,6 +207,10 @@ def fake_nvml(**overrides):
         nvmlMemory_v2=2,
         NVML_DEVICE_MIG_ENABLE=1,
         nvmlDeviceGetMigMode=raising,
+        nvmlDeviceGetMaxPcieLinkGeneration=raising,
+        nvmlDeviceGetMaxPcieLinkWidth=raising,
+        nvmlDeviceGetCurrPcieLinkGeneration=lambda handle: 1,  # it saves power
+        nvmlDeviceGetCurrPcieLinkWidth=lambda handle: 1,
         nvmlDeviceGetMemoryInfo=lambda handle, version: SimpleNamespace(total=96 * GIB, reserved=GIB, free=85 * GIB),
         nvmlDeviceGetComputeRunningProcesses=lambda handle: [
             SimpleNamespace(pid=os.getpid(), usedGpuMemory=4 * GIB),
@@ -263,6 +267,24 @@ def test_a_card_that_does_not_answer_is_reported(monkeypatch):
     monkeypatch.setitem(sys.modules, "pynvml", fake_nvml(nvmlDeviceGetMemoryInfo=raising))
     with pytest.raises(CardUnreadable, match="--profile"):
         detect()
+
+
+@pytest.mark.parametrize("label, generation, lanes, rate", [
+    ("RTX 4090", 4, 16, 24.9), ("RTX 4090", 3, 16, 12.4), ("RTX 4090", 4, 8, 12.4), ("RTX 4090", 3, 4, 0.79 * 0.985 * 4), ("RTX 4090", 1, 1, 0.79 * 0.25),
+    ("RTX 4090", 5, 16, 24.9), ("H20", 5, 16, 54.0), ("GH200 480GB", 5, 16, 340.0)])
+def test_a_slot_may_be_slower_than_its_card(monkeypatch, label, generation, lanes, rate):
+    """A riser, a slot of an older board, a box beside the computer. What no driver says is no limit, and a link that is not PCIe has none of it."""
+    monkeypatch.setitem(sys.modules, "pynvml", fake_nvml(nvmlDeviceGetName=lambda handle: f"NVIDIA {label}",
+                        nvmlDeviceGetMaxPcieLinkGeneration=lambda handle: generation, nvmlDeviceGetMaxPcieLinkWidth=lambda handle: lanes))
+    assert detect().host_link_bandwidth == pytest.approx(rate * 1e9)
+
+
+def test_what_a_slot_does_now_is_believed_before_what_it_may(monkeypatch):
+    """As where a virtual machine's port is said to be of the first generation."""
+    monkeypatch.setitem(sys.modules, "pynvml", fake_nvml(
+        nvmlDeviceGetMaxPcieLinkGeneration=lambda handle: 1, nvmlDeviceGetMaxPcieLinkWidth=lambda handle: 1,
+        nvmlDeviceGetCurrPcieLinkGeneration=lambda handle: 5, nvmlDeviceGetCurrPcieLinkWidth=lambda handle: 16))
+    assert detect().host_link_bandwidth == lookup("h20").host_link_bandwidth
 
 
 @pytest.fixture
