@@ -179,6 +179,9 @@ def sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as e:
+        if e.errno != errno.EINVAL or not path.is_dir():  # some file systems, as of folders shared with a virtual machine, do this for files only
+            raise
     finally:
         os.close(descriptor)
 

@@ -6,6 +6,7 @@ import shutil
 import stat
 import struct
 from collections import namedtuple
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -268,6 +269,22 @@ def test_saver_counts_failures_in_a_row(tmp_path, monkeypatch, caplog):
     with pytest.raises(InputOutputError, match="failure 3 of 3.*; older checkpoints in .*ckpt are untouched"):
         saver.save(6, tensors=TENSORS, state=STATE)
     assert latest_checkpoint(tmp_path).step == 3
+
+
+@pytest.mark.parametrize("number, of_directories, saved", [(errno.EINVAL, True, True), (errno.EINVAL, False, False), (errno.EIO, True, False)])
+def test_a_file_system_that_brings_no_directory_to_the_disk_will_do(tmp_path, monkeypatch, number, of_directories, saved):
+    real = os.fsync
+
+    def fsync(descriptor):
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode) == of_directories:
+            raise OSError(number, os.strerror(number))
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with nullcontext() if saved else pytest.raises(InputOutputError):
+        save_checkpoint(tmp_path, 1, tensors=TENSORS, state=STATE)
+    monkeypatch.undo()
+    assert bool(latest_checkpoint(tmp_path)) == saved
 
 
 def test_saver_does_not_excuse_a_failed_last_save(tmp_path, monkeypatch):
