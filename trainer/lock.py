@@ -1,6 +1,8 @@
 """One writer per run directory."""
 
+import errno
 import fcntl
+import logging
 import os
 import re
 import shutil
@@ -8,6 +10,7 @@ from pathlib import Path
 
 from trainer.errors import CheckpointError, InputOutputError
 
+logger = logging.getLogger(__name__)
 LOCK = "run.lock"
 _LEFT_OVER = re.compile(r"\.tmp-\d{6,}-\d+")
 
@@ -16,8 +19,8 @@ class RunLock:
     """The right to write in a run directory, as a context manager; made if need be, and held by at most one process.
 
     The lock is an flock on RUN/run.lock, which the kernel releases when its holder dies, however it dies; the pid in the file only serves
-    the message. Being alone, its holder removes what dead processes left. A child forked without exec shares the lock. Raises
-    CheckpointError naming the holder's pid, InputOutputError where the directory cannot be written.
+    the message. Being alone, its holder removes what dead processes left. Where a file system has no locks, it warns. A child forked without
+    exec shares the lock. Raises CheckpointError naming the holder's pid, InputOutputError where the directory cannot be written.
     """
 
     def __init__(self, run_dir: Path):
@@ -30,10 +33,13 @@ class RunLock:
             self.run_dir.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
             try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                alone = _locked(descriptor)
                 os.ftruncate(descriptor, 0)
                 os.write(descriptor, f"{os.getpid()}\n".encode())
-                _remove_left_overs(self.run_dir / "ckpt")
+                if alone:
+                    _remove_left_overs(self.run_dir / "ckpt")
+                else:
+                    logger.warning("%s: this file system has no locks; see to it that no other process writes there", self.run_dir)
             except BlockingIOError as error:
                 holder = os.read(descriptor, 32).decode(errors="replace").strip() or "unknown"
                 os.close(descriptor)
@@ -52,6 +58,17 @@ class RunLock:
         # The file stays: removing it would let two processes hold locks on two files of the same name.
         os.close(self._descriptor)
         self._descriptor = None
+
+
+def _locked(descriptor: int) -> bool:
+    """Lock a file; False where the file system cannot, as some that many machines share. Raises BlockingIOError if another process has it."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as e:
+        if e.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+            raise
+        return False
+    return True
 
 
 def refuse_unbegun(run_dir: Path) -> None:

@@ -315,6 +315,18 @@ def test_lock_needs_a_writable_directory(tmp_path):
         pass
 
 
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_is_a_warning(tmp_path, monkeypatch, caplog, number):
+    """What others may be writing there stays."""
+    def refuse(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    (tmp_path / "ckpt" / ".tmp-000001-1").mkdir(parents=True)
+    with RunLock(tmp_path):
+        assert "this file system has no locks" in caplog.text and (tmp_path / "ckpt" / ".tmp-000001-1").is_dir()
+
+
 def test_lock_removes_only_left_overs(tmp_path):
     save_checkpoint(tmp_path, 1, tensors=TENSORS, state=STATE)
     for name in (".tmp-000002-77", "bad-step-000000", ".tmp-mine"):
