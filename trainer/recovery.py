@@ -212,7 +212,7 @@ def cheaper(config: TrainConfig, card: Card, failure: Failure) -> Advice | None:
 
     def needed(plan: MemoryPlan) -> int:
         found = forecast_as_given(replace(config, memory=plan), card)
-        # What is moved to the host may be in the same memory still.
+        # Where there is but one memory, what is moved to the host is in it still.
         moved = found.prediction.host_bytes if card.unified else 0
         return moved + found.by_phase.get(failure.planned_phase, max(found.by_phase.values()))
 
