@@ -61,8 +61,10 @@ def read_nvml(index: int) -> Reading | None:
 
 def read_torch(index: int) -> Reading | None:
     """Card `index`, or None: no card that torch can use. Makes a context of CUDA's, which counts as held by others."""
-    import torch
-
+    try:
+        import torch
+    except ImportError:
+        return None
     if not torch.cuda.is_available() or index >= torch.cuda.device_count():
         return None
     card, (free, total) = torch.cuda.get_device_properties(index), torch.cuda.mem_get_info(index)

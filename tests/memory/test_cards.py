@@ -314,7 +314,9 @@ def test_where_nvml_does_not_tell_torch_does(monkeypatch, torchs_card, nvml):
 def test_a_card_that_torch_does_not_see_either_is_none(monkeypatch, torchs_card):
     monkeypatch.setitem(sys.modules, "pynvml", None)
     torchs_card()
-    assert detect(1).is_cpu
+    assert detect(1).is_cpu and not detect(0).is_cpu
+    monkeypatch.setitem(sys.modules, "torch", None)  # not installed
+    assert detect(0).is_cpu
 
 
 @pytest.mark.parametrize("name, integrated", [("NVIDIA GB10", 1), ("Orin", 1), ("NVIDIA GB10", 0)])
