@@ -396,10 +396,11 @@ def test_the_step_down_asks_for_as_much_as_the_failed_request(config):
     assert cheaper(settings, lookup("4090"), Failure(phase="load", whose="host", said="", requested_bytes=None, peaks={})) is None
 
 
+@pytest.mark.parametrize("card, whose", [("cpu", "host"), ("gb10", "device"), ("gb10", "host")])
 @pytest.mark.parametrize("plan", [{}, {"resident_blocks": 1}, {"boundaries": "host"}], ids=str)
-def test_within_a_cpus_memory_nothing_is_gained_by_moving(config, plan):
+def test_within_one_memory_nothing_is_gained_by_moving(config, plan, card, whose):
     settings = config(**{f"memory__{name}": value for name, value in plan.items()})
-    advice = cheaper(settings, lookup("cpu"), Failure(phase="backward", whose="host", said="", requested_bytes=None, peaks={}))
+    advice = cheaper(settings, lookup(card), Failure(phase="backward", whose=whose, said="", requested_bytes=None, peaks={}))
     assert advice.needed_bytes > 0 and not advice.change.keys() & {"resident_blocks", "boundaries"}
 
 
