@@ -120,7 +120,7 @@ CODES: dict[str, Code] = {
         "--checkpoint all; do not make it depend on module.training, the frozen model is in eval mode"),
     "slow-steps": Code("warning",
         "steps take more than three times as long as predicted: something else uses the card, it is throttled or another one than was planned for, its "
-        "link to the host is slow, or its driver moves what does not fit to the host, as under WSL",
+        "link to the host is slow, its driver moves what does not fit to the host, as under WSL, or short steps wait for a slow host",
         "look at nvidia-smi; python run.py doctor measures the link and tries Triton's kernels; a run goes on with --resume RUN --profile auto"),
     # Latents, losses and gradients.
     "trajectory-not-advanced": Code("fatal",
