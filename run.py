@@ -112,12 +112,14 @@ def _guarded(command: Callable[[], int]) -> int:
 
 
 def _less_memory(whose: str) -> str:
-    if sys.argv[1:2] == ["forget"]:
-        return "a smaller --batch-size, --resident-blocks 0 or --device cpu needs less"
+    """What would need less of the memory that ran out."""
+    forgets = sys.argv[1:2] == ["forget"]
+    less = "a smaller --batch-size" if forgets else "fewer --frames, a smaller --height and --width"
     if whose == "host":
-        return ("fewer --frames, a smaller --height and --width need less, and beside a card a larger --resident-blocks; or close what else "
-                "uses it")
-    return "fewer --frames, a smaller --height and --width or --resident-blocks 0 need less; python run.py plan says how much"
+        return f"{less} and, beside a card, a larger --resident-blocks need less; or close what else uses it"
+    if forgets:
+        return f"{less}, --resident-blocks 0 or --device cpu needs less"
+    return f"{less} or --resident-blocks 0 need less; python run.py plan says how much"
 
 
 def _another_speaks(*, wait: bool) -> bool:

@@ -165,7 +165,8 @@ def test_a_driver_that_fails_where_memory_grows_ends_in_one_line(segments, code,
 
 
 @pytest.mark.parametrize("argv, advice", [
-    (["generate"], "beside a card a larger --resident-blocks"), (["forget"], "a smaller --batch-size")])
+    (["generate"], "fewer --frames, a smaller --height and --width and, beside a card, a larger --resident-blocks need less; or close"),
+    (["forget"], "a smaller --batch-size and, beside a card, a larger --resident-blocks need less; or close")])
 def test_a_host_without_memory_ends_in_one_line(argv, advice, monkeypatch, capsys):
     monkeypatch.setattr(cli, "main", lambda argv: (_ for _ in ()).throw(MemoryError("no more")))
     monkeypatch.setattr(sys, "argv", ["run.py", *argv])
