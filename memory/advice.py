@@ -23,7 +23,8 @@ class Advice:
     why: str
     """What it does, in words."""
     needed_bytes: int
-    """Predicted need of the new plan in what was short: the card, context included, or pinned memory of the host."""
+    """Predicted need of the new plan, context included; of one that `pins` less, pinned memory of the host alone."""
+    pins: bool = False
 
     def command(self, command: Sequence[str]) -> str:
         """`command` (a program and its arguments) with the changed settings appended or replaced, ready to paste."""

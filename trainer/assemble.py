@@ -135,8 +135,8 @@ def _require_kernels(index: int) -> None:
 def has_kernels(capability: tuple[int, int]) -> bool:
     """Whether this torch was built for cards of that compute capability, or one that they are compatible with."""
     built = re.findall(r"(sm|compute)_(\d+)(\d)", " ".join(torch.cuda.get_arch_list()))
-    return not built or any((int(major) == capability[0] if kind == "sm" else int(major) <= capability[0])
-                            and (int(major), int(minor)) <= capability for kind, major, minor in built)
+    return not built or any((kind == "compute" or int(major) == capability[0]) and (int(major), int(minor)) <= capability
+                            for kind, major, minor in built)
 
 
 def kernels_text(capability: tuple[int, int]) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, fields
 from typing import Any
 
-from memory.advice import words_of
+from memory.advice import difference, words_of
 from memory.assess import Assessment, compiled_fragmentation
 from memory.cards import GIB, Card
 from memory.plan import MemoryPlan
@@ -142,5 +142,4 @@ def _assumption(card: Card, name: str) -> str:
 
 def _difference(plan: MemoryPlan, other: MemoryPlan) -> str:
     """What one plan sets otherwise than another."""
-    return ", ".join(f"{f.name} {getattr(plan, f.name)}" for f in fields(MemoryPlan)
-                     if getattr(plan, f.name) != getattr(other, f.name)) or "the same"
+    return ", ".join(f"{name} {value}" for name, value in difference(other, plan).items()) or "the same"

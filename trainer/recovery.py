@@ -225,7 +225,7 @@ def _pinning_less(config: TrainConfig, card: Card, pinned_bytes: int) -> Advice 
     if best is None or best.plan == config.memory:
         return None
     return Advice(plan=best.plan, change=difference(config.memory, best.plan), why="the fastest plan that pins no more of the host's memory",
-                  needed_bytes=best.host_bytes)
+                  needed_bytes=best.host_bytes, pins=True)
 
 
 def command_of(advice: Advice, command: Sequence[str], *, begun: bool) -> str:
@@ -247,7 +247,7 @@ def described(failure: Failure, advice: Advice | None, command: str | None, *, o
         said = _LAST_RESORT.get(what, _LAST_RESORT["device" if on_cpu else failure.whose])
         lines.append(said.removesuffix(_ON_THE_CPU) if on_cpu else said)
     else:
-        where = f"in {shown(failure.planned_phase)}" if failure.pinned_bytes is None else "pinned"
+        where = "pinned" if advice.pins else f"in {shown(failure.planned_phase)}"
         lines.append(f"cheaper: {advice.why} (predicted: {size_text(advice.needed_bytes)} {where})")
         lines.append(command or "going on with that")
     return "\n".join(lines)

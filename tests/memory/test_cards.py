@@ -273,10 +273,17 @@ def test_a_card_that_does_not_answer_is_reported(monkeypatch):
     ("RTX 4090", 4, 16, 24.9), ("RTX 4090", 3, 16, 12.4), ("RTX 4090", 4, 8, 12.4), ("RTX 4090", 3, 4, 0.79 * 0.985 * 4), ("RTX 4090", 1, 1, 0.79 * 0.25),
     ("RTX 4090", 5, 16, 24.9), ("H20", 5, 16, 54.0), ("GH200 480GB", 5, 16, 340.0)])
 def test_a_slot_may_be_slower_than_its_card(monkeypatch, label, generation, lanes, rate):
-    """A riser, a slot of an older board, a box beside the computer. What no driver says is no limit, and a link that is not PCIe has none of it."""
+    """A riser, a slot of an older board, a box beside the computer. A link that is not PCIe has none of it."""
     monkeypatch.setitem(sys.modules, "pynvml", fake_nvml(nvmlDeviceGetName=lambda handle: f"NVIDIA {label}",
                         nvmlDeviceGetMaxPcieLinkGeneration=lambda handle: generation, nvmlDeviceGetMaxPcieLinkWidth=lambda handle: lanes))
     assert detect().host_link_bandwidth == pytest.approx(rate * 1e9)
+
+
+@pytest.mark.parametrize("says", [raising, lambda handle: 0], ids=["nothing", "zero"])
+def test_a_slot_of_which_no_driver_speaks_is_no_limit(monkeypatch, says):
+    names = ("nvmlDeviceGetMaxPcieLinkGeneration", "nvmlDeviceGetCurrPcieLinkGeneration", "nvmlDeviceGetMaxPcieLinkWidth", "nvmlDeviceGetCurrPcieLinkWidth")
+    monkeypatch.setitem(sys.modules, "pynvml", fake_nvml(**dict.fromkeys(names, says)))
+    assert detect().host_link_bandwidth == lookup("h20").host_link_bandwidth
 
 
 def test_what_a_slot_does_now_is_believed_before_what_it_may(monkeypatch):
