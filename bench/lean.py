@@ -3,15 +3,12 @@
     python -m bench.lean      into bench/results/lean.json
 """
 
-from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 from unittest.mock import patch
 
 from bench.feasibility import settings
 from bench.provenance import take_no_arguments, write_result
-from bench.published import PUBLISHED
-from memory.cards import Card, lookup
+from memory.cards import lookup
 from memory.plan import MemoryPlan
 from memory.timeline import FORWARD
 from memory.timing import load_of
@@ -23,7 +20,7 @@ CARDS = ("4090", "h200")
 CELLS = (("cogvideox-2b", 17), ("cogvideox-2b", 49), ("cogvideox-5b", 17), ("cogvideox-5b", 49))
 
 
-def measure(model: str, frames: int, cards: Sequence[Card]) -> dict[str, Any]:
+def measure(model: str, frames: int) -> dict[str, Any]:
     """Of a step that holds least: bytes that kernels move which only move bytes, live bytes at most in the student's forward passes
     and in the whole step, and seconds of computation by card."""
     config = settings(model, frames)
@@ -31,17 +28,15 @@ def measure(model: str, frames: int, cards: Sequence[Card]) -> dict[str, Any]:
     found = trace.prediction()
     return {"moved_bytes": sum(work.num_bytes for work in trace.work if work.kind == "memory"), "peak_bytes": found.peak_bytes,
             "forward_peak_bytes": found.by_phase[FORWARD],
-            "seconds": {name: load_of(trace.work, card).computing for name, card in zip(CARDS, cards)}}
+            "seconds": {name: load_of(trace.work, lookup(name)).computing for name in CARDS}}
 
 
 def main() -> None:
     cells: dict[str, Any] = {}
-    ours = [lookup(name) for name in CARDS]
-    theirs = [replace(card, memory_fraction=PUBLISHED["element_wise"]) for card in ours]
     for model, frames in CELLS:
         with patch.object(lean, "make_lean", lean.rotate_in_norms):  # which the maker of masks asks of them
-            stock = measure(model, frames, theirs)
-        cells[f"{model}-{frames}"] = {"diffusers": stock, "ours": measure(model, frames, ours)}
+            stock = measure(model, frames)
+        cells[f"{model}-{frames}"] = {"diffusers": stock, "ours": measure(model, frames)}
         print(model, frames, cells[f"{model}-{frames}"], flush=True)
     write_result("lean", {"basis": "predicted", "cards": CARDS, "cells": cells})
 

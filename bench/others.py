@@ -68,15 +68,15 @@ def published_times() -> str:
     result, rows = load("published"), []
     for row in result["generation"]:
         what = f"{row['steps']} steps" + " and decoding" * row["decoding"] if row["steps"] > 1 else "a step"
-        compiled = f"{row['compiled']:.0f} s ({row['compiled'] / row['seconds'] - 1:+.0%})" if "compiled" in row else ""
-        rows.append([f"{row['model']}, {row['card']}: {what} ({row['source']}{', fitted' * row.get('fitted', False)})", f"{row['seconds']:.4g} s",
+        what += ", {} x {} x {}".format(*row["size"]) if "size" in row else ""
+        compiled = f"{row['compiled']:.3g} s ({row['compiled'] / row['seconds'] - 1:+.0%})" if "compiled" in row else ""
+        rows.append([f"{row['model']}, {row['card']}: {what} ({row['source']})", f"{row['seconds']:.4g} s",
                      f"{row['predicted_seconds']:.4g} s ({row['error']:+.0%})", compiled])
     for row in result["training_step"]:
         rows.append([f"{row['model']}, {row['card']}: a training step, LoRA of rank {row['rank']}, checkpointed ({row['source']})", f"{row['seconds']:.4g} s",
                      f"{row['predicted_seconds']:.4g} s ({row['error']:+.0%})", ""])
     errors = [row["error"] for row in result["generation"] + result["training_step"]]
-    note = (f"\nFitted: element-wise work and norms reach {result['shares']['element_wise']:.0%} of the memory's bandwidth. Errors: "
-            f"{math.sqrt(sum(e * e for e in errors) / len(errors)):.0%} (root mean square).\n")
+    note = f"\nErrors: {math.sqrt(sum(e * e for e in errors) / len(errors)):.0%} (root mean square).\n"
     return markdown(["", "published", "predicted", "published with torch.compile"], rows) + note + _published(result)
 
 

@@ -63,7 +63,7 @@ def shares() -> dict[str, Any]:
                         for way in ("forward", "backward") if way in row} for row in PUBLISHED["attention"]]
     return {"matmul": {card: share(card, tflops, "tensor_rate") for card, tflops in PUBLISHED["matmul"].items()},
             "float32": {card: share(card, tflops, "fp32_rate") for card, tflops in PUBLISHED["float32"].items()},
-            "attention": attention, "element_wise": PUBLISHED["element_wise"]}
+            "attention": attention}
 
 
 # ---- memory ------------------------------------------------------------------------------------------------------------
@@ -186,7 +186,7 @@ def generation() -> list[dict[str, Any]]:
     """Seconds of denoising steps, and of decoding where that was counted."""
     rows = []
     for row in PUBLISHED["generation"]:
-        seconds = row["steps"] * _seconds(_denoising(row["model"]), row["card"])
+        seconds = row["steps"] * _seconds(_denoising(row["model"], *row.get("size", ())), row["card"])
         if row["decoding"]:
             seconds += _seconds(_decoding(row["model"]), row["card"])
         rows.append(row | {"predicted_seconds": seconds, "error": seconds / row["seconds"] - 1})
@@ -208,15 +208,15 @@ def training_step() -> list[dict[str, Any]]:
 def _seconds(works: list[Work], name: str) -> float:
     """With FlashAttention-2, which torch picked on every card when these times were measured."""
     card = lookup(name)
-    card = replace(card, attention_fraction=card.flash_fraction, attention_backward_fraction=card.flash_backward_fraction,
-                   memory_fraction=PUBLISHED["element_wise"])
+    card = replace(card, attention_fraction=card.flash_fraction, attention_backward_fraction=card.flash_backward_fraction)
     return load_of(works, card).computing
 
 
 @cache
-def _denoising(model: str) -> list[Work]:
+def _denoising(model: str, *size: int) -> list[Work]:
+    """`size`: (frames, height, width), if not the model's own."""
     backbone = CogVideoX(model, weights="random")
-    shape = backbone.latent_shape(*backbone.default_size())
+    shape = backbone.latent_shape(*size or backbone.default_size())
     with FakeMode(allow_non_fake_inputs=True), torch.no_grad():
         predict = backbone.predictor(backbone.fake_transformer(dtype=torch.bfloat16), shape)
         text = torch.empty(_GUIDED, backbone.text_length, backbone.text_width, dtype=torch.bfloat16)
