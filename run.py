@@ -27,7 +27,7 @@ PATIENCE = 10  # seconds in which torchrun ends the other processes when one has
 
 def main() -> int:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr)
-    logging.getLogger("bitsandbytes.backends").setLevel(logging.ERROR)  # it warns of kernels that are not used here
+    logging.getLogger("bitsandbytes").setLevel(logging.CRITICAL)  # of kernels that are not used; memory.optimizers says what it lacks
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     environment.prepare()  # before torch is imported
     if sys.stdout is None:  # closed by the caller

@@ -1,11 +1,12 @@
 """One constructor for the optimizers, and what their state weighs."""
 
+import os
 from collections.abc import Callable, Iterable, Sequence
 from typing import get_args
 
 import torch
 
-from memory.plan import OptimizerKind
+from memory.plan import OptimizerKind, PlanError
 
 _MIN_8BIT_NUMEL = 4096  # bitsandbytes keeps smaller tensors in float32
 _BLOCK_NUMEL_8BIT = 256  # elements that share one float32 maximum
@@ -24,9 +25,8 @@ def make_optimizer(
     "adamw": float32 state; fused, because the foreach form makes temporaries as large as all parameters.
     "adamw8bit": block-wise 8-bit state (Dettmers et al., arXiv:2110.02861). "paged-adamw8bit": the same in memory
     that the driver pages to the host; on the CPU, where there is nothing to page, the same as "adamw8bit".
-    Raises ValueError for an unknown kind, no parameters, or trainable parameters that are not float32.
+    Raises ValueError for an unknown kind, no parameters, or trainable parameters that are not float32; PlanError as `require_usable`.
     """
-    _require_known(kind)
     params = list(params)
     if not params:
         raise ValueError("no parameters to optimize: inject the adapters before making the optimizer")
@@ -36,6 +36,7 @@ def make_optimizer(
                 f"a trainable parameter of shape {tuple(param.shape)} is {param.dtype}. In float16 Adam's eps of 1e-08 "
                 "is 0, so a zero gradient gives 0/0 = NaN in the first step; in bfloat16 most updates are rounded away. Keep adapters in float32"
             )
+    require_usable(kind, params[0].device)
     if kind == "adamw":
         return torch.optim.AdamW(params, lr=lr, weight_decay=weight_decay, fused=True)
 
@@ -44,6 +45,23 @@ def make_optimizer(
     paged = kind == "paged-adamw8bit" and params[0].device.type == "cuda"
     optimizer = bitsandbytes.optim.PagedAdamW8bit if paged else bitsandbytes.optim.AdamW8bit
     return optimizer(params, lr=lr, weight_decay=weight_decay)
+
+
+def require_usable(kind: OptimizerKind, device: torch.device) -> None:
+    """Raises PlanError where bitsandbytes has no library for this card's CUDA, or it does not load, and ValueError for an unknown kind.
+
+    bitsandbytes itself is silent until the first step. It asks CUDA for the card, so that this process must not fork afterwards.
+    """
+    _require_known(kind)
+    if kind == "adamw":
+        return
+    from bitsandbytes.cextension import lib
+
+    if device.type == "cuda" and not getattr(lib, "compiled_with_cuda", True):
+        why = getattr(lib, "error_msg", "it is built for the CPU alone").strip().partition("\n")[0]
+        forced = [name for name in ("BNB_CUDA_VERSION", "BNB_ROCM_VERSION") if name in os.environ]
+        raise PlanError(f"optimizer is {kind!r}; bitsandbytes has no library that works on this card ({why}): "
+                        f"{f'unset {forced[0]}' if forced else 'install one that has'}, or take 'adamw', which needs none")
 
 
 def _require_known(kind: str) -> None:

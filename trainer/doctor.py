@@ -71,7 +71,7 @@ def examine() -> list[Check]:
     card, found = the_card()
     checks += [found, *host(card), *disk()]
     if not any(check.status == "problem" and check.name in ("torch", "diffusers", "transformers", "card") for check in checks):
-        for name, look in (("kernels", kernels), ("link", lambda: link(card))) if card else ():
+        for name, look in (("kernels", kernels), ("8-bit Adam", eight_bit), ("link", lambda: link(card))) if card else ():
             try:
                 checks.append(look())
             except RuntimeError as e:
@@ -172,6 +172,20 @@ def kernels() -> Check:
     return Check(name="kernels", status="ok" if work else "warning", values={"triton": work},
                  found="Triton's norm and rotate queries and keys, as torch's operators do" if work else why,
                  fix="" if work else "install the triton of this torch, and a C compiler with Python's headers (apt install gcc python3-dev)")
+
+
+def eight_bit(device: str = "cuda") -> Check:
+    """Whether bitsandbytes can take a step there."""
+    import torch
+
+    from memory.optimizers import create_state, make_optimizer
+    from memory.plan import PlanError
+
+    try:
+        create_state(make_optimizer([torch.nn.Parameter(torch.zeros(4096, device=device))], kind="adamw8bit", lr=1e-3))
+    except PlanError as e:
+        return Check(name="8-bit Adam", status="warning", found=str(e))
+    return Check(name="8-bit Adam", status="ok", found="takes a step")
 
 
 def _driver() -> str:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from memory.meter import Meter
+from memory.optimizers import require_usable
 from trainer.assemble import assemble, chosen_device, embed_prompts, open_training
 from trainer.checkpoint import Saver, latest_checkpoint
 from trainer.clock import PhaseClock
@@ -51,6 +52,7 @@ def train(config: TrainConfig, origins: Mapping[str, str], *, resume: Path | Non
         on_main(require_place, config.output.out)
     backbone, prompts, columns = open_training(config)
     device = chosen_device(config.model.device)
+    require_usable(config.memory.optimizer, device)
     meter = Meter(device)
     readings = Readings(meter)
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from memory.advice import flag_of
 from memory.meter import Meter
-from memory.optimizers import make_optimizer
+from memory.optimizers import make_optimizer, require_usable
 from trainer.assemble import chosen_device
 from trainer.checkpoint import Checkpoint, Saver, latest_checkpoint
 from trainer.clock import PhaseClock
@@ -164,6 +164,7 @@ def forget(config: ForgetConfig, origins: Mapping[str, str], *,
     only: in another one, signals are the calling program's), Unhealthy where the frozen layers have changed.
     """
     device, started = chosen_device(config.device), time.monotonic()
+    require_usable(config.memory.optimizer, device)
     if not resume:
         require_place(config.out)
     meter = Meter(device)

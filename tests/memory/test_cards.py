@@ -271,7 +271,8 @@ def test_a_card_that_does_not_answer_is_reported(monkeypatch):
 
 @pytest.mark.parametrize("label, generation, lanes, rate", [
     ("RTX 4090", 4, 16, 24.9), ("RTX 4090", 3, 16, 12.4), ("RTX 4090", 4, 8, 12.4), ("RTX 4090", 3, 4, 0.79 * 0.985 * 4), ("RTX 4090", 1, 1, 0.79 * 0.25),
-    ("RTX 4090", 5, 16, 24.9), ("H20", 5, 16, 54.0), ("GH200 480GB", 5, 16, 340.0)])
+    ("RTX 4090", 2, 1, 0.79 * 0.5), ("RTX 4090", 4, 4, 0.79 * 1.969 * 4), ("RTX 4090", 5, 16, 24.9), ("H20", 5, 16, 54.0), ("H20", 4, 16, 24.9),
+    ("H20", 5, 4, 0.79 * 3.938 * 4), ("H20", 6, 4, 0.79 * 7.563 * 4), ("GH200 480GB", 5, 16, 340.0)])
 def test_a_slot_may_be_slower_than_its_card(monkeypatch, label, generation, lanes, rate):
     """A riser, a slot of an older board, a box beside the computer. A link that is not PCIe has none of it."""
     monkeypatch.setitem(sys.modules, "pynvml", fake_nvml(nvmlDeviceGetName=lambda handle: f"NVIDIA {label}",

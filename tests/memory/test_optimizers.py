@@ -1,9 +1,12 @@
+from types import SimpleNamespace
 from unittest.mock import Mock
 
+import bitsandbytes.cextension
 import pytest
 import torch
 
-from memory.optimizers import create_state, make_optimizer, predict_state_bytes, reset_state
+from memory.optimizers import create_state, make_optimizer, predict_state_bytes, require_usable, reset_state
+from memory.plan import PlanError
 
 KINDS = ["adamw", "adamw8bit", "paged-adamw8bit"]
 SHAPES = [(128, 96), (128,), (96, 128), (96,), (4096,), (4095,), (5000,)]
@@ -124,6 +127,30 @@ def test_refusals():
         make_optimizer(make_params(), kind="sgd", lr=1e-3)
     with pytest.raises(ValueError, match="one of adamw"):
         predict_state_bytes([1], "sgd")
+
+
+@pytest.mark.parametrize(("variable", "said", "fix"), [(None, "No binary at x.so\nRun this", "install one that has"), (None, None, "install one that has"),
+                                                       ("BNB_CUDA_VERSION", "no", "unset BNB_CUDA_VERSION")])
+def test_a_library_that_does_not_load_is_said_before_the_first_step(monkeypatch, variable, said, fix):
+    """bitsandbytes itself says it in the middle of a step, in twenty lines."""
+    monkeypatch.delenv("BNB_CUDA_VERSION", raising=False)
+    if variable:
+        monkeypatch.setenv(variable, "117")
+    lib = SimpleNamespace(compiled_with_cuda=False) if said is None else SimpleNamespace(compiled_with_cuda=False, error_msg=said)
+    monkeypatch.setattr(bitsandbytes.cextension, "lib", lib)
+    why = "it is built for the CPU alone" if said is None else said.splitlines()[0]
+    with pytest.raises(PlanError) as e:
+        require_usable("adamw8bit", torch.device("cuda"))
+    assert str(e.value) == (f"optimizer is 'adamw8bit'; bitsandbytes has no library that works on this card ({why}): {fix}, or take 'adamw', "
+                            "which needs none")
+    require_usable("adamw", torch.device("cuda"))
+    make_optimizer(make_params(), kind="adamw8bit", lr=1e-3)  # on the CPU torch's operators do
+
+
+@pytest.mark.parametrize("lib", [SimpleNamespace(compiled_with_cuda=True), SimpleNamespace()])
+def test_a_library_that_loads_is_usable(monkeypatch, lib):
+    monkeypatch.setattr(bitsandbytes.cextension, "lib", lib)
+    require_usable("paged-adamw8bit", torch.device("cuda"))
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -17,6 +17,7 @@ from tiny_pipelines import FRAMES, SIDE
 
 import run
 from memory.nvml import Reading
+from memory.plan import PlanError
 from trainer import arguments, assemble, cli, planning
 from trainer.arguments import chosen_card, positional, resolve
 from trainer.assemble import chosen_device
@@ -419,6 +420,20 @@ def test_what_a_run_keeps_is_told_before_anything_is_loaded(settings, call, monk
                        (["--concept", "dog"], "--concept was 'red' and is 'dog' now"), (["--rank", "5"], "--rank was 4 and is 5 now")):
         code, _, said = call("--resume", settings[-1], *flags)
         assert code == 5 and f"cannot resume: {why}" in said[-1]
+
+
+@pytest.mark.parametrize("command", [[], ["forget", "--steps", "1"]])
+def test_an_optimizer_that_cannot_work_is_told_before_anything_is_loaded(settings, call, monkeypatch, tmp_path, command):
+    def refuse(kind, device):
+        raise PlanError(f"{kind} cannot work on {device.type}")
+
+    for module in ("trainer.loop", "trainer.projection"):
+        monkeypatch.setattr(f"{module}.require_usable", refuse)
+    monkeypatch.setattr("trainer.loop.embed_prompts", None)  # not reached
+    monkeypatch.setattr("trainer.projection.prepare", None)
+    out = ["--out", str(tmp_path / "run")]
+    code, _, said = call(*(command + out if command else [*settings[:-2], *out]), "--optimizer", "adamw8bit")
+    assert (code, said[-1]) == (2, "error: adamw8bit cannot work on cpu") and not (tmp_path / "run").exists()
 
 
 def test_the_card_is_the_one_that_the_device_names(monkeypatch):

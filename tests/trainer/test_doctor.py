@@ -19,6 +19,7 @@ import torch
 import run
 from memory.cards import GIB, lookup
 from memory.nvml import CardUnreadable
+from memory.plan import PlanError
 from trainer import cli, doctor
 from trainer.doctor import Check, Unfit, raise_if_unfit, show
 
@@ -41,7 +42,7 @@ def test_this_machine_is_fit_and_json_says_so(quick, monkeypatch, capsys):
     content = json.loads(capsys.readouterr().out)
     names = {check["name"] for check in content["checks"]}
     assert content["healthy"] and {"python", "torch", "card", "host memory", "disk for runs", "bundled model"} <= names
-    assert ("kernels" in names) == ("link" in names) == torch.cuda.is_available()
+    assert ("kernels" in names) == ("8-bit Adam" in names) == ("link" in names) == torch.cuda.is_available()
     assert all(check["status"] != "problem" for check in content["checks"])
 
 
@@ -214,6 +215,13 @@ def test_whether_tritons_kernels_work(monkeypatch):
     assert "not installed" in found[1].found and "no compiler" in found[2].found and "gcc" in found[2].fix
 
 
+def test_whether_8_bit_adam_works(monkeypatch):
+    assert doctor.eight_bit("cpu").status == "ok"
+    monkeypatch.setattr("memory.optimizers.require_usable", lambda kind, device: (_ for _ in ()).throw(PlanError(f"no library for {kind}")))
+    check = doctor.eight_bit("cpu")
+    assert (check.status, check.found) == ("warning", "no library for adamw8bit")
+
+
 def test_a_card_that_torch_was_not_built_for(monkeypatch):
     monkeypatch.setattr(doctor, "detect", lambda: lookup("v100-16gb"))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -233,9 +241,10 @@ def test_a_card_that_others_fill_ends_no_examination(quick, monkeypatch):
     monkeypatch.setattr(doctor, "the_card", lambda: (lookup("4090"), Check(name="card", status="ok", found="")))
     monkeypatch.setattr("torch.cuda.current_device", lambda: 0)
     monkeypatch.setattr(norm_rotate, "working_kernels", full)
+    monkeypatch.setattr(torch, "zeros", lambda *shape, device: full(device))
     monkeypatch.setattr(doctor, "_best_seconds", lambda work, wait: full(None))
     checks = doctor.examine()
-    assert [_one(checks, name).status for name in ("kernels", "link", "bundled model")] == ["problem", "problem", "ok"]
+    assert [_one(checks, name).status for name in ("kernels", "8-bit Adam", "link", "bundled model")] == ["problem", "problem", "problem", "ok"]
     assert _one(checks, "kernels").exit_code == 3 and "cannot be tried (CUDA out of memory" in _one(checks, "kernels").found
     assert doctor._refused("link", RuntimeError("CUDA error: unspecified launch failure")).exit_code == 6
 
