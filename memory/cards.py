@@ -34,7 +34,7 @@ _ASSUMED = (
     "host_link_bandwidth",
 )
 _OLD = {(7, 0): "volta", (7, 5): "turing"}  # those before that have tensor cores
-_LAPTOP = re.compile(r"laptop|mobile|max-q design")  # fewer cores, less power and often less memory than the card of that number
+_LAPTOP = re.compile(r"laptop|mobile|max-q design")  # fewer cores, less power and often less memory than the desktop's of that number
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(?:gb|gib|g)", re.IGNORECASE)
 
 
@@ -202,7 +202,7 @@ def _table() -> dict:
 
 def _squash(name: str) -> str:
     """Spelling that compares: "GeForce RTX 4090" and "4090" and "rtx-4090" are one."""
-    return re.sub(r"geforce|nvidia|tesla|rtx|[^a-z0-9]", "", name.lower())
+    return re.sub(r"geforce|nvidia|tesla|rtx|gpu|[^a-z0-9]", "", name.lower())
 
 
 def _usable(capacity_bytes: int) -> int:
@@ -277,8 +277,9 @@ def _by_label(label: str, capability: tuple[int, int], total_bytes: int) -> Card
     bases = {name: _squash(re.sub(r"-\d+gb$", "", name)) for name in rows}
     old = capability < BF16_SINCE
     # By its name alone, a TITAN V or a TITAN Xp would be a TITAN RTX.
-    found = [name for name in rows if bases[name] in runs and (not old or rows[name]["architecture"] == _OLD.get(capability))]
-    if found and not _LAPTOP.search(whole):
+    found = [name for name in rows if bases[name] in runs and name.endswith("-laptop") == bool(_LAPTOP.search(whole))
+             and (not old or rows[name]["architecture"] == _OLD.get(capability))]
+    if found:
         # Of a slice, the memory says nothing of the card's, but the name does where there are two.
         size = re.search(r"(\d+)gb", whole) if profile else None
         mib = int(size[1]) * 1024 if size else total_bytes / _MIB

@@ -52,6 +52,9 @@ def test_tensor_rates_are_what_their_generation_makes_of_the_fp32_rate():
         ("GeForce RTX 4090", "rtx-4090"),
         (" rtx-4090 ", "rtx-4090"),
         ("4090-48gb", "rtx-4090-48gb"),
+        ("4090d", "rtx-4090-d"),
+        ("4090 laptop", "rtx-4090-laptop"),
+        ("NVIDIA GeForce RTX 3070 Ti Laptop GPU", "rtx-3070ti-laptop"),
         ("A100", "a100-40gb"),
         ("a100-80gb", "a100-80gb"),
         ("v100", "v100-16gb"),
@@ -169,11 +172,15 @@ def test_what_others_hold_may_be_more_than_is_usable(monkeypatch):
     assert detect().usable_bytes == 0 and detect().available_bytes < 0
 
 
-def test_a_laptops_card_is_not_the_desktops(monkeypatch):
-    monkeypatch.setattr(cards, "read_nvml", lambda index: Reading("NVIDIA GeForce RTX 4090 Laptop GPU", (8, 9), 16376 << 20, 0))
+@pytest.mark.parametrize("label, mib, name", [
+    ("NVIDIA GeForce RTX 4090 Laptop GPU", 16376, "rtx-4090-laptop"), ("NVIDIA GeForce RTX 3080 Ti Laptop GPU", 16384, "rtx-3080ti-laptop"),
+    ("NVIDIA GeForce RTX 3080 Laptop GPU", 8192, "rtx-3080-laptop"), ("NVIDIA GeForce RTX 4050 Laptop GPU", 6141, "6gb"),
+    ("NVIDIA GeForce RTX 3080 with Max-Q Design", 8192, "8gb")])
+def test_a_laptops_card_is_not_the_desktops(monkeypatch, label, mib, name):
+    monkeypatch.setattr(cards, "read_nvml", lambda index: Reading(label, (8, 9), mib << 20, 0))
     card = detect()
-    assert card.name == "16gb" and card.label.startswith("NVIDIA GeForce RTX 4090 Laptop GPU (assumed rates of")
-    assert card.tensor_rate < lookup("4090").tensor_rate / 2 and "tensor_rate" in card.assumed
+    assert card.name == name and card.label.startswith(label) and card.capacity_bytes == mib << 20
+    assert ("(assumed rates of" in card.label) == ("tensor_rate" in card.assumed) == name.endswith("gb")
 
 
 def test_a_card_of_less_than_half_a_gib_is_one_that_holds_nothing(monkeypatch):
