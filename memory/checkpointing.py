@@ -77,19 +77,26 @@ def _checkpointed_forward(handle: Checkpointing, index: int, block: nn.Module, k
             return inner(*args, **kwargs)
         # Only positional arguments become saved tensors, which a strategy around this one may move to the host.
         leaves, structure = tree_flatten((args, kwargs))
-        calls, notes = iter(("forward",)), {}
+        calls, notes, failed = iter(("forward",)), {}, []
 
         def run(*leaves):
             region = next(calls, "recompute")
             if region == "recompute":
                 handle.num_recomputes[index] += 1
             args, kwargs = tree_unflatten(leaves, structure)
-            with checkpoint_region(region, notes):
-                return inner(*args, **kwargs)
+            try:
+                with checkpoint_region(region, notes):
+                    return inner(*args, **kwargs)
+            except BaseException as e:
+                if region == "recompute":
+                    raise
+                failed.append(e)  # before torch 2.13 `checkpoint` leaves its hooks in force while what it raises is held
 
         kept: list = []
         modes = {"context_fn": lambda: (_KeepAttention(kept), _ReuseAttention(kept))} if keep == "attention" else {}
         outputs = checkpoint(run, *leaves, use_reentrant=False, preserve_rng_state=_is_random(block, droppers), **modes)
+        if failed:
+            raise failed.pop()
         if keep == "attention" and not kept:
             raise RuntimeError(
                 f"block {index} is to keep its attention output, but no fused attention ran in it. Select a fused "

@@ -20,7 +20,7 @@ CPU = torch.device("cpu")
 def apply(tiny, keeps=("inputs",) * 5, **settings):
     if set(keeps) != {"everything"}:
         checkpoint_blocks(tiny.blocks, keeps)
-    return offload_activations(tiny.blocks, device="cpu", boundary_names=BOUNDARY_NAMES, min_bytes=0, **settings)
+    return offload_activations(tiny.blocks, device="cpu", boundary_names=BOUNDARY_NAMES, min_bytes=1, **settings)
 
 
 def parked_groups(handle):
