@@ -98,7 +98,7 @@ def _refusal(error: Exception) -> str:
     if isinstance(error, RepositoryNotFoundError):  # also where it may not be read
         return "it has none of that name for you; a private or gated one needs HF_TOKEN"
     if isinstance(error, LocalEntryNotFoundError | OfflineModeIsEnabled):
-        return "it is not in the cache, and " + ("HF_HUB_OFFLINE is set" if HF_HUB_OFFLINE else "the hub cannot be reached")
+        return "it is not in the cache, and " + ("HF_HUB_OFFLINE is set" if HF_HUB_OFFLINE else "the hub cannot be reached; HF_ENDPOINT may name a mirror")
     if isinstance(error, HFValidationError):
         return first_line(error)
     return f"{type(error).__name__}: {first_line(error)}; files that have come are kept, and the same command goes on with the rest"
