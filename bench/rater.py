@@ -14,6 +14,7 @@ from bench.provenance import RESULTS, require_known, settings_of, write_result
 from trainer.config import SHAPES, TrainConfig, at_least, replaced
 from trainer.evaluate import evaluate
 from trainer.loop import train
+from trainer.projection_encoders import locate
 from trainer.video_config import EvaluateConfig
 
 CONCEPTS = ("red", "circle", "left")
@@ -46,6 +47,7 @@ def measure(config: Rater, concept: str) -> dict[str, Any]:
 
 
 def main(config: Rater) -> None:
+    locate("clip", config.rater, flag="--rater", whole=True)  # what is wrong with it is said before anything is trained
     runs = {}
     for concept in config.concepts:
         runs[concept] = measure(config, concept)

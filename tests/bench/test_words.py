@@ -27,6 +27,7 @@ def test_every_benchmark_looks_at_its_words(file):
                                                (["bench", "projection", "--encoders", "vit"], 2, "--encoders vit: one of clip, "),
                                                (["bench", "projection", "--forget", "red dog"], 2, "--forget red dog: one of red circle, "),
                                                (["bench", "rater", "--num-videos", "0"], 2, "--num-videos 0: must be 1 or more"),
+                                               (["bench", "rater", "--rater", "nope"], 2, "--rater nope: no model in transformers' layout there"),
                                                (["bench", "diagnosis", "--num-healthy", "-1"], 2, "--num-healthy -1: must be 0 or more"),
                                                (["bench", "pretrained", "--num-videos", "0"], 2, "--num-videos 0: must be 1 or more"),
                                                (["bench", "pretrained", "--num-steps", "-1"], 2, "--num-steps -1: must be 1 or more")])
