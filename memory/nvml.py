@@ -59,6 +59,25 @@ def read_nvml(index: int) -> Reading | None:
     return Reading(label, capability, memory.total, others, slot=slot)
 
 
+def driver_cuda() -> str | None:
+    """The newest CUDA that this machine's driver supports, such as "12.4"; None: no driver, or it does not say."""
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+    except ImportError:
+        return None
+    except pynvml.NVMLError:
+        return None
+    try:
+        version = pynvml.nvmlSystemGetCudaDriverVersion_v2()
+    except pynvml.NVMLError:
+        return None
+    finally:
+        pynvml.nvmlShutdown()
+    return f"{version // 1000}.{version % 1000 // 10}"
+
+
 def read_torch(index: int) -> Reading | None:
     """Card `index`, or None: no card that torch can use. Makes a context of CUDA's, which counts as held by others."""
     try:

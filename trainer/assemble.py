@@ -3,6 +3,7 @@
 Nothing here decides; it only keeps the order: text encoder first and gone, then the transformer.
 """
 
+import logging
 import re
 from collections.abc import Sequence
 from contextlib import suppress
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from memory.applied import AppliedPlan
-from memory.nvml import CardUnreadable, read_nvml
+from memory.nvml import CardUnreadable, driver_cuda, read_nvml
 from memory.plan import MemoryPlan
 from trainer.backbones import Predict
 from trainer.backbones.cogvideox import CogVideoX
@@ -26,6 +27,8 @@ from trainer.erasers import Erasers
 from trainer.errors import UsageError
 from trainer.masks import prompt_columns
 from trainer.prompts import Embeddings, PromptSet, collect, embed, require_concept, warn_of_contradiction
+
+_warn_once = lru_cache(logging.getLogger(__name__).warning)  # of several steps on the way to a run each asks for the device
 
 
 def open_backbone(model: ModelConfig) -> CogVideoX:
@@ -106,6 +109,8 @@ def chosen_device(name: str) -> torch.device:
     """The device that `--device` means; a card by number is made the current one. Raises UsageError for one that is not there."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+        if name == "cpu" and (unused := unused_card()):
+            _warn_once("%s", unused)
     try:
         device = torch.device(name)
     except RuntimeError as e:
@@ -113,7 +118,7 @@ def chosen_device(name: str) -> torch.device:
     if device.type not in ("cpu", "cuda"):
         raise UsageError(f"--device {name}: auto, cpu or cuda would work")
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise UsageError(f"--device {name}: there is no CUDA card here; use --device cpu")
+        raise UsageError(f"--device {name}: {unused_card() or 'there is no CUDA card here'}; use --device cpu")
     if device.type == "cuda" and device.index is not None:
         if device.index >= torch.cuda.device_count():
             raise UsageError(f"--device {name}: there are {torch.cuda.device_count()} cards here, counted from 0")
@@ -121,6 +126,24 @@ def chosen_device(name: str) -> torch.device:
     if device.type == "cuda":
         _require_kernels(device.index or 0)
     return device
+
+
+def unused_card() -> str:
+    """That torch cannot use a card that the driver knows, why, and what would do; empty where there is none."""
+    with suppress(CardUnreadable):
+        if card := read_nvml(0):
+            return f"torch cannot use the {card.label} here: {why_unused()}"
+    return ""
+
+
+def why_unused() -> str:
+    """Why torch cannot use a card that is there, and what would do."""
+    built, newest = torch.version.cuda, driver_cuda()
+    if built is None:
+        return "it is built without CUDA; install one that is built with it"
+    if newest and int(newest.split(".")[0]) < int(built.split(".")[0]):  # within a major version any driver of it will do
+        return f"it is built for CUDA {built} and the driver is for {newest}; update the driver, or install a torch built for CUDA {newest} or older"
+    return f"it is built for CUDA {built}; look at CUDA_VISIBLE_DEVICES, and whether nvidia-smi shows the card"
 
 
 @lru_cache

@@ -125,15 +125,13 @@ def the_card() -> tuple[Card | None, Check]:
                            "CUDA_VISIBLE_DEVICES")
     import torch
 
-    from trainer.assemble import has_kernels, kernels_text
+    from trainer.assemble import has_kernels, kernels_text, why_unused
 
     values = {"name": card.name, "label": card.label, "capacity_bytes": card.capacity_bytes, "usable_bytes": card.usable_bytes,
               "used_by_others_bytes": card.used_by_others_bytes, "built_for_cuda": torch.version.cuda}
     if not torch.cuda.is_available():
-        built = f"for CUDA {torch.version.cuda}" if torch.version.cuda else "without CUDA"
-        return None, Check(name="card", status="problem", found=f"{card.label} is there, but torch (built {built}) cannot use it",
-                           values=values, exit_code=2, fix="install a torch whose CUDA the driver supports (nvidia-smi shows "
-                           "up to which), and look at CUDA_VISIBLE_DEVICES")
+        return None, Check(name="card", status="problem", found=f"{card.label} is there, but torch cannot use it", values=values, exit_code=2,
+                           fix=why_unused())
     try:
         major, minor = torch.cuda.get_device_capability()
     except RuntimeError as e:

@@ -10,7 +10,7 @@ import torch
 
 from memory import cards
 from memory.cards import GIB, UnknownCard, card_names, detect, lookup
-from memory.nvml import CardUnreadable, Reading
+from memory.nvml import CardUnreadable, Reading, driver_cuda
 
 
 @pytest.fixture(autouse=True)
@@ -268,6 +268,13 @@ def test_where_torch_sees_no_card_a_run_is_planned_for_the_cpu(monkeypatch, visi
 def test_no_driver_means_no_card(monkeypatch):
     monkeypatch.setitem(sys.modules, "pynvml", fake_nvml(nvmlInit=raising))
     assert detect().is_cpu
+
+
+@pytest.mark.parametrize("nvml, newest", [(fake_nvml(nvmlSystemGetCudaDriverVersion_v2=lambda: 12040), "12.4"), (fake_nvml(nvmlInit=raising), None),
+                                          (fake_nvml(nvmlSystemGetCudaDriverVersion_v2=raising), None), (None, None)])
+def test_the_newest_cuda_that_a_driver_supports(monkeypatch, nvml, newest):
+    monkeypatch.setitem(sys.modules, "pynvml", nvml)
+    assert driver_cuda() == newest
 
 
 def test_a_card_that_does_not_answer_is_reported(monkeypatch):

@@ -588,6 +588,18 @@ def test_a_card_that_is_not_there_is_told_before_a_plan_is_looked_for(call, monk
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a card")
+def test_a_card_that_torch_cannot_use_is_said_once(monkeypatch, caplog):
+    """As where the driver is older than torch: the bundled model trains on the CPU all the same."""
+    monkeypatch.setattr("trainer.assemble.read_nvml", lambda index: Reading("Some card", (8, 9), 2**34, 0))
+    monkeypatch.setattr("trainer.assemble.why_unused", lambda: "the driver is old")
+    assert [chosen_device("auto").type, chosen_device("auto").type] == ["cpu", "cpu"]
+    assert caplog.messages == ["torch cannot use the Some card here: the driver is old"]
+    with pytest.raises(UsageError, match="--device cuda: torch cannot use the Some card here: the driver is old; use --device cpu"):
+        chosen_device("cuda")
+    assert chosen_device("cpu").type == "cpu" and len(caplog.messages) == 1
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a card")
 @pytest.mark.parametrize("profile", [[], ["--profile", "4090"]], ids=["auto", "4090"])
 def test_a_machine_whose_card_is_not_seen_does_not_train_for_weeks(call, monkeypatch, profile):
     monkeypatch.setattr("memory.cards.host_bytes", lambda: (2**36, 2**36))

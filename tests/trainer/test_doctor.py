@@ -82,10 +82,19 @@ def test_a_card_that_does_not_answer(monkeypatch):
     assert card is None and (check.status, check.exit_code) == ("problem", 6) and "nvidia-smi" in check.fix
 
 
-def test_a_card_that_torch_cannot_use(monkeypatch):
+@pytest.mark.parametrize("built, newest, fix", [
+    (None, "12.4", "it is built without CUDA; install one that is built with it"),
+    ("13.0", "12.4", "it is built for CUDA 13.0 and the driver is for 12.4; update the driver, or install a torch built for CUDA 12.4 or older"),
+    ("12.8", "12.4", "it is built for CUDA 12.8; look at CUDA_VISIBLE_DEVICES, and whether nvidia-smi shows the card"),
+    ("12.8", None, "it is built for CUDA 12.8; look at CUDA_VISIBLE_DEVICES, and whether nvidia-smi shows the card")])
+def test_a_card_that_torch_cannot_use(monkeypatch, built, newest, fix):
     monkeypatch.setattr(doctor, "detect", lambda: replace(lookup("4090"), used_by_others_bytes=GIB))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", built)
+    monkeypatch.setattr("trainer.assemble.driver_cuda", lambda: newest)
     card, check = doctor.the_card()
-    assert card is None and check.status == "problem" and "RTX 4090" in check.found and "cannot use it" in check.found
+    assert card is None and (check.status, check.exit_code, check.fix) == ("problem", 2, fix)
+    assert check.found == "GeForce RTX 4090 is there, but torch cannot use it"
 
 
 def test_little_memory_and_a_container(monkeypatch):
