@@ -8,7 +8,7 @@ import pytest
 from test_simulate import tiny_trace
 
 import memory.assess
-from memory.assess import Limits, PhaseNeed, Workload, assess
+from memory.assess import Limits, PhaseNeed, Workload, assess, other_phases
 from memory.cards import GIB, lookup
 from memory.plan import MemoryPlan, PlanError, resolve_keeps
 from memory.ranking import SEARCHED, Ranking
@@ -331,6 +331,15 @@ def test_every_phase_has_to_fit(workload):
     assert assessed.host_bytes == 9 * MIB
     assert plan_for(heavy, 1900).best is None
     assert plan_for(heavy, 2200).best is not None
+
+
+@pytest.mark.parametrize("segments, reserved", [("True", 1.06 * 120 * MIB), ("False", 1.06 * 110 * MIB + 0.3 * 100 * MIB)])
+def test_what_a_phase_reserves(monkeypatch, segments, reserved):
+    """Where segments do not grow, more of what a phase itself takes, whatever else stands: the largest need may be another's then."""
+    monkeypatch.setenv("PYTORCH_ALLOC_CONF", f"expandable_segments:{segments}")
+    needs = [PhaseNeed(name="encode", device_bytes=100 * MIB, with_backbone=False), PhaseNeed(name="sample", device_bytes=50 * MIB, with_backbone=True)]
+    found = other_phases(needs, streams=False, standing_bytes=70 * MIB, workspace_bytes=20 * MIB, masters_bytes=0)
+    assert found.by_phase == {"encode": 110 * MIB, "sample": 120 * MIB} and found.reserved_bytes == int(reserved)
 
 
 @pytest.mark.parametrize("share, fragmentation", [(1.01, 1.0), (0.99, 1.5)])
