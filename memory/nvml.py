@@ -63,18 +63,14 @@ def driver_cuda() -> str | None:
     """The newest CUDA that this machine's driver supports, such as "12.4"; None: no driver, or it does not say."""
     try:
         import pynvml
-
-        pynvml.nvmlInit()
     except ImportError:
         return None
-    except pynvml.NVMLError:
-        return None
     try:
+        pynvml.nvmlInit()
         version = pynvml.nvmlSystemGetCudaDriverVersion_v2()
+        pynvml.nvmlShutdown()
     except pynvml.NVMLError:
         return None
-    finally:
-        pynvml.nvmlShutdown()
     return f"{version // 1000}.{version % 1000 // 10}"
 
 
