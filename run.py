@@ -74,7 +74,7 @@ def _train() -> int:
 def _guarded(command: Callable[[], int]) -> int:
     """Its exit code, and that of what it raises, said in a line."""
     try:
-        from memory.exhaustion import card_lost, driver_failed, exhausted, first_line
+        from memory.exhaustion import card_lost, exhausted, first_line, workaround
         from memory.plan import PlanError
         from trainer.errors import InputOutputError, TrainerError
     except KeyboardInterrupt:
@@ -103,9 +103,9 @@ def _guarded(command: Callable[[], int]) -> int:
         if card_lost(e):
             return _say(6, f"error: the card is lost ({first_line(e)}); what is saved is good: go on with python run.py "
                         f"{'forget ' * (sys.argv[1:2] == ['forget'])}--resume RUN once nvidia-smi shows it again")
-        if driver_failed(e) and environment.expandable_segments():
-            return _say(6, f"error: the card's driver fails ({first_line(e)}), as some do where memory grows; put {environment.FIXED_SEGMENTS} "
-                        "before the command")
+        if without := workaround(e):
+            what, setting = without
+            return _say(6, f"error: {what} ({first_line(e)}); put {setting} before the command")
         if not (whose := exhausted(e)):
             raise
         return _say(3, f"error: out of memory on the {whose} ({first_line(e)}); {_less_memory(whose)}")

@@ -3,9 +3,12 @@
 Importable without torch.
 """
 
+import os
 import re
 import sys
 from typing import Literal
+
+from memory.environment import FIXED_SEGMENTS, expandable_segments
 
 _DEVICE = re.compile(r"(CUDA( driver)? error|Triton Error \[CUDA\]): out of memory|CUBLAS_STATUS_ALLOC_FAILED|CUDNN_STATUS_ALLOC_FAILED")
 _HOST = re.compile(r"DefaultCPUAllocator|[Cc]annot allocate memory|cudaHostAlloc|hipHostMalloc")
@@ -16,6 +19,7 @@ _LOST = re.compile(
     re.IGNORECASE,
 )
 _DRIVER = re.compile(r"CUDA driver error: (?!out of memory)")
+_OTHER_ATTENTION = "TORCH_CUDNN_SDPA_DEPRIORITIZED"  # FlashAttention-2 then, where torch would prefer cuDNN's (sdp_utils.cpp)
 _UNITS = {"bytes": 1, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30}
 
 
@@ -50,3 +54,12 @@ def card_lost(error: BaseException) -> bool:
 def driver_failed(error: BaseException) -> bool:
     """Whether the card's driver failed in what torch asks of it directly, which is memory that grows: those of virtual cards do not have it."""
     return isinstance(error, RuntimeError) and bool(_DRIVER.search(str(error)))
+
+
+def workaround(error: BaseException) -> tuple[str, str] | None:
+    """What `error` says that the card's libraries do not do, and the setting of the environment that does without; None where there is none."""
+    if driver_failed(error) and expandable_segments():
+        return "the card's driver fails where memory grows, as some do", FIXED_SEGMENTS
+    if isinstance(error, RuntimeError) and "cuDNN Frontend error" in str(error) and _OTHER_ATTENTION not in os.environ:
+        return "cuDNN has no attention for this card", f"{_OTHER_ATTENTION}=1"
+    return None

@@ -22,8 +22,7 @@ from pathlib import Path
 from typing import Any, Literal, TextIO
 
 from memory.cards import GIB, Card, detect
-from memory.environment import FIXED_SEGMENTS, expandable_segments
-from memory.exhaustion import card_lost, driver_failed, exhausted, first_line
+from memory.exhaustion import card_lost, driver_failed, exhausted, first_line, workaround
 from memory.host import available_host_bytes, host_limit_bytes, machine_bytes, under_wsl
 from memory.nvml import CardUnreadable
 from trainer.cache import cache_directory
@@ -154,7 +153,7 @@ def _refused(name: str, error: Exception) -> Check:
     full = exhausted(error) is not None
     fix = "end what else holds memory of the card, which nvidia-smi shows, or of the host" if full else _LOST
     return Check(name=name, status="problem", found=f"cannot be tried ({first_line(error)})", exit_code=3 if full else 6,
-                 fix=f"export {FIXED_SEGMENTS}" if driver_failed(error) and expandable_segments() else fix)
+                 fix=f"export {without[1]}" if (without := workaround(error)) else fix)
 
 
 def kernels() -> Check:
@@ -291,7 +290,7 @@ def bundled_model() -> Check:
     try:
         finite, shape = _generate_once()
     except Exception as e:  # whatever it is, it is what was asked for
-        if exhausted(e) or card_lost(e) or driver_failed(e):
+        if exhausted(e) or card_lost(e) or driver_failed(e) or workaround(e):
             return _refused("bundled model", e)
         return Check(name="bundled model", status="problem", found=f"does not run ({type(e).__name__}: {first_line(e)})",
                      fix="git checkout trainer/shapes/pipeline, or train it anew: make pretrain", exit_code=getattr(e, "exit_code", 5))

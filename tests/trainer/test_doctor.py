@@ -155,23 +155,26 @@ def test_a_lost_card_ends_training_in_one_line(monkeypatch, capsys):
     assert capsys.readouterr().err.startswith("error: the card is lost (CUDA error: unknown error); what is saved is good: go on with python run.py --resume RUN once")
 
 
-@pytest.mark.parametrize("segments, code", [("expandable_segments:True", 6), ("expandable_segments:False", None)])
-def test_a_driver_that_fails_where_memory_grows_ends_in_one_line(segments, code, monkeypatch, capsys):
-    def fail(argv):
-        raise RuntimeError("CUDA driver error: operation not supported")
+@pytest.mark.parametrize("said, what, setting", [
+    ("CUDA driver error: operation not supported", "the card's driver fails where memory grows, as some do", "PYTORCH_ALLOC_CONF=expandable_segments:False"),
+    ("cuDNN Frontend error: [cudnn_frontend] Error: No valid execution plans built.", "cuDNN has no attention for this card",
+     "TORCH_CUDNN_SDPA_DEPRIORITIZED=1")])
+def test_what_the_cards_libraries_do_not_do_ends_in_one_line_and_a_way_around(said, what, setting, monkeypatch, capsys):
+    def fail(*words):
+        raise RuntimeError(said)
 
-    monkeypatch.setenv("PYTORCH_ALLOC_CONF", segments)
+    monkeypatch.setenv("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+    monkeypatch.delenv("TORCH_CUDNN_SDPA_DEPRIORITIZED", raising=False)
     monkeypatch.setattr(cli, "main", fail)
     monkeypatch.setattr(sys, "argv", ["run.py"])
-    if code is None:  # whatever it is then, it is nothing that is known
-        with pytest.raises(RuntimeError, match="not supported"):
-            run.main()
-        return
-    assert run.main() == code
-    assert capsys.readouterr().err == ("error: the card's driver fails (CUDA driver error: operation not supported), as some do where memory grows; "
-                                       "put PYTORCH_ALLOC_CONF=expandable_segments:False before the command\n")
-    check = doctor._refused("link", RuntimeError("CUDA driver error: operation not supported"))
-    assert (check.exit_code, check.fix) == (6, "export PYTORCH_ALLOC_CONF=expandable_segments:False")
+    monkeypatch.setattr(doctor, "_generate_once", fail)
+    assert run.main() == 6
+    assert capsys.readouterr().err == f"error: {what} ({said}); put {setting} before the command\n"
+    check = doctor.bundled_model()
+    assert (check.status, check.exit_code, check.fix) == ("problem", 6, f"export {setting}")
+    monkeypatch.setenv(*setting.split("="))
+    with pytest.raises(RuntimeError):  # whatever it is then, it is nothing that is known
+        run.main()
 
 
 @pytest.mark.parametrize("argv, advice", [
