@@ -180,8 +180,8 @@ def eight_bit(device: str = "cuda") -> Check:
 
     try:
         create_state(make_optimizer([torch.nn.Parameter(torch.zeros(4096, device=device))], kind="adamw8bit", lr=1e-3))
-    except PlanError as e:
-        return Check(name="8-bit Adam", status="warning", found=str(e))
+    except (PlanError, ImportError) as e:
+        return Check(name="8-bit Adam", status="warning", found=first_line(e))
     return Check(name="8-bit Adam", status="ok", found="takes a step")
 
 

@@ -232,6 +232,9 @@ def test_whether_8_bit_adam_works(monkeypatch):
     monkeypatch.setattr("memory.optimizers.require_usable", lambda kind, device: (_ for _ in ()).throw(PlanError(f"no library for {kind}")))
     check = doctor.eight_bit("cpu")
     assert (check.status, check.found) == ("warning", "no library for adamw8bit")
+    monkeypatch.undo()
+    monkeypatch.setitem(sys.modules, "bitsandbytes.cextension", None)  # not installed, or not whole
+    assert doctor.eight_bit("cpu").status == "warning" and "bitsandbytes" in doctor.eight_bit("cpu").found
 
 
 def test_a_card_that_torch_was_not_built_for(monkeypatch):
