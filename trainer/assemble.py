@@ -4,6 +4,7 @@ Nothing here decides; it only keeps the order: text encoder first and gone, then
 """
 
 import logging
+import math
 import re
 from collections.abc import Sequence
 from contextlib import suppress
@@ -28,6 +29,7 @@ from trainer.errors import UsageError
 from trainer.masks import prompt_columns
 from trainer.prompts import Embeddings, PromptSet, collect, embed, require_concept, warn_of_contradiction
 
+_OLDEST_CUDA = 12  # that torch is built for since 2.11
 _warn_once = lru_cache(logging.getLogger(__name__).warning)  # of several steps on the way to a run each asks for the device
 
 
@@ -141,8 +143,10 @@ def why_unused() -> str:
     built, newest = torch.version.cuda, driver_cuda()
     if built is None:
         return "it is built without CUDA; install one that is built with it"
-    if newest and int(newest.split(".")[0]) < int(built.split(".")[0]):  # within a major version any driver of it will do
-        return f"it is built for CUDA {built} and the driver is for {newest}; update the driver, or install a torch built for CUDA {newest} or older"
+    major = int(newest.split(".")[0]) if newest else math.inf
+    if major < int(built.split(".")[0]):  # within a major version any driver of it will do
+        other = f", or install a torch built for CUDA {major}" if major >= _OLDEST_CUDA else ""
+        return f"it is built for CUDA {built} and the driver is for {newest}; update the driver{other}"
     return f"it is built for CUDA {built}; look at CUDA_VISIBLE_DEVICES, and whether nvidia-smi shows the card"
 
 

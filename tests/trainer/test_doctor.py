@@ -84,7 +84,8 @@ def test_a_card_that_does_not_answer(monkeypatch):
 
 @pytest.mark.parametrize("built, newest, fix", [
     (None, "12.4", "it is built without CUDA; install one that is built with it"),
-    ("13.0", "12.4", "it is built for CUDA 13.0 and the driver is for 12.4; update the driver, or install a torch built for CUDA 12.4 or older"),
+    ("13.0", "12.4", "it is built for CUDA 13.0 and the driver is for 12.4; update the driver, or install a torch built for CUDA 12"),
+    ("12.6", "11.8", "it is built for CUDA 12.6 and the driver is for 11.8; update the driver"),
     ("12.8", "12.4", "it is built for CUDA 12.8; look at CUDA_VISIBLE_DEVICES, and whether nvidia-smi shows the card"),
     ("12.8", None, "it is built for CUDA 12.8; look at CUDA_VISIBLE_DEVICES, and whether nvidia-smi shows the card")])
 def test_a_card_that_torch_cannot_use(monkeypatch, built, newest, fix):
