@@ -59,19 +59,25 @@ def read_nvml(index: int) -> Reading | None:
     return Reading(label, capability, memory.total, others, slot=slot)
 
 
-def driver_cuda() -> str | None:
-    """The newest CUDA that this machine's driver supports, such as "12.4"; None: no driver, or it does not say."""
+def ask_driver(question: str) -> Any | None:
+    """What a function of NVML that takes nothing says of this machine's driver; None: no driver, or it does not say."""
     try:
         import pynvml
     except ImportError:
         return None
     try:
         pynvml.nvmlInit()
-        version = pynvml.nvmlSystemGetCudaDriverVersion_v2()
+        answer = getattr(pynvml, question)()
         pynvml.nvmlShutdown()
     except pynvml.NVMLError:
         return None
-    return f"{version // 1000}.{version % 1000 // 10}"
+    return answer
+
+
+def driver_cuda() -> str | None:
+    """The newest CUDA that this machine's driver supports, such as "12.4", if it says so."""
+    version = ask_driver("nvmlSystemGetCudaDriverVersion_v2")
+    return None if version is None else f"{version // 1000}.{version % 1000 // 10}"
 
 
 def read_torch(index: int) -> Reading | None:

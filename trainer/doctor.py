@@ -24,7 +24,7 @@ from typing import Any, Literal, TextIO
 from memory.cards import GIB, Card, detect
 from memory.exhaustion import card_lost, driver_failed, exhausted, first_line, workaround
 from memory.host import available_host_bytes, host_limit_bytes, machine_bytes, under_wsl
-from memory.nvml import CardUnreadable
+from memory.nvml import CardUnreadable, ask_driver
 from trainer.cache import cache_directory
 from trainer.config import ModelConfig
 from trainer.errors import TrainerError, UsageError
@@ -186,17 +186,8 @@ def eight_bit(device: str = "cuda") -> Check:
 
 
 def _driver() -> str:
-    try:
-        import pynvml
-    except ImportError:
-        return "unknown"
-    try:
-        pynvml.nvmlInit()
-        version = pynvml.nvmlSystemGetDriverVersion()
-        pynvml.nvmlShutdown()
-    except pynvml.NVMLError:
-        return "unknown"
-    return version.decode() if isinstance(version, bytes) else version
+    version = ask_driver("nvmlSystemGetDriverVersion")
+    return "unknown" if version is None else version.decode() if isinstance(version, bytes) else version
 
 
 def host(card: Card | None) -> Iterator[Check]:

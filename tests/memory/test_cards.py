@@ -181,6 +181,7 @@ def test_a_laptops_card_is_not_the_desktops(monkeypatch, label, mib, name):
     card = detect()
     assert card.name == name and card.label.startswith(label) and card.capacity_bytes == mib << 20
     assert ("(assumed rates of" in card.label) == ("tensor_rate" in card.assumed) == name.endswith("gb")
+    assert card.tensor_rate < lookup("4090").tensor_rate / 2
 
 
 def test_a_card_of_less_than_half_a_gib_is_one_that_holds_nothing(monkeypatch):
