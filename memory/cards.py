@@ -34,6 +34,8 @@ _ASSUMED = (
     "host_link_bandwidth",
 )
 _OLD = {(7, 0): "volta", (7, 5): "turing"}  # those before that have tensor cores
+_BOOST = 0.8  # of the highest clock that NVML names, what datasheets call boost (0.74 to 0.86; one and the same of cards for data centres)
+_BOOSTS = re.compile(r"geforce|titan|quadro|\brtx\b")
 _LAPTOP = re.compile(r"laptop|mobile|max-q design")  # fewer cores, less power and often less memory than the desktop's of that number
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(?:gb|gib|g)", re.IGNORECASE)
 
@@ -166,7 +168,7 @@ def detect(index: int = 0) -> Card:
     reading, own_context = _reading(index)
     if reading is None:
         return _cpu()
-    card, available = _by_label(reading.label, reading.capability, reading.total_bytes), available_host_bytes()
+    card, available = _of_reading(reading), available_host_bytes()
     usable, others = _usable(reading.total_bytes), max(0, reading.others_bytes - own_context * card.context_bytes)
     if unified := card.unified or reading.integrated:  # what others hold the host knows, who can do without its cached files
         usable, others = min(usable, available), 0
@@ -211,7 +213,10 @@ def _usable(capacity_bytes: int) -> int:
 
 
 def _named(name: str) -> Card:
-    row = _table()["cards"][name]
+    return _of_row(name, _table()["cards"][name])
+
+
+def _of_row(name: str, row: dict[str, Any]) -> Card:
     kind = _table()["architectures"][row["architecture"]]
     link = _table()["links"][row["link"]]
     capacity = row["mib"] * _MIB
@@ -268,8 +273,9 @@ def _of_size(gib: float, label: str | None = None, table: str = "typical") -> Ca
     )
 
 
-def _by_label(label: str, capability: tuple[int, int], total_bytes: int) -> Card:
-    """The listed card that NVML's name means; a card of that size and generation where the name is not listed."""
+def _of_reading(reading: Reading) -> Card:
+    """The listed card that NVML's name means; where the name is not listed, one of that size and generation with what NVML knows of its rates."""
+    label, capability, total_bytes = reading[:3]
     whole, _, profile = label.lower().partition(" mig ")
     words = [word for word in re.split(r"[^a-z0-9]+", whole) if _squash(word)]
     runs = {"".join(words[i:j]) for i in range(len(words)) for j in range(i + 1, len(words) + 1)}
@@ -286,8 +292,22 @@ def _by_label(label: str, capability: tuple[int, int], total_bytes: int) -> Card
         # "RTX 4070 Ti SUPER" also contains "4070": the longest name wins, then the nearest size.
         card = replace(_named(min(found, key=lambda name: (-len(bases[name]), abs(rows[name]["mib"] - mib)))), label=label)
         return _slice(card, profile, total_bytes) if profile else card
-    card = _of_size(round(total_bytes / GIB) or total_bytes / GIB, label, "typical_old" if old else "typical")
+    gib = round(total_bytes / GIB) or total_bytes / GIB
+    if reading.rates and (alike := _table()["alike"].get("{}.{}".format(*capability))):
+        return _computed(f"{gib:g}gb", label, alike["geforce" if "geforce" in whole else "other"], *reading.rates)
+    card = _of_size(gib, label, "typical_old" if old else "typical")
     return card if capability >= min(_OLD) else replace(card, tensor_rate=card.fp32_rate)  # without tensor cores
+
+
+def _computed(name: str, label: str, alike: str, highest_rate: float, bandwidth: float) -> Card:
+    """A card whose name is not listed, of the kind of a listed one, with the rates that follow from its cores, clocks and memory bus."""
+    row = _table()["cards"][alike]
+    fp32 = highest_rate * (_BOOST if _BOOSTS.search(label.lower()) else 1) / 1e12
+    row = {key: row[key] for key in ("architecture", "link", "mib")} | {
+        "label": f"{label} (rates computed from its cores and clocks)", "source": "computed from what its driver says of cores, clocks and memory bus",
+        "tensor": fp32 * row["tensor"] / row["fp32"], "fp32": fp32, "bandwidth": bandwidth / 1e9}
+    card = _of_row(name, row)
+    return replace(card, assumed=(*card.assumed, "tensor_rate", "fp32_rate"))
 
 
 def _slice(card: Card, profile: str, total_bytes: int) -> Card:

@@ -24,6 +24,8 @@ class Reading(NamedTuple):
     """Whether its memory is the host's."""
     slot: tuple[int, int] | None = None
     """Generation and lanes of PCIe that it and where it sits have in common, if that is known."""
+    rates: tuple[float, float] | None = None
+    """FLOP/s without tensor cores at its highest clock and bytes/s of its memory, if they are known."""
 
 
 def read_nvml(index: int) -> Reading | None:
@@ -48,7 +50,7 @@ def read_nvml(index: int) -> Reading | None:
         # A slice's handle is not a card's; no card before Ampere can be split.
         capability = BF16_SINCE if " MIG " in label else tuple(pynvml.nvmlDeviceGetCudaComputeCapability(handle))
         memory = pynvml.nvmlDeviceGetMemoryInfo(handle, version=pynvml.nvmlMemory_v2)
-        processes, slot = _processes(pynvml, handle), _slot(pynvml, handle)
+        processes, slot, rates = _processes(pynvml, handle), _slot(pynvml, handle), _rates(pynvml, handle)
     except pynvml.NVMLError as error:
         raise CardUnreadable(f"card {index} does not answer ({error}); name it instead, e.g. --profile 4090") from error
     finally:
@@ -56,7 +58,7 @@ def read_nvml(index: int) -> Reading | None:
     ours = sum(process.usedGpuMemory or 0 for process in processes if process.pid == os.getpid())
     # What the driver reserves for itself is nobody's; `memory.cards` knows of it.
     others = max(0, memory.total - memory.free - memory.reserved - ours)
-    return Reading(label, capability, memory.total, others, slot=slot)
+    return Reading(label, capability, memory.total, others, slot=slot, rates=rates)
 
 
 def ask_driver(question: str) -> Any | None:
@@ -107,6 +109,17 @@ def _slot(pynvml: Any, handle: Any) -> tuple[int, int] | None:
                 max(pynvml.nvmlDeviceGetMaxPcieLinkWidth(handle), pynvml.nvmlDeviceGetCurrPcieLinkWidth(handle)))
     except pynvml.NVMLError:
         return None
+
+
+def _rates(pynvml: Any, handle: Any) -> tuple[float, float] | None:
+    """As `Reading.rates`: each core multiplies and adds, and memory moves two bits a clock and wire."""
+    try:
+        cores, wires = pynvml.nvmlDeviceGetNumGpuCores(handle), pynvml.nvmlDeviceGetMemoryBusWidth(handle)
+        core, memory = (pynvml.nvmlDeviceGetMaxClockInfo(handle, clock) for clock in (pynvml.NVML_CLOCK_SM, pynvml.NVML_CLOCK_MEM))  # MHz
+    except pynvml.NVMLError:
+        return None
+    rates = 2e6 * cores * core, 2e6 * memory * wires / 8
+    return rates if all(rates) else None
 
 
 def _handle(pynvml: Any, index: int) -> Any | None:

@@ -114,6 +114,10 @@ def test_nonsense_is_refused(profile):
         ("NVIDIA RTX 6000 Ada Generation", 49140, "rtx-6000-ada"),
         ("NVIDIA RTX PRO 6000 Blackwell Workstation Edition", 97887, "rtx-pro-6000"),
         ("NVIDIA RTX PRO 6000 Blackwell Max-Q Workstation Edition", 97887, "rtx-pro-6000"),
+        ("NVIDIA GeForce RTX 2070 SUPER", 8192, "rtx-2070-super"),
+        ("NVIDIA GeForce RTX 2080 Ti", 11264, "rtx-2080ti"),
+        ("NVIDIA RTX PRO 4000 Blackwell", 24467, "rtx-pro-4000"),
+        ("NVIDIA RTX 4500 Ada Generation", 24570, "rtx-4500-ada"),
         ("NVIDIA TITAN RTX", 24576, "titan-rtx"),
         ("Tesla T4", 15360, "t4"),
         ("NVIDIA Something New", 36000, "35gb"),
@@ -131,7 +135,7 @@ def test_the_card_in_the_machine_is_recognised(monkeypatch, label, mib, name):
 
 
 @pytest.mark.parametrize("label, capability, mib, rates_of", [
-    ("NVIDIA GeForce RTX 2070 SUPER", (7, 5), 8192, "rtx-2060"), ("Quadro RTX 5000", (7, 5), 16384, "rtx-2080ti"),
+    ("Quadro RTX 4000", (7, 5), 8192, "rtx-2060"), ("Quadro RTX 5000", (7, 5), 16384, "rtx-2080ti"),
     ("Quadro RTX 8000", (7, 5), 49152, "titan-rtx"), ("NVIDIA TITAN V", (7, 0), 12288, "rtx-2080ti"),
     ("NVIDIA TITAN Xp", (6, 1), 12288, "rtx-2080ti"), ("Tesla P40", (6, 1), 24576, "titan-rtx")])
 def test_a_card_from_before_ampere_has_no_bf16_whatever_its_size(monkeypatch, label, capability, mib, rates_of):
@@ -140,6 +144,33 @@ def test_a_card_from_before_ampere_has_no_bf16_whatever_its_size(monkeypatch, la
     assert card.fp16 and not card.bf16 and not card.fp8 and card.name not in card_names() and card.capacity_bytes == mib << 20
     assert card.memory_bandwidth == rates.memory_bandwidth and card.label == f"{label} (assumed rates of {rates.label})"
     assert card.tensor_rate == (rates.tensor_rate if capability >= (7, 0) else rates.fp32_rate)
+
+
+@pytest.mark.parametrize("name, label, capability, cores, clock, memory_clock, wires", [  # clocks as nvidia-smi -q names them of these cards
+    ("rtx-4090", "NVIDIA GeForce RTX", (8, 9), 16384, 3105, 10501, 384), ("rtx-3090", "NVIDIA GeForce RTX", (8, 6), 10496, 2100, 9751, 384),
+    ("rtx-6000-ada", "NVIDIA RTX", (8, 9), 18176, 3105, 10001, 384), ("rtx-a4000", "NVIDIA RTX", (8, 6), 6144, 2100, 7001, 256),
+    ("t4", "Tesla", (7, 5), 2560, 1590, 5001, 256), ("v100-16gb", "Tesla", (7, 0), 5120, 1530, 877, 4096)])
+def test_rates_of_a_card_that_is_not_listed_follow_from_its_cores_clocks_and_bus(monkeypatch, name, label, capability, cores, clock, memory_clock, wires):
+    listed, info = lookup(name), SimpleNamespace(total=21 * GIB, reserved=0, free=21 * GIB)
+    nvml = fake_nvml(nvmlDeviceGetName=lambda handle: f"{label} of tomorrow", nvmlDeviceGetCudaComputeCapability=lambda handle: capability,
+                     nvmlDeviceGetMemoryInfo=lambda handle, version: info,
+                     nvmlDeviceGetNumGpuCores=lambda handle: cores, nvmlDeviceGetMemoryBusWidth=lambda handle: wires,
+                     nvmlDeviceGetMaxClockInfo=lambda handle, kind: {1: clock, 2: memory_clock}[kind])
+    monkeypatch.setitem(sys.modules, "pynvml", nvml)
+    card = detect()
+    assert card.name == "21gb" and card.label == f"{label} of tomorrow (rates computed from its cores and clocks)"
+    assert card.capacity_bytes == 21 * GIB and card.architecture == listed.architecture
+    assert (card.fp32_rate, card.tensor_rate) == (pytest.approx(listed.fp32_rate, rel=0.08), pytest.approx(listed.tensor_rate, rel=0.08))
+    assert card.memory_bandwidth == pytest.approx(listed.memory_bandwidth, rel=0.005)
+    assert {"tensor_rate", "fp32_rate", "matmul_fraction"} <= set(card.assumed) and "memory_bandwidth" not in card.assumed
+    nvml.nvmlDeviceGetNumGpuCores = lambda handle: 0  # the driver does not know
+    assert "(assumed rates of " in detect().label
+
+
+def test_every_kind_of_card_that_is_not_listed_is_like_one_that_is():
+    for capability, alike in cards._table()["alike"].items():
+        old = tuple(map(int, capability.split("."))) < (8, 0)
+        assert [lookup(name).bf16 for name in alike.values()] == [not old, not old]
 
 
 @pytest.mark.parametrize("label, mib, name, compute, memory", [
@@ -215,6 +246,9 @@ def fake_nvml(**overrides):
         nvmlMemory_v2=2,
         NVML_DEVICE_MIG_ENABLE=1,
         nvmlDeviceGetMigMode=raising,
+        NVML_CLOCK_SM=1,
+        NVML_CLOCK_MEM=2,
+        nvmlDeviceGetNumGpuCores=raising,
         nvmlDeviceGetMaxPcieLinkGeneration=raising,
         nvmlDeviceGetMaxPcieLinkWidth=raising,
         nvmlDeviceGetCurrPcieLinkGeneration=lambda handle: 1,  # it saves power
