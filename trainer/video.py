@@ -66,7 +66,7 @@ def contact_sheet(path: Path, rows: list[tuple[str, Tensor]]) -> None:
         with part_of(path) as part:
             sheet.save(part, format="PNG")
     except OSError as e:
-        raise InputOutputError(f"{path} cannot be written ({e.strerror or e}); choose another --out") from e
+        raise InputOutputError(f"{path} cannot be written ({e.strerror or e})") from e
 
 
 def _font(caption: str) -> "ImageFont.FreeTypeFont":

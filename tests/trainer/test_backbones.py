@@ -15,7 +15,7 @@ from diffusers import AutoencoderKLCogVideoX, CogVideoXTransformer3DModel
 from huggingface_hub.errors import RepositoryNotFoundError
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tiny_pipelines import FRAMES, SIDE
+from tiny_pipelines import FRAMES, SIDE, build_pipeline
 
 from memory.plan import MemoryPlan
 from trainer.assemble import named_scheduler, open_training, resolve_dtype
@@ -47,6 +47,12 @@ def test_published_1_5_pads_its_latent_frames_to_its_temporal_patch():
     shape = opened.latent_shape(81, 768, 1360)
     assert shape == (22, 16, 96, 170)
     assert opened.token_grid(shape) == (11, 48, 85)
+
+
+def test_a_small_1_5_is_taken_no_larger_than_its_positions(tmp_path):
+    opened = CogVideoX(str(build_pipeline(tmp_path, "1.5")))
+    size = opened.default_size()
+    assert size == (81, 32, 32) and opened.token_grid(opened.latent_shape(*size)) == (11, 4, 4)
 
 
 @pytest.mark.parametrize("size, flag, works", [

@@ -109,7 +109,8 @@ class CogVideoX:
             return published.SIZES[self.name]
         c, s = self.config, self.spatial_ratio
         if c.patch_size_t is not None:  # 1.5 stores the largest grid, not the size that it was trained at
-            return published.SIZES["cogvideox1.5-5b"]
+            frames, height, width = published.SIZES["cogvideox1.5-5b"]
+            return frames, min(height, self._most_pixels(c.sample_height)), min(width, self._most_pixels(c.sample_width))
         return c.sample_frames, c.sample_height * s, c.sample_width * s
 
     def latent_shape(self, num_frames: int, height: int, width: int) -> tuple[int, int, int, int]:
@@ -120,7 +121,7 @@ class CogVideoX:
             raise UsageError(f"--frames {num_frames}: this VAE makes {2 * r}k+1 frames; {near} would work")
         side = self.spatial_ratio * c.patch_size
         for flag, value, largest in (("height", height, c.sample_height), ("width", width, c.sample_width)):
-            most = largest // c.patch_size * side
+            most = self._most_pixels(largest)
             if c.patch_size_t is not None and value > most:  # 1.5 takes its rotary positions from a grid of fixed size
                 raise UsageError(f"--{flag} {value}: this model has positions for {most} pixels at most")
             if value < side or value % side:
@@ -129,6 +130,10 @@ class CogVideoX:
         num_latent_frames = (num_frames - 1) // r + 1
         return (num_latent_frames + self.num_padding_frames(num_latent_frames), c.in_channels,
                 height // self.spatial_ratio, width // self.spatial_ratio)
+
+    def _most_pixels(self, largest: int) -> int:
+        """Of one side of latents whose size is `largest`, as far as whole patches go."""
+        return largest // self.config.patch_size * self.config.patch_size * self.spatial_ratio
 
     def num_padding_frames(self, num_latent_frames: int) -> int:
         """Latent frames that 1.5 adds in front so that its temporal patch divides them; decoding drops them again."""
