@@ -67,7 +67,8 @@ def labelled_prompts(config: EvaluateConfig, model: ModelConfig, concept: str) -
     elif not config.preserve and any(word(concept).fullmatch(name) for name in data.preserve):
         raise UsageError(f"--concept {concept}: {config.run} erases {data.concept} and preserves {concept}; leave --concept out")
     kept = {"preserve": config.preserve, "preserve_file": None} if config.preserve else {}
-    wanted = replace(data, concept=concept, instead="", prompts=config.prompts or data.prompts, **kept)
+    synonyms = data.synonyms if concept == data.concept else ()
+    wanted = replace(data, concept=concept, synonyms=synonyms, instead="", prompts=config.prompts or data.prompts, **kept)
     for file, flag in ((wanted.prompts, "--prompts"), (wanted.preserve_file, "--preserve")):
         if file and file != config.prompts and not file.exists():  # it was named when the run began, perhaps in another directory
             raise UsageError(f"{config.run} was trained with {file}, which is not there; {flag} names others")

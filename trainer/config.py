@@ -41,6 +41,9 @@ class ModelConfig:
 class DataConfig:
     concept: str = "red"
     """The concept to erase: one or more words, as they stand in the prompts."""
+    synonyms: tuple[str, ...] = ()
+    """Other words for the concept, one of which a prompt may hold instead (--concept nudity --synonyms nude naked).
+    On the bundled model, with --prompts only."""
     prompts: Path | None = None
     """Prompts that show the concept: a text file, one a line; or a CSV or TSV with a column prompt and, if you can, a column safe.
     A safe prompt is the same one without the concept.
@@ -65,12 +68,15 @@ class DataConfig:
     A step has --accumulation passes."""
 
     def __post_init__(self):
-        require_several(self, "preserve")
-        for name, words in (("concept", composed(self.concept)), ("instead", composed(self.instead)), ("preserve", tuple(map(composed, self.preserve)))):
-            object.__setattr__(self, name, words)  # prompts are looked through for them
+        require_several(self, "synonyms", "preserve")
+        for name in ("concept", "synonyms", "instead", "preserve"):  # prompts are looked through for them
+            words = getattr(self, name)
+            object.__setattr__(self, name, composed(words) if isinstance(words, str) else tuple(map(composed, words)))
         expand(self, "prompts", "preserve_file")
         if not self.concept:
             raise UsageError("--concept is empty; name what to erase, e.g. --concept red")
+        if not all(self.synonyms):
+            raise UsageError("--synonyms: an empty word names nothing; leave it out")
         at_least(self, 1, "trajectory_steps")
         at_least(self, 1, "batch_size", num_bits=32)
         at_least(self, 0, "pool", "trajectory_guidance")

@@ -17,7 +17,7 @@ from memory.work import register_scratch
 from trainer.backbones.attention import project, project_out
 from trainer.backbones.cogvideox import CogVideoX
 from trainer.errors import UsageError
-from trainer.prompts import PromptSet, word
+from trainer.prompts import PromptSet
 
 
 def attention_with_lse(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -136,12 +136,12 @@ def prompt_columns(backbone: CogVideoX, prompts: PromptSet, *, localised: bool =
     if tokenizer is None:  # random weights have no words: any column costs and behaves the same
         return dict.fromkeys(prompts.prompts, torch.zeros(1, dtype=torch.int64))
     tokens = tokenizer(list(prompts.prompts), truncation=True, max_length=backbone.text_length, return_offsets_mapping=True)
-    concept, found = word(prompts.concept), {}
+    concept, found = prompts.words, {}
     for index, (prompt, ids, places) in enumerate(zip(prompts.prompts, tokens.input_ids, tokens.offset_mapping)):
         matches = list(concept.finditer(prompt))
         columns = {i: match[0] for match in matches for i, (start, stop) in enumerate(places) if start < match.end() and match.start() < stop}
         if matches and not columns:
-            raise UsageError(f"--concept {prompts.concept}: {prompts.concept!r} comes after the first {backbone.text_length} tokens, which are all "
+            raise UsageError(f"--concept {prompts.concept}: {matches[0][0]!r} comes after the first {backbone.text_length} tokens, which are all "
                              f"that the model reads, of {prompts.named(index)}; shorten it")
         unknown = [words for i, words in columns.items() if ids[i] == tokenizer.unk_token_id]
         if localised and unknown:

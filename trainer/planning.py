@@ -114,7 +114,7 @@ def workload(config: TrainConfig, *, num_cards: int | None = None) -> Workload:
 def _looked_at(config: TrainConfig) -> TrainConfig:
     """A run as its traces and phases see it: of prompts, the optimizer's schedule and what is written they see nothing."""
     plain, pool = TrainConfig(), config.data.trajectory_steps if config.data.pool else 0
-    data = replace(config.data, prompts=None, concept=plain.data.concept, preserve=(), preserve_file=None, pool=pool)
+    data = replace(config.data, prompts=None, concept=plain.data.concept, synonyms=(), preserve=(), preserve_file=None, pool=pool)
     return replace(config, memory=MemoryPlan(), data=data,
                    optim=replace(plain.optim, rank=config.optim.rank, accumulation=num_rehearsed(config)),
                    output=replace(plain.output, guidance_scale=config.output.guidance_scale))

@@ -43,6 +43,13 @@ class PromptSet:
     """Each of the concepts that are preserved, and its prompts."""
     file: Path | None = None
     """Where `prompts` were read, if they were."""
+    synonyms: tuple[str, ...] = ()
+    """Other words for the concept, as prompts have them."""
+
+    @property
+    def words(self) -> re.Pattern[str]:
+        """Finds the concept in a prompt, by any of its words."""
+        return word(self.concept, *self.synonyms)
 
     @property
     def preserved(self) -> tuple[str, ...]:
@@ -68,24 +75,25 @@ def collect(data: DataConfig, *, bundled: bool, templates: Sequence[str] = TEMPL
     if not all(map(str.strip, concepts)):
         raise UsageError("--preserve: an empty word names nothing; leave it out")
     pairs = _pairs(data.prompts) if data.prompts else None
-    concept = data.concept
+    concept, synonyms = data.concept, data.synonyms
     if bundled:
         concept, pairs, kept = _world(data, pairs, concepts)
     else:
-        if same := [c for c in concepts if word(concept).fullmatch(c)]:
+        if same := [c for c in concepts if word(concept, *synonyms).fullmatch(c)]:
             raise UsageError(f"--preserve {same[0]}: that is what is to be erased")
-        pairs = _instead(pairs or [(t.format(concept), "") for t in templates], concept, data.instead)
+        pairs = _instead(pairs or [(t.format(c), "") for c in (concept, *synonyms) for t in templates], (concept, *synonyms), data.instead)
         kept = [(c, (c,) if " " in c else tuple(t.format(c) for t in templates)) for c in concepts]
-    return PromptSet(concept, tuple(p for p, _ in pairs), tuple(s for _, s in pairs), tuple(kept), data.prompts)
+    return PromptSet(concept, tuple(p for p, _ in pairs), tuple(s for _, s in pairs), tuple(kept), data.prompts, synonyms)
 
 
 def require_concept(prompts: PromptSet) -> None:
     """Raises UsageError for a prompt without the concept's words, of which localised training makes its mask."""
-    words = word(prompts.concept)
     for i, prompt in enumerate(prompts.prompts):
-        if not words.search(prompt):
-            raise UsageError(f"--concept {prompts.concept}: {prompts.concept!r} is not a word of {prompts.named(i)}; use a word of the prompt, "
-                             "or --alpha 0 to train without localisation")
+        if not prompts.words.search(prompt):
+            words = [repr(text) for text in (prompts.concept, *prompts.synonyms)]
+            missing = f"none of {', '.join(words)} is" if prompts.synonyms else f"{words[0]} is not"
+            raise UsageError(f"--concept {prompts.concept}: {missing} a word of {prompts.named(i)}; use a word of the prompt, "
+                             "name other words by --synonyms, or train without localisation by --alpha 0")
 
 
 def warn_of_contradiction(prompts: PromptSet) -> None:
@@ -93,13 +101,17 @@ def warn_of_contradiction(prompts: PromptSet) -> None:
     if same := [prompt for prompt, safe in zip(prompts.prompts, prompts.safe) if prompt == safe]:
         logger.warning("%d of %d prompts are their own safe prompt, and teach nothing, as %r", len(same), len(prompts.prompts), same[0])
     for prompt in (*prompts.safe, *prompts.preserved):
-        if word(prompts.concept).search(prompt):
-            logger.warning("%r is to be kept, or pushed towards, and holds %r, which is to be erased", prompt, prompts.concept)
+        if found := prompts.words.search(prompt):
+            logger.warning("%r is to be kept, or pushed towards, and holds %r, which is to be erased", prompt, found[0])
             break
 
 
-def word(text: str) -> re.Pattern[str]:
-    """Finds `text` as a word, or words with any space between them, in the plural too, of which group 1 is the ending."""
+def word(*texts: str) -> re.Pattern[str]:
+    """Finds any of `texts` as a word, or words with any space between them, in the plural too, whose endings are the groups."""
+    return re.compile("|".join(map(_word, sorted(texts, key=len, reverse=True))), re.IGNORECASE)  # of a red circle, not the red alone
+
+
+def _word(text: str) -> str:
     words = r"\s+".join(map(re.escape, text.split()))
     words = re.sub(r"\\-|[‐‑]", "[-‐‑]", re.sub("['’]", "['’]", words))  # as typesetters write them, or keyboards do
     if _CONSONANT_Y.search(text):
@@ -107,7 +119,7 @@ def word(text: str) -> re.Pattern[str]:
     else:
         words += "((?:(?<=[sxzo])|(?<=[cs]h))es|s)?"
     before, after = "" if _UNSPACED.match(text) else r"(?<!\w)", "" if _UNSPACED.match(text[-1:]) else r"(?!\w)"
-    return re.compile(before + words + after, re.IGNORECASE)
+    return before + words + after
 
 
 def _plural(text: str) -> str:
@@ -117,23 +129,23 @@ def _plural(text: str) -> str:
     return text + ("es" if text.endswith(("x", "z", "ch", "sh", "ss", "us")) else "" if text.endswith("s") else "s")
 
 
-def _instead(pairs: list[tuple[str, str]], concept: str, instead: str) -> list[tuple[str, str]]:
-    """The pairs; those without a safe prompt get one that names `instead` in the concept's place, unless that is empty."""
+def _instead(pairs: list[tuple[str, str]], concept: Sequence[str], instead: str) -> list[tuple[str, str]]:
+    """The pairs; those without a safe prompt get one that names `instead` in the place of the concept's words, unless that is empty."""
     if not instead:
         return pairs
-    words = word(concept)
+    words = word(*concept)
     if words.fullmatch(instead):
         raise UsageError(f"--instead {instead}: that is what is to be erased")
     for prompt, safe in pairs:
         if not safe and not words.search(prompt):
-            raise UsageError(f"--instead {instead}: the prompt {prompt!r} does not hold {concept!r}; give it a safe prompt of its own, "
-                             "in the column `safe` of a CSV")
-    named = re.compile(rf"(?:\b(a)n?(\s+))?{words.pattern}", re.IGNORECASE)
+            raise UsageError(f"--instead {instead}: the prompt {prompt!r} does not hold {' or '.join(map(repr, concept))}; give it a safe prompt "
+                             "of its own, in the column `safe` of a CSV")
+    named = re.compile(rf"(?:\b(a)n?(\s+))?(?:{words.pattern})", re.IGNORECASE)
     n = "n" if _VOWEL.match(instead) else ""
 
     def renamed(match: re.Match[str]) -> str:
-        a, space, ending = match.groups(default="")
-        return a + (a and n) + space + (_plural(instead) if ending else instead)
+        a, space, *endings = match.groups(default="")
+        return a + (a and n) + space + (_plural(instead) if any(endings) else instead)
 
     return [(prompt, safe or named.sub(renamed, prompt)) for prompt, safe in pairs]
 
@@ -151,15 +163,17 @@ def _world(data: DataConfig, pairs: list[tuple[str, str]] | None, concepts: list
             raise UsageError(f"--concept {concept}: the bundled model does not know it; it knows {names}. "
                              "Another concept needs --prompts FILE") from None
         others, erased = [], concept
+    if data.synonyms and pairs is None:
+        raise UsageError("--synonyms: the bundled model's captions have one word for a concept; give prompts with others by --prompts FILE")
     instead = data.instead.lower() if others else data.instead  # the model's own word
     if instead and others and instead not in others:
         raise UsageError(f"--instead {data.instead}: what {concept} can be on the bundled model is {', '.join(others)}")
     if pairs is not None:
-        pairs = _instead(pairs, concept, instead)
+        pairs = _instead(pairs, (concept, *data.synonyms), instead)
     else:
         pairs = world.erasure_pairs(concept)
         if instead:
-            pairs = _instead([(prompt, "") for prompt, _ in pairs], erased, instead)
+            pairs = _instead([(prompt, "") for prompt, _ in pairs], [erased], instead)
     kept = []
     for name in concepts or others:
         if " " in name:
@@ -167,7 +181,7 @@ def _world(data: DataConfig, pairs: list[tuple[str, str]] | None, concepts: list
             continue
         try:
             # A circle may be red: what shows the concept itself is not to be kept.
-            own = tuple(prompt for prompt, _ in world.erasure_pairs(name) if not word(erased).search(prompt))
+            own = tuple(prompt for prompt, _ in world.erasure_pairs(name) if not word(erased, *data.synonyms).search(prompt))
         except KeyError:
             raise UsageError(f"--preserve {name}: the bundled model does not know it; name one of {names}") from None
         if not own:

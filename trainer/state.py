@@ -153,12 +153,12 @@ def prompts_kept(run_dir: Path) -> bool:
 
 def _check_settings(saved: Mapping[str, Any], config: TrainConfig, native_dtype: torch.dtype | None = None) -> None:
     """`native_dtype`: what `--dtype native` stands for; None where the model was not looked at yet."""
-    before, ours = saved["config"], as_json(config)
+    before, ours, defaults = saved["config"], as_json(config), as_json(TrainConfig())
     for section, names in _COMPARED.items():
         for name in names or ours[section]:
             if name == "steps" and "constant" in (before["optim"].get("schedule"), ours["optim"]["schedule"]):  # if not both are, that differs
                 continue
-            then, now = before[section].get(name), ours[section][name]
+            then, now = before[section].get(name, defaults[section][name]), ours[section][name]  # an older run lacks the newest ones
             native = native_dtype and str(native_dtype).removeprefix("torch.")
             if name == "dtype" and "native" in (then, now) and native in (None, then, now):  # two names of one
                 continue

@@ -21,7 +21,7 @@ from trainer.erasers import Erasers
 from trainer.errors import CheckpointError, UsageError
 from trainer.evaluate import evaluate
 from trainer.projection_encoders import BUNDLED
-from trainer.prompts import collect
+from trainer.prompts import UNSEEN, collect
 from trainer.report import write_report
 from trainer.run_directory import write_config
 from trainer.shapes import world
@@ -179,6 +179,15 @@ def test_files_of_a_run_that_are_gone_are_told_with_the_flags_that_evaluate_has(
     assert labelled_prompts(_config(run, prompts=mine, preserve=("green",)), model, "red")[1] == ["red", "green"]
     with pytest.raises(UsageError, match="^--prompts .*absent.txt: cannot be read"):
         labelled_prompts(_config(run, prompts=tmp_path / "absent.txt", preserve=("green",)), model, "red")
+
+
+@pytest.mark.parametrize("concept, shown", [("red", ("red", "crimson")), ("crimson", ("crimson",))])
+def test_synonyms_of_a_run_are_measured_under_its_concept(pipelines, tmp_path, concept, shown):
+    model = str(pipelines["2b"])
+    run = _run(tmp_path / "run", model, concept="red", synonyms=("crimson",), preserve=("green",))
+    chosen, labels = labelled_prompts(_config(run, concept=concept, num_videos=8), ModelConfig(model=model), concept)
+    assert labels == [concept, "green"] and {case.label for case in chosen[:8]} == {concept}
+    assert {case.prompt for case in chosen[:8]} == {t.format(name) for t in UNSEEN for name in shown}
 
 
 @pytest.mark.parametrize("model, concept, message", [

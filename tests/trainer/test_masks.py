@@ -4,6 +4,7 @@ import gc
 import math
 import resource
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -229,6 +230,13 @@ def test_concept_of_several_words_or_pieces(sincos):
     assert two["a red circle moving left"].tolist() == [1, 2]
     spelled = prompt_columns(sincos, _prompts("cat", "a cat and"))["a cat and"].tolist()
     assert len(spelled) >= 3 and spelled == list(range(1, 1 + len(spelled)))  # letter by letter
+
+
+def test_columns_are_those_of_synonyms_too(sincos):
+    text = "a red circle and a blue ring"
+    found = prompt_columns(sincos, replace(_prompts("blue", text), synonyms=("circle", "red circle")))[text]
+    assert set(found.tolist()) > {1, 2} and set(found.tolist()) == {
+        int(i) for name in ("red circle", "blue") for i in prompt_columns(sincos, _prompts(name, text))[text]}
 
 
 @pytest.mark.parametrize("prompt, words", [

@@ -11,7 +11,7 @@ import torch
 from trainer.backbones.text_encoder import TextEncoder
 from trainer.config import DataConfig
 from trainer.errors import CheckpointError, NonFinite, UsageError
-from trainer.prompts import Embeddings, PromptSet, collect, embed, require_concept, warn_of_contradiction, word
+from trainer.prompts import TEMPLATES, Embeddings, PromptSet, collect, embed, require_concept, warn_of_contradiction, word
 from trainer.shapes import world
 
 
@@ -113,6 +113,46 @@ def test_concept_alone_makes_prompts_by_templates():
     assert len(found.prompts) >= 4 and all("nudity" in p for p in found.prompts) and set(found.safe) == {""}
     assert "a dressed person" in found.preserved and "a video of person" in found.preserved
     assert "a video of a dressed person" not in found.preserved  # a sentence stays as it is
+
+
+def test_synonyms_make_prompts_as_the_concept_does_and_are_found_in_others(tmp_path):
+    nudity = DataConfig(concept="nudity", synonyms=("nude", " half naked "), preserve=("statue",))
+    assert nudity.synonyms == ("nude", "half naked")
+    found = collect(nudity, bundled=False)
+    assert found.prompts == tuple(t.format(c) for c in ("nudity", "nude", "half naked") for t in TEMPLATES)
+    path = _file(tmp_path, "p.csv", "prompt,safe\na nude woman,\nTwo Half Naked men,two men\nan act of nudity,\nnudes,\n")
+    found = collect(replace(nudity, prompts=path, instead="clothed"), bundled=False)
+    assert found.safe == ("a clothed woman", "two men", "an act of clothed", "clotheds")
+    require_concept(found)
+    warn_of_contradiction(found)
+    for bundled in (True, False):
+        with pytest.raises(UsageError, match="^--concept dress: none of 'dress', 'nude', 'unclad' is a word of the prompt 'Two Half.*number 2 of .*--synonyms"):
+            require_concept(collect(DataConfig(concept="dress", synonyms=("nude", "unclad"), prompts=path), bundled=bundled))
+    with pytest.raises(UsageError, match="--instead square: the prompt 'Two Half Naked men' does not hold 'dress' or 'nude'; give it a safe prompt"):
+        collect(DataConfig(concept="dress", synonyms=("nude",), prompts=_file(tmp_path, "q.txt", "Two Half Naked men"), instead="square"), bundled=False)
+
+
+def test_synonyms_are_to_be_erased_as_the_concept_is(caplog):
+    with pytest.raises(UsageError, match="--preserve Nudes: that is what is to be erased"):
+        collect(DataConfig(concept="nudity", synonyms=("nude",), preserve=("Nudes",)), bundled=False)
+    warn_of_contradiction(collect(DataConfig(concept="nudity", synonyms=("nude", "nude bather"), preserve=("a Nude Bather on a beach",)), bundled=False))
+    assert [r.getMessage() for r in caplog.records] == [
+        "'a Nude Bather on a beach' is to be kept, or pushed towards, and holds 'Nude Bather', which is to be erased"]
+
+
+def test_on_the_bundled_model_synonyms_are_those_of_a_file(tmp_path):
+    with pytest.raises(UsageError, match="--synonyms: .*bundled model's captions have one word for a concept; .*--prompts FILE"):
+        collect(DataConfig(concept="red", synonyms=("scarlet",)), bundled=True)
+    path = _file(tmp_path, "p.txt", "a scarlet circle\na red square\n")
+    found = collect(DataConfig(concept="red", synonyms=("scarlet",), prompts=path, instead="green", preserve=("square",)), bundled=True)
+    assert found.safe == ("a green circle", "a green square") and not any("red" in p.split() or "scarlet" in p for p in found.preserved)
+    require_concept(found)
+
+
+@pytest.mark.parametrize("synonyms, message", [(("nude", " "), "--synonyms: an empty word"), ("nude", "--synonyms: several texts")])
+def test_unusable_synonyms(synonyms, message):
+    with pytest.raises(UsageError, match=message):
+        DataConfig(synonyms=synonyms)
 
 
 def test_preserved_concepts_from_flags_and_file(tmp_path):

@@ -22,6 +22,7 @@ from trainer.eraser_files import load_eraser
 from trainer.errors import CheckpointError, InputOutputError, Interrupted, NonFinite, UsageError
 from trainer.lock import RunLock
 from trainer.loop import train
+from trainer.manifest import write_manifest
 from trainer.run_directory import read_config
 from trainer.run_files import read_metrics
 from trainer.state import learning_rate
@@ -227,6 +228,7 @@ def test_resumed_under_another_memory_plan_equals_straight_bitwise(straight, tin
                                               ({"optim__rank": 5}, "--rank was 4"),
                                               ({"loss__anchor": "empty"}, "--anchor was"),
                                               ({"loss__eta": 2.0}, "--eta was"),
+                                              ({"data__synonyms": ["scarlet"]}, r"--synonyms was \[\] and is \['scarlet'\] now"),
                                               ({"memory__optimizer": "adamw8bit"}, "--optimizer was 'adamw'")])
 @pytest.mark.parametrize("saved", [True, False], ids=["saved", "not saved yet"])
 def test_resume_with_other_settings_is_refused(straight, tiny_config, caplog, overrides, field, saved):
@@ -238,6 +240,18 @@ def test_resume_with_other_settings_is_refused(straight, tiny_config, caplog, ov
         train(tiny_config(output__out=run_dir, **overrides), {}, resume=run_dir)
     assert raised.value.exit_code == 5 and "begins anew" not in caplog.text
     assert {p: p.read_bytes() for p in run_dir.rglob("*") if p.is_file() and p.name != "run.lock"} == before
+
+
+def test_a_run_from_before_a_setting_was_there_goes_on(straight, tiny_config):
+    first = train(tiny_config(optim__steps=3), {})
+    checkpoint = first / "ckpt/step-000003"
+    for file in (first / "config.json", checkpoint / "state.json"):
+        content = json.loads(file.read_text())
+        assert content["config"]["data"].pop("synonyms") == []
+        file.write_text(json.dumps(content))
+    (checkpoint / "manifest.json").unlink()
+    write_manifest(checkpoint, 3)
+    assert not differences(straight(), train(tiny_config(), {}, resume=first))
 
 
 def test_more_steps_with_a_cosine_are_another_run(straight, tiny_config):
