@@ -47,7 +47,7 @@ def evaluate(config: EvaluateConfig, card: Card | None = None) -> dict[str, Any]
             result, sheet = by_clip.measured(config, model, concept, card, eraser=eraser)
         result = {"concept": concept, **result, **{name: getattr(config, name) for name in usual}}
         write_json(directory / EVALUATION, result)
-        contact_sheet(directory / PICTURES, sheet)
+        contact_sheet(directory / PICTURES, sheet, advice="make room there")
     return result
 
 

@@ -88,10 +88,10 @@ def collect(data: DataConfig, *, bundled: bool, templates: Sequence[str] = TEMPL
 
 def require_concept(prompts: PromptSet) -> None:
     """Raises UsageError for a prompt without the concept's words, of which localised training makes its mask."""
+    words, named = prompts.words, [repr(text) for text in (prompts.concept, *prompts.synonyms)]
     for i, prompt in enumerate(prompts.prompts):
-        if not prompts.words.search(prompt):
-            words = [repr(text) for text in (prompts.concept, *prompts.synonyms)]
-            missing = f"none of {', '.join(words)} is" if prompts.synonyms else f"{words[0]} is not"
+        if not words.search(prompt):
+            missing = f"none of {', '.join(named)} is" if prompts.synonyms else f"{named[0]} is not"
             raise UsageError(f"--concept {prompts.concept}: {missing} a word of {prompts.named(i)}; use a word of the prompt, "
                              "name other words by --synonyms, or train without localisation by --alpha 0")
 
@@ -100,8 +100,9 @@ def warn_of_contradiction(prompts: PromptSet) -> None:
     """Where what is erased is also kept."""
     if same := [prompt for prompt, safe in zip(prompts.prompts, prompts.safe) if prompt == safe]:
         logger.warning("%d of %d prompts are their own safe prompt, and teach nothing, as %r", len(same), len(prompts.prompts), same[0])
+    words = prompts.words
     for prompt in (*prompts.safe, *prompts.preserved):
-        if found := prompts.words.search(prompt):
+        if found := words.search(prompt):
             logger.warning("%r is to be kept, or pushed towards, and holds %r, which is to be erased", prompt, found[0])
             break
 

@@ -45,8 +45,8 @@ def write_mp4(path: Path, video: Tensor, *, fps: int = 8) -> None:
         raise InputOutputError(f"{path} cannot be written ({e.strerror or e}); choose another --out") from e
 
 
-def contact_sheet(path: Path, rows: list[tuple[str, Tensor]]) -> None:
-    """Write a PNG with one captioned row a video (3, T, H, W), a few frames evenly spread in time."""
+def contact_sheet(path: Path, rows: list[tuple[str, Tensor]], *, advice: str = "choose another --out") -> None:
+    """Write a PNG with one captioned row a video (3, T, H, W), a few frames evenly spread in time. InputOutputError, with `advice`, if it cannot."""
     from PIL import Image, ImageDraw
 
     shown = rows[0][1]
@@ -66,7 +66,7 @@ def contact_sheet(path: Path, rows: list[tuple[str, Tensor]]) -> None:
         with part_of(path) as part:
             sheet.save(part, format="PNG")
     except OSError as e:
-        raise InputOutputError(f"{path} cannot be written ({e.strerror or e})") from e
+        raise InputOutputError(f"{path} cannot be written ({e.strerror or e}); {advice}") from e
 
 
 def _font(caption: str) -> "ImageFont.FreeTypeFont":

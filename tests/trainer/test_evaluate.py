@@ -163,6 +163,13 @@ def test_a_place_that_cannot_be_written_is_told_before_anything_is_measured(eras
         evaluate(_config(eraser))
 
 
+def test_an_unwritable_sheet_advises_what_evaluate_has(eraser, monkeypatch):
+    monkeypatch.setattr(by_rule, "measured", lambda *args, **more: ({}, [("before", torch.rand(3, 2, 8, 8))]))
+    (eraser / "before-after.png").mkdir()
+    with pytest.raises(InputOutputError, match=r"before-after.png cannot be written \(.*\); make room there$"):
+        evaluate(_config(eraser))
+
+
 def test_unwritable_evaluation(eraser):
     (eraser / "evaluation.json").mkdir()
     with pytest.raises(InputOutputError, match="evaluation.json cannot be written"):
