@@ -244,7 +244,7 @@ def test_the_usual_numbers_are_those_of_the_model(pipelines, tmp_path, monkeypat
     run = _run(tmp_path / "run", name, concept="red", preserve=("green",))
     asked = []
     monkeypatch.setattr(module, "measured", lambda config, model, concept, card, *, eraser: asked.append(config) or ({}, []))
-    monkeypatch.setattr("trainer.evaluate.contact_sheet", lambda path, rows: None)
+    monkeypatch.setattr("trainer.evaluate.contact_sheet", lambda path, rows, advice: None)
     evaluate(EvaluateConfig(run=run, rater="shapes", model=ModelConfig(model=name)))
     assert (asked[0].num_videos, asked[0].num_steps, asked[0].guidance_scale) == usual
 

@@ -98,7 +98,7 @@ def test_a_run_is_measured_by_its_own_plan_unless_flags_say_otherwise(eraser, fl
 
 def test_the_sheet_shows_each_group_before_and_after(eraser, monkeypatch):
     sheets = []
-    monkeypatch.setattr(module, "contact_sheet", lambda path, rows: sheets.append((path, rows)))
+    monkeypatch.setattr(module, "contact_sheet", lambda path, rows, advice: sheets.append((path, rows)))
     evaluate(_config(eraser))
     (path, rows), = sheets
     chosen = scene_prompts("red", 2, _config(eraser).seed)
@@ -126,7 +126,7 @@ def test_released_file_needs_the_concept(eraser, bundled, tmp_path):
 
 def test_another_concept_than_the_runs_own_does_not_replace_its_evaluation(eraser, monkeypatch):
     monkeypatch.setattr(by_rule, "_measure", Mock(return_value=({}, [])))
-    monkeypatch.setattr(module, "contact_sheet", lambda path, rows: None)
+    monkeypatch.setattr(module, "contact_sheet", lambda path, rows, advice: None)
     evaluate(_config(eraser, concept="crimson"))  # the same by another word
     (eraser / "evaluation.json").unlink()
     with pytest.raises(UsageError, match="--concept blue: .*run erases red; leave --concept out"):
