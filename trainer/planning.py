@@ -284,6 +284,8 @@ def verdict(found: Forecast) -> str:
         would_do = f"the smallest listed card that would do: {larger}"
         if larger != "none" and host is not None and a.host_bytes > host:
             would_do += f", and of host memory {room}"
+        if found.config.data.batch_size > found.num_cards:
+            would_do += "; a smaller --batch-size with as much more --accumulation needs less"
     return f"{found.config.model.model} does not fit {c.label}: the smallest plan {a.reason}; {would_do}"
 
 

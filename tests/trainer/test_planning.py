@@ -223,8 +223,9 @@ def test_where_the_host_is_short_too_that_is_said(tiny_config):
     found = planning.forecast(tiny_config(), replace(lookup("4090"), host_bytes=2**30))
     assert found.result.best is None and found.chosen.fits_card
     assert planning.verdict(found).endswith("GiB more of host memory; 4 GiB free would do")
-    for host_bytes, more in ((None, ""), (2**40, ""), (2**30, ", and of host memory 4 GiB free would do")):
-        found = planning.forecast(tiny_config(), replace(lookup("4090"), usable_bytes=lookup("4090").context_bytes, host_bytes=host_bytes))
+    smaller = "; a smaller --batch-size with as much more --accumulation needs less"
+    for num_samples, host_bytes, more in ((1, None, ""), (2, 2**40, smaller), (1, 2**30, ", and of host memory 4 GiB free would do")):
+        found = planning.forecast(tiny_config(data__batch_size=num_samples), replace(lookup("4090"), usable_bytes=lookup("4090").context_bytes, host_bytes=host_bytes))
         assert not found.chosen.fits_card and planning.verdict(found).endswith("the smallest listed card that would do: rtx-2060" + more)
 
 
