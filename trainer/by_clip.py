@@ -30,6 +30,7 @@ from trainer.backbones.location import fingerprint
 from trainer.by_rule import require_own
 from trainer.cache import cache_directory, recall, store
 from trainer.config import DataConfig, ModelConfig
+from trainer.diffusion import scheduler_hash
 from trainer.eraser_files import EraserFile
 from trainer.errors import UsageError
 from trainer.generate import generate_latents, opened, trained_config
@@ -46,7 +47,7 @@ from trainer.video_config import EvaluateConfig
 
 logger = logging.getLogger(__name__)
 _NUM_STILLS, _BATCH = 8, 32
-_LATENTS = 1  # what is cached: another number for another way to sample
+_LATENTS = 2  # what is cached: another number for another way to sample
 
 
 @dataclass(frozen=True)
@@ -172,8 +173,8 @@ def _cache_files(config: EvaluateConfig, backbone: CogVideoX, model: ModelConfig
     """Where the latents of each prompt, without and with the eraser, are cached: by all that they depend on. Those of random weights are not."""
     if backbone.directory is None:
         return {}
-    weights = fingerprint(file for part in ("transformer", "scheduler") for file in sorted((backbone.directory / part).iterdir()) if file.is_file())
-    common = (_LATENTS, weights, latent_shape(backbone, model), plan.compile, config.num_steps, config.guidance_scale)
+    weights = fingerprint(file for file in sorted((backbone.directory / "transformer").iterdir()) if file.is_file())
+    common = (_LATENTS, weights, scheduler_hash(backbone.scheduler()), latent_shape(backbone, model), plan.compile, config.num_steps, config.guidance_scale)
     trained, files = _digest(eraser.state.values()), {}
     for i, asked in enumerate(chosen):
         texts = _digest(map(embeddings.row, (asked.prompt, "")))

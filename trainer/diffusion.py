@@ -3,7 +3,9 @@
 Legend: B batch, F latent frames, C latent channels, H W latent size, L text tokens, D text width.
 """
 
+import hashlib
 import inspect
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -48,6 +50,14 @@ class Sampler:
         before = self._values[index - 1] if index else None
         new, self.memory = dpm_step(self.scheduler, velocity, self.memory if index else None, self._values[index], before, latents, generator)
         return new.to(latents.dtype)
+
+
+def scheduler_hash(scheduler: Any) -> str:
+    """Identifies a diffusers scheduler by its class and what its configuration has that is not as usual there, so that a later version of
+    diffusers, which knows more arguments, finds the same."""
+    usual = {name: argument.default for name, argument in inspect.signature(type(scheduler).__init__).parameters.items()}
+    config = {name: value for name, value in sorted(scheduler.config.items()) if not name.startswith("_") and value != usual.get(name)}
+    return hashlib.sha256(f"{type(scheduler).__name__} {json.dumps(config, default=str)}".encode()).hexdigest()[:16]
 
 
 def dpm_step(scheduler: Any, velocity: Tensor, old: Tensor | None, timestep: int, timestep_back: int | None, latents: Tensor,

@@ -162,9 +162,12 @@ class TrajectoryLatents:
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         if f"{self.stream}.latents" not in state:
             raise CheckpointError(f"the checkpoint holds no {self.stream} trajectory; it was made with other --latents")
-        memory = state.get(f"{self.stream}.memory")
+        memory, next_step = state.get(f"{self.stream}.memory"), int(state[f"{self.stream}.next"])
+        due = self._sampler.is_two_step and next_step % self.num_steps > 0
+        if memory is None and due or memory is not None and not self._sampler.is_two_step:
+            raise CheckpointError(f"the checkpoint's {self.stream} trajectory is another scheduler's; go on with the model that it began with")
         self._sampler.memory = None if memory is None else memory[self.rows].to(self.device)
-        self._arrive(int(state[f"{self.stream}.next"]), state[f"{self.stream}.latents"][self.rows].to(self.device))
+        self._arrive(next_step, state[f"{self.stream}.latents"][self.rows].to(self.device))
 
 
 Latents = NoiseLatents | TrajectoryLatents

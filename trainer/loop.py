@@ -68,7 +68,8 @@ def train(config: TrainConfig, origins: Mapping[str, str], *, resume: Path | Non
     erasers, predict, teacher, optimizer = assembly.erasers, assembly.predict, subject.teacher, subject.optimizer
     samples = Samples(teacher, config.data.pool, device)
     state = TrainState(config, origins, backbone.identity(), prompts, erasers, optimizer, subject.scaler,
-                       [s for s in (teacher.latents, teacher.preserved_latents) if s is not None], backbone.native_dtype)
+                       [s for s in (teacher.latents, teacher.preserved_latents) if s is not None], backbone.native_dtype,
+                       embeddings.signature(prompts.texts))
 
     # The run directory, and where an earlier half of the run stopped. Of several processes, the first one writes.
     run_dir = resume or shared(make_run_directory, config.output.out, config.data.concept)

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -17,6 +17,7 @@ from memory.advice import flag_of
 from trainer.checkpoint import Checkpoint, compatible
 from trainer.config import TrainConfig
 from trainer.config_file import as_json
+from trainer.diffusion import scheduler_hash
 from trainer.distributed import everyones, num_ranks
 from trainer.erasers import Erasers
 from trainer.errors import CheckpointError, UsageError
@@ -45,6 +46,8 @@ class TrainState:
     latents: list[Latents]
     native_dtype: torch.dtype
     """What `--dtype native` stands for."""
+    encoded: Sequence[float] = ()
+    """What the text encoder makes of the prompts (`Embeddings.signature`)."""
     step: int = 0
     frozen: str | None = None
     """Identifies the frozen weights, once they have been looked at."""
@@ -119,7 +122,7 @@ class TrainState:
             "adapter": {"type": "adapter", "rank": self.erasers.rank, "width": self.erasers.width,
                         "num_blocks": len(self.erasers.adapters)},
             "optimizer": self.config.memory.optimizer,
-            "prompts": self._prompts, "frozen": self.frozen,
+            "prompts": self._prompts, "encoded": list(self.encoded), "scheduler": scheduler_hash(self.latents[0].scheduler), "frozen": self.frozen,
         }
 
     def require_same(self) -> None:
@@ -176,9 +179,18 @@ def _check_content(saved: Mapping[str, Any], ours: Mapping[str, Any], config: Tr
     data, model = config.data, config.model.model
     files = [f"{flag} {path}" for flag, path in (("--prompts", data.prompts), ("--preserve-file", data.preserve_file)) if path]
     sources = ", ".join(files) or f"as they are made for --model {model}"
-    for name, what in (("prompts", f"the prompts ({sources})"), ("frozen", f"the weights of --model {model}")):
-        if saved.get(name) and ours.get(name) and saved[name] != ours[name]:
+    for name, what in (("prompts", f"the prompts ({sources})"), ("frozen", f"the weights of --model {model}"),
+                       ("scheduler", f"class and settings of the scheduler of --model {model}"),
+                       ("encoded", f"the text encoder's embeddings of the prompts, by --model {model},")):
+        if saved.get(name) and ours.get(name) and not _same(saved[name], ours[name]):
             raise CheckpointError(f"cannot resume: {what} are not those that it was trained on so far; a resumed run keeps what it trains on")
+
+
+def _same(then: Any, now: Any) -> bool:
+    """Of figures, whether they are alike: another dtype or device has moved them by a percent at the most (assumed)."""
+    if isinstance(now, list) and len(then) == len(now):
+        return math.dist(then, now) <= 0.1 * math.hypot(*now)
+    return then == now
 
 
 def _digest_now(config: TrainConfig) -> str:

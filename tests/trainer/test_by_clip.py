@@ -140,6 +140,13 @@ def test_an_evaluation_that_was_interrupted_goes_on_and_serves_that_of_another_e
     assert len(calls) == 9 + 4  # those with its own
     evaluate(_config(published, num_videos=2, seed=7))
     assert len(calls) == 13 + 8
+    copy = Path(shutil.copytree(pipelines["2b"], tmp_path / "copy"))
+    for name, num_made in (("CogVideoXDDIMScheduler", 0), ("DDIMScheduler", 8)):  # the class is what model_index.json says
+        index = copy / "model_index.json"
+        index.write_text(index.read_text().replace("CogVideoXDDIMScheduler", name))
+        before = len(calls)
+        evaluate(_config(published, num_videos=2, model=ModelConfig(model=str(copy), device="cpu")))
+        assert len(calls) == before + num_made
 
 
 def test_a_cache_that_cannot_be_written_is_told_once_and_measuring_goes_on(published, tmp_path, monkeypatch, caplog):

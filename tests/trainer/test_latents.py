@@ -174,6 +174,14 @@ def test_state_of_another_kind_is_refused():
         _trajectory(CogVideoXDDIMScheduler).load_state_dict({})
 
 
+@pytest.mark.parametrize("then, now", [KINDS, KINDS[::-1]])
+def test_the_trajectory_of_another_scheduler_is_refused(then, now):
+    first = _trajectory(then)
+    _walk(first, range(3))
+    with pytest.raises(CheckpointError, match="checkpoint's target trajectory is another scheduler's; go on with the model"):
+        _trajectory(now).load_state_dict(first.state_dict())
+
+
 def test_trajectory_says_from_where_a_step_can_be_reached():
     latents = _trajectory(CogVideoXDDIMScheduler)
     assert [latents.first_needed(s) for s in (0, 3, 5, 7)] == [0, 0, 5, 5]

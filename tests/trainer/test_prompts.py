@@ -433,3 +433,13 @@ def test_real_embeddings_from_the_cache_equal_fresh_ones_bitwise(sincos, tmp_pat
     more = embed(sincos.text_encoder, [*prompts, "a video", "the end"], dtype=torch.float32, device="cpu", cache=tmp_path)
     assert torch.equal(more(prompts), fresh(prompts))
     assert torch.equal(more(["the end"])[0], sincos.text_encoder.encode(["the end"], dtype=torch.float32)[0])
+
+
+def test_the_signature_of_embeddings_is_that_of_the_encoder():
+    texts = [f"prompt {i}" for i in range(40)]
+    table = torch.randn(40, 6, 100, generator=torch.Generator().manual_seed(0))
+    one = Embeddings(table, texts)
+    other_order = Embeddings(table.flip(0).half(), texts[::-1])
+    assert len(one.signature(texts)) == 25 and one.signature(texts[:1]) == pytest.approx(table[0, :, ::4].mean(0).tolist(), rel=1e-3)
+    assert one.signature(texts) == pytest.approx(other_order.signature(texts[::-1]), abs=1e-3)
+    assert one.signature(texts) != pytest.approx(Embeddings(table.roll(1, 2), texts).signature(texts), abs=1e-2)

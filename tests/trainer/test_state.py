@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -304,6 +305,31 @@ def test_a_model_at_another_place_is_the_same_run_and_other_weights_are_not(stra
     save_file(weights, file)
     with pytest.raises(CheckpointError, match="cannot resume: the weights of --model .* are not those that it was trained on so far"):
         train(tiny_config(model__model=str(model)), {}, resume=run_dir)
+
+
+@pytest.mark.parametrize("kind, spoil, message", [
+    ("2b", lambda model: _replace_in(model / "scheduler" / "scheduler_config.json", '"snr_shift_scale": 1.0', '"snr_shift_scale": 9.0'),
+     "class and settings of the scheduler of --model .* are not those"),
+    ("5b", lambda model: _replace_in(model / "model_index.json", "CogVideoXDPMScheduler", "CogVideoXDDIMScheduler"),
+     "class and settings of the scheduler of --model .* are not those"),
+    ("2b", lambda model: _scale(model / "text_encoder" / "model.safetensors", 1.5), "the text encoder's embeddings of the prompts, by --model .*, are not those"),
+    ("2b", lambda model: _scale(model / "text_encoder" / "model.safetensors", 1.001), None)])
+def test_another_scheduler_or_text_encoder_is_another_run(tiny_config, copied, kind, spoil, message):
+    model = copied(kind)
+    first = train(tiny_config(model__model=str(model), optim__steps=2), {})
+    spoil(model)
+    with pytest.raises(CheckpointError, match=f"cannot resume: {message}") if message else nullcontext():
+        train(tiny_config(model__model=str(model), optim__steps=3), {}, resume=first)
+
+
+def _replace_in(file: Path, old: str, new: str) -> None:
+    text = file.read_text()
+    assert old in text
+    file.write_text(text.replace(old, new))
+
+
+def _scale(file: Path, factor: float) -> None:
+    save_file({name: weight * factor for name, weight in load_file(file).items()}, file)
 
 
 def test_fewer_steps_than_are_done_are_refused(straight, tiny_config):
