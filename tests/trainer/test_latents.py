@@ -174,6 +174,14 @@ def test_state_of_another_kind_is_refused():
         _trajectory(CogVideoXDDIMScheduler).load_state_dict({})
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_where_a_trajectory_begins_its_state_holds_no_memory(kind):
+    first, second = _trajectory(kind), _trajectory(kind)
+    first.at(0)
+    second.load_state_dict(first.state_dict())
+    assert all(torch.equal(x, y) for (x, _), (y, _) in zip(_walk(_trajectory(kind), range(3)), _walk(second, range(3))))
+
+
 @pytest.mark.parametrize("then, now", [KINDS, KINDS[::-1]])
 def test_the_trajectory_of_another_scheduler_is_refused(then, now):
     first = _trajectory(then)
