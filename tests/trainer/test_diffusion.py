@@ -17,7 +17,7 @@ from diffusers import (
 )
 
 from trainer import diffusion
-from trainer.diffusion import Sampler, sample
+from trainer.diffusion import Sampler, sample, scheduler_hash
 from trainer.errors import UsageError
 from trainer.shapes.pretrain import SCHEDULER
 
@@ -182,3 +182,11 @@ def test_latents_keep_their_dtype():
     for index in range(4):
         x = sampler.step(torch.randn(SHAPE), index, x, _dice())
         assert x.dtype == torch.bfloat16
+
+
+def test_a_scheduler_is_known_by_its_class_and_what_is_unusual_in_its_configuration():
+    usual = CogVideoXDDIMScheduler(**SCHEDULER)
+    said = CogVideoXDDIMScheduler(**SCHEDULER, sample_max_value=1.0)  # as it is anyway
+    said.register_to_config(_diffusers_version="0.1")
+    assert scheduler_hash(said) == scheduler_hash(usual) != scheduler_hash(CogVideoXDPMScheduler(**SCHEDULER))
+    assert scheduler_hash(usual) != scheduler_hash(CogVideoXDDIMScheduler(**SCHEDULER | {"snr_shift_scale": 9.0}))

@@ -313,7 +313,8 @@ def test_a_model_at_another_place_is_the_same_run_and_other_weights_are_not(stra
     ("5b", lambda model: _replace_in(model / "model_index.json", "CogVideoXDPMScheduler", "CogVideoXDDIMScheduler"),
      "class and settings of the scheduler of --model .* are not those"),
     ("2b", lambda model: _scale(model / "text_encoder" / "model.safetensors", 1.5), "the text encoder's embeddings of the prompts, by --model .*, are not those"),
-    ("2b", lambda model: _scale(model / "text_encoder" / "model.safetensors", 1.001), None)])
+    ("2b", lambda model: _scale(model / "text_encoder" / "model.safetensors", 0.8), "the text encoder's embeddings of the prompts, by --model .*, are not those"),
+    ("2b", lambda model: _scale(model / "text_encoder" / "model.safetensors", 1.02), None)])
 def test_another_scheduler_or_text_encoder_is_another_run(tiny_config, copied, kind, spoil, message):
     model = copied(kind)
     first = train(tiny_config(model__model=str(model), optim__steps=2), {})
