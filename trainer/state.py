@@ -129,7 +129,7 @@ class TrainState:
         """Of several processes, whether each is part of the same run. Raises UsageError in all where their files differ."""
         first, *others = everyones(self.described())
         for number, other in enumerate(others, 1):
-            for name, what in (("prompts", "prompts"), ("base_model", "a model"), ("frozen", "weights")):
+            for name, what in (("prompts", "prompts"), ("base_model", "a model"), ("scheduler", "a scheduler"), ("frozen", "weights")):
                 if other[name] != first[name]:
                     raise UsageError(f"process {number} has read {what} other than those of process 0; all processes must see the same files")
 

@@ -20,7 +20,7 @@ from processes import in_processes
 from safetensors.torch import load_file
 
 from memory.sharding import can_shard
-from trainer import assemble, distributed, loop
+from trainer import assemble, distributed, loop, state
 from trainer.checkpoint import latest_checkpoint
 from trainer.distributed import attended, average, everyones, on_main, rows_of, shared
 from trainer.eraser_files import load_eraser
@@ -359,7 +359,7 @@ def test_a_run_directory_in_use_stops_all(two, tmp_path):
     assert all(f"in use by process {os.getpid()}" in error for error in two.errors)
 
 
-@pytest.mark.parametrize("what", ["prompts", "weights"])
+@pytest.mark.parametrize("what", ["prompts", "weights", "a scheduler"])
 def test_processes_that_read_other_files_are_no_run(two, tmp_path, what):
     """On another host's disk, say, or because a file changes while they start."""
     def before(rank: int) -> None:
@@ -368,6 +368,8 @@ def test_processes_that_read_other_files_are_no_run(two, tmp_path, what):
             assemble.collect = lambda data, **more: collect(replace(data, prompts=other), **more)
         if rank and what == "weights":
             Health.frozen = lambda health: "others"
+        if rank and what == "a scheduler":
+            state.scheduler_hash = lambda scheduler: "another"
 
     run_dir = two("other", before, expect=(2, 2))
     assert all(f"process 1 has read {what} other than those of process 0" in error for error in two.errors)
