@@ -35,7 +35,8 @@ _ASSUMED = (
 )
 _OLD = {(7, 0): "volta", (7, 5): "turing"}  # those before that have tensor cores
 _BOOST = 0.8  # of the highest clock that NVML names, what datasheets call boost (0.74 to 0.86; one and the same of cards for data centres)
-_BOOSTS = re.compile(r"geforce|titan|quadro|\brtx\b")
+_NO_TENSOR_CORES = re.compile(r"\bgtx\b|\bmx\d|\bt\d{3,4}\b")  # of Turing; those before Volta have none either
+_BOOSTS = re.compile(rf"geforce|titan|quadro|\brtx\b|{_NO_TENSOR_CORES.pattern}")
 _LAPTOP = re.compile(r"laptop|mobile|max-q design")  # fewer cores, less power and often less memory than the desktop's of that number
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(?:gb|gib|g)", re.IGNORECASE)
 
@@ -294,9 +295,11 @@ def _of_reading(reading: Reading) -> Card:
         return _slice(card, profile, total_bytes) if profile else card
     gib = round(total_bytes / GIB) or total_bytes / GIB
     if reading.rates and (alike := _table()["alike"].get("{}.{}".format(*capability))):
-        return _computed(f"{gib:g}gb", label, alike["geforce" if "geforce" in whole else "other"], *reading.rates)
-    card = _of_size(gib, label, "typical_old" if old else "typical")
-    return card if capability >= min(_OLD) else replace(card, tensor_rate=card.fp32_rate)  # without tensor cores
+        card = _computed(f"{gib:g}gb", label, alike["geforce" if "geforce" in whole else "other"], *reading.rates)
+    else:
+        card = _of_size(gib, label, "typical_old" if old else "typical")
+    without = capability < min(_OLD) or capability == (7, 5) and _NO_TENSOR_CORES.search(whole)
+    return replace(card, tensor_rate=card.fp32_rate) if without else card
 
 
 def _computed(name: str, label: str, alike: str, highest_rate: float, bandwidth: float) -> Card:

@@ -16,7 +16,7 @@ from memory.timing import LARGEST_ERROR, TYPICAL_ERROR
 from trainer.assemble import only_planned
 from trainer.config import TrainConfig
 from trainer.live_view import duration, seconds_text
-from trainer.planning import Forecast, verdict
+from trainer.planning import Forecast, step_seconds, verdict
 from trainer.run_directory import program
 
 _WORDS = {"usable_bytes": "usable memory", "context_bytes": "CUDA's context", "matmul_fraction": "matrix products", "attention_fraction": "attention",
@@ -46,14 +46,17 @@ def command(config: TrainConfig, plan: MemoryPlan, origins: dict[str, str], num_
 
 def as_json(found: Forecast, origins: dict[str, str]) -> dict[str, Any]:
     """The forecast as plain data; sizes in bytes, all predicted."""
+    def plain(a: Assessment) -> dict[str, Any]:
+        return described(a) | {"step_seconds": step_seconds(a, found.card)}
+
     return {
         "model": found.config.model.model, "card": found.card.name, "capacity_bytes": found.card.capacity_bytes,
         "verdict": verdict(found),
-        "num_candidates": found.result.num_candidates, **described(found.chosen),
-        "alternatives": [described(miss) | {"reason": miss.reason} for miss in found.result.near_misses],
+        "num_candidates": found.result.num_candidates, **plain(found.chosen),
+        "alternatives": [plain(miss) | {"reason": miss.reason} for miss in found.result.near_misses],
         "command": None if only_planned(found.chosen.plan) else command(found.config, found.chosen.plan, origins, found.num_cards),
         "num_cards": found.num_cards,
-        "by_placement": {name: described(a) for name, a in found.by_placement().items()},
+        "by_placement": {name: plain(a) for name, a in found.by_placement().items()},
     }
 
 
@@ -106,13 +109,13 @@ def print_forecast(found: Forecast, origins: dict[str, str], *, explain: bool) -
     if found.num_cards > 1:
         table = Table(f"on each of {found.num_cards} cards", "GiB", "host GiB", "s a step", "", title="frozen blocks", title_justify="left")
         for name, way in found.by_placement().items():
-            table.add_row(name, f"{way.needed_bytes / GIB:.2f}", f"{way.host_bytes / GIB:.2f}", f"{way.time.seconds:.2f}",
+            table.add_row(name, f"{way.needed_bytes / GIB:.2f}", f"{way.host_bytes / GIB:.2f}", f"{step_seconds(way, found.card):.2f}",
                           way.reason or "fits")
         console.print(table)
     if found.result.near_misses:
         table = Table("faster plans that do not fit", "s a step", "why", title_justify="left")
         for miss in found.result.near_misses:
-            table.add_row(_difference(miss.plan, a.plan), f"{miss.time.seconds:.2f}", miss.reason)
+            table.add_row(_difference(miss.plan, a.plan), f"{step_seconds(miss, found.card):.2f}", miss.reason)
         console.print(table)
     if explain:
         for line in _explained(found):

@@ -1,6 +1,6 @@
 """RUN/memory.json: what a run is predicted to need, for the live view and the report. Everything in it is predicted.
 
-{"card", "budget_bytes", "plan": {...}, "guidance_scale", "predicted": {"step_seconds", "needed_bytes", "peak_bytes", "peak_bytes_by_phase": {phase: bytes},
+{"card", "budget_bytes", "plan": {...}, "guidance_scale", "num_processes", "predicted": {"step_seconds", "needed_bytes", "peak_bytes", "peak_bytes_by_phase": {phase: bytes},
 "categories": [name, ...], "timeline": [[phase, [bytes of each category]], ...]}}: the timeline is one step, in order, thinned.
 """
 
@@ -15,6 +15,7 @@ from memory.assess import Assessment
 from memory.cards import Card
 from memory.timeline import CATEGORIES, Trace, shown
 from trainer.config import TrainConfig
+from trainer.distributed import num_ranks
 from trainer.planning import forecast_as_given
 from trainer.run_files import MEMORY, nested, read_object, write_json
 
@@ -37,13 +38,18 @@ class MemoryForecast:
         peaks.pop("load")  # of the steps, whose optimizer has its state; reading the model is below them, and not predicted
         return {
             "card": self.card.name, "budget_bytes": self.card.usable_bytes, "plan": asdict(found.plan),
-            "guidance_scale": config.output.guidance_scale,  # of samples, which a run may go on with another of
+            **_varying(config),
             "predicted": {
                 # Of a CPU the rates are guesses, and where the host is the limit they are those of a usual one.
                 "step_seconds": None if self.card.is_cpu or found.time.launching > found.time.seconds else found.time.seconds,
                 "needed_bytes": found.needed_bytes, "peak_bytes": max(found.by_phase.values()),
                 "peak_bytes_by_phase": peaks,
                 "categories": list(CATEGORIES), "timeline": thinned(found.trace)}}
+
+
+def _varying(config: TrainConfig) -> dict[str, Any]:
+    """What a run may go on with another of: the guidance scale of its samples, and the number of processes, who share the batch."""
+    return {"guidance_scale": config.output.guidance_scale, "num_processes": num_ranks()}
 
 
 def thinned(trace: Trace) -> list[list[Any]]:
@@ -59,13 +65,13 @@ def thinned(trace: Trace) -> list[list[Any]]:
 
 
 def keep_forecast(run_dir: Path, config: TrainConfig, forecast: MemoryForecast | None) -> dict[str, float]:
-    """Write memory.json, unless it is there for this very plan, these samples and this card; returns the facts that the live view shows.
+    """Write memory.json, unless it is there for this very plan, card and number of processes and these samples; returns the facts that the live view shows.
 
     Without `forecast` a file that is about others is removed, and there are no facts.
     """
     path = run_dir / MEMORY
     content = read_object(path)
-    ours = {"plan": json.loads(json.dumps(asdict(config.memory))), "guidance_scale": config.output.guidance_scale}
+    ours = {"plan": json.loads(json.dumps(asdict(config.memory))), **_varying(config)}
     same = all(content.get(name) == value for name, value in ours.items())
     if not same or forecast and content.get("card") != forecast.card.name:
         content = forecast(config) if forecast else {}

@@ -26,7 +26,7 @@ from trainer.live_view import seconds_text
 from trainer.phases import phases_around
 from trainer.prompts import PromptSet
 from trainer.rehearse import num_rehearsed, rehearse, teacher_share
-from trainer.several_cards import assess_sharded, faster, host_share
+from trainer.several_cards import assess_sharded, card_share, faster, host_share
 
 LONG_STEP = 600.0
 """Seconds that no step of a run that somebody waits for takes."""
@@ -60,8 +60,7 @@ class Forecast:
     @property
     def step_seconds(self) -> float:
         """What a step of that takes: of a card's at least what its host takes to launch it."""
-        time = self.chosen.time
-        return time.seconds if self.card.is_cpu else max(time.seconds, time.launching)
+        return step_seconds(self.chosen, self.card)
 
     @property
     def host_may_help(self) -> bool:
@@ -167,6 +166,11 @@ def check_attention(config: TrainConfig, card: Card, num_cards: int) -> None:
                          "fewer --frames, a smaller --height and --width or a smaller --batch-size need less")
 
 
+def step_seconds(found: Assessment, card: Card) -> float:
+    """What a step takes: of a card's at least what its host takes to launch it."""
+    return found.time.seconds if card.is_cpu else max(found.time.seconds, found.time.launching)
+
+
 def forecast(config: TrainConfig, card: Card, fixed: Collection[str] = (), *, num_cards: int | None = None) -> Forecast:
     """Search for the fastest plan of a run on `card`; fields of the memory plan named in `fixed` stay as configured.
 
@@ -174,7 +178,7 @@ def forecast(config: TrainConfig, card: Card, fixed: Collection[str] = (), *, nu
     Raises UsageError for settings that cannot be, on this card or at all; DoesNotFit where no plan needs to be looked at.
     """
     config, num_cards = without_weights(config), num_cards or num_ranks()
-    run = workload(config, num_cards=num_cards)
+    run, card = workload(config, num_cards=num_cards), card_share(card, num_cards)
     check_card(config, card)
     divided(config.data.batch_size, num_cards, "cards")
     check_attention(config, card, num_cards)
@@ -194,7 +198,7 @@ def forecast(config: TrainConfig, card: Card, fixed: Collection[str] = (), *, nu
 
 def forecast_as_given(config: TrainConfig, card: Card) -> Assessment:
     """What exactly the configured plan needs on `card`. Raises as `forecast` does."""
-    config = without_weights(config)
+    config, card = without_weights(config), card_share(card, num_ranks())
     run = workload(config)
     check_card(config, card)
     check_attention(config, card, num_ranks())

@@ -34,6 +34,7 @@ from trainer.distributed import num_ranks, rank
 from trainer.errors import DoesNotFit, OutOfMemory, TrainerError
 from trainer.health import Health
 from trainer.planning import forecast_as_given, forecast_pinning
+from trainer.run_directory import read_config
 from trainer.run_files import CONFIG
 from trainer.state import TrainState
 
@@ -180,7 +181,7 @@ def train_in_memory(train: Callable[..., Path], config: TrainConfig, origins: Ma
             torch.cuda.empty_cache()
         release_pinned()  # masters and parked activations of the plan that failed: the next one asks for other sizes
         run_dir = failure.run_dir
-        begun = run_dir is not None and (run_dir / CONFIG).exists()
+        begun = run_dir is not None and _written(run_dir, config)
         if begun:
             resume, command = run_dir, (*command[:command.index("run.py") + 1], "--resume", str(run_dir))
         advice = cheaper(config, card, failure)
@@ -193,6 +194,11 @@ def train_in_memory(train: Callable[..., Path], config: TrainConfig, origins: Ma
         if not begun and run_dir is not None:  # stopped by the pre-flight: the same directory again
             config = replace(config, output=replace(config.output, out=run_dir))
         origins = {**origins, **{f"memory.{name}": f"step-down at step {failure.step}" for name in advice.change}}
+
+
+def _written(run_dir: Path, config: TrainConfig) -> bool:
+    """Whether a run says that it goes by these settings, which it does once it is through its pre-flight."""
+    return (run_dir / CONFIG).exists() and read_config(run_dir)[0] == config
 
 
 def _steps_done(resume: Path | None) -> int:
@@ -229,8 +235,10 @@ def _pinning_less(config: TrainConfig, card: Card, pinned_bytes: int) -> Advice 
 
 
 def command_of(advice: Advice, command: Sequence[str], *, begun: bool) -> str:
-    """What to paste. A run that begins anew names every field that the planner would choose again."""
-    plan = {} if begun else {name: getattr(advice.plan, name) for name in SEARCHED}
+    """What to paste. Unless the run goes by what it says of itself, every field is named that the planner would choose again."""
+    plan = {} if begun else {name: getattr(advice.plan, name) for name in (*SEARCHED, "num_shards")}
+    if advice.plan.num_shards > 1 and plan:  # in place of offload, of which no flag may speak
+        del plan["resident_blocks"], plan["passes"]
     return replace(advice, change={**plan, **advice.change}).command(command)
 
 

@@ -16,6 +16,11 @@ def host_share(card: Card, num_cards: int) -> int | None:
     return None if card.host_bytes is None else card.host_bytes // num_cards
 
 
+def card_share(card: Card, num_cards: int) -> Card:
+    """What one of the cards' processes sees of it: where card and host share one memory, its part."""
+    return replace(card, usable_bytes=card.usable_bytes // num_cards) if card.unified else card
+
+
 def sharded_plans(base: MemoryPlan, num_blocks: int, num_cards: int, fixed: Collection[str]) -> list[MemoryPlan]:
     """Plans with divided blocks, from the fastest to the most frugal; fields named in `fixed` are as in `base`.
 

@@ -167,6 +167,16 @@ def test_rates_of_a_card_that_is_not_listed_follow_from_its_cores_clocks_and_bus
     assert "(assumed rates of " in detect().label
 
 
+@pytest.mark.parametrize("rates", [(5.4e12, 288e9), None])
+@pytest.mark.parametrize("label, has", [("NVIDIA GeForce GTX 1660 Ti", False), ("NVIDIA T1000 8GB", False), ("Quadro T2000", False),
+                                        ("NVIDIA GeForce MX450", False), ("Quadro RTX 4000", True), ("Tesla T40", True)])
+def test_turing_without_tensor_cores_has_the_rate_of_its_other_cores(monkeypatch, label, has, rates):
+    monkeypatch.setattr(cards, "read_nvml", lambda index: Reading(label, (7, 5), 8 * GIB, 0, rates=rates))
+    card = detect()
+    assert card.name == "8gb" and (card.tensor_rate > card.fp32_rate) == has
+    assert rates is None or has or card.tensor_rate == pytest.approx(0.8 * rates[0])
+
+
 def test_every_kind_of_card_that_is_not_listed_is_like_one_that_is():
     for capability, alike in cards._table()["alike"].items():
         old = tuple(map(int, capability.split("."))) < (8, 0)

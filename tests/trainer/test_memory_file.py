@@ -9,6 +9,7 @@ import pytest
 from memory.cards import lookup
 from memory.plan import MemoryPlan
 from memory.timeline import CATEGORIES
+from trainer import memory_file
 from trainer.clock import WAITING
 from trainer.diagnose import diagnose_run
 from trainer.errors import InputOutputError
@@ -55,7 +56,7 @@ def test_a_forecast_is_made_once_a_plan_and_card(tiny_config, tmp_path, monkeypa
     def counted(self, config):
         asked.append((self.card.name, config.memory))
         return {"card": self.card.name, "budget_bytes": 10, "plan": dataclasses.asdict(config.memory),
-                "guidance_scale": config.output.guidance_scale, "predicted": {"needed_bytes": 7}}
+                "guidance_scale": config.output.guidance_scale, "num_processes": memory_file.num_ranks(), "predicted": {"needed_bytes": 7}}
 
     monkeypatch.setattr(MemoryForecast, "__call__", counted)
     forecast, facts = MemoryForecast(CARD), {"budget_bytes": 10, "predicted_peak_bytes": 7}
@@ -66,6 +67,8 @@ def test_a_forecast_is_made_once_a_plan_and_card(tiny_config, tmp_path, monkeypa
     assert keep_forecast(tmp_path, other, MemoryForecast(lookup("h100"))) == facts and asked[2:] == [("h100", other.memory)]
     guided = dataclasses.replace(other, output=dataclasses.replace(other.output, guidance_scale=3.0))  # a run may go on with it
     assert keep_forecast(tmp_path, guided, MemoryForecast(lookup("h100"))) == facts and len(asked) == 4
+    monkeypatch.setattr(memory_file, "num_ranks", lambda: 4)
+    assert keep_forecast(tmp_path, guided, MemoryForecast(lookup("h100"))) == facts and len(asked) == 5  # who share the batch
     assert keep_forecast(tmp_path, config, None) == {} and not (tmp_path / "memory.json").exists()
     (tmp_path / "memory.json").write_text("{")
     assert keep_forecast(tmp_path, config, forecast) == facts

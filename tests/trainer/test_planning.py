@@ -219,6 +219,24 @@ def test_of_a_cpu_the_verdict_names_no_card(tiny_config):
                                             "4 GiB free would do")
 
 
+def test_processes_that_share_one_memory_have_a_part_of_it_each(tiny_config, monkeypatch):
+    cpu, config = lookup("cpu"), tiny_config(data__batch_size=2)
+    parts = [planning.forecast(config, cpu, num_cards=count).card.usable_bytes for count in (1, 2)]
+    assert parts == [cpu.usable_bytes, cpu.usable_bytes // 2]
+    needed = planning.forecast(config, cpu, num_cards=2).chosen.needed_bytes
+    short = replace(cpu, usable_bytes=int(1.9 * needed))
+    assert [planning.forecast(config, short, num_cards=count).result.best is None for count in (1, 2)] == [False, True]
+    monkeypatch.setattr(planning, "num_ranks", lambda: 2)
+    assert not planning.forecast_as_given(config, short).fits
+    assert planning.forecast(config, lookup("4090"), num_cards=2).card.usable_bytes == lookup("4090").usable_bytes
+
+
+def test_where_the_host_is_the_limit_the_data_say_so_too(tiny_config):
+    found = planning.forecast(tiny_config(), lookup("4090"))
+    data = forecast_text.as_json(found, {})
+    assert data["step_seconds"] == found.step_seconds == found.chosen.time.launching > found.chosen.time.seconds
+
+
 def test_where_the_host_is_short_too_that_is_said(tiny_config):
     found = planning.forecast(tiny_config(), replace(lookup("4090"), host_bytes=2**30))
     assert found.result.best is None and found.chosen.fits_card

@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 import memory.lockstep
 import run
+from memory.advice import Advice
 from memory.cards import lookup
 from memory.plan import MemoryPlan
 from trainer import checkpoint, loop, losses, recovery, samples, tracing
@@ -28,6 +29,7 @@ from trainer.errors import DoesNotFit, InputOutputError, OutOfMemory
 from trainer.health import Health
 from trainer.latents import TrajectoryLatents
 from trainer.loop import train
+from trainer.planning import forecast
 from trainer.prompts import Embeddings
 from trainer.recovery import Failure, cheaper, described, train_in_memory
 from trainer.run_directory import program, read_config
@@ -229,6 +231,34 @@ def test_a_run_that_goes_on_has_the_steps_of_its_checkpoint_before_it_is_restore
     monkeypatch.setattr(*PHASES[phase][0]())
     with pytest.raises(DoesNotFit, match=f"in {phase}, after 2 steps"):
         train_in_memory(train, settings, {}, resume=run_dir, card=lookup("cpu"), step_down=False, command=("python", "run.py", "--resume", "RUN"))
+
+
+def test_a_run_that_goes_on_by_other_settings_keeps_them_in_the_command(config, monkeypatch):
+    """What it says of itself is still what it was before."""
+    settings = config(optim__schedule="constant", optim__steps=4)
+    run_dir = train(replaced(settings, {"optim.steps": 2}), {})
+    again = replaced(settings, {"memory.resident_blocks": 0})
+    command = ("python", "run.py", "--resume", str(run_dir), "--steps", "4", "--resident-blocks", "0")
+    with monkeypatch.context() as patch:
+        patch.setattr(*PHASES["backward of the pre-flight"][0]())
+        with pytest.raises(DoesNotFit) as raised:
+            train_in_memory(train, again, {}, resume=run_dir, card=lookup("24gb"), step_down=False, command=command)
+        patch.setattr(*PHASES["backward of the pre-flight"][0]())
+        train_in_memory(train, again, {}, resume=run_dir, card=lookup("24gb"), step_down=True, command=command)
+    words = shlex.split(str(raised.value).splitlines()[-1])
+    assert words[:6] == [*command[:6]] and words[words.index("--resident-blocks") + 1] == "0" and "--boundaries" in words
+    assert latest_checkpoint(run_dir).step == 4 and read_config(run_dir)[0].memory.resident_blocks == 0
+
+
+def test_of_divided_blocks_the_command_names_nothing_that_contradicts_them(config):
+    advice = Advice(plan=MemoryPlan(num_shards=2, boundaries="host"), change={"boundaries": "host"}, why="", needed_bytes=0)
+    words = shlex.split(recovery.command_of(advice, ("torchrun", "--nproc-per-node=2", "--", "run.py", "--batch-size", "2"), begun=False))
+    assert words[words.index("--num-shards") + 1] == "2" and not {"--resident-blocks", "--passes"} & set(words)
+    origins = resolve(words[words.index("run.py") + 1:])[1]
+    given = {name.removeprefix("memory.") for name, origin in origins.items() if origin == "flag"}
+    assert {"num_shards", "boundaries", "checkpoint"} < given
+    assert forecast(config(memory=advice.plan, data__batch_size=2), lookup("24gb"), given, num_cards=2).chosen.plan == advice.plan
+    assert recovery.command_of(advice, ("run.py",), begun=True) == "run.py --boundaries host"
 
 
 def test_where_no_plan_helps_it_says_what_would(config, monkeypatch, tmp_path):
